@@ -1,0 +1,213 @@
+"""Named workloads: one list for the benchmark, for tuning and for tests.
+
+A `Case` is data: shapes, type, masks, and the goal it is held to. Its inputs are drawn from a fixed seed, so
+every process that works on a case sees the same numbers without sending them around.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a case must reach: `unit` is "peak" (fraction of the FMA peak, more is better) or "seconds" (less is)."""
+
+    unit: str
+    floor: float
+    aim: float
+
+    def verdict(self, value: float) -> str:
+        """ "aim", "floor" or "below"."""
+        reached = (lambda bound: value >= bound) if self.unit == "peak" else (lambda bound: value <= bound)
+        return "aim" if reached(self.aim) else "floor" if reached(self.floor) else "below"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One workload. q is (batch, heads, q_len, dim), k (batch, kv_heads, kv_len, dim), v (..., value_dim)."""
+
+    name: str
+    batch: int
+    heads: int
+    q_len: int
+    dim: int
+    kv_heads: int
+    kv_len: int
+    value_dim: int
+    dtype: str = "float32"
+    causal: bool = False
+    window: tuple[int | None, int | None] | None = None
+    kv_lengths: tuple[int, ...] | None = None
+    layout: str = "bhld"
+    isa: str | None = None  # CPU path that the case is about; None: the one in use
+    threads: tuple[int, ...] | None = None  # thread counts that the case is about; None: any
+    suites: tuple[str, ...] = ()
+    goal: Goal | None = None
+
+    def inputs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """q, k and v, standard normal, contiguous in the case's layout."""
+        rng = np.random.default_rng(zlib.crc32(self.name.encode()))
+
+        def draw(heads: int, length: int, dim: int) -> np.ndarray:
+            shape = (self.batch, heads, length, dim)
+            if self.layout == "blhd":
+                shape = (self.batch, length, heads, dim)
+            return rng.standard_normal(shape, dtype=self.dtype)
+
+        return (
+            draw(self.heads, self.q_len, self.dim),
+            draw(self.kv_heads, self.kv_len, self.dim),
+            draw(self.kv_heads, self.kv_len, self.value_dim),
+        )
+
+    def arguments(self) -> dict:
+        """Keyword arguments of `attention` and of `reference.attention` (except `layout`)."""
+        given = {"causal": self.causal, "window": self.window, "kv_lengths": self.kv_lengths}
+        return {name: value for name, value in given.items() if value}
+
+    def visible_pairs(self) -> int:
+        """(query, key) pairs of one head that attention looks at, summed over the batch."""
+        lengths = self.kv_lengths or (self.kv_len,) * self.batch
+        total = 0
+        for n in lengths:
+            position = np.arange(self.q_len, dtype=np.int64) + n - self.q_len
+            low, high = np.zeros_like(position), np.full_like(position, n)
+            if self.causal:
+                high = np.minimum(high, position + 1)
+            left, right = self.window or (None, None)
+            if left is not None:
+                low = np.maximum(low, position - left)
+            if right is not None:
+                high = np.minimum(high, position + right + 1)
+            total += int(np.maximum(high - low, 0).sum())
+        return total
+
+    def flops(self) -> int:
+        """Useful operations: two per multiply-add of both products, over the visible pairs only."""
+        return 2 * self.heads * self.visible_pairs() * (self.dim + self.value_dim)
+
+
+def case(
+    shape: str,
+    dim: int,
+    *,
+    kv_heads: int | None = None,
+    kv_len: int | None = None,
+    value_dim: int | None = None,
+    label: str = "",
+    **options,
+) -> Case:
+    """A case from "BxHxL" and D; what is not said follows from that, the name too (`label` goes in front of it)."""
+    batch, heads, q_len = (int(part) for part in shape.split("x"))
+    name = f"{shape}-d{dim}"
+    if kv_heads:
+        name += f"-kv{kv_heads}"
+    if kv_len:
+        name += f"-k{kv_len}"
+    if options.get("causal"):
+        name += "-causal"
+    if options.get("window"):
+        name += "-window" + "_".join("inf" if side is None else str(side) for side in options["window"])
+    if options.get("kv_lengths"):
+        name += "-ragged"
+    if options.get("layout", "bhld") != "bhld":
+        name += "-" + options["layout"]
+    if options.get("dtype", "float32") != "float32":
+        name += "-" + {"float64": "f64"}.get(options["dtype"], options["dtype"])
+    if options.get("isa"):
+        name += "@" + options["isa"]
+    return Case(
+        name=f"{label}:{name}" if label else name,
+        batch=batch,
+        heads=heads,
+        q_len=q_len,
+        dim=dim,
+        kv_heads=kv_heads or heads,
+        kv_len=kv_len or q_len,
+        value_dim=value_dim or dim,
+        **options,
+    )
+
+
+def _peak(floor: int, aim: int) -> Goal:
+    return Goal("peak", floor / 100, aim / 100)
+
+
+def _micros(floor: float, aim: float) -> Goal:
+    return Goal("seconds", floor * 1e-6, aim * 1e-6)
+
+
+def _ragged_lengths(batch: int, longest: int) -> tuple[int, ...]:
+    """Lengths of a padded batch, spread evenly from a quarter of the longest up to it."""
+    return tuple(math.ceil(longest * (0.25 + 0.75 * i / (batch - 1))) for i in range(batch))
+
+
+# Goals are those of the AVX-512 test machine (2 cores, Zen 4); on another machine they are only a comparison.
+CASES: tuple[Case, ...] = (
+    case("1x12x2048", 64, suites=("foundation", "quick", "prefill", "main"), goal=_peak(86, 91)),
+    case("1x8x2048", 128, suites=("foundation", "prefill"), goal=_peak(89, 93)),
+    case("1x12x2048", 64, causal=True, suites=("foundation", "quick", "prefill", "main"), goal=_peak(82, 87)),
+    case("1x8x2048", 128, causal=True, suites=("foundation", "prefill", "main"), goal=_peak(86, 90)),
+    case("1x8x1024", 256, causal=True, suites=("foundation", "prefill"), goal=_peak(84, 88)),
+    case("1x12x512", 64, suites=("foundation", "quick", "prefill", "main"), goal=_peak(81, 86)),
+    case("1x8x4096", 40, label="sd", suites=("foundation", "prefill"), goal=_peak(82, 87)),
+    case("32x12x128", 32, suites=("foundation", "quick", "prefill", "main"), goal=_peak(62, 72)),
+    case("1x8x128", 64, threads=(1,), suites=("foundation", "small", "quick"), goal=_peak(74, 80)),
+    case("1x12x2048", 64, isa="avx2", suites=("foundation",), goal=_peak(79, 85)),
+    case("1x8x2048", 128, isa="avx2", suites=("foundation",), goal=_peak(84, 89)),
+    case("1x12x2048", 64, dtype="float64", suites=("foundation", "prefill", "main"), goal=_peak(76, 83)),
+    # Calls so small that Python and the thread pool decide.
+    case("1x8x1", 64, suites=("foundation", "small", "quick", "main"), goal=_micros(5, 4)),
+    case("1x1x64", 64, suites=("foundation", "small", "quick"), goal=_micros(18, 15)),
+    case("1x1x16", 32, suites=("small",)),
+    case("1x12x64", 64, suites=("small",)),
+    case("8x12x32", 64, suites=("small",)),
+    case("1x8x128", 64, causal=True, suites=("small",)),
+    # Shapes of models.
+    case("8x12x384", 64, label="bert", suites=("prefill",)),
+    case("8x12x384", 64, label="bert", kv_lengths=_ragged_lengths(8, 384), suites=("prefill",)),
+    case("1x12x1024", 64, label="gpt2", causal=True, suites=("prefill",)),
+    case("1x32x2048", 128, label="llama", kv_heads=8, causal=True, suites=("prefill",)),
+    case("1x8x1500", 64, label="whisper", suites=("prefill",)),
+    case("8x12x197", 64, label="vit", suites=("prefill",)),
+    case("1x16x64", 64, label="cross", kv_len=4096, suites=("prefill",)),
+    case("1x8x8192", 64, causal=True, window=(255, 0), suites=("prefill",)),
+    case("1x12x2048", 64, layout="blhd", suites=("prefill",)),
+)
+
+SUITES: tuple[str, ...] = ("foundation", "quick", "prefill", "small", "all")
+
+
+def select(suite: str, patterns: list[str] | None = None, dtypes: list[str] | None = None) -> list[Case]:
+    """Cases of a suite whose name contains or matches a pattern; ValueError lists what there is."""
+    if suite != "main" and suite not in SUITES:
+        raise ValueError(f"unknown suite {suite!r}; the suites are: {', '.join(SUITES)}")
+    chosen = [c for c in CASES if suite == "all" or suite in c.suites]
+    for pattern in patterns or []:
+        if not any(_matches(c.name, pattern) for c in chosen):
+            names = "\n  ".join(c.name for c in chosen)
+            raise ValueError(f"no case of suite {suite!r} matches {pattern!r}; its cases are:\n  {names}")
+    if patterns:
+        chosen = [c for c in chosen if any(_matches(c.name, pattern) for pattern in patterns)]
+    if dtypes:
+        known = sorted({c.dtype for c in CASES})
+        for dtype in dtypes:
+            if dtype not in known:
+                raise ValueError(f"unknown type {dtype!r}; the types are: {', '.join(known)}")
+        chosen = [c for c in chosen if c.dtype in dtypes]
+    return chosen
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """A pattern with wildcards matches the whole name; a full name means just that case; else any part matches."""
+    if any(c in pattern for c in "*?["):
+        return fnmatch.fnmatchcase(name, pattern)
+    if any(pattern == c.name for c in CASES):
+        return pattern == name
+    return pattern in name

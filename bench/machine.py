@@ -1,0 +1,70 @@
+"""What identifies a run: the machine, the versions, the settings."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+import qkv_fast
+
+
+def read(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def cpu_model() -> str:
+    """The name that the CPU gives itself."""
+    for line in read("/proc/cpuinfo").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("model name", "Model"):
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def cpu_count() -> int:
+    """CPUs that this process may run on."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def caches() -> dict[str, str]:
+    """Sizes by level and kind, of the first CPU."""
+    found = {}
+    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        level, kind, size = (read(str(folder / name)) for name in ("level", "type", "size"))
+        if level and size:
+            found[f"L{level}" + {"Data": "d", "Instruction": "i"}.get(kind, "")] = size
+    return found
+
+
+def identify() -> dict:
+    """Everything about machine and software that a reader of the figures needs."""
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "qkv_fast": qkv_fast.__version__,
+        "isa": qkv_fast.isa(),
+        "available_isas": list(qkv_fast.available_isas()),
+        "threads": qkv_fast.get_num_threads(),
+        "cpu": cpu_model(),
+        "cpus": cpu_count(),
+        "caches": caches(),
+        "governor": read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or "not readable",
+        "hugepages": read("/sys/kernel/mm/transparent_hugepage/enabled") or "not readable",
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version()
+        + ("" if getattr(sys, "_is_gil_enabled", lambda: True)() else " free-threaded"),
+        "numpy": np.__version__,
+        "environment": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(("QKV_FAST_", "OMP_", "OPENBLAS_", "MKL_")) and len(value) < 100
+        },
+    }

@@ -1,0 +1,177 @@
+"""How things are timed: warm-up, interleaved rounds, medians with their spread.
+
+Machines are shared and their clocks move, so no time means anything alone. In every round each contestant is
+timed once (A B C, A B C, ...), the FMA peak right before and right after the first, and what is reported are
+medians over rounds of quantities formed within one round: a ratio of two times, or a rate over the mean of
+its neighbouring peaks.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+SAMPLE_SECONDS = 0.02  # a sample repeats short calls for about this long
+MIN_ROUNDS, MAX_ROUNDS = 5, 25
+WIDE_SPREAD = 0.10  # an interquartile range beyond this share of the median is flagged
+
+
+class Refused(Exception):
+    """A contestant cannot do what it was asked; the text says why, in one line."""
+
+
+class Contestant(Protocol):
+    """Something that is timed; a peer in its own process looks the same as a call in this one."""
+
+    name: str
+
+    def sample(self, repeats: int) -> float:
+        """Seconds per call, mean of `repeats` calls."""
+        ...
+
+
+@dataclass
+class Local:
+    """A contestant in this process."""
+
+    name: str
+    call: Callable[[], object]
+
+    def sample(self, repeats: int) -> float:
+        return timed(self.call, repeats)
+
+
+def timed(call: Callable[[], object], repeats: int) -> float:
+    """Seconds per call. Results are dropped at once, as in a caller's loop.
+
+    Calls short enough to be repeated get an untimed one first: the caches hold the previous contestant's
+    data.
+    """
+    counter = time.perf_counter
+    if repeats > 1:
+        call()
+    start = counter()
+    for _ in range(repeats):
+        call()
+    return (counter() - start) / repeats
+
+
+def calibrate(contestant: Contestant) -> int:
+    """Warm a contestant up and choose how many calls make a sample."""
+    seconds = contestant.sample(1)
+    for _ in range(2):  # twice: the first call of anything is slow
+        if seconds < SAMPLE_SECONDS:
+            seconds = contestant.sample(max(1, min(1000, int(SAMPLE_SECONDS / 4 / max(seconds, 1e-7)))))
+    return max(1, round(SAMPLE_SECONDS / max(seconds, 1e-7)))
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Median and quartiles of one quantity over the rounds."""
+
+    median: float
+    low: float
+    high: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Summary:
+        values = [v for v in values if not math.isnan(v)]
+        if not values:
+            return cls(math.nan, math.nan, math.nan, 0)
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0], 1)
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high, len(values))
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range as a share of the median."""
+        return (self.high - self.low) / self.median if self.median else math.nan
+
+    @property
+    def wide(self) -> bool:
+        return self.spread > WIDE_SPREAD
+
+
+@dataclass
+class Rounds:
+    """What was measured: per contestant one time per round, and the pair of peaks around the first contestant.
+
+    A contestant that failed keeps NaN from then on, so that lists stay aligned round by round.
+    """
+
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    peaks: list[tuple[float, float]] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def time(self, name: str) -> Summary:
+        return Summary.of(self.seconds[name])
+
+    def ratio(self, name: str, to: str) -> Summary:
+        """Times of `name` over times of `to`, round by round."""
+        return Summary.of([a / b for a, b in zip(self.seconds[name], self.seconds[to], strict=True)])
+
+    def peak(self) -> Summary:
+        return Summary.of([(before + after) / 2 for before, after in self.peaks])
+
+    def share_of_peak(self, name: str, flops: float) -> Summary:
+        """Rate of `name` over the mean of the peaks measured in the same round."""
+        means = [(before + after) / 2 for before, after in self.peaks]
+        return Summary.of([flops / s / p for s, p in zip(self.seconds[name], means, strict=True)])
+
+
+def interleave(
+    contestants: Sequence[Contestant],
+    *,
+    peak: Callable[[], float] | None = None,
+    budget: float = 5.0,
+    rounds: tuple[int, int] = (MIN_ROUNDS, MAX_ROUNDS),
+    clock: Callable[[], float] = time.perf_counter,
+) -> Rounds:
+    """Time the contestants in turn, round after round, for about `budget` seconds (and at least the least rounds).
+
+    An exception in the first contestant is the caller's; in any other it ends that contestant only.
+    """
+    result = Rounds({c.name: [] for c in contestants})
+    repeats: dict[str, int] = {}
+
+    def attempt(contestant: Contestant, action: Callable[[], float]) -> float:
+        if contestant is contestants[0]:
+            return action()
+        try:
+            return action()
+        except Exception as error:  # whatever a peer raises is its column's text
+            result.failures[contestant.name] = describe(error)
+            return math.nan
+
+    for contestant in contestants:
+        value = attempt(contestant, lambda c=contestant: calibrate(c))
+        repeats[contestant.name] = 0 if math.isnan(value) else int(value)
+    least, most = rounds
+    start = clock()
+    for done in range(most):
+        if done >= least and (clock() - start) * (done + 1) / done > budget:
+            break
+        before = peak() if peak else math.nan
+        for index, contestant in enumerate(contestants):
+            seconds = math.nan
+            if contestant.name not in result.failures:
+                seconds = attempt(contestant, lambda c=contestant: c.sample(repeats[c.name]))
+            result.seconds[contestant.name].append(seconds)
+            if index == 0:
+                result.peaks.append((before, peak() if peak else math.nan))
+    return result
+
+
+def describe(error: BaseException) -> str:
+    """One line about an exception."""
+    text = " ".join(str(error).split())
+    if isinstance(error, Refused):
+        return text[:300]
+    kind = type(error).__name__
+    return f"{kind}: {text}"[:300] if text else kind

@@ -1,0 +1,340 @@
+"""Peers: one small adapter each, found at run time and never required.
+
+An adapter is a class with `name`, `title`, an `__init__(threads)` that imports the library and sets its
+thread count, `version`, and `prepare(case)`, which returns a list of (label, call, fetch): `call()` is what
+is timed, on inputs already in the layout that the library likes best and with its output buffers reused where
+it can; `fetch()` runs it once and gives the answer as (batch, heads, length, dim). Several entries are
+several ways of the same library: the fastest that gives the right answer is used. What an adapter cannot do
+it refuses: `raise Refused(reason)`. It lives in a process of its own (worker.py), so it may set whatever it
+likes there; `environment(threads)` is set before that process starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from .cases import Case
+from .method import Refused
+
+Way = tuple[str, Callable[[], object], Callable[[], np.ndarray]]
+
+
+def head_first(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Contiguous (batch, heads, length, dim) inputs, whatever the case's layout."""
+    arrays = case.inputs()
+    if case.layout == "blhd":
+        return tuple(np.ascontiguousarray(a.swapaxes(1, 2)) for a in arrays)
+    return arrays
+
+
+def refuse(case: Case, *, float64: bool = False, groups: bool = False, top_left: bool = False) -> None:
+    """Refuse what frameworks in general lack; the keywords say what this one has."""
+    if case.window is not None:
+        raise Refused("no sliding window")
+    if case.kv_lengths is not None:
+        raise Refused("no lengths per sequence")
+    if case.dtype == "float64" and not float64:
+        raise Refused("no float64")
+    if case.kv_heads != case.heads and not groups:
+        raise Refused("no grouped heads")
+    if case.causal and case.q_len != case.kv_len and top_left:
+        raise Refused("causal only from the top left")
+
+
+def limits(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """First visible key and the one after the last, per (sequence, query)."""
+    lengths = np.array(case.kv_lengths or (case.kv_len,) * case.batch)[:, None]
+    position = np.arange(case.q_len)[None, :] + lengths - case.q_len
+    low, high = np.zeros_like(position), np.broadcast_to(lengths, position.shape)
+    if case.causal:
+        high = np.minimum(high, position + 1)
+    left, right = case.window or (None, None)
+    if left is not None:
+        low = np.maximum(low, position - left)
+    if right is not None:
+        high = np.minimum(high, position + right + 1)
+    return low, high
+
+
+class NumPy:
+    """Attention as one writes it: the whole score matrix, softmax in place."""
+
+    name, title = "numpy", "NumPy"
+    settle = 0.04  # OpenBLAS threads spin for 2^26 clock ticks after a product
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self.version = np.__version__
+
+    @staticmethod
+    def environment(threads: int) -> dict[str, str]:
+        names = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+        return dict.fromkeys(names, str(threads))
+
+    def prepare(self, case: Case) -> list[Way]:
+        q, k, v = head_first(case)
+        group = case.heads // case.kv_heads
+        q = q.reshape(case.batch, case.kv_heads, group, case.q_len, case.dim)
+        k_t, v = k.swapaxes(-1, -2)[:, :, None], v[:, :, None]
+        shape = (case.batch, case.heads, case.q_len, case.value_dim)
+
+        def call() -> np.ndarray:
+            return self.attend(case, q, k_t, v).reshape(shape)
+
+        return [("", call, call)]
+
+    def attend(self, case: Case, q: np.ndarray, k_t: np.ndarray, v: np.ndarray) -> np.ndarray:
+        hidden = None
+        if case.causal or case.window or case.kv_lengths:
+            low, high = limits(case)
+            keys = np.arange(case.kv_len)
+            hidden = (keys < low[..., None]) | (keys >= high[..., None])
+        return softmax_values(q, k_t, v, case.dim**-0.5, None if hidden is None else hidden[:, None, None])
+
+
+class ChunkedNumPy(NumPy):
+    """The same, 128 queries at a time and only over the keys that they can see: what a careful user would write."""
+
+    name, title = "numpy-chunked", "NumPy, chunked"
+
+    def attend(self, case: Case, q: np.ndarray, k_t: np.ndarray, v: np.ndarray) -> np.ndarray:
+        out = np.empty((*q.shape[:-1], v.shape[-1]), q.dtype)
+        low, high = limits(case)
+        for start in range(0, case.q_len, 128):
+            rows = slice(start, start + 128)
+            first, last = int(low[:, rows].min()), int(high[:, rows].max())
+            keys = np.arange(first, last)
+            hidden = (keys < low[:, rows, None]) | (keys >= high[:, rows, None])
+            hidden = hidden[:, None, None] if hidden.any() else None
+            chunk = q[..., rows, :], k_t[..., first:last], v[..., first:last, :]
+            out[..., rows, :] = softmax_values(*chunk, case.dim**-0.5, hidden)
+        return out
+
+
+def softmax_values(
+    q: np.ndarray, k_t: np.ndarray, v: np.ndarray, scale: float, hidden: np.ndarray | None
+) -> np.ndarray:
+    """softmax(scale * q k_t) v; `hidden` is True where a key is not attended to."""
+    s = np.matmul(q, k_t)
+    s *= s.dtype.type(scale)
+    if hidden is not None:
+        np.copyto(s, -np.inf, where=hidden)
+    s -= s.max(axis=-1, keepdims=True)
+    np.exp(s, out=s)
+    s /= s.sum(axis=-1, keepdims=True)
+    return np.matmul(s, v)
+
+
+class Torch:
+    name, title = "torch", "PyTorch"
+
+    def __init__(self, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        torch.set_grad_enabled(False)
+        self.torch, self.threads, self.version = torch, torch.get_num_threads(), torch.__version__
+
+    @staticmethod
+    def environment(threads: int) -> dict[str, str]:
+        return {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+
+    def prepare(self, case: Case) -> list[Way]:
+        refuse(case, float64=True, groups=True, top_left=True)
+        q, k, v = (self.torch.from_numpy(a) for a in head_first(case))
+        attend = self.torch.nn.functional.scaled_dot_product_attention
+        options = {"is_causal": case.causal, "enable_gqa": case.heads != case.kv_heads}
+
+        def call():
+            return attend(q, k, v, **options)
+
+        return [("SDPA", call, lambda: call().numpy())]
+
+
+class OnnxRuntime:
+    """The operators that ONNX Runtime has for attention, each with inputs and outputs bound beforehand."""
+
+    name, title = "ort", "ONNX Runtime"
+
+    def __init__(self, threads: int) -> None:
+        import onnx
+        import onnxruntime
+
+        self.onnx, self.ort = onnx, onnxruntime
+        self.threads, self.version = threads, onnxruntime.__version__
+
+    @staticmethod
+    def environment(threads: int) -> dict[str, str]:
+        return {}
+
+    def prepare(self, case: Case) -> list[Way]:
+        refuse(case, groups=True)
+        if case.causal and case.q_len != case.kv_len:
+            raise Refused("causal only for as many queries as keys")
+        q, k, v = head_first(case)
+        flat = [np.ascontiguousarray(a.swapaxes(1, 2)).reshape(case.batch, a.shape[2], -1) for a in (q, k, v)]
+        flat = dict(zip(("query", "key", "value"), flat, strict=True))
+        ways = []
+        if case.kv_heads == case.heads:
+            attributes = {"num_heads": case.heads, "unidirectional": int(case.causal)}
+            ways.append(self.way(case, "MultiHeadAttention", "com.microsoft", flat, attributes))
+        if case.causal and case.dim == case.value_dim:
+            attributes = {"num_heads": case.heads, "kv_num_heads": case.kv_heads}
+            inputs = {
+                **flat,
+                "past_key": None,
+                "past_value": None,
+                "seqlens_k": np.full(case.batch, case.kv_len - 1, np.int32),
+                "total_sequence_length": np.array(case.kv_len, np.int32),
+            }
+            ways.append(self.way(case, "GroupQueryAttention", "com.microsoft", inputs, attributes))
+        attributes = {"is_causal": int(case.causal)}
+        ways.append(self.way(case, "Attention", "", {"Q": q, "K": k, "V": v}, attributes))
+        return ways
+
+    def way(self, case: Case, op: str, domain: str, inputs: dict, attributes: dict) -> Way:
+        onnx, helper = self.onnx, self.onnx.helper
+        elements = {np.dtype(np.float32): onnx.TensorProto.FLOAT, np.dtype(np.int32): onnx.TensorProto.INT32}
+        given = {name: a for name, a in inputs.items() if a is not None}
+        outputs = ["out"]
+        head_first_output = op == "Attention"
+        out_shape = (case.batch, case.heads, case.q_len, case.value_dim)
+        if not head_first_output:
+            out_shape = (case.batch, case.q_len, case.heads * case.value_dim)
+        shapes = {"out": out_shape}
+        if op == "GroupQueryAttention":  # the cache that it returns has to be named
+            for cache, dim in (("present_key", case.dim), ("present_value", case.value_dim)):
+                outputs.append(cache)
+                shapes[cache] = (case.batch, case.kv_heads, case.kv_len, dim)
+        node = helper.make_node(
+            op,
+            [name if a is not None else "" for name, a in inputs.items()],
+            outputs,
+            domain=domain,
+            **attributes,
+        )
+        graph = helper.make_graph(
+            [node],
+            "attention",
+            [helper.make_tensor_value_info(n, elements[a.dtype], a.shape) for n, a in given.items()],
+            [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, shapes[n]) for n in outputs],
+        )
+        opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+        options = self.ort.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
+        options.log_severity_level = 3
+        serialized = model.SerializeToString()
+
+        # Building is delayed: an operator that this version lacks must not take the others with it.
+        state: list = []
+
+        def binding():
+            if not state:
+                session = self.ort.InferenceSession(serialized, options, providers=["CPUExecutionProvider"])
+                bound = session.io_binding()
+                for name, array in given.items():
+                    bound.bind_ortvalue_input(name, self.ort.OrtValue.ortvalue_from_numpy(array))
+                for name in outputs:
+                    bound.bind_ortvalue_output(
+                        name, self.ort.OrtValue.ortvalue_from_shape_and_type(shapes[name], np.float32)
+                    )
+                state.extend((session, bound))
+            return state
+
+        def call():
+            session, bound = state or binding()
+            session.run_with_iobinding(bound)
+
+        def fetch() -> np.ndarray:
+            call()
+            result = state[1].get_outputs()[0].numpy()
+            if head_first_output:
+                return result
+            return result.reshape(case.batch, case.q_len, case.heads, case.value_dim).swapaxes(1, 2)
+
+        return op, call, fetch
+
+
+class OpenVINO:
+    name, title = "openvino", "OpenVINO"
+
+    def __init__(self, threads: int) -> None:
+        import openvino
+
+        self.openvino, self.threads, self.version = openvino, threads, openvino.__version__.split("-")[0]
+        self.core = openvino.Core()
+
+    @staticmethod
+    def environment(threads: int) -> dict[str, str]:
+        return {"OPENVINO_TELEMETRY": "0"}
+
+    def prepare(self, case: Case) -> list[Way]:
+        from openvino import opset13
+
+        refuse(case, top_left=True)
+        arrays = head_first(case)
+        q, k, v = (opset13.parameter(a.shape, np.float32) for a in arrays)
+        node = opset13.scaled_dot_product_attention(q, k, v, causal=case.causal)
+        model = self.openvino.Model([node], [q, k, v])
+        settings = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": self.threads,
+            "INFERENCE_PRECISION_HINT": "f32",
+        }
+        request = self.core.compile_model(model, "CPU", settings).create_infer_request()
+        for index, array in enumerate(arrays):
+            request.set_input_tensor(index, self.openvino.Tensor(array, shared_memory=True))
+
+        def call():
+            request.infer(share_outputs=True)
+            return arrays  # which the request reads in place, so they have to live as long as this function
+
+        def fetch() -> np.ndarray:
+            call()
+            return np.array(request.get_output_tensor(0).data)
+
+        return [("SDPA", call, fetch)]
+
+
+class Jax:
+    name, title = "jax", "JAX"
+
+    def __init__(self, threads: int) -> None:
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_enable_x64", True)
+        self.jax, self.threads, self.version = jax, threads, jax.__version__
+
+    @staticmethod
+    def environment(threads: int) -> dict[str, str]:
+        # The size of its pool follows NPROC, read once when the CPU client starts.
+        return {"NPROC": str(threads), "JAX_PLATFORMS": "cpu"}
+
+    def prepare(self, case: Case) -> list[Way]:
+        refuse(case, float64=True, groups=True, top_left=True)
+        arrays = [self.jax.device_put(a.swapaxes(1, 2)) for a in head_first(case)]
+        attend = self.jax.jit(
+            lambda q, k, v: self.jax.nn.dot_product_attention(q, k, v, is_causal=case.causal)
+        )
+
+        def call():
+            return attend(*arrays).block_until_ready()
+
+        return [("dot_product_attention", call, lambda: np.asarray(call()).swapaxes(1, 2))]
+
+
+PEERS: dict[str, type] = {p.name: p for p in (Torch, OnnxRuntime, OpenVINO, Jax, NumPy, ChunkedNumPy)}
+
+
+def choose(names: list[str] | None) -> list[str]:
+    """Names of peers in the order of `PEERS`; "none" is none; ValueError lists what there is."""
+    if names is None:
+        return list(PEERS)
+    for name in names:
+        if name not in PEERS and name != "none":
+            raise ValueError(f"unknown peer {name!r}; the peers are: {', '.join(PEERS)}, none")
+    return [name for name in PEERS if name in names]

@@ -1,0 +1,221 @@
+"""What is asked of the library beside the time of a workload: ratios, memory, import time.
+
+Each function yields `Measured` values with the bounds that they are held to. Ratios come from interleaved
+rounds in this process; memory and import time are each taken in a process of their own.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+import qkv_fast
+
+from .. import _runtime
+from . import machine
+from .cases import CASES, Case, case
+from .method import Local, Summary, describe, interleave
+from .runner import ours
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One figure; `more` says whether more is better, `floor` what it must reach, `aim` what it should."""
+
+    name: str
+    value: float
+    unit: str
+    floor: float
+    aim: float | None = None
+    more: bool = False
+    spread: float = 0.0
+    note: str = ""
+
+    @property
+    def verdict(self) -> str:
+        def reached(bound: float) -> bool:
+            return self.value >= bound if self.more else self.value <= bound
+
+        if self.aim is not None and reached(self.aim):
+            return "aim"
+        return "ok" if reached(self.floor) else "below"
+
+
+@dataclass(frozen=True)
+class Property:
+    name: str
+    suites: tuple[str, ...]
+    measure: Callable[[float, tuple[int, ...]], Iterator[Measured]]  # (seconds to spend, thread counts)
+
+
+def find(name: str) -> Case:
+    return next(c for c in CASES if c.name == name)
+
+
+def ratio(slow: Callable, fast: Callable, seconds: float) -> Summary:
+    """Time of one call over that of another, in interleaved rounds."""
+    rounds = interleave([Local("fast", fast), Local("slow", slow)], budget=seconds)
+    return rounds.ratio("slow", "fast")
+
+
+def measure_window(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]:
+    """A narrow causal window on a long sequence against what its share of the causal pairs predicts."""
+    windowed = find("1x8x8192-d64-causal-window255_0")
+    causal = replace(windowed, window=None)
+    share = windowed.visible_pairs() / causal.visible_pairs()
+    for n in threads:
+        found = ratio(ours(windowed, n), ours(causal, n), seconds / len(threads))
+        note = f"{100 * share:.1f} % of the causal pairs are visible"
+        name = f"{windowed.name}, {n} thread(s): time over visible share"
+        yield Measured(name, found.median / share, "x", 1.25, spread=found.spread, note=note)
+
+
+def measure_blhd(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]:
+    """(batch, length, heads, dim) arrays against contiguous heads."""
+    for name in ("1x12x2048-d64", "1x8x2048-d128"):
+        contiguous = find(name)
+        for n in threads:
+            views = replace(contiguous, layout="blhd")
+            found = ratio(ours(views, n), ours(contiguous, n), seconds / (2 * len(threads)))
+            yield Measured(
+                f'layout="blhd" {name}, {n} thread(s)', found.median, "x", 1.05, spread=found.spread
+            )
+
+
+def measure_scaling(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]:
+    """One thread's time over two threads'; the note says what the FMA peak itself gains."""
+    if machine.cpu_count() < 2:
+        return
+    peak = _runtime.peak_flops("float32", 2, 0.1) / _runtime.peak_flops("float32", 1, 0.1)
+    names = (
+        "1x12x512-d64",
+        "1x12x2048-d64",
+        "1x12x2048-d64-causal",
+        "1x8x1024-d256-causal",
+        "sd:1x8x4096-d40",
+    )
+    for name in names:
+        found = ratio(ours(find(name), 1), ours(find(name), 2), seconds / len(names))
+        note = f"FMA peak {peak:.2f} x"
+        yield Measured(
+            f"2 threads, {name}", found.median, "x", 1.9, more=True, spread=found.spread, note=note
+        )
+
+
+def measure_subnormal(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]:
+    """Inputs full of subnormal numbers, or weights that decay into them, against normal ones."""
+    usual = case("1x8x1024", 64)
+    q, k, v = usual.inputs()
+    tiny = np.float32(1e-40)
+    steep_q, decaying_k = np.zeros_like(q), np.zeros_like(k)
+    steep_q[..., 0] = 8.0  # the scale is 1/8, so a score is the key's first element
+    decaying_k[..., 1:, 0] = np.linspace(-80.0, -104.0, usual.kv_len - 1)  # exp: 2**-115 down to 2**-150
+    variants = {
+        "weights": (steep_q, decaying_k, v),
+        "values": (q, k, v * tiny),
+        "queries and keys": (q * tiny, k * tiny, v),
+    }
+    for name, arrays in variants.items():
+        found = ratio(
+            lambda a=arrays: qkv_fast.attention(*a, num_threads=1),
+            lambda: qkv_fast.attention(q, k, v, num_threads=1),
+            seconds / len(variants),
+        )
+        yield Measured(f"subnormal {name}, {usual.name}", found.median, "x", 1.2, spread=found.spread)
+
+
+def measure_fork_join(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]:
+    """An empty parallel loop, over and over, on the largest thread count."""
+    n = max(threads)
+    if n == 1:
+        return
+    _runtime.fork_join_seconds(n, 1000)
+    found = Summary.of([_runtime.fork_join_seconds(n, 5000) for _ in range(9)])
+    yield Measured(f"hot fork-join, {n} threads", found.median * 1e6, "µs", 3.0, spread=found.spread)
+
+
+MEMORY = """
+import sys
+import numpy as np
+import qkv_fast
+
+def status(key):
+    for line in open("/proc/self/status"):
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+
+rng = np.random.default_rng(0)
+q, k, v = (rng.standard_normal((1, 8, 16384, 64), dtype="float32") for _ in range(3))
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # the high-water mark starts again from here
+before = status("VmRSS")
+out = qkv_fast.attention(q, k, v, num_threads=int(sys.argv[1]))
+print(status("VmHWM") - before - out.nbytes)
+"""
+
+
+def measure_memory(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]:
+    """Growth of a fresh process in one long call, beyond the output, per thread."""
+    if not os.path.exists("/proc/self/clear_refs"):
+        return
+    for n in threads:
+        grown = int(child(MEMORY, str(n))) / 2**20
+        name = f"memory beyond the output per thread, 1x8x16384-d64, {n} thread(s)"
+        yield Measured(name, grown / n, "MB", 2.0)
+
+
+IMPORT = """
+import time
+import numpy
+start = time.perf_counter()
+import qkv_fast
+print(time.perf_counter() - start)
+"""
+
+
+def measure_import(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]:
+    """Importing the package where NumPy is already imported."""
+    child(IMPORT)  # from now on the files are in the page cache
+    found = Summary.of([float(child(IMPORT)) for _ in range(9)])
+    yield Measured("import beyond NumPy's", found.median * 1e3, "ms", 10.0, spread=found.spread)
+
+
+def child(code: str, *arguments: str) -> str:
+    """Output of a fresh interpreter that runs `code`; -P keeps the current folder off its path."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1] if done.stderr else f"exit {done.returncode}")
+    return done.stdout
+
+
+PROPERTIES: tuple[Property, ...] = (
+    Property("window", ("foundation", "prefill"), measure_window),
+    Property("blhd", ("foundation", "prefill"), measure_blhd),
+    Property("scaling", ("foundation", "prefill"), measure_scaling),
+    Property("subnormal", ("foundation", "prefill"), measure_subnormal),
+    Property("fork-join", ("foundation", "small"), measure_fork_join),
+    Property("memory", ("foundation", "prefill"), measure_memory),
+    Property("import", ("foundation", "small"), measure_import),
+)
+
+
+def measure(asked: Property, seconds: float, threads: tuple[int, ...]) -> list[Measured]:
+    """The figures of a property; a failure is a figure too, with its reason as the note."""
+    found: list[Measured] = []
+    try:
+        found.extend(asked.measure(seconds, threads))
+    except Exception as error:  # one that cannot be measured must not take the rest with it
+        found.append(Measured(asked.name, math.nan, "", math.nan, note=describe(error)))
+    return found

@@ -1,0 +1,30 @@
+"""Attention for NumPy arrays on CPUs, at the speed of the hardware."""
+
+__version__ = "0.1.0"
+
+try:
+    from . import _core as _core
+except ModuleNotFoundError as error:
+    if error.name != f"{__name__}._core":
+        raise
+    raise ImportError(
+        f"{__path__[0]} is the source folder of qkv_fast, without its compiled part. Python found it before the "
+        "installed package: run from another directory or with `python -P`, or build in place with "
+        "`pip install -e .`"
+    ) from None
+
+from . import reference
+from ._attention import attention, merge_partials
+from ._runtime import available_isas, get_num_threads, isa, num_threads, set_num_threads
+
+__all__ = [
+    "__version__",
+    "attention",
+    "available_isas",
+    "get_num_threads",
+    "isa",
+    "merge_partials",
+    "num_threads",
+    "reference",
+    "set_num_threads",
+]

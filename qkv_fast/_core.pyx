@@ -1,0 +1,198 @@
+"""The boundary: NumPy arrays in, the C core's structures out. No arithmetic, no checks of meaning.
+
+Shapes, types and values have been checked in _attention.py. Here arrays become pointers and byte strides, the GIL is
+released, and raise_status turns the core's status into an exception: the only place that does.
+"""
+cimport cython
+cimport numpy as cnp
+from libc.stdint cimport int64_t
+from libc.string cimport memset
+
+from ._qkv cimport *
+
+cnp.import_array()
+
+cdef extern from "Python.h":
+    int PyErr_CheckSignals() nogil              # declared here without `except`: the error stays set for raise_status
+
+
+cdef extern from *:
+    """
+    /* For Cython: "an exception is set", when one is. */
+    static int qkv_fast_propagate(void) { return -1; }
+    """
+    int propagate "qkv_fast_propagate"() except -1
+
+
+def isa_names():
+    """The CPU paths that can be forced, best first."""
+    names = []
+    while qkv_isa_name(<int>len(names)):
+        names.append(qkv_isa_name(<int>len(names)).decode())
+    return tuple(names)
+
+
+COUNTERS = ("tiles_full", "tiles_partial", "tiles_skipped", "tiles_copied", "panels_careful", "splits", "tasks",
+            "threads")
+MAX_DIM = QKV_MAX_DIM
+MAX_AXES = QKV_MAX_AXES
+
+
+cdef int raise_status(qkv_status status) except -1:
+    if status == QKV_OK:
+        return 0
+    if status == QKV_NO_MEMORY:
+        raise MemoryError("qkv_fast: no memory for scratch space")
+    if status == QKV_OVERFLOW:
+        raise OverflowError("qkv_fast: the number of rows or tasks does not fit in 63 bits")
+    return propagate()                          # the signal handler's exception
+
+
+cdef int check_signals(void *unused) noexcept nogil:
+    with gil:
+        return PyErr_CheckSignals()
+
+
+cdef int64_t stride_of(cnp.ndarray x, int axis) noexcept:
+    """Byte stride along an axis counted from the right (1 is the last); 0 where the axis is absent or has one entry,
+    whose stride NumPy leaves undefined."""
+    cdef int n = cnp.PyArray_NDIM(x)
+    if axis > n or cnp.PyArray_DIM(x, n - axis) == 1:
+        return 0
+    return cnp.PyArray_STRIDE(x, n - axis)
+
+
+cdef void fill_strides(qkv_strides *at, cnp.ndarray x, bint heads_first, cnp.ndarray out) noexcept:
+    cdef int i, n = 0, axes = cnp.PyArray_NDIM(out) - 3
+    at.dim = stride_of(x, 1)
+    if cnp.PyArray_DIM(x, cnp.PyArray_NDIM(x) - 1) == 1:
+        at.dim = cnp.PyArray_ITEMSIZE(x)
+    at.row = stride_of(x, 2 if heads_first else 3)
+    at.head = stride_of(x, 3 if heads_first else 2)
+    for i in range(axes):
+        if cnp.PyArray_DIM(out, i) != 1:
+            at.axis[n] = stride_of(x, axes - i + 3)
+            n += 1
+
+
+cdef qkv_type type_of(cnp.ndarray x) noexcept:
+    return QKV_F32 if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT32 else QKV_F64
+
+
+@cython.initializedcheck(False)
+def forward(cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not None, cnp.ndarray out not None,
+            cnp.ndarray lse, bint heads_first, double scale, left, right, cnp.ndarray offset, cnp.ndarray length,
+            int threads, int isa, cnp.ndarray counters):
+    """Attention into `out`, and into `lse` unless it is None.
+
+    With heads_first, arrays are (..., heads, rows, dim), else (..., rows, heads, dim); 2-D arrays have no heads. `lse`
+    (..., heads, rows) is contiguous. `offset` and `length` are contiguous int64, one per sequence, or None, `left` and
+    `right` distances or None, `counters` contiguous int64 in the order of COUNTERS, or None.
+    """
+    cdef qkv_problem p
+    cdef qkv_run run
+    cdef qkv_status status
+    cdef int i, axes = cnp.PyArray_NDIM(out) - 3
+    cdef int row = 2 if heads_first else 3, head = 5 - row
+
+    p.type = type_of(q)
+    p.kv_type = type_of(k)
+    p.swapped_q = cnp.PyArray_ISBYTESWAPPED(q)
+    p.swapped_k = cnp.PyArray_ISBYTESWAPPED(k)
+    p.swapped_v = cnp.PyArray_ISBYTESWAPPED(v)
+    p.swapped_out = cnp.PyArray_ISBYTESWAPPED(out)
+
+    p.n_axes = 0
+    for i in range(axes):
+        if cnp.PyArray_DIM(out, i) != 1:
+            p.axes[p.n_axes] = cnp.PyArray_DIM(out, i)
+            p.n_axes += 1
+    if axes < 0:                                # 2-D
+        heads_first = True
+        row = 2
+        p.heads_q = p.heads_kv = 1
+    else:
+        p.heads_q = cnp.PyArray_DIM(q, cnp.PyArray_NDIM(q) - head)
+        p.heads_kv = cnp.PyArray_DIM(k, cnp.PyArray_NDIM(k) - head)
+    p.len_q = cnp.PyArray_DIM(q, cnp.PyArray_NDIM(q) - row)
+    p.len_k = cnp.PyArray_DIM(k, cnp.PyArray_NDIM(k) - row)
+    p.dim = cnp.PyArray_DIM(q, cnp.PyArray_NDIM(q) - 1)
+    p.dim_v = cnp.PyArray_DIM(v, cnp.PyArray_NDIM(v) - 1)
+
+    p.q = <const char *>cnp.PyArray_DATA(q)
+    p.out = <char *>cnp.PyArray_DATA(out)
+    p.lse = NULL if lse is None else cnp.PyArray_DATA(lse)
+    fill_strides(&p.q_at, q, heads_first, out)
+    fill_strides(&p.k_at, k, heads_first, out)
+    fill_strides(&p.v_at, v, heads_first, out)
+    fill_strides(&p.out_at, out, heads_first, out)
+
+    run.k = <const char *>cnp.PyArray_DATA(k)
+    run.v = <const char *>cnp.PyArray_DATA(v)
+    run.first = 0
+    run.count = p.len_k
+    p.runs = &run
+    p.n_runs = 1
+    p.run_of = NULL
+
+    p.offset = NULL if offset is None else <const int64_t *>cnp.PyArray_DATA(offset)
+    p.length = NULL if length is None else <const int64_t *>cnp.PyArray_DATA(length)
+    p.left = QKV_OPEN if left is None else left
+    p.right = QKV_OPEN if right is None else right
+    p.scale = scale
+    p.threads = threads
+    p.isa = isa
+    p.counters = NULL if counters is None else <qkv_counters *>cnp.PyArray_DATA(counters)
+    p.interrupted = check_signals
+    p.interrupted_arg = NULL
+    with nogil:
+        status = qkv_forward(&p)
+    raise_status(status)
+
+
+def pool_threads():
+    return qkv_pool_threads()
+
+
+def pool_stop():
+    with nogil:
+        qkv_pool_stop()
+
+
+def trim():
+    qkv_trim()
+
+
+def fail_allocation(int64_t k):
+    qkv_fail_allocation(k)
+
+
+def allocations():
+    return qkv_allocations()
+
+
+def exp2(cnp.ndarray x not None, cnp.ndarray y not None, int isa):
+    qkv_exp2(isa, type_of(x), cnp.PyArray_DATA(x), cnp.PyArray_DATA(y), cnp.PyArray_SIZE(x))
+
+
+def fma_rate(bint wide, int threads, double seconds, int isa):
+    cdef double rate
+    with nogil:
+        rate = qkv_fma_rate(isa, QKV_F64 if wide else QKV_F32, threads, seconds)
+    return rate
+
+
+def read_rate(int threads, size_t nbytes, double seconds):
+    cdef double rate
+    with nogil:
+        rate = qkv_read_rate(threads, nbytes, seconds)
+    if rate == 0:
+        raise_status(QKV_NO_MEMORY)
+    return rate
+
+
+def fork_join(int threads, int repeats):
+    cdef double seconds
+    with nogil:
+        seconds = qkv_fork_join(threads, repeats)
+    return seconds

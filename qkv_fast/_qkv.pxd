@@ -1,0 +1,81 @@
+# src/qkv.h, line for line.
+from libc.stdint cimport int64_t
+
+
+cdef extern from "qkv.h" nogil:
+    enum:
+        QKV_MAX_AXES
+        QKV_MAX_DIM
+        QKV_OPEN
+
+    ctypedef enum qkv_type:
+        QKV_F32
+        QKV_F64
+        QKV_TYPES
+
+    ctypedef enum qkv_status:
+        QKV_OK
+        QKV_NO_MEMORY
+        QKV_OVERFLOW
+        QKV_INTERRUPTED
+
+    ctypedef struct qkv_strides:
+        int64_t axis[64]
+        int64_t head, row, dim
+
+    ctypedef struct qkv_run:
+        const char *k
+        const char *v
+        int64_t first, count
+
+    ctypedef struct qkv_counters:
+        int64_t tiles_full
+        int64_t tiles_partial
+        int64_t tiles_skipped
+        int64_t tiles_copied
+        int64_t panels_careful
+        int64_t splits
+        int64_t tasks, threads
+
+    ctypedef struct qkv_problem:
+        qkv_type type, kv_type
+        int swapped_q, swapped_k, swapped_v, swapped_out
+        int n_axes
+        int64_t axes[64]
+        int64_t heads_q, heads_kv
+        int64_t len_q, len_k
+        int64_t dim, dim_v
+        const char *q
+        char *out
+        void *lse
+        qkv_strides q_at, k_at, v_at, out_at
+        const qkv_run *runs
+        int64_t n_runs
+        const int64_t *run_of
+        const int64_t *offset
+        const int64_t *length
+        int64_t left, right
+        double scale
+        int threads
+        int isa
+        qkv_counters *counters
+        int (*interrupted)(void *) noexcept nogil
+        void *interrupted_arg
+
+    qkv_status qkv_forward(const qkv_problem *problem)
+
+    const char *qkv_isa_name(int isa)
+
+    void qkv_set_allocator(void *(*allocate)(size_t, void *) noexcept nogil,
+                           void (*release)(void *, void *) noexcept nogil, void *arg)
+    void qkv_trim()
+
+    int qkv_pool_threads()
+    void qkv_pool_stop()
+
+    void qkv_fail_allocation(int64_t k)
+    int64_t qkv_allocations()
+    int qkv_exp2(int isa, qkv_type type, const void *x, void *y, int64_t n)
+    double qkv_fma_rate(int isa, qkv_type type, int threads, double seconds)
+    double qkv_read_rate(int threads, size_t bytes, double seconds)
+    double qkv_fork_join(int threads, int repeats)

@@ -1,0 +1,308 @@
+"""Where calls run: the number of threads and the CPU path, and what tests and benchmarks need to see of the core."""
+
+import atexit
+import contextlib
+import contextvars
+import operator
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from . import _core
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a context asks of the calls inside it; None leaves the choice to the process."""
+
+    threads: int | None = None
+    isa: int | None = None
+    counters: np.ndarray | None = None
+
+
+_settings: contextvars.ContextVar[Settings | None] = contextvars.ContextVar("qkv_fast", default=None)
+_process_threads: int | None = None  # set_num_threads, or the default once it has been needed
+
+
+@contextlib.contextmanager
+def _setting(**changes: object) -> Iterator[None]:
+    token = _settings.set(replace(_settings.get() or Settings(), **changes))
+    try:
+        yield
+    finally:
+        _settings.reset(token)
+
+
+# CPU paths
+
+
+def available_isas() -> tuple[str, ...]:
+    """Names of the CPU paths that this build has and this CPU runs, best first.
+
+    Examples
+    --------
+    >>> import qkv_fast
+    >>> "portable" in qkv_fast.available_isas()
+    True
+    """
+    return _NAMES
+
+
+def isa() -> str:
+    """Name of the CPU path that calls use: the best available one, or what ``QKV_FAST_ISA`` named at import.
+
+    Examples
+    --------
+    >>> import qkv_fast
+    >>> qkv_fast.isa() in qkv_fast.available_isas()
+    True
+    """
+    return _NAMES[current()[1]]
+
+
+def _isa_index(name: str) -> int:
+    if name not in _NAMES:
+        raise ValueError(f"no CPU path {name!r} here; available: {', '.join(_NAMES)}")
+    return _NAMES.index(name)
+
+
+def force_isa(name: str) -> contextlib.AbstractContextManager[None]:
+    """Calls inside the context use this CPU path."""
+    return _setting(isa=_isa_index(name))
+
+
+_NAMES: tuple[str, ...] = _core.isa_names()
+_DEFAULT_ISA = 0
+if _forced := os.environ.get("QKV_FAST_ISA"):
+    try:
+        _DEFAULT_ISA = _isa_index(_forced)
+    except ValueError as error:
+        raise ImportError(f"QKV_FAST_ISA: {error}") from None
+
+
+# Threads
+
+
+def check_threads(n: object, name: str) -> int:
+    """`n` as a thread count, or an error that names the argument."""
+    if isinstance(n, (bool, np.bool_)):
+        raise TypeError(f"{name} must be an integer of at least 1, got {n!r}")
+    try:
+        count = operator.index(n)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be an integer of at least 1, got {n!r}") from None
+    if count < 1:
+        raise ValueError(f"{name} must be at least 1, got {count}")
+    return min(count, 1024)
+
+
+def get_num_threads() -> int:
+    """Number of threads that a call uses at most, unless ``num_threads=`` says otherwise.
+
+    The first of these that is set: :func:`num_threads` around the call, :func:`set_num_threads`, the environment
+    variables ``QKV_FAST_NUM_THREADS`` and ``OMP_NUM_THREADS`` as they were at first use, and otherwise the number of
+    CPUs that the process may use (its affinity and its control group's quota, whichever is less).
+
+    Examples
+    --------
+    >>> import qkv_fast
+    >>> qkv_fast.get_num_threads() >= 1
+    True
+    """
+    return current()[0]
+
+
+def set_num_threads(n: int) -> None:
+    """Set the number of threads for the process, outside any :func:`num_threads` context.
+
+    Parameters
+    ----------
+    n : int
+        At least 1. More than the machine has cores is allowed.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `n` is not an integer, or is below 1.
+
+    Examples
+    --------
+    >>> import qkv_fast
+    >>> before = qkv_fast.get_num_threads()
+    >>> qkv_fast.set_num_threads(2)
+    >>> qkv_fast.get_num_threads()
+    2
+    >>> qkv_fast.set_num_threads(before)
+    """
+    global _process_threads
+    _process_threads = check_threads(n, "set_num_threads: n")
+
+
+def num_threads(n: int) -> contextlib.AbstractContextManager[None]:
+    """Context in which calls use at most `n` threads.
+
+    It holds for the current thread or asyncio task only, as :mod:`contextvars` define it.
+
+    Parameters
+    ----------
+    n : int
+        At least 1.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `n` is not an integer, or is below 1.
+
+    Examples
+    --------
+    >>> import qkv_fast
+    >>> with qkv_fast.num_threads(1):
+    ...     qkv_fast.get_num_threads()
+    1
+    """
+    return _setting(threads=check_threads(n, "num_threads: n"))
+
+
+def current() -> tuple[int, int, np.ndarray | None]:
+    """Threads, CPU path and counters for a call made here."""
+    settings = _settings.get()
+    threads = _process_threads or _first_default()
+    if settings is None:
+        return threads, _DEFAULT_ISA, None
+    return (
+        settings.threads or threads,
+        _DEFAULT_ISA if settings.isa is None else settings.isa,
+        settings.counters,
+    )
+
+
+def _first_default() -> int:
+    global _process_threads
+    _process_threads = default_num_threads()
+    return _process_threads
+
+
+def default_num_threads() -> int:
+    """What get_num_threads says before anything is set; looks at the environment and the system each time."""
+    for name in ("QKV_FAST_NUM_THREADS", "OMP_NUM_THREADS"):
+        first = os.environ.get(name, "").split(",")[0].strip()  # OpenMP allows a list, one entry per level
+        if first.isdecimal() and int(first) >= 1:
+            return min(int(first), 1024)
+    affinity = getattr(os, "sched_getaffinity", None)
+    cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
+    quota = cpu_quota()
+    if quota is not None:
+        cpus = min(cpus, max(1, int(quota)))
+    return cpus
+
+
+def cpu_quota(root: str = "/") -> float | None:
+    """CPUs' worth of time that the control groups of this process allow (v1 or v2), or None without a limit.
+
+    A process is bound by its own group and by every one above it, so the least of them counts.
+    """
+    base = Path(root)
+    quotas = []
+    for line in _lines(base / "proc/self/cgroup"):
+        hierarchy, _, rest = line.partition(":")
+        controllers, _, group = rest.partition(":")
+        if hierarchy == "0" and not controllers:
+            mount, read = base / "sys/fs/cgroup", _quota_v2
+        elif "cpu" in controllers.split(","):
+            mount, read = base / "sys/fs/cgroup/cpu", _quota_v1
+        else:
+            continue
+        relative = Path(group.lstrip("/"))
+        quotas += [read(mount / part) for part in (relative, *relative.parents)]
+    return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def _quota_v2(group: Path) -> float | None:
+    fields = " ".join(_lines(group / "cpu.max")).split()
+    return _ratio(*fields) if len(fields) == 2 else None
+
+
+def _quota_v1(group: Path) -> float | None:
+    quota, period = _lines(group / "cpu.cfs_quota_us"), _lines(group / "cpu.cfs_period_us")
+    return _ratio(quota[0], period[0]) if quota and period else None
+
+
+def _ratio(quota: str, period: str) -> float | None:
+    try:
+        return int(quota) / int(period) if int(quota) > 0 and int(period) > 0 else None
+    except ValueError:  # "max"
+        return None
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError):
+        return []
+
+
+atexit.register(_core.pool_stop)
+
+
+# For tests and benchmarks
+
+
+@contextlib.contextmanager
+def counters() -> Iterator[dict[str, int]]:
+    """A dict that, when the context ends, says what the calls inside it did."""
+    counts = np.zeros(len(_core.COUNTERS), np.int64)
+    result: dict[str, int] = {}
+    with _setting(counters=counts):
+        yield result
+    result.update(zip(_core.COUNTERS, counts.tolist(), strict=True))
+
+
+def peak_flops(dtype: object = "float32", threads: int = 1, seconds: float = 0.1) -> float:
+    """Floating-point operations per second of multiply-adds that stay in registers, on the current CPU path."""
+    return _core.fma_rate(np.dtype(dtype) == np.float64, threads, seconds, current()[1])
+
+
+def read_bandwidth(threads: int = 1, nbytes: int = 1 << 28, seconds: float = 0.2) -> float:
+    """Bytes per second read from an array of `nbytes`."""
+    return _core.read_rate(threads, nbytes, seconds)
+
+
+def fork_join_seconds(threads: int, repeats: int = 10000) -> float:
+    """Time of an empty parallel call while the workers are awake."""
+    return _core.fork_join(threads, repeats)
+
+
+def exp2(x: np.ndarray) -> np.ndarray:
+    """2**x by the current CPU path; x is contiguous float32 or float64."""
+    y = np.empty_like(x)
+    _core.exp2(x, y, current()[1])
+    return y
+
+
+def pool_threads() -> int:
+    """Live workers of the pool, the caller not counted."""
+    return _core.pool_threads()
+
+
+def trim() -> None:
+    """Free the scratch memory that is kept between calls."""
+    _core.trim()
+
+
+class _Allocations:
+    @property
+    def count(self) -> int:
+        return _core.allocations()
+
+
+@contextlib.contextmanager
+def fail_allocation(k: int) -> Iterator[_Allocations]:
+    """Inside, the core's k-th allocation fails (from 0; -1 for none)."""
+    _core.fail_allocation(k)
+    try:
+        yield _Allocations()
+    finally:
+        _core.fail_allocation(-1)

@@ -1,0 +1,236 @@
+"""Builds qkv_fast._core: the C core of src/, one object per file, linked with the Cython boundary.
+
+Why not a plain list of sources: each file of src/kernels/ is compiled for the CPU it is named after, so each
+has flags of its own. A path is first tried on the compiler, with a few lines that only its target can build;
+if that fails, its table is left out and cpu.c never hears of it (QKV_HAVE_<PATH> stays undefined). The
+package's metadata and what goes into its archives are in pyproject.toml and MANIFEST.in.
+
+Environment: QKV_FAST_WERROR=1 makes warnings in the core errors; QKV_FAST_REQUIRE_PATHS="avx2 avx512" makes
+it an error to leave one of these out (releases set it). CC, CFLAGS and LDFLAGS mean what they always do.
+"""
+
+import copy
+import os
+import shutil
+import sys
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from setuptools import Command, Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, OptionError
+from setuptools.modified import newer_group
+
+X86_64 = """
+#if !defined(__x86_64__) && !defined(_M_X64)
+#error "the target is not x86-64"
+#endif
+#include <immintrin.h>
+"""
+
+
+@dataclass(frozen=True)
+class CpuPath:
+    """src/kernels/<name>.c: the flags it needs, those it gets if the compiler knows them, and its probe."""
+
+    name: str
+    flags: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    probe: str = ""
+
+    @property
+    def source(self) -> str:
+        return f"src/kernels/{self.name}.c"
+
+    @property
+    def macro(self) -> tuple[str, str]:
+        return (f"QKV_HAVE_{self.name.upper()}", "1")
+
+
+AVX2 = ("-mavx2", "-mfma")
+
+PATHS = (
+    CpuPath("portable"),
+    CpuPath(
+        "avx2",
+        flags=AVX2,
+        probe=X86_64 + "__m256d f(__m256d a);\n"
+        "__m256d f(__m256d a) { return _mm256_fmadd_pd(a, _mm256_permute4x64_pd(a, 1), a); }\n",
+    ),
+    CpuPath(
+        "avx512",
+        flags=(*AVX2, "-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mavx512cd"),
+        optional=("-mprefer-vector-width=512",),
+        probe=X86_64 + "__m512 f(__m512 a, __mmask16 m);\n"
+        "__m512 f(__m512 a, __mmask16 m) { return _mm512_and_ps(_mm512_mask_fmadd_ps(a, m, a, a), a); }\n",
+    ),
+)
+
+# The core computes what it says: no value-changing optimisation, and no link-time one, which would carry code
+# from a file built for a newer CPU into one built for every CPU. These flags come last on the command line,
+# after whatever Python or CFLAGS brought.
+UNIX_FLAGS = (
+    *("-O3", "-std=c11", "-fvisibility=hidden", "-pthread"),
+    *("-fno-lto", "-fno-fast-math", "-ffp-contract=off", "-fno-math-errno"),
+)
+CLANG_CL_FLAGS = ("/O2", "/std:c11", "/GL-", "/clang:-O3", "/clang:-ffp-contract=off")
+CL_FLAGS = ("/O2", "/std:c11", "/experimental:c11atomics", "/GL-", "/fp:precise")
+WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wvla", "-Wframe-larger-than=16384")
+
+
+def core_sources() -> list[str]:
+    """The files of the core that are built for every CPU."""
+    return sorted(path.as_posix() for path in Path("src").glob("*.c"))
+
+
+def headers() -> list[str]:
+    """What a C file may include: any of these being newer makes an object stale."""
+    return sorted(path.as_posix() for path in Path("src").rglob("*.h"))
+
+
+def dependencies() -> list[str]:
+    """What makes the extension stale, its own .pyx aside."""
+    kernels = [path.source for path in PATHS]
+    return ["setup.py", "qkv_fast/_qkv.pxd", *core_sources(), *kernels, *headers()]
+
+
+class Core:
+    """Compiles the core, given a setuptools compiler that knows what Python and the environment ask of it."""
+
+    def __init__(self, compiler, build_dir: str, *, debug_info: bool, extra_flags: tuple[str, ...] = ()):
+        self.compiler = copy.copy(compiler)
+        self.compiler.include_dirs = []  # Python's own headers are out of the core's reach
+        self.style = self._style()
+        flags = {"unix": UNIX_FLAGS, "clang-cl": CLANG_CL_FLAGS, "cl": CL_FLAGS}[self.style]
+        if self.style == "unix":
+            flags += ("-g",) if debug_info else ("-g0",)
+            flags += WARNINGS if os.environ.get("QKV_FAST_WERROR") == "1" else ()
+        self.flags = [*flags, *extra_flags]
+        # Objects of another compiler or of other flags are never taken for ours.
+        command = repr((getattr(self.compiler, "compiler_so", None) or self.compiler.cc, self.flags))
+        self.build_dir = os.path.join(build_dir, f"core-{zlib.crc32(command.encode()):08x}")
+
+    def _style(self) -> str:
+        if self.compiler.compiler_type != "msvc":
+            return "unix"
+        self.compiler.initialize()
+        clang_cl = shutil.which(os.environ.get("CC", "cl"))
+        if not clang_cl or Path(clang_cl).stem.lower() != "clang-cl":
+            return "cl"
+        self.compiler.cc = clang_cl
+        return "clang-cl"
+
+    def compile(self, source: str, flags=(), macros=(), *, force: bool = False) -> str:
+        (target,) = self.compiler.object_filenames([source], output_dir=self.build_dir)
+        if force or newer_group([source, *headers(), "setup.py"], target):
+            self.compiler.compile(
+                [source],
+                output_dir=self.build_dir,
+                macros=list(macros),
+                include_dirs=["src"],
+                extra_postargs=[*self.flags, *flags],
+            )
+        return target
+
+    def path_flags(self, path: CpuPath) -> list[str] | None:
+        """The flags that this compiler takes for `path`, or None if it cannot build it for its target."""
+        if not path.probe:
+            return list(path.flags)
+        # Neither cl nor mingw's gcc builds SIMD paths: the first takes any intrinsic under any flags, so that
+        # a probe says nothing, and the second does not align the stack for 32-byte spills.
+        if self.style == "cl" or self.compiler.compiler_type in ("mingw32", "cygwin"):
+            return None
+        probe = Path(self.build_dir, f"probe_{path.name}.c")
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_text(path.probe)
+        for flags in dict.fromkeys([path.flags + path.optional, path.flags]):
+            try:
+                self.compiler.compile([str(probe)], self.build_dir, extra_postargs=[*self.flags, *flags])
+            except CompileError:
+                continue
+            return list(flags)
+        return None
+
+    def build(self, *, force: bool = False) -> dict[str, str]:
+        """Compiles every file of the core that is out of date: {source: object}, in a fixed order."""
+        kernels = {file.as_posix() for file in Path("src/kernels").glob("*.c")}
+        if strangers := kernels - {path.source for path in PATHS}:
+            raise OptionError(f"setup.py: no entry in PATHS for {', '.join(sorted(strangers))}")
+        found = {path: flags for path in PATHS if (flags := self.path_flags(path)) is not None}
+        names = [path.name for path in found]
+        print(f"qkv_fast: this compiler builds the CPU paths {', '.join(names)}")
+        required = os.environ.get("QKV_FAST_REQUIRE_PATHS", "").split()
+        if missing := [name for name in required if name not in names]:
+            raise CompileError(f"QKV_FAST_REQUIRE_PATHS: this compiler cannot build {', '.join(missing)}")
+        macros = [path.macro for path in found]
+        objects = {source: self.compile(source, macros=macros, force=force) for source in core_sources()}
+        for path, flags in found.items():
+            objects[path.source] = self.compile(path.source, flags, force=force)
+        return objects
+
+
+class BuildExt(build_ext):
+    def finalize_options(self):
+        super().finalize_options()
+        self.cython_c_in_temp = True
+        self.cython_directives = {"language_level": 3, "binding": False, "freethreading_compatible": True}
+        # An in-place or editable build keeps its symbols, for debuggers and profilers; a wheel has none.
+        self.development = bool(self.inplace)
+        self.force = self.force or os.environ.get("QKV_FAST_WERROR") == "1"
+
+    def build_extension(self, ext):
+        import numpy
+
+        ext.include_dirs += ["src", numpy.get_include()]
+        core = Core(self.compiler, self.build_temp, debug_info=self.development)
+        if core.style == "unix":
+            ext.libraries += ["m"]
+            ext.extra_compile_args += ["-fvisibility=hidden", "-fno-lto", "-g" if self.development else "-g0"]
+            # Under its opposite gcc links start-up code that makes the whole process flush subnormals.
+            ext.extra_link_args += ["-pthread", "-fno-lto", "-fno-fast-math"]
+            if not self.development and sys.platform != "darwin":
+                ext.extra_link_args += ["-Wl,-s"]
+        ext.extra_objects += core.build(force=self.force).values()
+        super().build_extension(ext)
+
+
+class CoreTests(Command):
+    """Builds each tests/core/*.c, with the core, into an executable, under the sanitizers asked for."""
+
+    description = "build the C core's own tests"
+    user_options = [  # noqa: RUF012 (setuptools' own form)
+        ("build-dir=", None, "where the executables go (build/core_tests)"),
+        ("sanitize=", None, "as for -fsanitize=: address,undefined or thread"),
+    ]
+
+    def initialize_options(self):
+        self.build_dir = "build/core_tests"
+        self.sanitize = ""
+
+    def finalize_options(self):
+        self.flags = ("-UNDEBUG", "-fno-omit-frame-pointer")
+        if self.sanitize:
+            self.flags += (f"-fsanitize={self.sanitize}", "-fno-sanitize-recover=all")
+            self.flags += ("-Wno-frame-larger-than",)  # a sanitizer's red zones are not our frames
+
+    def run(self):
+        from distutils.ccompiler import new_compiler
+        from distutils.sysconfig import customize_compiler
+
+        compiler = new_compiler()
+        customize_compiler(compiler)
+        core = Core(compiler, self.build_dir, debug_info=True, extra_flags=self.flags)
+        objects = core.build().values()
+        for source in sorted(Path("tests/core").glob("*.c")):
+            test = core.compile(source.as_posix())
+            core.compiler.link_executable(
+                [test, *objects], source.stem, self.build_dir, libraries=["m"], extra_postargs=core.flags
+            )
+
+
+if __name__ == "__main__":  # tests read the tables above without building anything
+    setup(
+        ext_modules=[Extension("qkv_fast._core", ["qkv_fast/_core.pyx"], depends=dependencies())],
+        cmdclass={"build_ext": BuildExt, "core_tests": CoreTests},
+    )

@@ -1,0 +1,99 @@
+/* What the CPU lists and the operating system has enabled, and the best-first list of paths.
+ *
+ * To add a path: its file in kernels/, a line in setup.py's table, a feature bit if it needs a new one, and a line in
+ * `built` below.
+ */
+#include "cpu.h"
+
+#include <stdatomic.h>
+
+#include "qkv.h"
+
+extern const qkv_isa qkv_avx512, qkv_avx2, qkv_portable;
+
+static const qkv_isa *const built[] = {                /* best first */
+#ifdef QKV_HAVE_AVX512
+    &qkv_avx512,
+#endif
+#ifdef QKV_HAVE_AVX2
+    &qkv_avx2,
+#endif
+    &qkv_portable,
+};
+
+#if defined(__x86_64__) || defined(_M_X64)
+
+#ifdef _MSC_VER
+#include <intrin.h>
+static void cpuid(uint32_t leaf, uint32_t subleaf, uint32_t r[4]) { __cpuidex((int *)r, (int)leaf, (int)subleaf); }
+static uint64_t enabled_states(void) { return _xgetbv(0); }
+#else
+#include <cpuid.h>
+static void cpuid(uint32_t leaf, uint32_t subleaf, uint32_t r[4])
+{
+    r[0] = r[1] = r[2] = r[3] = 0;
+    __get_cpuid_count(leaf, subleaf, &r[0], &r[1], &r[2], &r[3]);
+}
+static uint64_t enabled_states(void)
+{
+    uint32_t lo, hi;
+    __asm__ volatile("xgetbv" : "=a"(lo), "=d"(hi) : "c"(0));
+    return (uint64_t)hi << 32 | lo;
+}
+#endif
+
+static uint32_t detect(void)
+{
+    enum { EBX = 1, ECX = 2 };
+    enum { FMA = 1 << 12, OSXSAVE = 1 << 27, AVX = 1 << 28 };                         /* leaf 1, ecx */
+    enum { AVX2 = 1 << 5, F = 1 << 16, DQ = 1 << 17, CD = 1 << 28, BW = 1 << 30 };    /* leaf 7, ebx */
+    const uint32_t VL = 1u << 31;
+    const uint64_t YMM = 0x6, ZMM = 0xe6;              /* register states that the system saves */
+    uint32_t one[4], seven[4], have = 0;
+
+    cpuid(1, 0, one);
+    if (!(one[ECX] & OSXSAVE) || !(one[ECX] & AVX))
+        return 0;
+    uint64_t states = enabled_states();
+    cpuid(7, 0, seven);
+    if ((states & YMM) == YMM) {
+        have |= one[ECX] & FMA ? QKV_CPU_FMA : 0;
+        have |= seven[EBX] & AVX2 ? QKV_CPU_AVX2 : 0;
+    }
+    const uint32_t all = F | DQ | CD | BW | VL;
+    if ((states & ZMM) == ZMM && (seven[EBX] & all) == all)
+        have |= QKV_CPU_AVX512;
+    return have;
+}
+
+#else
+static uint32_t detect(void) { return 0; }
+#endif
+
+static uint32_t features(void)
+{
+    /* Every thread would find the same, so a race here is harmless. The instruction is slow in virtual machines. */
+    static _Atomic uint32_t found;
+    enum { KNOWN = 1u << 30 };
+    uint32_t have = atomic_load_explicit(&found, memory_order_relaxed);
+    if (!have) {
+        have = detect() | KNOWN;
+        atomic_store_explicit(&found, have, memory_order_relaxed);
+    }
+    return have;
+}
+
+const qkv_isa *qkv_isa_at(int index)
+{
+    uint32_t have = features();
+    for (size_t i = 0; i < sizeof built / sizeof built[0]; i++)
+        if ((have & built[i]->needs) == built[i]->needs && index-- == 0)
+            return built[i];
+    return NULL;
+}
+
+const char *qkv_isa_name(int index)
+{
+    const qkv_isa *isa = index < 0 ? NULL : qkv_isa_at(index);
+    return isa ? isa->name : NULL;
+}

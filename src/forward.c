@@ -1,0 +1,473 @@
+/* The forward pass: walk the grid of query tiles, feed key tiles to the kernel, write O and the log-sum-exp.
+ *
+ * A task is one query tile (some panels of rows that share K and V) against all its keys, or against one chunk of them
+ * if the problem is split. Order within a task: chunk -> pass -> panel -> block, so that the K and V of a pass stay in
+ * L2 while every panel sees them, and a panel's Q^T, S^T and O^T stay in L1 while it walks the pass's blocks.
+ *
+ * Chunks always start from an empty state and merge in order of position, whoever computed them: that keeps the error
+ * of long sums small, and the result the same bits for any number of threads.
+ */
+#include <math.h>
+#include <stdatomic.h>
+#include <string.h>
+
+#include "mask.h"
+#include "memory.h"
+#include "plan.h"
+#include "threads.h"
+
+enum { MAX_WORKERS = 1024, MAX_VECTOR = 64 };          /* threads of a call, elements of a vector */
+
+typedef struct {
+    const qkv_problem *problem;
+    const qkv_plan *plan;
+    char *partials;                   /* (tasks / chunks, chunks, tile_panels) states, if split */
+    _Atomic int64_t *pending;         /* (tasks / chunks): chunks not yet computed, if split */
+    char **scratch;                   /* one per worker */
+} call;
+
+/* One panel of a query tile: where its parts lie in the worker's scratch, and what its rows see. */
+typedef struct {
+    int64_t row;                      /* first row of the panel */
+    int n, nv;                        /* rows, vectors that hold them */
+    char *q, *state, *total;
+    qkv_range *rows;                  /* (lanes) */
+    qkv_limits *limits;               /* of the whole panel, then of each vector */
+} panel;
+
+/* A query tile of one (sequence, key head), on one worker. */
+typedef struct {
+    const call *job;
+    int64_t sequence, head, first_panel;
+    int panels;
+    qkv_limits limits;
+    int64_t q_offset, k_offset, v_offset, out_offset;   /* bytes to this sequence and key head */
+    char *scratch;
+    qkv_counters *counters;
+} tile;
+
+/* The K and V of one pass. */
+typedef struct {
+    const char *k, *v;
+    ptrdiff_t k_row, v_row;           /* elements */
+} pass_rows;
+
+static int64_t sequence_offset(const qkv_problem *p, const qkv_strides *at, int64_t sequence)
+{
+    int64_t offset = 0;
+    for (int i = p->n_axes; i-- > 0;) {
+        offset += sequence % p->axes[i] * at->axis[i];
+        sequence /= p->axes[i];
+    }
+    return offset;
+}
+
+static void *state_m(const qkv_plan *plan, char *state)
+{
+    return state + plan->state_bytes - 2 * (size_t)plan->kernels->lanes * (size_t)plan->kernels->size;
+}
+
+static void *state_l(const qkv_plan *plan, char *state)
+{
+    return state + plan->state_bytes - (size_t)plan->kernels->lanes * (size_t)plan->kernels->size;
+}
+
+static void reset(const tile *t, char *state)
+{
+    const qkv_plan *plan = t->job->plan;
+    plan->kernels->reset(state, state_m(plan, state), state_l(plan, state), (int)t->job->problem->dim_v);
+}
+
+static void merge(const tile *t, char *total, char *state)
+{
+    const qkv_plan *plan = t->job->plan;
+    plan->kernels->merge(total, state_m(plan, total), state_l(plan, total), state, state_m(plan, state),
+                         state_l(plan, state), (int)t->job->problem->dim_v, plan->c);
+}
+
+static panel panel_at(const tile *t, int index)
+{
+    const qkv_plan *plan = t->job->plan;
+    size_t lanes = (size_t)plan->kernels->lanes, vectors = lanes / (size_t)plan->kernels->vector;
+    size_t limits_bytes = (vectors + 1) * sizeof(qkv_limits) + lanes * sizeof(qkv_range);
+    char *limits = t->scratch + plan->at_limits + (size_t)index * limits_bytes;
+    panel x = {.row = (t->first_panel + index) * (int64_t)lanes};
+    x.n = (int)qkv_min((int64_t)lanes, plan->rows - x.row);
+    x.nv = (x.n + plan->kernels->vector - 1) / plan->kernels->vector;
+    x.limits = (qkv_limits *)limits;
+    x.rows = (qkv_range *)(limits + (vectors + 1) * sizeof(qkv_limits));
+    x.q = t->scratch + plan->at_q + (size_t)index * (size_t)t->job->problem->dim * lanes * (size_t)plan->kernels->size;
+    x.state = t->scratch + plan->at_state + (size_t)index * plan->state_bytes;
+    x.total = plan->chunks > 1 ? t->scratch + plan->at_total + (size_t)index * plan->state_bytes : x.state;
+    return x;
+}
+
+/* Byte offset of row r (position r / group, query head head * group + r % group) within a sequence and key head. */
+static int64_t row_offset(const tile *t, const qkv_strides *at, int64_t r)
+{
+    int64_t group = t->job->plan->group;
+    return r / group * at->row + r % group * at->head;
+}
+
+static void find_limits(tile *t)
+{
+    const qkv_plan *plan = t->job->plan;
+    int w = plan->kernels->vector;
+    t->limits = qkv_no_limits();
+    for (int i = 0; i < t->panels; i++) {
+        panel x = panel_at(t, i);
+        x.limits[0] = qkv_no_limits();
+        for (int j = 0; j < x.nv * w; j++) {
+            if (j % w == 0)
+                x.limits[1 + j / w] = qkv_no_limits();
+            /* Lanes without a row repeat the last one, in Q as well. */
+            int64_t r = x.row + (j < x.n ? j : x.n - 1);
+            if (j < x.n && r % plan->group && j)
+                x.rows[j] = x.rows[j - 1];              /* heads of a group at the same position */
+            else
+                x.rows[j] = qkv_visible(t->job->problem, t->sequence, r / plan->group);
+            qkv_add_row(&x.limits[1 + j / w], x.rows[j]);
+            qkv_add_row(&x.limits[0], x.rows[j]);
+        }
+        t->limits.any.lo = qkv_min(t->limits.any.lo, x.limits[0].any.lo);
+        t->limits.any.hi = qkv_max(t->limits.any.hi, x.limits[0].any.hi);
+    }
+}
+
+static void pack_queries(const tile *t)
+{
+    const qkv_problem *p = t->job->problem;
+    const qkv_plan *plan = t->job->plan;
+    const void **rows = (const void **)(t->scratch + plan->at_rows);
+    size_t row_bytes = (size_t)p->dim * (size_t)plan->kernels->size;
+    for (int i = 0; i < t->panels; i++) {
+        panel x = panel_at(t, i);
+        for (int j = 0; j < x.n; j++) {
+            char *from = (char *)p->q + t->q_offset + row_offset(t, &p->q_at, x.row + j);
+            rows[j] = from;
+            if (!plan->direct_q) {
+                char *copy = t->scratch + plan->at_tile + (size_t)j * row_bytes;
+                qkv_rows one = {from, 0, (ptrdiff_t)p->q_at.dim, plan->kernels->size, p->swapped_q};
+                plan->kernels->gather(copy, 0, &one, 1, (int)p->dim);
+                rows[j] = copy;
+            }
+        }
+        plan->kernels->pack(x.q, rows, x.n, (int)p->dim, plan->sign);
+    }
+}
+
+/* K or V of the keys [first, last): where they lie if one run holds them all as the kernels want them, else a copy. */
+static const char *fetch(const tile *t, int values, int64_t first, int64_t last, ptrdiff_t *row)
+{
+    const qkv_problem *p = t->job->problem;
+    const qkv_plan *plan = t->job->plan;
+    const qkv_strides *at = values ? &p->v_at : &p->k_at;
+    int64_t offset = values ? t->v_offset : t->k_offset;
+    int64_t d = values ? p->dim_v : p->dim, copy_row = values ? plan->copy_row_v : plan->copy_row_k;
+    int64_t run = p->run_of ? p->run_of[t->sequence] : 0;
+    while (p->runs[run].first + p->runs[run].count <= first)
+        run++;
+    const qkv_run *r = &p->runs[run];
+    int must_copy = values ? plan->copy_v : plan->copy_k;
+    if (!must_copy && last <= r->first + r->count) {
+        *row = (ptrdiff_t)(at->row / plan->kernels->size);
+        return (values ? r->v : r->k) + offset + (first - r->first) * at->row;
+    }
+    t->counters->tiles_copied++;
+    int size = p->kv_type == QKV_F32 ? 4 : 8;
+    char *copy = t->scratch + (values ? plan->at_v : plan->at_k);
+    for (int64_t key = first; key < last; r++) {
+        int64_t end = qkv_min(last, r->first + r->count);
+        char *data = (char *)(values ? r->v : r->k) + offset + (key - r->first) * at->row;
+        qkv_rows from = {data, (ptrdiff_t)at->row, (ptrdiff_t)at->dim, size, values ? p->swapped_v : p->swapped_k};
+        plan->kernels->gather(copy + (key - first) * copy_row * plan->kernels->size, copy_row, &from, (int)(end - key),
+                              (int)d);
+        key = end;
+    }
+    *row = (ptrdiff_t)copy_row;
+    return copy;
+}
+
+/* One panel against the keys [first, last) of one block, at pass row first - origin. */
+static void attend_block(const tile *t, const panel *x, const pass_rows *kv, int64_t origin, int64_t first,
+                         int64_t last, int careful)
+{
+    const qkv_problem *p = t->job->problem;
+    const qkv_plan *plan = t->job->plan;
+    const qkv_kernels *kernels = plan->kernels;
+    size_t size = (size_t)kernels->size;
+    int64_t block_first = first, block_last = last;
+    qkv_kind kind = qkv_cut(&x->limits[0], &first, &last);
+    if (kind == QKV_SKIP) {
+        t->counters->tiles_skipped++;
+        return;
+    }
+    qkv_tile whole = {
+        .q = x->q, .s = t->scratch + plan->at_s,
+        .o = x->state, .m = state_m(plan, x->state), .l = state_l(plan, x->state),
+        .k_row = kv->k_row, .v_row = kv->v_row, .c = plan->c,
+        .d = (int)p->dim, .dv = (int)p->dim_v, .nv = x->nv, .careful = careful,
+    };
+    if (kind == QKV_FULL) {
+        whole.k = kv->k + (first - origin) * kv->k_row * (int64_t)size;
+        whole.v = kv->v + (first - origin) * kv->v_row * (int64_t)size;
+        whole.nk = (int)(last - first);
+        t->counters->tiles_full++;
+        kernels->attend(&whole);
+        return;
+    }
+    /* Rows of the panel see different keys: vector by vector, each cut down to its own, wastes least. */
+    int w = kernels->vector;
+    int32_t lo[MAX_VECTOR], hi[MAX_VECTOR];
+    for (int i = 0; i < x->nv; i++) {
+        first = block_first;
+        last = block_last;
+        kind = qkv_cut(&x->limits[1 + i], &first, &last);
+        if (kind == QKV_SKIP)
+            continue;
+        qkv_tile one = whole;
+        size_t shift = (size_t)i * (size_t)w * size;
+        one.q = (const char *)whole.q + shift;
+        one.s = (char *)whole.s + shift;
+        one.o = (char *)whole.o + shift;
+        one.m = (char *)whole.m + shift;
+        one.l = (char *)whole.l + shift;
+        one.nv = 1;
+        one.nk = (int)(last - first);
+        one.k = kv->k + (first - origin) * kv->k_row * (int64_t)size;
+        one.v = kv->v + (first - origin) * kv->v_row * (int64_t)size;
+        if (kind == QKV_PARTIAL) {
+            for (int j = 0; j < w; j++) {
+                qkv_range keys = x->rows[i * w + j];
+                lo[j] = (int32_t)(qkv_min(qkv_max(keys.lo, first), last) - first);
+                hi[j] = (int32_t)(qkv_min(qkv_max(keys.hi, first), last) - first);
+            }
+            one.lo = lo;
+            one.hi = hi;
+            t->counters->tiles_partial++;
+        } else {
+            t->counters->tiles_full++;
+        }
+        kernels->attend(&one);
+    }
+}
+
+/* Every chosen panel against the keys of one chunk; leaves the chunk's own state in each panel's `state`. */
+static void attend_chunk(const tile *t, int64_t chunk, uint64_t chosen, int careful)
+{
+    const qkv_plan *plan = t->job->plan;
+    int64_t begin = qkv_max(chunk * plan->chunk, t->limits.any.lo / plan->block * plan->block);
+    int64_t end = qkv_min((chunk + 1) * plan->chunk, t->limits.any.hi);
+    for (int i = 0; i < t->panels; i++)
+        if (chosen >> i & 1)
+            reset(t, panel_at(t, i).state);
+    for (int64_t first = begin; first < end; first += plan->pass) {
+        int64_t last = qkv_min(first + plan->pass, end);
+        pass_rows kv;
+        kv.k = fetch(t, 0, first, last, &kv.k_row);
+        kv.v = fetch(t, 1, first, last, &kv.v_row);
+        for (int i = 0; i < t->panels; i++) {
+            if (!(chosen >> i & 1))
+                continue;
+            panel x = panel_at(t, i);
+            for (int64_t key = first; key < last; key += plan->block)
+                attend_block(t, &x, &kv, first, key, qkv_min(key + plan->block, last), careful);
+        }
+    }
+}
+
+/* All chunks of the chosen panels into `total`. */
+static void attend_tile(const tile *t, uint64_t chosen, int careful)
+{
+    const qkv_plan *plan = t->job->plan;
+    if (plan->chunks == 1) {
+        attend_chunk(t, 0, chosen, careful);
+        return;
+    }
+    for (int i = 0; i < t->panels; i++)
+        if (chosen >> i & 1)
+            reset(t, panel_at(t, i).total);
+    if (t->limits.any.lo >= t->limits.any.hi)
+        return;
+    int64_t first = t->limits.any.lo / plan->chunk, last = (t->limits.any.hi - 1) / plan->chunk;
+    for (int64_t chunk = first; chunk <= last; chunk++) {
+        attend_chunk(t, chunk, chosen, careful);
+        for (int i = 0; i < t->panels; i++)
+            if (chosen >> i & 1)
+                merge(t, panel_at(t, i).total, panel_at(t, i).state);
+    }
+}
+
+/* The panels whose result is not finite. */
+static uint64_t not_finite(const tile *t)
+{
+    const qkv_plan *plan = t->job->plan;
+    uint64_t found = 0;
+    for (int i = 0; i < t->panels; i++) {
+        panel x = panel_at(t, i);
+        if (!plan->kernels->finite(x.total, state_l(plan, x.total), x.nv, (int)t->job->problem->dim_v))
+            found |= (uint64_t)1 << i;
+    }
+    return found;
+}
+
+static void write_lse(const tile *t, const panel *x)
+{
+    const qkv_problem *p = t->job->problem;
+    const qkv_plan *plan = t->job->plan;
+    const void *m = state_m(plan, x->total), *l = state_l(plan, x->total);
+    int64_t first_head = (t->sequence * p->heads_kv + t->head) * plan->group;
+    for (int j = 0; j < x->n; j++) {
+        int64_t r = x->row + j;
+        int64_t at = (first_head + r % plan->group) * p->len_q + r / plan->group;
+        int wide = p->type == QKV_F64;
+        double top = wide ? ((const double *)m)[j] : ((const float *)m)[j];
+        double sum = wide ? ((const double *)l)[j] : ((const float *)l)[j];
+        double lse = sum == 0 ? -INFINITY : top * (p->scale == 0 ? 1 : fabs(p->scale)) + log(sum);
+        if (wide)
+            ((double *)p->lse)[at] = lse;
+        else
+            ((float *)p->lse)[at] = (float)lse;
+    }
+}
+
+static void write_tile(const tile *t)
+{
+    const qkv_problem *p = t->job->problem;
+    const qkv_plan *plan = t->job->plan;
+    void **rows = (void **)(t->scratch + plan->at_rows);
+    char *copies = t->scratch + plan->at_tile;
+    size_t row_bytes = (size_t)p->dim_v * (size_t)plan->kernels->size;
+    for (int i = 0; i < t->panels; i++) {
+        panel x = panel_at(t, i);
+        for (int j = 0; j < x.n; j++)
+            rows[j] = plan->direct_out ? p->out + t->out_offset + row_offset(t, &p->out_at, x.row + j)
+                                       : copies + (size_t)j * row_bytes;
+        plan->kernels->finish(rows, x.total, state_l(plan, x.total), x.n, (int)p->dim_v);
+        for (int j = 0; j < x.n && !plan->direct_out; j++) {
+            qkv_rows to = {p->out + t->out_offset + row_offset(t, &p->out_at, x.row + j), 0,
+                           (ptrdiff_t)p->out_at.dim, plan->kernels->size, p->swapped_out};
+            plan->kernels->scatter(&to, rows[j], 0, 1, (int)p->dim_v);
+        }
+        if (p->lse)
+            write_lse(t, &x);
+    }
+}
+
+/* With `total` of every panel computed on the assumption that V is finite: check that, and write. Where a result is not
+ * finite, a hidden NaN may have met a weight of 0, so those panels run again and take nothing from excluded keys. */
+static void conclude(const tile *t)
+{
+    uint64_t again = not_finite(t);
+    for (uint64_t bits = again; bits; bits &= bits - 1)
+        t->counters->panels_careful++;
+    if (again)
+        attend_tile(t, again, 1);
+    write_tile(t);
+}
+
+/* One chunk of a split tile. Whoever computes a tile's last missing chunk merges them all, in order. */
+static void attend_split(const tile *t, int64_t base, int64_t chunk)
+{
+    const call *job = t->job;
+    const qkv_plan *plan = job->plan;
+    uint64_t all = ~(uint64_t)0;
+    char *mine = job->partials + (size_t)(base * plan->chunks) * (size_t)plan->tile_panels * plan->state_bytes;
+    size_t chunk_bytes = (size_t)plan->tile_panels * plan->state_bytes;
+    attend_chunk(t, chunk, all, 0);
+    memcpy(mine + (size_t)chunk * chunk_bytes, panel_at(t, 0).state, (size_t)t->panels * plan->state_bytes);
+    t->counters->splits++;
+    if (atomic_fetch_sub(&job->pending[base], 1) != 1)
+        return;
+    for (int i = 0; i < t->panels; i++) {
+        panel x = panel_at(t, i);
+        reset(t, x.total);
+        for (int64_t c = 0; c < plan->chunks; c++)
+            merge(t, x.total, mine + (size_t)c * chunk_bytes + (size_t)i * plan->state_bytes);
+    }
+    conclude(t);
+}
+
+static void run_task(void *context, int64_t task, int worker)
+{
+    const call *job = context;
+    const qkv_problem *p = job->problem;
+    const qkv_plan *plan = job->plan;
+    int64_t chunk = plan->split ? task % plan->chunks : 0, base = plan->split ? task / plan->chunks : task;
+    int64_t head = base / plan->tiles;
+    tile t = {
+        .job = job, .sequence = head / p->heads_kv, .head = head % p->heads_kv,
+        /* Late rows first: under a causal mask they are the heavy ones. */
+        .first_panel = (plan->tiles - 1 - base % plan->tiles) * plan->tile_panels,
+        .counters = (qkv_counters *)job->scratch[worker],
+        .scratch = job->scratch[worker] + sizeof(qkv_counters),
+    };
+    int64_t panels = (plan->rows + plan->kernels->lanes - 1) / plan->kernels->lanes;
+    t.panels = (int)qkv_min(plan->tile_panels, panels - t.first_panel);
+    t.q_offset = sequence_offset(p, &p->q_at, t.sequence) + t.head * plan->group * p->q_at.head;
+    t.out_offset = sequence_offset(p, &p->out_at, t.sequence) + t.head * plan->group * p->out_at.head;
+    t.k_offset = t.head * p->k_at.head + (p->run_of ? 0 : sequence_offset(p, &p->k_at, t.sequence));
+    t.v_offset = t.head * p->v_at.head + (p->run_of ? 0 : sequence_offset(p, &p->v_at, t.sequence));
+    t.counters->tasks++;
+
+    find_limits(&t);
+    pack_queries(&t);
+    if (plan->split) {
+        attend_split(&t, base, chunk);
+        return;
+    }
+    attend_tile(&t, ~(uint64_t)0, 0);
+    conclude(&t);
+}
+
+static void add_counters(qkv_counters *to, const qkv_counters *from)
+{
+    to->tiles_full += from->tiles_full;
+    to->tiles_partial += from->tiles_partial;
+    to->tiles_skipped += from->tiles_skipped;
+    to->tiles_copied += from->tiles_copied;
+    to->panels_careful += from->panels_careful;
+    to->splits += from->splits;
+    to->tasks += from->tasks;
+}
+
+qkv_status qkv_forward(const qkv_problem *p)
+{
+    qkv_plan plan;
+    qkv_status status = qkv_make_plan(p, &plan);
+    if (status != QKV_OK || plan.tasks == 0 || (p->dim_v == 0 && !p->lse))
+        return status;
+
+    char *scratch[MAX_WORKERS] = {0};
+    call job = {.problem = p, .plan = &plan, .scratch = scratch};
+    int64_t bases = plan.split ? plan.tasks / plan.chunks : 0;
+    int workers = qkv_pool_acquire((int)qkv_min(plan.threads, MAX_WORKERS));
+    status = QKV_NO_MEMORY;
+    for (int i = 0; i < workers; i++) {
+        scratch[i] = qkv_scratch_take(sizeof(qkv_counters) + plan.scratch_bytes, i);
+        if (!scratch[i])
+            goto done;
+        memset(scratch[i], 0, sizeof(qkv_counters));
+    }
+    if (plan.split) {
+        job.partials = qkv_scratch_take(plan.partial_bytes + (size_t)bases * sizeof *job.pending, workers);
+        if (!job.partials)
+            goto done;
+        job.pending = (_Atomic int64_t *)(job.partials + plan.partial_bytes);
+        for (int64_t i = 0; i < bases; i++)
+            atomic_init(&job.pending[i], plan.chunks);
+    }
+    int stopped = qkv_pool_run(workers, plan.tasks, run_task, &job, p->interrupted, p->interrupted_arg);
+    status = stopped ? QKV_INTERRUPTED : QKV_OK;
+    for (int i = 0; i < workers && p->counters; i++)
+        add_counters(p->counters, (const qkv_counters *)scratch[i]);
+    if (p->counters)
+        p->counters->threads = qkv_max(p->counters->threads, workers);
+
+done:
+    for (int i = 0; i < workers; i++)
+        qkv_scratch_put(scratch[i], i);
+    qkv_scratch_put(job.partials, workers);
+    qkv_pool_release(workers);
+    return status;
+}

@@ -1,0 +1,144 @@
+/* The avx2 path: primitives for 8 floats or 4 doubles, 16 registers, fused multiply-add. Built with the flags of AVX2
+ * and FMA, so nothing of this file may run before cpu.c has seen both. */
+#include <immintrin.h>
+#include <stdint.h>
+
+#include "kernels.h"
+#include "compiler.h"
+
+/* float32 */
+
+typedef float real_f32;
+typedef __m256 vec_f32;
+typedef __m256 mask_f32;
+enum { width_f32 = 8 };
+
+static inline __m256i first_f32(int n)
+{
+    static const int32_t ones[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+    return _mm256_loadu_si256((const __m256i *)(ones + 8 - n));
+}
+
+static inline vec_f32 load_f32(const float *p) { return _mm256_load_ps(p); }
+static inline void store_f32(float *p, vec_f32 x) { _mm256_store_ps(p, x); }
+static inline vec_f32 load_part_f32(const float *p, int n) { return _mm256_maskload_ps(p, first_f32(n)); }
+static inline void store_part_f32(float *p, vec_f32 x, int n) { _mm256_maskstore_ps(p, first_f32(n), x); }
+static inline vec_f32 set1_f32(float a) { return _mm256_set1_ps(a); }
+static inline vec_f32 add_f32(vec_f32 x, vec_f32 y) { return _mm256_add_ps(x, y); }
+static inline vec_f32 sub_f32(vec_f32 x, vec_f32 y) { return _mm256_sub_ps(x, y); }
+static inline vec_f32 mul_f32(vec_f32 x, vec_f32 y) { return _mm256_mul_ps(x, y); }
+static inline vec_f32 div_f32(vec_f32 x, vec_f32 y) { return _mm256_div_ps(x, y); }
+static inline vec_f32 fma_f32(vec_f32 x, vec_f32 y, vec_f32 z) { return _mm256_fmadd_ps(x, y, z); }
+static inline vec_f32 max_f32(vec_f32 x, vec_f32 y) { return _mm256_max_ps(x, y); }
+static inline mask_f32 less_f32(vec_f32 x, vec_f32 y) { return _mm256_cmp_ps(x, y, _CMP_LT_OQ); }
+static inline mask_f32 equal_f32(vec_f32 x, vec_f32 y) { return _mm256_cmp_ps(x, y, _CMP_EQ_OQ); }
+static inline vec_f32 select_f32(mask_f32 m, vec_f32 x, vec_f32 y) { return _mm256_blendv_ps(y, x, m); }
+
+/* Adding 1.5 * 2^23 rounds x to a whole number and leaves that number in the low bits; n keeps them there. */
+static inline vec_f32 exponent_f32(vec_f32 x, vec_f32 *n)
+{
+    vec_f32 magic = _mm256_set1_ps(0x1.8p23f);
+    *n = _mm256_add_ps(x, magic);
+    return _mm256_sub_ps(x, _mm256_sub_ps(*n, magic));
+}
+
+static inline vec_f32 ldexp_f32(vec_f32 x, vec_f32 n, vec_f32 at)
+{
+    __m256i bits = _mm256_slli_epi32(_mm256_castps_si256(n), 23);
+    vec_f32 power = _mm256_castsi256_ps(_mm256_add_epi32(bits, _mm256_set1_epi32(127 << 23)));
+    return _mm256_andnot_ps(less_f32(at, _mm256_set1_ps(-126)), _mm256_mul_ps(x, power));
+}
+
+static inline void transpose_f32(vec_f32 x[8])
+{
+    vec_f32 y[8];
+    QKV_UNROLL
+    for (int i = 0; i < 8; i += 2) {
+        y[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
+        y[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+    }
+    QKV_UNROLL
+    for (int i = 0; i < 8; i += 4) {
+        x[i] = _mm256_shuffle_ps(y[i], y[i + 2], 0x44);
+        x[i + 1] = _mm256_shuffle_ps(y[i], y[i + 2], 0xee);
+        x[i + 2] = _mm256_shuffle_ps(y[i + 1], y[i + 3], 0x44);
+        x[i + 3] = _mm256_shuffle_ps(y[i + 1], y[i + 3], 0xee);
+    }
+    /* x[4 * i + c] now holds column 4 * h + c of rows 4 * i ... in its half h. */
+    QKV_UNROLL
+    for (int c = 0; c < 4; c++) {
+        y[c] = _mm256_permute2f128_ps(x[c], x[4 + c], 0x20);
+        y[4 + c] = _mm256_permute2f128_ps(x[c], x[4 + c], 0x31);
+    }
+    QKV_UNROLL
+    for (int i = 0; i < 8; i++)
+        x[i] = y[i];
+}
+
+#define T f32
+#define LANE_VECTORS 3
+#define ROW_TILE 4
+#include "kernel_tpl.h"
+
+/* float64 */
+
+typedef double real_f64;
+typedef __m256d vec_f64;
+typedef __m256d mask_f64;
+enum { width_f64 = 4 };
+
+static inline __m256i first_f64(int n)
+{
+    static const int64_t ones[8] = {-1, -1, -1, -1};
+    return _mm256_loadu_si256((const __m256i *)(ones + 4 - n));
+}
+
+static inline vec_f64 load_f64(const double *p) { return _mm256_load_pd(p); }
+static inline void store_f64(double *p, vec_f64 x) { _mm256_store_pd(p, x); }
+static inline vec_f64 load_part_f64(const double *p, int n) { return _mm256_maskload_pd(p, first_f64(n)); }
+static inline void store_part_f64(double *p, vec_f64 x, int n) { _mm256_maskstore_pd(p, first_f64(n), x); }
+static inline vec_f64 set1_f64(double a) { return _mm256_set1_pd(a); }
+static inline vec_f64 add_f64(vec_f64 x, vec_f64 y) { return _mm256_add_pd(x, y); }
+static inline vec_f64 sub_f64(vec_f64 x, vec_f64 y) { return _mm256_sub_pd(x, y); }
+static inline vec_f64 mul_f64(vec_f64 x, vec_f64 y) { return _mm256_mul_pd(x, y); }
+static inline vec_f64 div_f64(vec_f64 x, vec_f64 y) { return _mm256_div_pd(x, y); }
+static inline vec_f64 fma_f64(vec_f64 x, vec_f64 y, vec_f64 z) { return _mm256_fmadd_pd(x, y, z); }
+static inline vec_f64 max_f64(vec_f64 x, vec_f64 y) { return _mm256_max_pd(x, y); }
+static inline mask_f64 less_f64(vec_f64 x, vec_f64 y) { return _mm256_cmp_pd(x, y, _CMP_LT_OQ); }
+static inline mask_f64 equal_f64(vec_f64 x, vec_f64 y) { return _mm256_cmp_pd(x, y, _CMP_EQ_OQ); }
+static inline vec_f64 select_f64(mask_f64 m, vec_f64 x, vec_f64 y) { return _mm256_blendv_pd(y, x, m); }
+
+static inline vec_f64 exponent_f64(vec_f64 x, vec_f64 *n)
+{
+    vec_f64 magic = _mm256_set1_pd(0x1.8p52);
+    *n = _mm256_add_pd(x, magic);
+    return _mm256_sub_pd(x, _mm256_sub_pd(*n, magic));
+}
+
+static inline vec_f64 ldexp_f64(vec_f64 x, vec_f64 n, vec_f64 at)
+{
+    __m256i bits = _mm256_slli_epi64(_mm256_castpd_si256(n), 52);
+    vec_f64 power = _mm256_castsi256_pd(_mm256_add_epi64(bits, _mm256_set1_epi64x((int64_t)1023 << 52)));
+    return _mm256_andnot_pd(less_f64(at, _mm256_set1_pd(-1022)), _mm256_mul_pd(x, power));
+}
+
+static inline void transpose_f64(vec_f64 x[4])
+{
+    vec_f64 a = _mm256_unpacklo_pd(x[0], x[1]), b = _mm256_unpackhi_pd(x[0], x[1]);
+    vec_f64 c = _mm256_unpacklo_pd(x[2], x[3]), d = _mm256_unpackhi_pd(x[2], x[3]);
+    x[0] = _mm256_permute2f128_pd(a, c, 0x20);
+    x[1] = _mm256_permute2f128_pd(b, d, 0x20);
+    x[2] = _mm256_permute2f128_pd(a, c, 0x31);
+    x[3] = _mm256_permute2f128_pd(b, d, 0x31);
+}
+
+#define T f64
+#define LANE_VECTORS 3
+#define ROW_TILE 4
+#include "kernel_tpl.h"
+
+const qkv_isa qkv_avx2 = {
+    .name = "avx2",
+    .needs = QKV_CPU_AVX2 | QKV_CPU_FMA,
+    .type = {&kernels_f32, &kernels_f64},
+};

@@ -1,0 +1,144 @@
+/* The avx512 path: primitives for 16 floats or 8 doubles, 32 registers. Built with the flags of AVX-512 F, VL, DQ, BW
+ * and CD, so nothing of this file may run before qkv_cpu has seen all of them. */
+#include <immintrin.h>
+
+#include "kernels.h"
+#include "compiler.h"
+
+/* float32 */
+
+typedef float real_f32;
+typedef __m512 vec_f32;
+typedef __mmask16 mask_f32;
+enum { width_f32 = 16 };
+
+static inline __mmask16 first_f32(int n) { return (__mmask16)((1u << n) - 1); }
+static inline vec_f32 load_f32(const float *p) { return _mm512_load_ps(p); }
+static inline void store_f32(float *p, vec_f32 x) { _mm512_store_ps(p, x); }
+static inline vec_f32 load_part_f32(const float *p, int n) { return _mm512_maskz_loadu_ps(first_f32(n), p); }
+static inline void store_part_f32(float *p, vec_f32 x, int n) { _mm512_mask_storeu_ps(p, first_f32(n), x); }
+static inline vec_f32 set1_f32(float a) { return _mm512_set1_ps(a); }
+static inline vec_f32 add_f32(vec_f32 x, vec_f32 y) { return _mm512_add_ps(x, y); }
+static inline vec_f32 sub_f32(vec_f32 x, vec_f32 y) { return _mm512_sub_ps(x, y); }
+static inline vec_f32 mul_f32(vec_f32 x, vec_f32 y) { return _mm512_mul_ps(x, y); }
+static inline vec_f32 div_f32(vec_f32 x, vec_f32 y) { return _mm512_div_ps(x, y); }
+static inline vec_f32 fma_f32(vec_f32 x, vec_f32 y, vec_f32 z) { return _mm512_fmadd_ps(x, y, z); }
+static inline vec_f32 max_f32(vec_f32 x, vec_f32 y) { return _mm512_max_ps(x, y); }
+static inline mask_f32 less_f32(vec_f32 x, vec_f32 y) { return _mm512_cmp_ps_mask(x, y, _CMP_LT_OQ); }
+static inline mask_f32 equal_f32(vec_f32 x, vec_f32 y) { return _mm512_cmp_ps_mask(x, y, _CMP_EQ_OQ); }
+static inline vec_f32 select_f32(mask_f32 m, vec_f32 x, vec_f32 y) { return _mm512_mask_blend_ps(m, y, x); }
+
+static inline vec_f32 exponent_f32(vec_f32 x, vec_f32 *n)
+{
+    *n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return _mm512_sub_ps(x, *n);
+}
+
+static inline vec_f32 ldexp_f32(vec_f32 x, vec_f32 n, vec_f32 at)
+{
+    __mmask16 keep = _mm512_cmp_ps_mask(at, _mm512_set1_ps(-126), _CMP_NLT_UQ);
+    return _mm512_maskz_scalef_ps(keep, x, n);
+}
+
+static inline void transpose_f32(vec_f32 x[16])
+{
+    vec_f32 y[16];
+    QKV_UNROLL
+    for (int i = 0; i < 16; i += 2) {
+        y[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
+        y[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+    }
+    QKV_UNROLL
+    for (int i = 0; i < 16; i += 4) {
+        QKV_UNROLL
+        for (int j = 0; j < 2; j++) {
+            __m512d lo = _mm512_castps_pd(y[i + j]), hi = _mm512_castps_pd(y[i + j + 2]);
+            x[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(lo, hi));
+            x[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(lo, hi));
+        }
+    }
+    /* x[4 * i + c] now holds column 4 * q + c of rows 4 * i ... in its quarter q. */
+    QKV_UNROLL
+    for (int c = 0; c < 4; c++) {
+        vec_f32 a = _mm512_shuffle_f32x4(x[c], x[4 + c], 0x88), b = _mm512_shuffle_f32x4(x[8 + c], x[12 + c], 0x88);
+        vec_f32 d = _mm512_shuffle_f32x4(x[c], x[4 + c], 0xdd), e = _mm512_shuffle_f32x4(x[8 + c], x[12 + c], 0xdd);
+        y[c] = _mm512_shuffle_f32x4(a, b, 0x88);
+        y[8 + c] = _mm512_shuffle_f32x4(a, b, 0xdd);
+        y[4 + c] = _mm512_shuffle_f32x4(d, e, 0x88);
+        y[12 + c] = _mm512_shuffle_f32x4(d, e, 0xdd);
+    }
+    QKV_UNROLL
+    for (int i = 0; i < 16; i++)
+        x[i] = y[i];
+}
+
+#define T f32
+#define LANE_VECTORS 3
+#define ROW_TILE 8
+#include "kernel_tpl.h"
+
+/* float64 */
+
+typedef double real_f64;
+typedef __m512d vec_f64;
+typedef __mmask8 mask_f64;
+enum { width_f64 = 8 };
+
+static inline __mmask8 first_f64(int n) { return (__mmask8)((1u << n) - 1); }
+static inline vec_f64 load_f64(const double *p) { return _mm512_load_pd(p); }
+static inline void store_f64(double *p, vec_f64 x) { _mm512_store_pd(p, x); }
+static inline vec_f64 load_part_f64(const double *p, int n) { return _mm512_maskz_loadu_pd(first_f64(n), p); }
+static inline void store_part_f64(double *p, vec_f64 x, int n) { _mm512_mask_storeu_pd(p, first_f64(n), x); }
+static inline vec_f64 set1_f64(double a) { return _mm512_set1_pd(a); }
+static inline vec_f64 add_f64(vec_f64 x, vec_f64 y) { return _mm512_add_pd(x, y); }
+static inline vec_f64 sub_f64(vec_f64 x, vec_f64 y) { return _mm512_sub_pd(x, y); }
+static inline vec_f64 mul_f64(vec_f64 x, vec_f64 y) { return _mm512_mul_pd(x, y); }
+static inline vec_f64 div_f64(vec_f64 x, vec_f64 y) { return _mm512_div_pd(x, y); }
+static inline vec_f64 fma_f64(vec_f64 x, vec_f64 y, vec_f64 z) { return _mm512_fmadd_pd(x, y, z); }
+static inline vec_f64 max_f64(vec_f64 x, vec_f64 y) { return _mm512_max_pd(x, y); }
+static inline mask_f64 less_f64(vec_f64 x, vec_f64 y) { return _mm512_cmp_pd_mask(x, y, _CMP_LT_OQ); }
+static inline mask_f64 equal_f64(vec_f64 x, vec_f64 y) { return _mm512_cmp_pd_mask(x, y, _CMP_EQ_OQ); }
+static inline vec_f64 select_f64(mask_f64 m, vec_f64 x, vec_f64 y) { return _mm512_mask_blend_pd(m, y, x); }
+
+static inline vec_f64 exponent_f64(vec_f64 x, vec_f64 *n)
+{
+    *n = _mm512_roundscale_pd(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return _mm512_sub_pd(x, *n);
+}
+
+static inline vec_f64 ldexp_f64(vec_f64 x, vec_f64 n, vec_f64 at)
+{
+    __mmask8 keep = _mm512_cmp_pd_mask(at, _mm512_set1_pd(-1022), _CMP_NLT_UQ);
+    return _mm512_maskz_scalef_pd(keep, x, n);
+}
+
+static inline void transpose_f64(vec_f64 x[8])
+{
+    vec_f64 y[8];
+    QKV_UNROLL
+    for (int i = 0; i < 8; i += 2) {
+        y[i] = _mm512_unpacklo_pd(x[i], x[i + 1]);
+        y[i + 1] = _mm512_unpackhi_pd(x[i], x[i + 1]);
+    }
+    /* y[2 * i + c] holds column 2 * q + c of rows 2 * i, 2 * i + 1 in its quarter q. */
+    QKV_UNROLL
+    for (int c = 0; c < 2; c++) {
+        vec_f64 a = _mm512_shuffle_f64x2(y[c], y[2 + c], 0x88), b = _mm512_shuffle_f64x2(y[4 + c], y[6 + c], 0x88);
+        vec_f64 d = _mm512_shuffle_f64x2(y[c], y[2 + c], 0xdd), e = _mm512_shuffle_f64x2(y[4 + c], y[6 + c], 0xdd);
+        x[c] = _mm512_shuffle_f64x2(a, b, 0x88);
+        x[4 + c] = _mm512_shuffle_f64x2(a, b, 0xdd);
+        x[2 + c] = _mm512_shuffle_f64x2(d, e, 0x88);
+        x[6 + c] = _mm512_shuffle_f64x2(d, e, 0xdd);
+    }
+}
+
+#define T f64
+#define LANE_VECTORS 3
+#define ROW_TILE 8
+#include "kernel_tpl.h"
+
+const qkv_isa qkv_avx512 = {
+    .name = "avx512",
+    .needs = QKV_CPU_AVX512,
+    .type = {&kernels_f32, &kernels_f64},
+};

@@ -1,0 +1,19 @@
+/* The dialect that the kernels are written in: what C11 lacks, once per compiler. */
+#ifndef QKV_COMPILER_H
+#define QKV_COMPILER_H
+
+#if defined(__GNUC__) || defined(__clang__)
+#define QKV_INLINE inline __attribute__((always_inline))
+/* Small arrays of vectors stay in registers only if every loop over them is unrolled: gcc needs to be told. */
+#define QKV_UNROLL _Pragma("GCC unroll 16")
+#elif defined(_MSC_VER)
+#define QKV_INLINE __forceinline
+#define QKV_UNROLL
+#else
+#define QKV_INLINE inline
+#define QKV_UNROLL
+#endif
+
+#define QKV_ALIGN _Alignas(64)
+
+#endif

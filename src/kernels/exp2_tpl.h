@@ -1,0 +1,25 @@
+/* 2^x = 2^n * 2^r with n = round(x), |r| <= 1/2, and a polynomial (exp2_poly.h) whose constant term is exactly 1, so
+ * that exp2(0) == 1. What would fall below the smallest normal number is exactly 0: subnormal weights would slow every
+ * product they enter. -inf gives 0 and NaN stays NaN. Softmax needs x <= about 8; results are right up to 2^126.
+ */
+static inline VEC X(exp2)(VEC x)
+{
+    enum { degree = sizeof X(exp2_poly) / sizeof X(exp2_poly)[0] - 1 };
+    VEC n;
+    VEC r = X(exponent)(x, &n);
+    VEC p = X(set1)(X(exp2_poly)[degree]);
+    QKV_UNROLL
+    for (int i = degree - 1; i >= 0; i--)
+        p = X(fma)(p, r, X(set1)(X(exp2_poly)[i]));
+    return X(ldexp)(p, n, x);
+}
+
+static void X(exp2_array)(const void *x, void *y, int64_t n)
+{
+    const REAL *from = x;
+    REAL *to = y;
+    for (int64_t i = 0; i < n; i += W) {
+        int part = n - i < W ? (int)(n - i) : W;
+        X(store_part)(to + i, X(exp2)(X(load_part)(from + i, part)), part);
+    }
+}

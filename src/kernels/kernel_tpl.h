@@ -1,0 +1,56 @@
+/* All functions of one CPU path for one element type, and their table.
+ *
+ * Parameters, defined by the file that includes this one:
+ *   T              suffix of the type: f32, f64; every name below ends in _##T
+ *   LANE_VECTORS   vectors in a panel row (3)
+ *   ROW_TILE       keys, or output columns, that the product holds in registers at a time
+ *
+ * Primitives, static inline functions of that file (w is the number of elements in a vector):
+ *   real, vec, mask          the element, the vector, the result of a comparison (types)
+ *   width                    w, an enum constant
+ *   load(p) store(p, x)      aligned to a vector
+ *   load_part(p, n) store_part(p, x, n)      the first n <= w elements, any alignment; nothing past them is touched
+ *   set1(a)  add sub mul div(x, y)  fma(x, y, z) = x * y + z
+ *   max(x, y)                y where either is NaN
+ *   less(x, y)  equal(x, y)  select(mask, x, y) = mask ? x : y
+ *   exponent(x, &n)          x - n with n = x rounded to a whole number
+ *   ldexp(x, n, at)          x * 2^n, but 0 where at < EXP2_LOWEST; NaN stays NaN
+ *   transpose(x)             x[w] as a w * w matrix, in place
+ */
+#include <math.h>
+#include <string.h>
+
+#include "exp2_poly.h"
+
+#define QKV_JOIN2(a, b) a##_##b
+#define QKV_JOIN(a, b) QKV_JOIN2(a, b)
+#define X(name) QKV_JOIN(name, T)
+#define REAL X(real)
+#define VEC X(vec)
+#define W X(width)
+#define LANES (LANE_VECTORS * W)
+
+#include "exp2_tpl.h"
+#include "attend_tpl.h"
+#include "rows_tpl.h"
+#include "peak_tpl.h"
+
+#define KERNELS { \
+    .size = sizeof(REAL), .vector = W, .lanes = LANES, \
+    .attend = X(attend), .reset = X(reset), .merge = X(merge), \
+    .pack = X(pack), .finish = X(finish), .finite = X(finite), .gather = X(gather), .scatter = X(scatter), \
+    .exp2 = X(exp2_array), .fma = X(fma_rounds) }
+
+static const qkv_kernels X(kernels) = KERNELS;
+
+#undef KERNELS
+#undef LANES
+#undef W
+#undef VEC
+#undef REAL
+#undef X
+#undef QKV_JOIN
+#undef QKV_JOIN2
+#undef ROW_TILE
+#undef LANE_VECTORS
+#undef T

@@ -1,0 +1,89 @@
+/* The contract between the driver and a CPU path: what one tile is, and the table of functions that work on it.
+ *
+ * Legend: Q K V O are queries, keys, values, output; S = scale * Q K^T; P = softmax numerators; m and l are the
+ * running maximum and sum of a row; d is the head dimension.
+ *
+ * The layout. A panel is up to `lanes` query rows that share the same keys; one row is one SIMD lane from beginning to
+ * end. Everything about a panel is stored with the lane as the fast axis, `lanes` elements to a row:
+ *
+ *     Q^T (d, lanes)     S^T, P^T (keys, lanes)     O^T (dv, lanes)     m, l (lanes)
+ *
+ * and keys are broadcast: no horizontal operation anywhere, and what a lane computes depends on nothing but that
+ * lane's own data and the bounds of the key tile. That is what makes results equal bit by bit however rows are
+ * grouped into panels and panels given to threads.
+ */
+#ifndef QKV_KERNELS_H
+#define QKV_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum { QKV_KEYS = 1024 };             /* most keys in one tile: key numbers are exact in any element type */
+
+/* One step of online softmax over nk keys for nv vectors of lanes. All pointers are to the table's element type and
+ * aligned to it; panel pointers (q s o m l) are aligned to a vector and have rows of `lanes` elements. */
+typedef struct {
+    const void *q;                    /* (d, lanes), from pack */
+    const void *k;                    /* (nk, d), unit stride along d */
+    const void *v;                    /* (nk, dv), unit stride along dv */
+    ptrdiff_t k_row, v_row;           /* strides in elements */
+    void *s;                          /* (nk, lanes), scratch */
+    void *o, *m, *l;                  /* (dv, lanes), (lanes), (lanes): the state that is updated */
+    const int32_t *lo, *hi;           /* (lanes): lane j sees the keys lo[j] <= i < hi[j] of the tile; NULL: all */
+    double c;                         /* log2(e) * |scale|, positive */
+    int nk, d, dv, nv;                /* nk <= QKV_KEYS */
+    int careful;                      /* take nothing from V where the lane's key is excluded, even NaN */
+} qkv_tile;
+
+/* A run of rows anywhere in memory, for copies: element (i, j) lies at data + i * row + j * col bytes. */
+typedef struct {
+    char *data;
+    ptrdiff_t row, col;
+    int size;                         /* bytes per element: float32 or float64 */
+    int swapped;                      /* byte order differs from the machine's */
+} qkv_rows;
+
+/* The functions of one CPU path for one element type. */
+typedef struct {
+    int size;                         /* bytes per element */
+    int vector;                       /* elements per vector */
+    int lanes;                        /* elements per panel row, a multiple of vector */
+
+    /* O, m, l <- merge(O, m, l, Q K^T, V) for one tile. An excluded score (hidden by lo and hi, or -inf) has weight
+     * 0. NaN in q, k or v of a visible pair reaches O of that lane; a lane that has seen nothing keeps m = -inf, l = 0.
+     * The state of a new panel is O = 0, m = -inf, l = 0 (see reset). */
+    void (*attend)(const qkv_tile *tile);
+
+    void (*reset)(void *o, void *m, void *l, int dv);
+
+    /* The state of the keys in `o m l`, followed by that of the keys in `o2 m2 l2`. */
+    void (*merge)(void *o, void *m, void *l, const void *o2, const void *m2, const void *l2, int dv, double c);
+
+    /* Q^T <- sign * rows, `n` rows of d elements at unit stride; lanes from n to the next vector repeat row n - 1. */
+    void (*pack)(void *qt, const void *const *rows, int n, int d, double sign);
+
+    /* rows <- O / l (0 where l = 0), n rows of dv elements at unit stride. */
+    void (*finish)(void *const *rows, const void *o, const void *l, int n, int dv);
+
+    /* Whether O and l of the first nv vectors hold no NaN and no infinity. */
+    int (*finite)(const void *o, const void *l, int nv, int dv);
+
+    /* (n, d) elements from any strides, alignment, byte order and narrower type to unit stride; and back, where the
+     * type is the table's. */
+    void (*gather)(void *to, ptrdiff_t to_row, const qkv_rows *from, int n, int d);
+    void (*scatter)(const qkv_rows *to, const void *from, ptrdiff_t from_row, int n, int d);
+
+    void (*exp2)(const void *x, void *y, int64_t n);          /* elementwise, for tests */
+    double (*fma)(int64_t rounds, double *flops);             /* keeps the FMA units busy; for the benchmark */
+} qkv_kernels;
+
+/* A CPU path: one const object of this type is all that a file in this folder exports. */
+typedef struct {
+    const char *name;
+    uint32_t needs;                   /* QKV_CPU_... bits that the CPU and its system must have */
+    const qkv_kernels *type[2];       /* by qkv_type: float32, float64 */
+} qkv_isa;
+
+enum { QKV_CPU_AVX2 = 1, QKV_CPU_FMA = 2, QKV_CPU_AVX512 = 4 };      /* AVX512 is F, VL, DQ, BW and CD together */
+
+#endif

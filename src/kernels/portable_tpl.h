@@ -1,0 +1,92 @@
+/* The primitives of the portable path, for one element type, in standard C but for the vector.
+ *
+ * Parameters: T, REAL_TYPE, BITS_TYPE (an unsigned integer of its size), VECTOR_BYTES, MANTISSA_BITS, EXPONENT_BIAS.
+ * With gcc and clang a vector is VECTOR_BYTES long and operators work on all its elements; elsewhere it is one element
+ * and the same operators work on that.
+ */
+#define P3(a, b) a##_##b
+#define P2(a, b) P3(a, b)
+#define P(name) P2(name, T)
+
+typedef REAL_TYPE P(real);
+#if defined(__GNUC__) || defined(__clang__)
+typedef REAL_TYPE P(vec) __attribute__((vector_size(VECTOR_BYTES)));
+typedef BITS_TYPE P(mask) __attribute__((vector_size(VECTOR_BYTES)));
+#define ALL_ONES(comparison) ((P(mask))(comparison))    /* the operators give all ones for true */
+#else
+typedef REAL_TYPE P(vec);
+typedef BITS_TYPE P(mask);
+#define ALL_ONES(comparison) ((P(mask))0 - (P(mask))(comparison))
+#endif
+enum { P(width) = sizeof(P(vec)) / sizeof(P(real)) };
+
+static inline P(vec) P(load)(const P(real) *p) { P(vec) x; memcpy(&x, p, sizeof x); return x; }
+static inline void P(store)(P(real) *p, P(vec) x) { memcpy(p, &x, sizeof x); }
+
+static inline P(vec) P(load_part)(const P(real) *p, int n)
+{
+    P(real) all[P(width)] = {0};
+    for (int i = 0; i < n; i++)
+        all[i] = p[i];
+    return P(load)(all);
+}
+
+static inline void P(store_part)(P(real) *p, P(vec) x, int n)
+{
+    P(real) all[P(width)];
+    P(store)(all, x);
+    for (int i = 0; i < n; i++)
+        p[i] = all[i];
+}
+
+static inline P(vec) P(set1)(P(real) a) { return a - (P(vec)){0}; }
+static inline P(vec) P(add)(P(vec) x, P(vec) y) { return x + y; }
+static inline P(vec) P(sub)(P(vec) x, P(vec) y) { return x - y; }
+static inline P(vec) P(mul)(P(vec) x, P(vec) y) { return x * y; }
+static inline P(vec) P(div)(P(vec) x, P(vec) y) { return x / y; }
+static inline P(vec) P(fma)(P(vec) x, P(vec) y, P(vec) z) { return x * y + z; }
+
+static inline P(mask) P(bits)(P(vec) x) { P(mask) b; memcpy(&b, &x, sizeof b); return b; }
+static inline P(vec) P(from_bits)(P(mask) b) { P(vec) x; memcpy(&x, &b, sizeof x); return x; }
+static inline P(mask) P(less)(P(vec) x, P(vec) y) { return ALL_ONES(x < y); }
+static inline P(mask) P(equal)(P(vec) x, P(vec) y) { return ALL_ONES(x == y); }
+
+static inline P(vec) P(select)(P(mask) m, P(vec) x, P(vec) y)
+{
+    return P(from_bits)((m & P(bits)(x)) | (~m & P(bits)(y)));
+}
+
+static inline P(vec) P(max)(P(vec) x, P(vec) y) { return P(select)(P(less)(y, x), x, y); }
+
+/* Adding 1.5 * 2^mantissa rounds x to a whole number and leaves that number in the low bits; n keeps them there. */
+static inline P(vec) P(exponent)(P(vec) x, P(vec) *n)
+{
+    P(vec) magic = P(set1)((P(real))1.5 * (P(real))((BITS_TYPE)1 << MANTISSA_BITS));
+    *n = x + magic;
+    return x - (*n - magic);
+}
+
+static inline P(vec) P(ldexp)(P(vec) x, P(vec) n, P(vec) at)
+{
+    P(vec) power = P(from_bits)((P(bits)(n) << MANTISSA_BITS) + ((BITS_TYPE)EXPONENT_BIAS << MANTISSA_BITS));
+    return P(select)(P(less)(at, P(set1)(1 - EXPONENT_BIAS)), P(set1)(0), x * power);
+}
+
+static inline void P(transpose)(P(vec) *x)
+{
+    P(real) from[P(width)][P(width)], to[P(width)][P(width)];
+    memcpy(from, x, sizeof from);
+    for (int i = 0; i < P(width); i++)
+        for (int j = 0; j < P(width); j++)
+            to[j][i] = from[i][j];
+    memcpy(x, to, sizeof to);
+}
+
+#undef ALL_ONES
+#undef P
+#undef P2
+#undef P3
+#undef REAL_TYPE
+#undef BITS_TYPE
+#undef MANTISSA_BITS
+#undef EXPONENT_BIAS

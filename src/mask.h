@@ -1,0 +1,65 @@
+/* Which keys a query sees, from positions alone: causal order, windows, offsets and lengths are one interval per row.
+ *
+ * Query i of sequence b sits at i + offset_b and sees the keys [position - left, position + right] that are below
+ * length_b. Over a group of rows the intervals give two more: the keys that some row sees (union) and those that every
+ * row sees (common). A tile outside the union is skipped; one inside the common range needs no mask at all.
+ */
+#ifndef QKV_MASK_H
+#define QKV_MASK_H
+
+#include "qkv.h"
+
+typedef struct { int64_t lo, hi; } qkv_range;          /* keys lo <= i < hi; empty if lo >= hi */
+
+typedef struct { qkv_range any, all; } qkv_limits;     /* union and common range of some rows */
+
+typedef enum { QKV_SKIP, QKV_FULL, QKV_PARTIAL } qkv_kind;
+
+static inline int64_t qkv_min(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t qkv_max(int64_t a, int64_t b) { return a > b ? a : b; }
+
+static inline int64_t qkv_length(const qkv_problem *p, int64_t sequence)
+{
+    return p->length ? p->length[sequence] : p->len_k;
+}
+
+static inline qkv_range qkv_visible(const qkv_problem *p, int64_t sequence, int64_t i)
+{
+    int64_t n = qkv_length(p, sequence);
+    int64_t position = i + (p->offset ? p->offset[sequence] : n - p->len_q);
+    qkv_range keys = {0, n};
+    if (p->left != QKV_OPEN)
+        keys.lo = qkv_max(0, position - p->left);
+    if (p->right != QKV_OPEN)
+        keys.hi = qkv_min(n, position + p->right + 1);
+    if (keys.lo >= keys.hi)
+        keys.lo = keys.hi = 0;
+    return keys;
+}
+
+static inline qkv_limits qkv_no_limits(void)
+{
+    return (qkv_limits){{INT64_MAX, 0}, {0, INT64_MAX}};
+}
+
+static inline void qkv_add_row(qkv_limits *limits, qkv_range row)
+{
+    if (row.lo < row.hi) {                              /* an empty interval says nothing about the union */
+        limits->any.lo = qkv_min(limits->any.lo, row.lo);
+        limits->any.hi = qkv_max(limits->any.hi, row.hi);
+    }
+    limits->all.lo = qkv_max(limits->all.lo, row.lo);
+    limits->all.hi = qkv_min(limits->all.hi, row.hi);
+}
+
+/* Cuts the tile [first, last) down to what some row sees, and says what is left. */
+static inline qkv_kind qkv_cut(const qkv_limits *limits, int64_t *first, int64_t *last)
+{
+    *first = qkv_max(*first, limits->any.lo);
+    *last = qkv_min(*last, limits->any.hi);
+    if (*first >= *last)
+        return QKV_SKIP;
+    return limits->all.lo <= *first && *last <= limits->all.hi ? QKV_FULL : QKV_PARTIAL;
+}
+
+#endif

@@ -1,0 +1,141 @@
+/* Problem -> plan. Every tuning number of the library is in this file.
+ *
+ * Two kinds of choice are kept apart. What changes arithmetic (block, chunk) depends only on types and dimensions, so
+ * that results are the same bits for any batch, heads, strides and threads. What changes only who does what when (query
+ * tiles, passes, splits, copies, threads) may depend on everything.
+ */
+#include "plan.h"
+
+#include <math.h>
+
+#include "cpu.h"
+#include "mask.h"
+
+/* Measured on a 2-core Zen 4 (32 KB L1d, 1 MB L2) with `qkv-fast bench --suite foundation`. */
+enum {
+    BLOCK = 96,                       /* keys per kernel call: S^T (96, 48) is 18 KB, more than half of L1 but read in order */
+    CHUNK = 1152,                     /* keys per chunk; merging chunks of about 1000 keeps the error of 64k keys small */
+    PASS_BYTES = 512 << 10,           /* K and V of a pass: half of L2 */
+    STATE_BYTES = 192 << 10,          /* Q^T, O and totals of the panels that share a pass */
+    TILE_PANELS = 32,                 /* most panels in a query tile */
+    TASKS_PER_THREAD = 8,             /* enough for an even finish; fewer, larger tasks share K and V better */
+    PARTIAL_BYTES = 32 << 20,         /* most memory that a split may take */
+    CONFLICT_BYTES = 4096,            /* rows this far apart (or a multiple) fall into one cache set */
+    COPY_PAD = 16,                    /* elements between copied rows, against the same conflict */
+    ALIGNMENT = 64
+};
+static const double SERIAL_FLOPS = 3e6;                 /* about 30 us of one core: not worth waking another */
+
+static size_t align(size_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
+static int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
+
+static int multiply(int64_t a, int64_t b, int64_t *product)
+{
+    if (b != 0 && a > INT64_MAX / b)
+        return 0;
+    *product = a * b;
+    return 1;
+}
+
+/* Whether a row of elements can be used where it lies: unit stride, native bytes, aligned, at a stride of elements. */
+static int is_direct(const void *data, const qkv_problem *p, const qkv_strides *at, int swapped, int size)
+{
+    int64_t bits = (int64_t)(uintptr_t)data | at->head | at->row;
+    for (int i = 0; i < p->n_axes; i++)
+        bits |= at->axis[i];
+    return !swapped && at->dim == size && bits % size == 0;
+}
+
+static int rows_conflict(const qkv_strides *at)
+{
+    return at->row != 0 && at->row % CONFLICT_BYTES == 0;
+}
+
+static void choose_copies(const qkv_problem *p, qkv_plan *plan)
+{
+    int size = plan->kernels->size;
+    /* A copy is worth it against conflicts only if several panels share it. */
+    int shared = plan->rows > 2 * plan->kernels->lanes;
+    plan->copy_k = shared && rows_conflict(&p->k_at);
+    plan->copy_v = shared && rows_conflict(&p->v_at);
+    for (int64_t i = 0; i < p->n_runs; i++) {
+        plan->copy_k |= p->kv_type != p->type || !is_direct(p->runs[i].k, p, &p->k_at, p->swapped_k, size);
+        plan->copy_v |= p->kv_type != p->type || !is_direct(p->runs[i].v, p, &p->v_at, p->swapped_v, size);
+    }
+    plan->direct_q = is_direct(p->q, p, &p->q_at, p->swapped_q, size);
+    plan->direct_out = is_direct(p->out, p, &p->out_at, p->swapped_out, size);
+}
+
+static void lay_out_scratch(const qkv_problem *p, qkv_plan *plan)
+{
+    size_t size = (size_t)plan->kernels->size, lanes = (size_t)plan->kernels->lanes;
+    size_t vectors = lanes / (size_t)plan->kernels->vector;
+    size_t panels = (size_t)plan->tile_panels, dim = (size_t)p->dim, dim_v = (size_t)p->dim_v;
+    size_t at = 0;
+    plan->copy_row_k = p->dim + COPY_PAD;
+    plan->copy_row_v = p->dim_v + COPY_PAD;
+    plan->state_bytes = align((dim_v + 2) * lanes * size);
+#define TAKE(field, bytes) (plan->field = at, at += align(bytes))
+    TAKE(at_limits, panels * ((vectors + 1) * sizeof(qkv_limits) + lanes * sizeof(qkv_range)));
+    TAKE(at_rows, lanes * sizeof(void *));
+    TAKE(at_q, panels * dim * lanes * size);
+    TAKE(at_state, panels * plan->state_bytes);
+    TAKE(at_total, plan->chunks > 1 ? panels * plan->state_bytes : 0);
+    TAKE(at_s, (size_t)plan->block * lanes * size);
+    TAKE(at_k, plan->copy_k || p->n_runs > 1 ? (size_t)(plan->pass * plan->copy_row_k) * size : 0);
+    TAKE(at_v, plan->copy_v || p->n_runs > 1 ? (size_t)(plan->pass * plan->copy_row_v) * size : 0);
+    TAKE(at_tile, plan->direct_q && plan->direct_out ? 0 : lanes * (dim > dim_v ? dim : dim_v) * size);
+#undef TAKE
+    plan->scratch_bytes = at;
+}
+
+qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
+{
+    *plan = (qkv_plan){.kernels = qkv_isa_at(p->isa)->type[p->type]};
+    const qkv_kernels *kernels = plan->kernels;
+
+    /* Scale 0 makes every visible score 0. It goes into Q, so that no score is multiplied by a zero c; c itself is kept
+     * inside the type's range. */
+    double top = p->type == QKV_F32 ? 3e38 : 1e308, least = p->type == QKV_F32 ? 1e-38 : 1e-308;
+    plan->sign = p->scale > 0 ? 1 : p->scale < 0 ? -1 : 0;
+    plan->c = p->scale == 0 ? 1 : fmin(fmax(fabs(p->scale) * 1.4426950408889634, least), top);
+
+    plan->sequences = 1;
+    for (int i = 0; i < p->n_axes; i++)
+        if (!multiply(plan->sequences, p->axes[i], &plan->sequences))
+            return QKV_OVERFLOW;
+    plan->group = p->heads_kv ? p->heads_q / p->heads_kv : 0;
+    if (!multiply(p->len_q, plan->group, &plan->rows))
+        return QKV_OVERFLOW;
+
+    plan->block = BLOCK;
+    plan->chunk = CHUNK;
+    plan->chunks = p->len_k > 0 ? ceil_div(p->len_k, CHUNK) : 1;
+    int64_t pass = PASS_BYTES / ((p->dim + p->dim_v + 1) * kernels->size) / BLOCK * BLOCK;
+    plan->pass = qkv_min(CHUNK, qkv_max(BLOCK, pass));
+    choose_copies(p, plan);
+
+    /* Query tiles: as many panels as stay in cache together, but enough tiles for all threads. */
+    int64_t panels = ceil_div(plan->rows, kernels->lanes), heads, base;
+    int64_t panel_bytes = (p->dim + 2 * p->dim_v + 4) * kernels->lanes * kernels->size;
+    int64_t most = qkv_min(TILE_PANELS, qkv_max(1, STATE_BYTES / panel_bytes));
+    if (!multiply(plan->sequences, p->heads_kv, &heads) || !multiply(heads, panels, &base))
+        return QKV_OVERFLOW;
+    int64_t wanted = p->threads > 1 ? qkv_max(1, base / ((int64_t)p->threads * TASKS_PER_THREAD)) : most;
+    plan->tile_panels = qkv_max(1, qkv_min(qkv_min(most, wanted), panels));
+    plan->tiles = ceil_div(panels, plan->tile_panels);
+    plan->tasks = heads * plan->tiles;
+
+    double flops = 2.0 * (double)(p->dim + p->dim_v) * (double)plan->rows * (double)p->len_k * (double)heads;
+    plan->threads = flops < SERIAL_FLOPS ? 1 : p->threads;
+    plan->partial_bytes = align(plan->state_bytes) * (size_t)(plan->tasks * plan->tile_panels);
+    if (plan->threads > 1 && plan->chunks > 1 && plan->tasks < 2 * plan->threads
+        && (double)plan->partial_bytes * (double)plan->chunks <= PARTIAL_BYTES) {
+        plan->split = 1;
+        plan->partial_bytes *= (size_t)plan->chunks;
+        plan->tasks *= plan->chunks;
+    }
+    plan->threads = (int)qkv_min(plan->threads, qkv_max(1, plan->tasks));
+    lay_out_scratch(p, plan);
+    return QKV_OK;
+}

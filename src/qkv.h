@@ -1,0 +1,109 @@
+/* The C core, as its caller sees it.
+ *
+ * One call computes softmax(scale * Q K^T + exclusions) V for every sequence of a batch and every query head, fused:
+ * the (len_q, len_k) matrix is never stored. The caller describes arrays as a pointer and byte strides, so nothing is
+ * copied on the way in; it has checked shapes and types, and the core trusts them. The core never prints, aborts,
+ * raises or exits: it returns a status.
+ *
+ * This is the only header that Cython sees (qkv_fast/_qkv.pxd repeats it line for line).
+ */
+#ifndef QKV_H
+#define QKV_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum { QKV_MAX_AXES = 64 };           /* leading axes of a batch: NumPy's own limit */
+enum { QKV_MAX_DIM = 1024 };          /* largest head dimension */
+enum { QKV_OPEN = -1 };               /* a window side without a limit */
+
+typedef enum { QKV_F32, QKV_F64, QKV_TYPES } qkv_type;
+
+typedef enum {
+    QKV_OK,
+    QKV_NO_MEMORY,                    /* a scratch allocation failed; nothing was computed, nothing leaked */
+    QKV_OVERFLOW,                     /* a size does not fit in 63 bits; nothing was computed */
+    QKV_INTERRUPTED                   /* the interrupt callback asked to stop; `out` may be partly written */
+} qkv_status;
+
+/* Byte strides of a (batch axes..., head, row, dim) view. A broadcast axis has stride 0. */
+typedef struct {
+    int64_t axis[QKV_MAX_AXES];
+    int64_t head, row, dim;
+} qkv_strides;
+
+/* A run of keys and values that lie at regular strides: key positions [first, first + count). */
+typedef struct {
+    const char *k, *v;                /* (axes..., heads_kv, count, dim) and (..., dim_v) */
+    int64_t first, count;
+} qkv_run;
+
+/* What a call did; filled (added to) only when the problem carries one. */
+typedef struct {
+    int64_t tiles_full;               /* key tiles in which every lane saw every key */
+    int64_t tiles_partial;            /* key tiles with per-lane limits */
+    int64_t tiles_skipped;            /* key blocks that no lane of a panel sees */
+    int64_t tiles_copied;             /* K and V passes that were copied to scratch first */
+    int64_t panels_careful;           /* panels run again because a result was not finite */
+    int64_t splits;                   /* key chunks computed apart and merged */
+    int64_t tasks, threads;
+} qkv_counters;
+
+typedef struct {
+    qkv_type type, kv_type;           /* of q, out and lse, and of k and v: the same or narrower */
+    int swapped_q, swapped_k, swapped_v, swapped_out;     /* byte order differs from the machine's */
+
+    int n_axes;                       /* leading axes; their product is the number of sequences */
+    int64_t axes[QKV_MAX_AXES];
+    int64_t heads_q, heads_kv;        /* heads_q is a multiple of heads_kv */
+    int64_t len_q, len_k;
+    int64_t dim, dim_v;
+
+    const char *q;                    /* (axes..., heads_q, len_q, dim) */
+    char *out;                        /* (axes..., heads_q, len_q, dim_v); overlaps no input */
+    void *lse;                        /* (axes..., heads_q, len_q), contiguous, or NULL */
+    qkv_strides q_at, k_at, v_at, out_at;
+
+    /* Keys of sequence b: runs[run_of[b]] ... runs[run_of[b + 1] - 1] in order of position, without gaps. With
+     * run_of NULL all sequences share all runs and differ by the strides of their axes. */
+    const qkv_run *runs;
+    int64_t n_runs;
+    const int64_t *run_of;
+
+    /* Key limits. Query i of sequence b sits at i + offset_b and sees the keys from position - left to
+     * position + right that are below length_b. */
+    const int64_t *offset;            /* one per sequence, |offset| <= 2^60; NULL: length_b - len_q */
+    const int64_t *length;            /* one per sequence, 0..len_k; NULL: len_k */
+    int64_t left, right;              /* distances up to 2^61, or QKV_OPEN */
+
+    double scale;                     /* any finite number */
+    int threads;                      /* at most this many */
+    int isa;                          /* index into the available CPU paths */
+
+    qkv_counters *counters;           /* or NULL */
+    int (*interrupted)(void *);       /* called by the calling thread every 50 to 100 ms; nonzero stops. Or NULL */
+    void *interrupted_arg;
+} qkv_problem;
+
+qkv_status qkv_forward(const qkv_problem *problem);
+
+/* The CPU paths that this build has and this CPU runs, best first; NULL past the end. */
+const char *qkv_isa_name(int isa);
+
+/* Memory. Every allocation of the core goes through one hook. */
+void qkv_set_allocator(void *(*allocate)(size_t bytes, void *arg), void (*release)(void *block, void *arg), void *arg);
+void qkv_trim(void);                  /* free the scratch that is kept between calls */
+
+/* Threads. */
+int qkv_pool_threads(void);           /* live workers in this process, the caller not counted */
+void qkv_pool_stop(void);             /* join the workers unless the pool is busy; a later call starts new ones */
+
+/* For tests and benchmarks. */
+void qkv_fail_allocation(int64_t k);  /* the k-th allocation from now fails (0 is the next one); -1: none does */
+int64_t qkv_allocations(void);        /* allocations since qkv_fail_allocation was last called */
+int qkv_exp2(int isa, qkv_type type, const void *x, void *y, int64_t n);
+double qkv_fma_rate(int isa, qkv_type type, int threads, double seconds);     /* floating-point operations per second */
+double qkv_read_rate(int threads, size_t bytes, double seconds);              /* bytes per second; 0: no memory */
+double qkv_fork_join(int threads, int repeats);                               /* seconds per empty parallel call */
+
+#endif

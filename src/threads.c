@@ -1,0 +1,355 @@
+/* The thread pool.
+ *
+ * A job is published by one store to `gate`, which holds the job's number, whether it is open, and how many workers
+ * have joined. A worker joins by a compare-and-swap, so one that wakes late finds the gate shut and the caller never
+ * waits for it. Joined workers draw tasks from one counter; the caller draws too, shuts the gate when none are left, and
+ * waits for those that joined.
+ *
+ * Between jobs a worker spins for SPIN_SECONDS and then sleeps. After a fork the child has no workers: its handler only
+ * forgets the pool (no lock, no join, no free), and the next call makes a new one.
+ */
+#ifdef __linux__
+#define _GNU_SOURCE                   /* sched_getaffinity */
+#endif
+#include "threads.h"
+
+#include <fenv.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+
+#include "qkv.h"
+
+enum { MAX_THREADS = 1024 };
+enum { STACK_BYTES = 512 << 10 };     /* kernels need little, but a C library's default may be less still */
+static const double SPIN_SECONDS = 20e-6;
+static const double CHECK_SECONDS = 60e-3;
+
+/* What differs between systems: a mutex, a condition, a thread, a clock, a pause. */
+#ifdef _WIN32
+#define WIN32_LEAN_AND_MEAN
+#include <windows.h>
+#include <process.h>
+typedef SRWLOCK mutex;
+typedef CONDITION_VARIABLE condition;
+typedef HANDLE thread;
+static void mutex_init(mutex *m) { InitializeSRWLock(m); }
+static void mutex_lock(mutex *m) { AcquireSRWLockExclusive(m); }
+static void mutex_unlock(mutex *m) { ReleaseSRWLockExclusive(m); }
+static void condition_init(condition *c) { InitializeConditionVariable(c); }
+static void condition_wait(condition *c, mutex *m) { SleepConditionVariableSRW(c, m, INFINITE, 0); }
+static void condition_signal(condition *c) { WakeConditionVariable(c); }
+static int cores(void) { SYSTEM_INFO info; GetSystemInfo(&info); return (int)info.dwNumberOfProcessors; }
+static void watch_forks(void) {}
+double qkv_clock(void)
+{
+    LARGE_INTEGER now, rate;
+    QueryPerformanceCounter(&now);
+    QueryPerformanceFrequency(&rate);
+    return (double)now.QuadPart / (double)rate.QuadPart;
+}
+#else
+#include <pthread.h>
+#include <signal.h>
+#include <time.h>
+#include <unistd.h>
+typedef pthread_mutex_t mutex;
+typedef pthread_cond_t condition;
+typedef pthread_t thread;
+static void mutex_init(mutex *m) { pthread_mutex_init(m, NULL); }
+static void mutex_lock(mutex *m) { pthread_mutex_lock(m); }
+static void mutex_unlock(mutex *m) { pthread_mutex_unlock(m); }
+static void condition_init(condition *c) { pthread_cond_init(c, NULL); }
+static void condition_wait(condition *c, mutex *m) { pthread_cond_wait(c, m); }
+static void condition_signal(condition *c) { pthread_cond_signal(c); }
+#ifdef __linux__
+#include <sched.h>
+static int cores(void)
+{
+    cpu_set_t allowed;
+    return sched_getaffinity(0, sizeof allowed, &allowed) ? 1 : CPU_COUNT(&allowed);
+}
+#else
+static int cores(void) { return (int)sysconf(_SC_NPROCESSORS_ONLN); }
+#endif
+static void watch_forks(void);
+double qkv_clock(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+#endif
+
+static inline void pause_core(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(_MSC_VER) && defined(_M_X64)
+    _mm_pause();
+#elif defined(__aarch64__) && defined(__GNUC__)
+    __asm__ volatile("yield");
+#endif
+}
+
+/* gate: bits 0..11 workers joined, 12..23 workers wanted, 24 open, 25 stop, 26.. the job's number. */
+enum { JOINED = 0xfff, WANTED_SHIFT = 12, OPEN = 1 << 24, STOP = 1 << 25, NUMBER_SHIFT = 26 };
+static int joined_of(uint64_t gate) { return (int)(gate & JOINED); }
+static int wanted_of(uint64_t gate) { return (int)(gate >> WANTED_SHIFT & JOINED); }
+static uint64_t number_of(uint64_t gate) { return gate >> NUMBER_SHIFT; }
+
+typedef struct {
+    _Alignas(64) _Atomic uint64_t gate;
+    _Atomic int finished;             /* joined workers that have left this job */
+    _Alignas(64) _Atomic int64_t next;                  /* the task to draw */
+    _Alignas(64) atomic_int busy;     /* held by a caller */
+    atomic_int sleepers, caller_sleeps, started, spin;
+    int cores;
+
+    qkv_task function;                /* written by the caller while the gate is shut, read only after joining */
+    void *context;
+    int64_t tasks;
+    fenv_t mode;                      /* the caller's rounding and subnormal modes: results depend on no worker's own */
+
+    mutex lock;
+    condition wake, done;
+    thread threads[MAX_THREADS];
+} pool_state;
+
+static _Atomic(pool_state *) the_pool;
+
+#ifndef _WIN32
+static void forget_pool(void) { atomic_store(&the_pool, NULL); }
+static void watch_forks(void)
+{
+    static atomic_flag watching = ATOMIC_FLAG_INIT;
+    if (!atomic_flag_test_and_set(&watching))
+        pthread_atfork(NULL, NULL, forget_pool);
+}
+#endif
+
+static void draw_tasks(pool_state *pool, int worker)
+{
+    int64_t task;
+    while ((task = atomic_fetch_add_explicit(&pool->next, 1, memory_order_relaxed)) < pool->tasks)
+        pool->function(pool->context, task, worker);
+}
+
+/* Spins until gate holds another job than `number`, then sleeps; returns the gate. */
+static uint64_t await_job(pool_state *pool, uint64_t number)
+{
+    uint64_t gate;
+    double until = pool->spin ? qkv_clock() + SPIN_SECONDS : 0;
+    do {
+        for (int i = 0; i < 16; i++) {
+            gate = atomic_load(&pool->gate);
+            if (number_of(gate) != number)
+                return gate;
+            pause_core();
+        }
+    } while (until && qkv_clock() < until);
+
+    mutex_lock(&pool->lock);
+    atomic_fetch_add(&pool->sleepers, 1);
+    while (number_of(gate = atomic_load(&pool->gate)) == number)
+        condition_wait(&pool->wake, &pool->lock);
+    atomic_fetch_sub(&pool->sleepers, 1);
+    mutex_unlock(&pool->lock);
+    return gate;
+}
+
+static void work(pool_state *pool)
+{
+    uint64_t gate = atomic_load(&pool->gate);
+    while (!(gate & STOP)) {
+        if (gate & OPEN && joined_of(gate) < wanted_of(gate)) {
+            if (!atomic_compare_exchange_weak(&pool->gate, &gate, gate + 1))
+                continue;             /* gate has been read again */
+            fesetenv(&pool->mode);
+            draw_tasks(pool, joined_of(gate) + 1);
+            atomic_fetch_add(&pool->finished, 1);
+            if (atomic_load(&pool->caller_sleeps)) {
+                mutex_lock(&pool->lock);
+                condition_signal(&pool->done);
+                mutex_unlock(&pool->lock);
+            }
+        }
+        gate = await_job(pool, number_of(gate));
+    }
+}
+
+#ifdef _WIN32
+static unsigned __stdcall enter(void *pool) { work(pool); return 0; }
+static int start_thread(pool_state *pool, thread *t)
+{
+    *t = (HANDLE)_beginthreadex(NULL, STACK_BYTES, enter, pool, 0, NULL);
+    return *t != 0;
+}
+static void join_thread(thread t) { WaitForSingleObject(t, INFINITE); CloseHandle(t); }
+#else
+static void *enter(void *pool) { work(pool); return NULL; }
+static int start_thread(pool_state *pool, thread *t)
+{
+    pthread_attr_t attributes;
+    sigset_t all, before;
+    pthread_attr_init(&attributes);
+    pthread_attr_setstacksize(&attributes, STACK_BYTES);
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);        /* signals belong to the program's own threads */
+    int failed = pthread_create(t, &attributes, enter, pool);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pthread_attr_destroy(&attributes);
+    return !failed;
+}
+static void join_thread(thread t) { pthread_join(t, NULL); }
+#endif
+
+/* The pool, made at first use; NULL if it is busy or memory is short. */
+static pool_state *take_pool(void)
+{
+    pool_state *pool = atomic_load(&the_pool);
+    if (!pool) {
+        pool = aligned_alloc(64, (sizeof *pool + 63) / 64 * 64);
+        if (!pool)
+            return NULL;
+        atomic_init(&pool->gate, 0);
+        atomic_init(&pool->finished, 0);
+        atomic_init(&pool->next, 0);
+        atomic_init(&pool->busy, 0);
+        atomic_init(&pool->sleepers, 0);
+        atomic_init(&pool->caller_sleeps, 0);
+        atomic_init(&pool->started, 0);
+        atomic_init(&pool->spin, 0);
+        pool->cores = cores();
+        mutex_init(&pool->lock);
+        condition_init(&pool->wake);
+        condition_init(&pool->done);
+        watch_forks();
+        pool_state *first = NULL;
+        if (!atomic_compare_exchange_strong(&the_pool, &first, pool)) {
+            free(pool);               /* another thread was quicker */
+            pool = first;
+        }
+    }
+    return atomic_exchange(&pool->busy, 1) ? NULL : pool;
+}
+
+int qkv_pool_acquire(int threads)
+{
+    if (threads <= 1)
+        return 1;
+    pool_state *pool = take_pool();
+    if (!pool)
+        return 1;
+    int wanted = threads < MAX_THREADS ? threads : MAX_THREADS;
+    int started = atomic_load(&pool->started);
+    while (started < wanted - 1 && start_thread(pool, &pool->threads[started]))
+        atomic_store(&pool->started, ++started);
+    int n = wanted < started + 1 ? wanted : started + 1;
+    if (n == 1)
+        atomic_store(&pool->busy, 0);
+    else
+        atomic_store(&pool->spin, n <= pool->cores);
+    return n;
+}
+
+void qkv_pool_release(int n)
+{
+    pool_state *pool = atomic_load(&the_pool);
+    if (n > 1 && pool)
+        atomic_store(&pool->busy, 0);
+}
+
+/* The caller's share: tasks one by one, with a look at the clock in between. */
+static int draw_and_check(_Atomic int64_t *next, int64_t tasks, qkv_task function, void *context,
+                          int (*check)(void *), void *arg)
+{
+    int64_t task;
+    double last = check ? qkv_clock() : 0;
+    while ((task = atomic_fetch_add_explicit(next, 1, memory_order_relaxed)) < tasks) {
+        function(context, task, 0);
+        if (!check || task + 1 >= tasks)
+            continue;
+        double now = qkv_clock();
+        if (now - last >= CHECK_SECONDS) {
+            last = now;
+            if (check(arg)) {
+                atomic_store(next, tasks);
+                return 1;
+            }
+        }
+    }
+    return 0;
+}
+
+static void await_workers(pool_state *pool, int joined)
+{
+    double until = pool->spin ? qkv_clock() + SPIN_SECONDS : 0;
+    do {
+        for (int i = 0; i < 16; i++) {
+            if (atomic_load(&pool->finished) == joined)
+                return;
+            pause_core();
+        }
+    } while (until && qkv_clock() < until);
+
+    mutex_lock(&pool->lock);
+    atomic_store(&pool->caller_sleeps, 1);
+    while (atomic_load(&pool->finished) != joined)
+        condition_wait(&pool->done, &pool->lock);
+    atomic_store(&pool->caller_sleeps, 0);
+    mutex_unlock(&pool->lock);
+}
+
+/* Puts up the next job's gate and wakes as many sleepers as it wants. */
+static void publish(pool_state *pool, uint64_t flags, int wanted)
+{
+    uint64_t number = number_of(atomic_load(&pool->gate)) + 1;
+    atomic_store(&pool->gate, number << NUMBER_SHIFT | (uint64_t)wanted << WANTED_SHIFT | flags);
+    if (!atomic_load(&pool->sleepers))
+        return;
+    mutex_lock(&pool->lock);
+    int sleepers = atomic_load(&pool->sleepers);
+    for (int i = 0; i < wanted && i < sleepers; i++)
+        condition_signal(&pool->wake);
+    mutex_unlock(&pool->lock);
+}
+
+int qkv_pool_run(int n, int64_t tasks, qkv_task function, void *context, int (*check)(void *), void *arg)
+{
+    if (n <= 1) {
+        _Atomic int64_t next = 0;
+        return draw_and_check(&next, tasks, function, context, check, arg);
+    }
+    pool_state *pool = atomic_load(&the_pool);
+    pool->function = function;
+    pool->context = context;
+    pool->tasks = tasks;
+    fegetenv(&pool->mode);
+    atomic_store(&pool->finished, 0);
+    atomic_store(&pool->next, 0);
+    publish(pool, OPEN, n - 1);
+    int stopped = draw_and_check(&pool->next, tasks, function, context, check, arg);
+    uint64_t gate = atomic_fetch_and(&pool->gate, ~(uint64_t)OPEN);
+    await_workers(pool, joined_of(gate));
+    return stopped;
+}
+
+int qkv_pool_threads(void)
+{
+    pool_state *pool = atomic_load(&the_pool);
+    return pool ? atomic_load(&pool->started) : 0;
+}
+
+void qkv_pool_stop(void)
+{
+    pool_state *pool = atomic_load(&the_pool);
+    if (!pool || atomic_exchange(&pool->busy, 1))
+        return;
+    int started = atomic_load(&pool->started);
+    publish(pool, STOP, started);
+    for (int i = 0; i < started; i++)
+        join_thread(pool->threads[i]);
+    publish(pool, 0, 0);              /* later workers must not see the stop */
+    atomic_store(&pool->started, 0);
+    atomic_store(&pool->busy, 0);
+}

@@ -1,0 +1,140 @@
+"""What the test modules share: inputs, plain NumPy, the error rule against the reference, child processes.
+
+The rule (README, "accuracy"): with `exact` the reference in the next wider type, the largest error is at most twice
+that of plain NumPy in the same type, plus 4 eps max|v|. The second term is what remains where NumPy is exact by luck,
+for one key or for equal values.
+"""
+
+import contextlib
+import os
+import subprocess
+import sys
+
+import numpy as np
+
+import qkv_fast
+from qkv_fast import reference
+
+TYPES = ("float32", "float64")
+
+
+def normal(rng, shape, dtype="float32"):
+    return rng.standard_normal(shape).astype(dtype)
+
+
+def qkv(seed, dtype="float32", *, batch=(), heads=(1, 1), lengths=(8, 8), dims=(16, 16)):
+    """Random q, k, v of shapes batch + (heads[0], lengths[0], dims[0]) and so on."""
+    rng = np.random.default_rng(seed)
+    (hq, hkv), (lq, lk), (d, dv) = heads, lengths, dims
+    shapes = (*batch, hq, lq, d), (*batch, hkv, lk, d), (*batch, hkv, lk, dv)
+    return tuple(normal(rng, shape, dtype) for shape in shapes)
+
+
+def pairs(n, *, full):
+    """Every (i, j) of 1..n x 1..n when full, else each i and each j once, paired by a fixed permutation."""
+    if full:
+        return [(i, j) for i in range(1, n + 1) for j in range(1, n + 1)]
+    order = np.random.default_rng(n).permutation(n) + 1
+    return list(zip(range(1, n + 1), order.tolist(), strict=True))
+
+
+def plain(q, k, v, *, layout="bhld", scale=None, causal=False, window=None, q_offset=None, kv_lengths=None):
+    """Attention as NumPy code computes it in q's own type: (out, lse). It knows nothing of NaN."""
+    q, k, v = (np.asarray(x, dtype=q.dtype.newbyteorder("=")) for x in (q, k, v))
+    flat = q.ndim == 2
+    if flat:
+        q, k, v = q[None], k[None], v[None]
+    elif layout == "blhd":
+        q, k, v = (x.swapaxes(-3, -2) for x in (q, k, v))
+    group = q.shape[-3] // max(k.shape[-3], 1)
+    k, v = np.repeat(k, group, axis=-3), np.repeat(v, group, axis=-3)
+    batch = np.broadcast_shapes(*(x.shape[:-3] for x in (q, k, v)))
+    visible = reference._visible(batch, q.shape[-2], k.shape[-2], causal, window, q_offset, kv_lengths)
+    if scale is None:
+        scale = 1 / np.sqrt(q.shape[-1]) if q.shape[-1] else 1
+    s = np.where(visible, (q @ k.swapaxes(-1, -2)) * q.dtype.type(scale), q.dtype.type(-np.inf))
+    m = s.max(axis=-1, keepdims=True, initial=-np.inf)
+    m[m == -np.inf] = 0
+    p = np.exp(s - m)
+    total = p.sum(axis=-1, keepdims=True)
+    total_or_1 = np.where(total == 0, q.dtype.type(1), total)
+    out = (p / total_or_1) @ v
+    lse = np.where(total == 0, q.dtype.type(-np.inf), m + np.log(total_or_1))[..., 0]
+    if flat:
+        return out[0], lse[0]
+    return (out.swapaxes(-3, -2) if layout == "blhd" else out), lse
+
+
+def check(q, k, v, **options):
+    """Call attention and hold its result to the error rule. Returns (out, lse)."""
+    out, lse = qkv_fast.attention(q, k, v, return_lse=True, **options)
+    options.pop("num_threads", None)
+    options.pop("out", None)
+    compare((out, lse), (q, k, v), **options)
+    return out, lse
+
+
+def compare(got, inputs, **options):
+    """Hold (out, lse) to the error rule: shapes, type, which elements are finite, error."""
+    exact = reference.attention(*inputs, return_lse=True, **options)
+    with np.errstate(all="ignore"):
+        usual = plain(*inputs, **options)
+    q, _, v = inputs
+    dtype = np.dtype(q.dtype).newbyteorder("=")
+    eps = np.finfo(dtype).eps
+    # An LSE is as large as a score, and a score of size s carries an error of eps * s before any softmax: for it the
+    # largest |LSE| (1 where all are small: log is not better than eps there) takes the place of max|v|.
+    lse = exact[1][np.isfinite(exact[1])]
+    sizes = (np.abs(v).max(initial=0, where=np.isfinite(v)), max(1, np.abs(lse).max(initial=0)))
+    for name, a, b, c, size in zip(("out", "lse"), got, exact, usual, sizes, strict=True):
+        assert a.shape == b.shape and a.dtype == dtype, (name, a.shape, b.shape, a.dtype)
+        finite = np.isfinite(b)
+        assert np.array_equal(np.isfinite(a), finite), f"{name}: other elements are finite than in the reference"
+        np.testing.assert_array_equal(a[~finite], b[~finite].astype(dtype), err_msg=name)  # which of inf, -inf, NaN
+        # "where" keeps a NaN of the plain result out of the bound: then the rule leaves no slack but the second term
+        with np.errstate(invalid="ignore"):
+            error = np.abs(a.astype(b.dtype) - b).max(initial=0, where=finite)
+            numpy_error = np.abs(c.astype(b.dtype) - b).max(initial=0, where=finite & np.isfinite(c))
+        bound = 2 * numpy_error + 4 * eps * float(size)
+        assert error <= bound, f"{name}: error {error:.3g} exceeds {bound:.3g} (plain NumPy: {numpy_error:.3g})"
+
+
+def same_bits(a, b):
+    """Assert equal bits (NaN and the sign of zero included) of two arrays, or of two tuples of arrays."""
+    if isinstance(a, tuple):
+        for x, y in zip(a, b, strict=True):
+            same_bits(x, y)
+        return
+    assert a.dtype == b.dtype and a.shape == b.shape, (a.dtype, b.dtype, a.shape, b.shape)
+    word = f"u{a.dtype.itemsize}"
+    different = np.argwhere(np.ascontiguousarray(a).view(word) != np.ascontiguousarray(b).view(word))
+    assert not len(different), f"{len(different)} of {a.size} elements differ, the first at {different[0]}"
+
+
+def child(code, *, timeout=60, prefix=(), preexec_fn=None, **environment):
+    """Run Python code in a fresh process that imports only what is installed. None removes a variable."""
+    env = dict(os.environ)
+    for name, value in environment.items():
+        env.pop(name, None)
+        if value is not None:
+            env[name] = str(value)
+    command = [*prefix, sys.executable, "-P", "-c", code]
+    return subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=timeout, check=False, preexec_fn=preexec_fn
+    )
+
+
+def child_says(code, **options):
+    """The last line that the code prints; the process must succeed."""
+    done = child(code, **options)
+    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
+
+
+@contextlib.contextmanager
+def no_change(*arrays):
+    """Assert that the block leaves these arrays as they are, bit for bit."""
+    before = [x.copy() for x in arrays]
+    yield
+    for x, copy in zip(arrays, before, strict=True):
+        same_bits(np.ascontiguousarray(x), np.ascontiguousarray(copy))

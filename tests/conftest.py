@@ -1,0 +1,54 @@
+"""What every test stands on: the installed package, a choice of CPU path, and how many examples are drawn."""
+
+import json
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+import qkv_fast
+from qkv_fast._runtime import force_isa
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="all cases where the default is a sample")
+
+
+def pytest_configure(config):
+    # Derandomised: a failure is there again in the next run. An example may take a second on a busy machine.
+    # The one function-scoped fixture in use, `isa`, is the same for all examples of a test.
+    settings.register_profile(
+        "qkv_fast",
+        derandomize=True,
+        deadline=None,
+        max_examples=2000 if config.getoption("--full") else 200,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    )
+    settings.load_profile("qkv_fast")
+
+
+def is_editable(name):
+    """Whether a distribution was installed with `pip install -e` (PEP 610)."""
+    try:
+        origin = metadata.distribution(name).read_text("direct_url.json")
+    except metadata.PackageNotFoundError:
+        return False
+    return bool(origin) and json.loads(origin).get("dir_info", {}).get("editable", False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def installed_package():
+    """The tests are about what a user gets, not about the folder that happens to have the package's name."""
+    package = Path(qkv_fast.__file__).resolve()
+    if package.is_relative_to(CHECKOUT / "qkv_fast") and not is_editable("qkv-fast"):
+        pytest.fail(f"the tests import {package.parent}: run `pip install '.[test]'`, then `pytest`")
+
+
+@pytest.fixture(params=qkv_fast.available_isas())
+def isa(request):
+    """Each CPU path of this machine in turn; calls inside the test use it."""
+    with force_isa(request.param):
+        yield request.param

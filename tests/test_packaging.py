@@ -1,0 +1,114 @@
+"""What is in the archives: the sdist builds, tests and documents the package; the wheel is the package only.
+
+QKV_FAST_DIST names a folder with one of each; without it they are built here: a compiler and a minute.
+"""
+
+import email
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import qkv_fast
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+ROOT_FILES = {"CHANGELOG.md", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"}
+FOLDERS = ("src", "qkv_fast", "bench", "tests", "examples")
+BUILT = {".so", ".pyd", ".o", ".obj", ".pyc"}
+WHEEL_BYTES = 1_500_000
+
+
+def sources(folder):
+    """The files of a folder of the checkout, without what builds and runs leave there."""
+    files = (path for path in (CHECKOUT / folder).rglob("*") if path.is_file() and path.suffix not in BUILT)
+    return {path.relative_to(CHECKOUT).as_posix() for path in files if not path.name.startswith(".")}
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory):
+    """(sdist, wheel), the wheel built from the sdist."""
+    if "QKV_FAST_DIST" in os.environ:
+        dist = Path(os.environ["QKV_FAST_DIST"])
+    else:
+        compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cl")[0]
+        if not shutil.which(compiler):
+            pytest.skip(f"building the archives needs the compiler {compiler}, which is not here")
+        work = tmp_path_factory.mktemp("archives")
+        dist, copy = work / "dist", work / "copy"
+        copy.mkdir()
+        for name in sorted(ROOT_FILES.union(*map(sources, FOLDERS))):
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(CHECKOUT / name, copy / name)
+        # -P: a folder named build in the current directory is not the module.
+        command = [sys.executable, "-P", "-m", "build", "--no-isolation", "--outdir", str(dist), str(copy)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    (sdist,), (wheel,) = dist.glob("*.tar.gz"), dist.glob("*.whl")
+    return sdist, wheel
+
+
+def test_sdist_has_every_source(archives):
+    sdist, _ = archives
+    top = f"qkv_fast-{qkv_fast.__version__}"
+    assert sdist.name == f"{top}.tar.gz"
+    with tarfile.open(sdist) as archive:
+        names = {entry.name.removeprefix(f"{top}/") for entry in archive if entry.isfile()}
+    made = {name for name in names if name.startswith("qkv_fast.egg-info/")} | {"PKG-INFO", "setup.cfg"}
+    assert names - made == ROOT_FILES.union(*map(sources, FOLDERS))
+
+
+def test_wheel_has_the_package_only(archives):
+    _, wheel = archives
+    assert wheel.stat().st_size <= WHEEL_BYTES
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    about = {name for name in names if name.startswith(f"qkv_fast-{qkv_fast.__version__}.dist-info/")}
+    binary = {name for name in names if name.startswith("qkv_fast/_core.") and name.endswith((".so", ".pyd"))}
+    modules = {name for name in sources("qkv_fast") if name.endswith((".py", "/py.typed"))}
+    modules |= {f"qkv_fast/{name}" for name in sources("bench") if name.endswith(".py")}
+    assert len(binary) == 1
+    assert names - about == modules | binary
+    assert any(name.endswith("/LICENSE") for name in about)
+
+
+def test_wheel_has_no_debug_symbols(archives):
+    _, wheel = archives
+    with zipfile.ZipFile(wheel) as archive:
+        (binary,) = (archive.read(name) for name in archive.namelist() if name.startswith("qkv_fast/_core."))
+    found = [word for word in (b".debug_", b"__debug_info", b".symtab") if word in binary]
+    assert not found
+
+
+def test_metadata(archives):
+    _, wheel = archives
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        about = email.message_from_bytes(archive.read(name))
+    always = [line for line in about.get_all("Requires-Dist") if "extra ==" not in line]
+    assert always == ["numpy>=2.0"]
+    assert about["Requires-Python"] == ">=3.11" and about["License-Expression"] == "BSD-3-Clause"
+    assert about["Version"] == metadata.version("qkv-fast") == qkv_fast.__version__
+
+
+def test_source_folder_says_that_it_is_not_the_package(tmp_path):
+    """Python puts the current directory first, so in a checkout the folder hides what is installed."""
+    (tmp_path / "qkv_fast").mkdir()
+    for name in sources("qkv_fast"):  # a copy: the checkout may hold the extension of an editable install
+        shutil.copyfile(CHECKOUT / name, tmp_path / name)
+    environment = {**os.environ, "PYTHONPATH": str(Path(np.__file__).parents[1])}
+    environment.pop("PYTHONSAFEPATH", None)
+    # -S: no .pth files, so that an editable install does not lend its extension.
+    command = [sys.executable, "-S", "-c", "import qkv_fast"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError:") and "source" in last and "pip install" in last, done.stderr
