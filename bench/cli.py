@@ -7,15 +7,17 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import qkv_fast
 
 from .. import _runtime
 from . import cases, machine, peers, properties, report, runner, selfcheck
+from .method import MAX_ROUNDS
 from .progress import Progress
 
-SECONDS_PER_STEP = 4.0  # of timing, for each row
+SECONDS, QUICK_SECONDS = 4.0, 1.5  # of timing for each row
+QUICK_ROUNDS = (3, MAX_ROUNDS)  # in a hurry, fewer rounds will do
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
@@ -39,7 +41,11 @@ def bench_parser() -> argparse.ArgumentParser:
         description="Time attention against the peers that are installed, in interleaved rounds.",
     )
     add = parser.add_argument
-    add("--suite", default="quick", metavar="NAME", help=f"{', '.join(cases.SUITES)} (default: quick)")
+    add(
+        "--suite",
+        metavar="NAME",
+        help=f"{', '.join(cases.SUITES)} (default: quick; with --case: all)",
+    )
     add(
         "--case",
         type=words,
@@ -50,17 +56,22 @@ def bench_parser() -> argparse.ArgumentParser:
         "--threads",
         type=thread_counts,
         metavar="N[,N]",
-        help="thread counts (default: 1 and 2 in foundation, else all)",
+        help="thread counts (default: what a case is about; 1 and 2 in foundation; else all)",
     )
     add(
         "--peers",
         type=words,
         metavar="NAME[,NAME]",
-        help=f"{', '.join(peers.PEERS)}, none (default: all that import)",
+        help=f"{', '.join(peers.PEERS)}, none (default: all that are installed)",
     )
     add("--isa", metavar="NAME", help="CPU path for every case")
     add("--dtype", type=words, metavar="NAME", help="only cases of these types")
-    add("--seconds", type=float, metavar="S", help="time for the whole run (default: 4 s of timing per row)")
+    add(
+        "--seconds",
+        type=float,
+        metavar="S",
+        help="timing for the whole run (default: 4 s per row, 1.5 in quick)",
+    )
     add("--out", action="store_true", help="write into one output array instead of a new one per call")
     add("--json", metavar="FILE", help="save everything, with every sample")
     add("--markdown", action="store_true", help="print the tables as Markdown")
@@ -71,10 +82,12 @@ def bench_parser() -> argparse.ArgumentParser:
 def bench(argv: list[str]) -> int:
     """`qkv-fast bench`: suites of cases against the peers, and what else the library is held to."""
     args = bench_parser().parse_args(argv)
+    args.suite = args.suite or ("all" if args.case else "quick")
     try:
         chosen, asked = choose(args.suite, args.case, args.dtype)
         names = peers.choose(args.peers)
         check_isa(args.isa)
+        check_writable(args.json)
     except ValueError as error:
         print(f"qkv-fast bench: {error}", file=sys.stderr)
         return EXIT_USAGE
@@ -83,9 +96,13 @@ def bench(argv: list[str]) -> int:
             print(f"{entry.name:40} {', '.join(s for s in entry.suites if s in cases.SUITES)}")
         return 0
     threads = args.threads or default_threads(args.suite)
-    jobs = runner.plan(chosen, threads)
+    jobs = runner.plan(chosen, threads, args.threads)
     steps = len(jobs) + len(asked)
-    seconds = args.seconds / max(1, steps) if args.seconds is not None else SECONDS_PER_STEP
+    hurry = args.seconds is not None or args.suite == "quick"
+    if args.seconds is not None:
+        seconds = args.seconds / max(1, steps)
+    else:
+        seconds = QUICK_SECONDS if args.suite == "quick" else SECONDS
     result = Result(machine.identify())
     print(report.machine_text(result.machine), end="\n\n", flush=True)
     with Progress(steps) as progress, result.interruptible():
@@ -95,6 +112,7 @@ def bench(argv: list[str]) -> int:
             seconds=seconds,
             isa=args.isa,
             reuse_out=args.out,
+            rounds=QUICK_ROUNDS if hurry else None,
             started=lambda job: progress.step(str(job)),
         )
         for row in rows:
@@ -126,6 +144,15 @@ def choose(suite: str, patterns: list[str] | None, dtypes: list[str] | None):
     return cases.select(suite, patterns, dtypes), asked
 
 
+def check_writable(path: str | None) -> None:
+    """A run of minutes must not end in an error about its file."""
+    try:
+        if path:
+            open(path, "a").close()
+    except OSError as error:
+        raise ValueError(f"--json: {error}") from None
+
+
 def check_isa(name: str | None) -> None:
     if name is not None and name not in qkv_fast.available_isas():
         raise ValueError(
@@ -143,7 +170,7 @@ def default_threads(suite: str) -> list[int]:
 def main_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qkv-fast",
-        description="Print the configuration, check every available CPU path, and time attention against NumPy.",
+        description="Print the configuration, check every CPU path, and time attention against NumPy.",
         epilog="`qkv-fast bench --help`: more workloads, more peers.",
     )
     parser.add_argument(
@@ -157,9 +184,14 @@ def main_parser() -> argparse.ArgumentParser:
 def check_and_time(argv: list[str]) -> int:
     """`qkv-fast`: configuration, self-check, and a few workloads against plain NumPy."""
     args = main_parser().parse_args(argv)
+    try:
+        check_writable(args.json)
+    except ValueError as error:
+        print(f"qkv-fast: {error}", file=sys.stderr)
+        return EXIT_USAGE
     result = Result(machine.identify())
     print(report.machine_text(result.machine), end="\n\n", flush=True)
-    # Small workloads first: on a slow machine the time is used up before the large ones, and they are left out.
+    # Small workloads first: on a slow machine it is the large ones that are left out when the time is up.
     chosen = sorted(cases.select("main"), key=lambda c: c.flops())
     jobs = runner.plan(chosen, [qkv_fast.get_num_threads()])
     paths = qkv_fast.available_isas()
@@ -203,10 +235,22 @@ class Result:
         except KeyboardInterrupt:
             self.interrupted = True
 
+    def data(self) -> dict:
+        """Everything, as plain data."""
+        return {
+            "schema": 1,
+            "machine": self.machine,
+            "checks": [asdict(check) for check in self.checks],
+            "rows": [report.row_data(row) for row in self.rows],
+            "properties": [asdict(m) | {"verdict": m.verdict} for m in self.measured],
+            "left_out": self.left_out,
+            "interrupted": self.interrupted,
+        }
+
     def finish(self, path: str | None) -> int:
         """Save, say what has to be said last, and give the exit status."""
         if path:
-            report.save(path, report.data(self))
+            report.save(path, self.data())
         if self.interrupted:
             print("interrupted: what is above is what was finished", file=sys.stderr)
             return EXIT_INTERRUPTED
@@ -218,6 +262,9 @@ class Result:
 def main(argv: list[str] | None = None) -> int:
     """The console command; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that has no µ or ≤ shows a question mark instead
+            stream.reconfigure(errors="replace")
     if argv[:1] == ["bench"]:
         return bench(argv[1:])
     return check_and_time(argv)

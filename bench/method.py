@@ -100,7 +100,7 @@ class Summary:
 
 @dataclass
 class Rounds:
-    """What was measured: per contestant one time per round, and the pair of peaks around the first contestant.
+    """What was measured: per contestant a time per round, and the pair of peaks around the first contestant.
 
     A contestant that failed keeps NaN from then on, so that lists stay aligned round by round.
     """
@@ -133,7 +133,7 @@ def interleave(
     rounds: tuple[int, int] = (MIN_ROUNDS, MAX_ROUNDS),
     clock: Callable[[], float] = time.perf_counter,
 ) -> Rounds:
-    """Time the contestants in turn, round after round, for about `budget` seconds (and at least the least rounds).
+    """Time the contestants in turn, round after round, for about `budget` seconds; `rounds`: (least, most).
 
     An exception in the first contestant is the caller's; in any other it ends that contestant only.
     """

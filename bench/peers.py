@@ -1,16 +1,17 @@
 """Peers: one small adapter each, found at run time and never required.
 
-An adapter is a class with `name`, `title`, an `__init__(threads)` that imports the library and sets its
-thread count, `version`, and `prepare(case)`, which returns a list of (label, call, fetch): `call()` is what
-is timed, on inputs already in the layout that the library likes best and with its output buffers reused where
-it can; `fetch()` runs it once and gives the answer as (batch, heads, length, dim). Several entries are
-several ways of the same library: the fastest that gives the right answer is used. What an adapter cannot do
-it refuses: `raise Refused(reason)`. It lives in a process of its own (worker.py), so it may set whatever it
-likes there; `environment(threads)` is set before that process starts.
+An adapter is a class with `name`, `title`, `requires` (the modules that it imports), an `__init__(threads)`
+that imports the library and sets its thread count, `version`, and `prepare(case)`, which returns a list of
+(label, call, fetch): `call()` is what is timed, on inputs already in the layout that the library likes best
+and with its output buffers reused where it can; `fetch()` runs it once and gives the answer as (batch, heads,
+length, dim). Several entries are several ways of the same library: the fastest that gives the right answer is
+used. What an adapter cannot do it refuses: `raise Refused(reason)`. It lives in a process of its own
+(worker.py), so it may set whatever it likes there; `environment(threads)` is set before that process starts.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 
 import numpy as np
@@ -62,6 +63,7 @@ class NumPy:
     """Attention as one writes it: the whole score matrix, softmax in place."""
 
     name, title = "numpy", "NumPy"
+    requires = ("numpy",)
     settle = 0.04  # OpenBLAS threads spin for 2^26 clock ticks after a product
 
     def __init__(self, threads: int) -> None:
@@ -95,7 +97,7 @@ class NumPy:
 
 
 class ChunkedNumPy(NumPy):
-    """The same, 128 queries at a time and only over the keys that they can see: what a careful user would write."""
+    """The same, 128 queries at a time and only over the keys that they see: as a careful user writes it."""
 
     name, title = "numpy-chunked", "NumPy, chunked"
 
@@ -129,6 +131,7 @@ def softmax_values(
 
 class Torch:
     name, title = "torch", "PyTorch"
+    requires = ("torch",)
 
     def __init__(self, threads: int) -> None:
         import torch
@@ -157,6 +160,7 @@ class OnnxRuntime:
     """The operators that ONNX Runtime has for attention, each with inputs and outputs bound beforehand."""
 
     name, title = "ort", "ONNX Runtime"
+    requires = ("onnxruntime", "onnx")
 
     def __init__(self, threads: int) -> None:
         import onnx
@@ -260,6 +264,7 @@ class OnnxRuntime:
 
 class OpenVINO:
     name, title = "openvino", "OpenVINO"
+    requires = ("openvino",)
 
     def __init__(self, threads: int) -> None:
         import openvino
@@ -301,6 +306,7 @@ class OpenVINO:
 
 class Jax:
     name, title = "jax", "JAX"
+    requires = ("jax",)
 
     def __init__(self, threads: int) -> None:
         import jax
@@ -331,9 +337,12 @@ PEERS: dict[str, type] = {p.name: p for p in (Torch, OnnxRuntime, OpenVINO, Jax,
 
 
 def choose(names: list[str] | None) -> list[str]:
-    """Names of peers in the order of `PEERS`; "none" is none; ValueError lists what there is."""
+    """Names of peers in the order of `PEERS`; "none" is none; ValueError lists what there is.
+
+    By default those that are installed; one that is asked for by name and is not gets a column that says so.
+    """
     if names is None:
-        return list(PEERS)
+        return [name for name, peer in PEERS.items() if all(map(importlib.util.find_spec, peer.requires))]
     for name in names:
         if name not in PEERS and name != "none":
             raise ValueError(f"unknown peer {name!r}; the peers are: {', '.join(PEERS)}, none")

@@ -21,7 +21,7 @@ from .. import _runtime
 from . import machine
 from .cases import CASES, Case, case
 from .method import Local, Summary, describe, interleave
-from .runner import ours
+from .runner import ours, threads_text
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def measure_window(seconds: float, threads: tuple[int, ...]) -> Iterator[Measure
     for n in threads:
         found = ratio(ours(windowed, n), ours(causal, n), seconds / len(threads))
         note = f"{100 * share:.1f} % of the causal pairs are visible"
-        name = f"{windowed.name}, {n} thread(s): time over visible share"
+        name = f"{windowed.name}, {threads_text(n)}: time over visible share"
         yield Measured(name, found.median / share, "x", 1.25, spread=found.spread, note=note)
 
 
@@ -84,7 +84,7 @@ def measure_blhd(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]
             views = replace(contiguous, layout="blhd")
             found = ratio(ours(views, n), ours(contiguous, n), seconds / (2 * len(threads)))
             yield Measured(
-                f'layout="blhd" {name}, {n} thread(s)', found.median, "x", 1.05, spread=found.spread
+                f'layout="blhd" {name}, {threads_text(n)}', found.median, "x", 1.05, spread=found.spread
             )
 
 
@@ -137,7 +137,7 @@ def measure_fork_join(seconds: float, threads: tuple[int, ...]) -> Iterator[Meas
         return
     _runtime.fork_join_seconds(n, 1000)
     found = Summary.of([_runtime.fork_join_seconds(n, 5000) for _ in range(9)])
-    yield Measured(f"hot fork-join, {n} threads", found.median * 1e6, "µs", 3.0, spread=found.spread)
+    yield Measured(f"hot fork-join, {threads_text(n)}", found.median * 1e6, "µs", 3.0, spread=found.spread)
 
 
 MEMORY = """
@@ -166,7 +166,7 @@ def measure_memory(seconds: float, threads: tuple[int, ...]) -> Iterator[Measure
         return
     for n in threads:
         grown = int(child(MEMORY, str(n))) / 2**20
-        name = f"memory beyond the output per thread, 1x8x16384-d64, {n} thread(s)"
+        name = f"memory beyond the output per thread, 1x8x16384-d64, {threads_text(n)}"
         yield Measured(name, grown / n, "MB", 2.0)
 
 
@@ -187,9 +187,10 @@ def measure_import(seconds: float, threads: tuple[int, ...]) -> Iterator[Measure
 
 
 def child(code: str, *arguments: str) -> str:
-    """Output of a fresh interpreter that runs `code`; -P keeps the current folder off its path."""
+    """Output of a fresh interpreter on the current CPU path; -P keeps the current folder off its path."""
     done = subprocess.run(
         [sys.executable, "-P", "-c", code, *arguments],
+        env=os.environ | {"QKV_FAST_ISA": qkv_fast.isa()},
         capture_output=True,
         text=True,
         timeout=300,

@@ -19,6 +19,7 @@ from .runner import OURS, Row
 from .selfcheck import Check
 
 STYLES = {"aim": "green", "ok": "green", "floor": "yellow", "below": "red", "error": "red"}
+TINY_FLOPS = 1e7  # below, a row is about the cost of a call: its rate says nothing
 
 
 @dataclass
@@ -119,45 +120,40 @@ def spread_text(summary: Summary) -> str:
 
 
 def speed_table(rows: list[Row], peers: list[str], title: str, goals: bool = True) -> Table:
-    """The benchmark's table: time, rate, share of peak, what was asked, and ours against each peer."""
-    goals = goals and any(row.job.case.goal for row in rows)
+    """The benchmark's table: time, rate, share of peak, what was asked, and ours against the fastest peer."""
+    goals = goals and any(row.goal for row in rows)
     columns = ["workload", "threads", "time", "spread", "GF/s", "% peak"]
     columns += ["at least", "aim", "reached"] if goals else []
-    columns += [f"vs {name}" for name in peers]
+    columns += [f"vs {peers[0]}" if len(peers) == 1 else "vs fastest peer"] if peers else []
     table = Table(title, columns)
-    reasons: dict[str, int] = {}
-    slower = []
     for row in rows:
         cells = [row.job.case.name, str(row.job.threads)]
         if row.error:
             table.add((cells + [row.error] + [""] * len(columns))[: len(columns)], "error")
             continue
-        cells += [seconds_text(row.time.median), spread_text(row.time), f"{row.rate / 1e9:.3g}"]
-        cells.append(f"{100 * row.share.median:.1f}")
+        cells += [seconds_text(row.time.median), spread_text(row.time)]
+        tiny = row.job.case.flops() < TINY_FLOPS
+        cells += ["", ""] if tiny else [f"{row.rate / 1e9:.3g}", f"{100 * row.share.median:.1f}"]
         if goals:
             cells += [*goal_text(row), row.verdict]
-        for name in peers:
-            if name in row.failures:
-                number = reasons.setdefault(f"{name}: {row.failures[name]}", len(reasons) + 1)
-                cells.append(f"({number})")
-                continue
-            speedup = row.speedup(name)
-            cells.append(f"{speedup.median:.2f}x" + (" !" if speedup.wide else ""))
-            if speedup.median < 1 and name in PEERS:
-                slower.append(f"{row.job.case.name} ({row.job.threads}): {name}")
+        if peers:
+            finished = {name: row.speedup(name) for name in row.ready if name not in row.failures}
+            name = min(finished, key=lambda name: finished[name].median, default=None)
+            cells.append(ratio_text(finished[name]) + (f" {name}" if len(peers) > 1 else "") if name else "-")
         table.add(cells, row.verdict if goals else "")
-    table.notes += [f"({number}) {reason}" for reason, number in reasons.items()]
     if any(row.rounds and row.time.wide for row in rows):
         table.notes.append("! wide spread: the interquartile range is more than 10 % of the median")
     if peers:
         table.notes.append(f"vs: a peer's time over {OURS}'s in the same round; above 1 {OURS} is faster")
-    if slower:
-        table.notes.append("slower than a peer: " + "; ".join(slower))
     return table
 
 
+def ratio_text(ratio: Summary) -> str:
+    return f"{ratio.median:.2f}x" + (" !" if ratio.wide else "")
+
+
 def goal_text(row: Row) -> list[str]:
-    goal = row.job.case.goal
+    goal = row.goal
     if goal is None:
         return ["", ""]
     if goal.unit == "peak":
@@ -166,33 +162,35 @@ def goal_text(row: Row) -> list[str]:
 
 
 def peers_table(rows: list[Row], peers: list[str]) -> Table:
-    """What each peer is and how fast it was: GF/s per row, and the operator that its library answered with."""
-    table = Table("Peers, GF/s", ["workload", "threads", OURS, *peers])
-    versions: dict[str, str] = {}
-    for row in rows:
-        if row.error:
-            continue
-        cells = [row.job.case.name, str(row.job.threads), f"{row.rate / 1e9:.3g}"]
+    """Ours against each peer, with the peer's GF/s (its time where a row has hardly any work) in brackets."""
+    table = Table("Against each peer", ["workload", "threads", *peers])
+    reasons: dict[str, int] = {}
+    titles: dict[str, str] = {}
+    slower: list[str] = []
+    for row in (row for row in rows if not row.error):
+        cells = [row.job.case.name, str(row.job.threads)]
+        faster = []
         for name in peers:
             if name in row.failures:
-                cells.append("-")
+                number = reasons.setdefault(f"{name}: {row.failures[name]}", len(reasons) + 1)
+                cells.append(f"({number})")
                 continue
-            rate = row.job.case.flops() / row.rounds.time(name).median
-            cells.append(
-                f"{rate / 1e9:.3g}" + (f" {initials(row.ready[name].label)}" if name == "ort" else "")
-            )
-            versions[name] = row.ready[name].version
+            seconds, flops = row.rounds.time(name).median, row.job.case.flops()
+            speed = seconds_text(seconds) if flops < TINY_FLOPS else f"{flops / seconds / 1e9:.3g}"
+            operator = f" {row.ready[name].label[:1]}" if name == "ort" else ""
+            cells.append(f"{ratio_text(row.speedup(name))} ({speed}{operator})")
+            titles[name] = f"{PEERS[name].title if name in PEERS else name} {row.ready[name].version}"
+            faster += [name] if row.speedup(name).median < 1 else []
+        if faster:
+            slower.append(f"{row.job.case.name} ({row.job.threads}): {', '.join(faster)}")
         table.add(cells)
-    table.notes = [", ".join(f"{PEERS[n].title if n in PEERS else n} {v}" for n, v in versions.items())]
+    table.notes = [f"({number}) {reason}" for reason, number in reasons.items()]
+    table.notes += [", ".join(titles.values()) + "; in brackets their GF/s or time"] if titles else []
     if any(row.ready.get("ort") for row in rows):
-        table.notes.append(
-            "ort: M MultiHeadAttention, G GroupQueryAttention, A Attention, whichever was fastest"
-        )
+        table.notes.append("ort: the fastest of (M)ultiHeadAttention, (G)roupQueryAttention, (A)ttention")
+    if slower:
+        table.notes.append(f"rows where a peer is faster than {OURS}: " + "; ".join(slower))
     return table
-
-
-def initials(label: str) -> str:
-    return label[:1]
 
 
 def measured_table(measured: list[Measured]) -> Table:
@@ -232,7 +230,7 @@ def machine_text(machine: dict) -> str:
     return "\n".join(
         [
             f"qkv_fast {machine['qkv_fast']}, Python {machine['python']}, NumPy {machine['numpy']}",
-            f"{machine['cpu']}, {machine['cpus']} CPUs{f' ({caches})' if caches else ''}; {machine['system']}",
+            f"{machine['cpu']}, {machine['cpus']} CPUs ({caches or 'caches unknown'}); {machine['system']}",
             f"CPU path {machine['isa']} (available: {', '.join(machine['available_isas'])}), "
             f"{machine['threads']} threads by default",
         ]
@@ -262,19 +260,6 @@ def row_data(row: Row) -> dict:
             "speedup": {n: row.speedup(n).median for n in row.ready if n not in row.failures},
         }
     return data
-
-
-def data(result) -> dict:
-    """A run as plain data; `result` is the command's (cli.Result)."""
-    return {
-        "schema": 1,
-        "machine": result.machine,
-        "checks": [dataclasses.asdict(check) for check in result.checks],
-        "rows": [row_data(row) for row in result.rows],
-        "properties": [dataclasses.asdict(m) | {"verdict": m.verdict} for m in result.measured],
-        "left_out": result.left_out,
-        "interrupted": result.interrupted,
-    }
 
 
 def save(path: str, data: dict) -> None:

@@ -16,12 +16,13 @@ import numpy as np
 import qkv_fast
 
 from .. import _runtime
-from .cases import Case
+from .cases import Case, Goal
 from .method import Local, Refused, Rounds, Summary, describe, interleave
 from .peers import PEERS
 from .worker import Ready, Worker, check
 
 OURS = "qkv_fast"
+GOAL_ISA = "avx512"  # the path that goals without a path of their own are for
 PEAK_SECONDS = 0.02  # of each of the two peak measurements in a round
 
 
@@ -31,12 +32,16 @@ class Job:
     threads: int
 
     def __str__(self) -> str:
-        return f"{self.case.name}, {self.threads} thread{'s' * (self.threads > 1)}"
+        return f"{self.case.name}, {threads_text(self.threads)}"
+
+
+def threads_text(count: int) -> str:
+    return f"{count} thread{'s' * (count > 1)}"
 
 
 @dataclass
 class Row:
-    """What is known about a job once it ran: `error` if it did not, else `rounds`; per peer `ready` or `failures`."""
+    """What is known of a job: `error` if it could not run, else `rounds`; by peer `ready` or `failures`."""
 
     job: Job
     isa: str = ""
@@ -65,17 +70,25 @@ class Row:
         return self.rounds.ratio(peer, OURS)
 
     @property
+    def goal(self) -> Goal | None:
+        """What the case must reach, if it is meant for this thread count and path."""
+        case = self.job.case
+        fits = case.threads is None or self.job.threads in case.threads
+        return case.goal if fits and self.isa == (case.isa or GOAL_ISA) else None
+
+    @property
     def verdict(self) -> str:
-        """ "aim", "floor" or "below"; empty for a case without a goal."""
-        goal = self.job.case.goal
+        """One of "aim", "floor" and "below"; empty without a goal."""
+        goal = self.goal
         if self.error or not goal:
             return ""
         return goal.verdict(self.share.median if goal.unit == "peak" else self.time.median)
 
 
-def plan(cases: Iterable[Case], threads: Iterable[int]) -> list[Job]:
-    """Every case at every thread count that it is about."""
-    return [Job(c, n) for n in threads for c in cases if c.threads is None or n in c.threads]
+def plan(cases: Iterable[Case], default: Iterable[int], asked: Iterable[int] | None = None) -> list[Job]:
+    """Every case at the thread counts asked for, else at those that it is about, else at the default ones."""
+    jobs = [Job(c, n) for c in cases for n in asked or c.threads or default]
+    return sorted(jobs, key=lambda job: job.threads)
 
 
 def run(
@@ -165,7 +178,7 @@ def head_first(case: Case, answer: np.ndarray) -> np.ndarray:
 
 
 def summon(case, threads, peers, workers, adapters, row: Row) -> list[Worker]:
-    """The peers that can do the case and do it right, ready to be timed; the others' reasons go into the row."""
+    """The peers that can do the case and do it right, ready to be timed; the others' reasons go to `row`."""
     ready = []
     for name in peers:
         try:

@@ -19,7 +19,7 @@ from .cases import Case
 from .method import Refused, describe, timed
 
 PATIENCE = 300.0  # seconds without an answer after which a peer counts as hung
-SETTLE = 0.005  # threads of a pool spin for a while after a call; they must not share cores with the next contestant
+SETTLE = 0.005  # a pool's threads spin for a while after a call, on a core that the next contestant needs
 TOLERANCE = {"float32": 2e-5, "float64": 1e-12}  # times max|v|: far above rounding, far below a narrower type
 
 
@@ -34,7 +34,7 @@ class Ready:
 
 
 def check(case: Case, answer: np.ndarray) -> float:
-    """Largest error of an answer (batch, heads, q_len, value_dim) against the reference; Refused if it is wrong.
+    """Largest error of an answer (batch, heads, q_len, value_dim) against the reference; Refused if wrong.
 
     The reference stores whole score matrices, so long cases are compared in three bands of queries.
     """
@@ -69,10 +69,12 @@ def check(case: Case, answer: np.ndarray) -> float:
 def best_way(peer, case: Case) -> tuple:
     """(label, call, error) of the fastest way that gives the right answer."""
     good, reasons = [], []
-    for label, call, fetch in peer.prepare(case):
+    ways = peer.prepare(case)
+    for label, call, fetch in ways:
         try:
             error = check(case, fetch())
-            good.append((min(timed(call, 1) for _ in range(3)), label, call, error))
+            seconds = min(timed(call, 1) for _ in range(3)) if len(ways) > 1 else 0.0
+            good.append((seconds, label, call, error))
         except Exception as failure:  # one operator of several may be missing or wrong
             reasons.append(f"{label}: {describe(failure)}" if label else describe(failure))
     if not good:
@@ -89,7 +91,7 @@ def serve(pipe, adapter: type, threads: int) -> None:
     while True:
         try:
             request, argument = pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):  # the parent is done, or gone
             return
         try:
             if request == "prepare":

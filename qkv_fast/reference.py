@@ -1,8 +1,8 @@
-"""Attention as it is defined, in plain NumPy: the oracle of the tests and the documentation of every argument.
+"""Attention as it is defined, in plain NumPy: the tests' oracle and the documentation of every argument.
 
-One matrix of scores, one softmax, one product with the values, all of it stored: memory is O(Lq * Lk) per head. What
-`qkv_fast.attention` computes in tiles, this computes in the open and in the next wider type, so an error measured
-against it is the error of the fast code.
+One matrix of scores, one softmax, one product with the values, all of it stored: memory is O(Lq * Lk) per
+head. What `qkv_fast.attention` computes in tiles, this computes in the open and in the next wider type, so an
+error measured against it is the error of the fast code.
 """
 
 import numpy as np
@@ -37,18 +37,19 @@ def attention(
     q : array_like, shape (..., Hq, Lq, D)
         Queries. Arrays of shape (L, D) are one head without a head axis; then all three must be 2-D.
     k : array_like, shape (..., Hkv, Lk, D)
-        Keys. ``Hq`` is a multiple of ``Hkv``; query head h reads key head ``h // (Hq // Hkv)`` (grouped queries).
+        Keys. ``Hq`` is a multiple of ``Hkv``; query head h reads key head ``h // (Hq // Hkv)`` (grouped
+        queries).
     v : array_like, shape (..., Hkv, Lk, Dv)
         Values. The axes left of the heads broadcast among q, k and v; the head axis does not.
     causal : bool or "top-left", default False
         Exclude keys after the query's position. "top-left" also sets ``q_offset`` to 0.
     window : None, int or (left, right), optional
-        Keep keys at most `left` before and at most `right` after the query's position, both inclusive; None leaves a
-        side open. An int w is (w, w), or (w, 0) when causal: a causal w sees w + 1 keys.
+        Keep keys at most `left` before and at most `right` after the query's position, both inclusive; None
+        leaves a side open. An int w is (w, w), or (w, 0) when causal: a causal w sees w + 1 keys.
     q_offset : int or array_like of int, optional
-        Query i has the position ``i + q_offset``; one offset, or one per sequence (it broadcasts to the batch axes).
-        By default query i has the position ``i + n - Lq`` with n = `kv_lengths` or Lk: the last query sees the last
-        key.
+        Query i has the position ``i + q_offset``; one offset, or one per sequence (it broadcasts to the batch
+        axes). By default query i has the position ``i + n - Lq`` with n = `kv_lengths` or Lk: the last query
+        sees the last key.
     kv_lengths : int or array_like of int, optional
         Number of valid keys, one for all or one per sequence; later keys are excluded.
     scale : float, optional
@@ -61,8 +62,8 @@ def attention(
     Returns
     -------
     out : ndarray, shape (..., Hq, Lq, Dv)
-        Computed and returned in float64; where q is float64, in `numpy.longdouble` (which is 80 bits wide with most
-        x86-64 compilers, and no wider than float64 on Windows and on Apple silicon).
+        Computed and returned in float64; where q is float64, in `numpy.longdouble` (which is 80 bits wide
+        with most x86-64 compilers, and no wider than float64 on Windows and on Apple silicon).
     lse : ndarray, shape (..., Hq, Lq)
         Natural log-sum-exp of the visible scores, of the same type. Only with ``return_lse=True``.
 
@@ -70,18 +71,19 @@ def attention(
     ------
     ValueError
         Shapes that do not fit, an unknown `causal` or `layout`, a negative window or a length outside 0..Lk,
-        ``causal="top-left"`` with a `q_offset`, and the call with two readings: `kv_lengths` and positions without
-        `q_offset`, where a sequence has fewer keys than there are queries.
+        ``causal="top-left"`` with a `q_offset`, and the call with two readings: `kv_lengths` and positions
+        without `q_offset`, where a sequence has fewer keys than there are queries.
 
     Notes
     -----
-    A key whose score is -inf is excluded, whatever made it so. Excluded keys and values never influence a result, not
-    even by a NaN; an attended NaN or infinity has the effect that IEEE arithmetic gives it, in the rows (for v, the
-    columns) that attend to it. A query without visible keys has the output 0 and the log-sum-exp -inf. With D = 0
-    every score is 0, the output the mean of the visible values.
+    A key whose score is -inf is excluded, whatever made it so. Excluded keys and values never influence a
+    result, not even by a NaN; an attended NaN or infinity has the effect that IEEE arithmetic gives it, in
+    the rows (for v, the columns) that attend to it. A query without visible keys has the output 0 and the
+    log-sum-exp -inf. With D = 0 every score is 0, the output the mean of the visible values.
 
-    The source is A. Vaswani et al., "Attention Is All You Need", 2017, section 3.2.1 (its "Mask (opt.)" is what
-    `causal`, `window` and `kv_lengths` make); grouped queries are from J. Ainslie et al., "GQA", 2023, section 2.2.
+    The source is A. Vaswani et al., "Attention Is All You Need", 2017, section 3.2.1 (its "Mask (opt.)" is
+    what `causal`, `window` and `kv_lengths` make); grouped queries are from J. Ainslie et al., "GQA", 2023,
+    section 2.2.
 
     Examples
     --------
@@ -157,7 +159,9 @@ def _weigh(p, v, visible):
     finite = np.isfinite(v)
     out = p @ np.where(finite, v, 0)
     batch_and_head = tuple(range(v.ndim - 2))
-    for j in np.flatnonzero(~finite.all(axis=(*batch_and_head, -1))):  # the keys with a NaN or infinity somewhere
+    for j in np.flatnonzero(
+        ~finite.all(axis=(*batch_and_head, -1))
+    ):  # the keys with a NaN or infinity somewhere
         value = np.where(finite[..., j, :], 0, v[..., j, :])[..., np.newaxis, :]
         touched = visible[..., j, np.newaxis] & ~finite[..., j, :][..., np.newaxis, :]
         if touched.any():
@@ -187,7 +191,9 @@ def _visible(batch, q_count, key_count, causal, window, q_offset, kv_lengths):
     keys = np.arange(key_count)
     lengths = key_count if kv_lengths is None else _per_sequence("kv_lengths", kv_lengths, batch)
     if np.any(lengths < 0) or np.any(lengths > key_count):
-        raise ValueError(f"kv_lengths: expected lengths in 0..{key_count}, the number of keys, got {kv_lengths!r}")
+        raise ValueError(
+            f"kv_lengths: expected lengths in 0..{key_count}, the number of keys, got {kv_lengths!r}"
+        )
     visible = np.broadcast_to(keys < lengths, (*np.shape(lengths)[:-2], q_count, key_count))
     if left is None and right is None:
         return visible
@@ -196,12 +202,14 @@ def _visible(batch, q_count, key_count, causal, window, q_offset, kv_lengths):
         offset = _per_sequence("q_offset", q_offset, batch)
     elif kv_lengths is not None and np.any((lengths > 0) & (lengths < q_count)):
         raise ValueError(
-            f"kv_lengths: a sequence has fewer keys than the {q_count} queries, so their positions have two readings;"
-            f" padded queries? pass q_offset=0 (kv_lengths={kv_lengths!r})"
+            f"kv_lengths: a sequence has fewer keys than the {q_count} queries, so their positions have two "
+            f"readings; padded queries? pass q_offset=0 (kv_lengths={kv_lengths!r})"
         )
     else:
         offset = lengths - q_count
-    offset = np.clip(offset, -(2**62), 2**62)  # where i + offset cannot wrap around, and is as far from every key
+    offset = np.clip(
+        offset, -(2**62), 2**62
+    )  # where i + offset cannot wrap around, and is as far from every key
     distance = keys - (np.arange(q_count)[:, np.newaxis] + offset)
     if left is not None:
         visible = visible & (distance >= -int(left))
@@ -218,5 +226,7 @@ def _per_sequence(name, values, batch):
     try:
         np.broadcast_to(values, batch)
     except ValueError:
-        raise ValueError(f"{name}: shape {values.shape} does not broadcast to the batch axes {batch}") from None
+        raise ValueError(
+            f"{name}: shape {values.shape} does not broadcast to the batch axes {batch}"
+        ) from None
     return values[..., np.newaxis, np.newaxis, np.newaxis]

@@ -82,7 +82,7 @@ static void merge(const tile *t, char *total, char *state)
 {
     const qkv_plan *plan = t->job->plan;
     plan->kernels->merge(total, state_m(plan, total), state_l(plan, total), state, state_m(plan, state),
-                         state_l(plan, state), (int)t->job->problem->dim_v, plan->c);
+                         state_l(plan, state), (int)t->job->problem->dim_v);
 }
 
 static panel panel_at(const tile *t, int index)
@@ -152,7 +152,7 @@ static void pack_queries(const tile *t)
                 rows[j] = copy;
             }
         }
-        plan->kernels->pack(x.q, rows, x.n, (int)p->dim, plan->sign);
+        plan->kernels->pack(x.q, rows, x.n, (int)p->dim, plan->q_factor);
     }
 }
 
@@ -323,7 +323,7 @@ static void write_lse(const tile *t, const panel *x)
         int wide = p->type == QKV_F64;
         double top = wide ? ((const double *)m)[j] : ((const float *)m)[j];
         double sum = wide ? ((const double *)l)[j] : ((const float *)l)[j];
-        double lse = sum == 0 ? -INFINITY : top * (p->scale == 0 ? 1 : fabs(p->scale)) + log(sum);
+        double lse = sum == 0 ? -INFINITY : top * 0.6931471805599453 + log(sum);
         if (wide)
             ((double *)p->lse)[at] = lse;
         else

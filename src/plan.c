@@ -94,11 +94,10 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     *plan = (qkv_plan){.kernels = qkv_isa_at(p->isa)->type[p->type]};
     const qkv_kernels *kernels = plan->kernels;
 
-    /* Scale 0 makes every visible score 0. It goes into Q, so that no score is multiplied by a zero c; c itself is kept
-     * inside the type's range. */
-    double top = p->type == QKV_F32 ? 3e38 : 1e308, least = p->type == QKV_F32 ? 1e-38 : 1e-308;
-    plan->sign = p->scale > 0 ? 1 : p->scale < 0 ? -1 : 0;
-    plan->c = p->scale == 0 ? 1 : fmin(fmax(fabs(p->scale) * 1.4426950408889634, least), top);
+    /* The scale costs nothing as a part of Q^T. Only a factor above 1 stays out: it could overflow a large q. */
+    double factor = p->scale * 1.4426950408889634, top = p->type == QKV_F32 ? 3e38 : 1e308;
+    plan->q_factor = fabs(factor) <= 1 ? factor : copysign(1, factor);
+    plan->c = fabs(factor) <= 1 ? 1 : fmin(fabs(factor), top);
 
     plan->sequences = 1;
     for (int i = 0; i < p->n_axes; i++)

@@ -9,7 +9,7 @@
  * of one (sequence, key head); its rows are (position, head of the group) pairs, the head running fastest. */
 typedef struct {
     const qkv_kernels *kernels;
-    double c, sign;                   /* log2(e) * |scale|, and the sign that goes into Q^T */
+    double q_factor, c;               /* their product is log2(e) * scale: what goes into Q^T, and the rest */
 
     int64_t sequences, group;         /* query heads per key head */
     int64_t rows;                     /* of one key head: len_q * group */

@@ -55,7 +55,9 @@ def test_wide_heads_with_many_keys(dtype, d, causal):
 
 
 @dtypes
-@pytest.mark.parametrize("heads", [(1, 1), (2, 1), (8, 2), (6, 3), (12, 12), (40, 8), (64, 1), (7, 7), (5, 1)])
+@pytest.mark.parametrize(
+    "heads", [(1, 1), (2, 1), (8, 2), (6, 3), (12, 12), (40, 8), (64, 1), (7, 7), (5, 1)]
+)
 def test_grouped_heads(dtype, heads):
     for n, lq in enumerate((1, 2, 3, 7, 16, 33)):
         for causal in (False, True):
@@ -121,7 +123,7 @@ def test_two_dimensional(dtype):
 @dtypes
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
 def test_layout(dtype, heads):
-    """"blhd" is the same calculation on swapped axes; the LSE stays head-first."""
+    """ "blhd" is the same calculation on swapped axes; the LSE stays head-first."""
     q, k, v = qkv(10, dtype, batch=(2,), heads=heads, lengths=(19, 30), dims=(8, 12))
     out, lse = check(q, k, v, causal=True)
     swapped = [np.ascontiguousarray(x.swapaxes(1, 2)) for x in (q, k, v)]
@@ -134,7 +136,9 @@ def test_layout(dtype, heads):
 
 
 @dtypes
-@pytest.mark.parametrize("scale", [0, 0.0, -0.0, 1, -1, 0.3, -0.125, 1e-30, -1e3, 1e20, np.float32(0.5), np.int8(2)])
+@pytest.mark.parametrize(
+    "scale", [0, 0.0, -0.0, 1, -1, 0.3, -0.125, 1e-30, -1e3, 1e20, np.float32(0.5), np.int8(2)]
+)
 def test_scale(dtype, scale):
     q, k, v = qkv(11, dtype, lengths=(20, 40))
     if abs(scale) >= 1e3:  # integers and powers of two: the scores stay exact, so the softmax is well defined
@@ -183,7 +187,9 @@ def test_nothing_to_do(dtype):
 def test_no_dimension_means_the_mean(dtype):
     """D = 0: every score is 0, so the output is the mean of the visible values and the LSE is log n."""
     v = np.arange(12, dtype=dtype).reshape(1, 6, 2)
-    out, lse = qkv_fast.attention(np.zeros((1, 6, 0), dtype), np.zeros((1, 6, 0), dtype), v, causal=True, return_lse=True)
+    out, lse = qkv_fast.attention(
+        np.zeros((1, 6, 0), dtype), np.zeros((1, 6, 0), dtype), v, causal=True, return_lse=True
+    )
     n = np.arange(1, 7)
     mean = np.cumsum(v[0], axis=0) / n[:, None]
     eps = np.finfo(dtype).eps

@@ -15,10 +15,10 @@ from _util import child, child_says
 FORKS = """
 import os, sys, threading, time, warnings
 import numpy as np, qkv_fast
-warnings.simplefilter("ignore", DeprecationWarning)    # Python warns of forks beside threads: they are the point
+warnings.simplefilter("ignore", DeprecationWarning)    # Python warns of forks beside threads: our subject
 rng = np.random.default_rng(1)
 x = rng.standard_normal((8, 300, 32)).astype("float32")
-few = rng.standard_normal((1, 3, 32)).astype("float32"), rng.standard_normal((1, 5000, 32)).astype("float32")
+few = [rng.standard_normal((1, n, 32)).astype("float32") for n in (3, 15_000)]
 def compute():
     a = qkv_fast.attention(x, x, x, causal=True, num_threads=3)
     b = qkv_fast.attention(few[0], few[1], few[1], num_threads=3)
@@ -50,7 +50,9 @@ posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fo
 @posix
 def test_fork_before_any_call():
     """The pool does not exist yet: child and parent each make their own."""
-    code = FORKS + """
+    code = (
+        FORKS
+        + """
 pid = os.fork()
 if pid == 0:
     os._exit(0 if len(compute()) else 1)
@@ -58,6 +60,7 @@ expected = compute()
 assert os.waitpid(pid, 0)[1] == 0
 print(fork_and_wait(expected))
 """
+    )
     for _ in range(5):  # 2 forks each
         assert child_says(code) == "0"
 
@@ -65,7 +68,9 @@ print(fork_and_wait(expected))
 @posix
 def test_fork_after_calls():
     """The pool's threads are asleep, or spinning still, when their process is copied without them."""
-    code = FORKS + """
+    code = (
+        FORKS
+        + """
 expected = compute()
 results = []
 for i in range(70):
@@ -77,13 +82,16 @@ for i in range(70):
 print(sorted(map(str, set(results))))
 assert compute() == expected
 """
+    )
     assert child_says(code, timeout=120) == "['0']"
 
 
 @posix
 def test_fork_during_calls():
     """Another thread is inside a parallel call: the pool's state is copied in the middle of a job."""
-    code = FORKS + """
+    code = (
+        FORKS
+        + """
 expected = compute()
 stop = False
 wrong = []
@@ -98,22 +106,28 @@ stop = True
 thread.join()
 print(sorted(map(str, set(results))), len(wrong))
 """
+    )
     assert child_says(code, timeout=120) == "['0'] 0"
 
 
 @posix
 def test_fork_of_a_fork():
-    code = FORKS + """
+    code = (
+        FORKS
+        + """
 expected = compute()
 print(sorted(map(str, {fork_and_wait(expected, depth=3) for _ in range(10)})))
 """
+    )
     assert child_says(code, timeout=120) == "['0']"  # 30 forks
 
 
 @posix
 def test_fork_while_the_caller_is_another_python_thread():
     """The forking thread is not the one that made the pool, and its child has no other."""
-    code = FORKS + """
+    code = (
+        FORKS
+        + """
 expected = []
 first = threading.Thread(target=lambda: expected.append(compute()))
 first.start()
@@ -124,12 +138,15 @@ second.start()
 second.join()
 print(sorted(map(str, set(results))))
 """
+    )
     assert child_says(code, timeout=120) == "['0']"
 
 
 @posix
 def test_multiprocessing_by_fork():
-    code = FORKS + """
+    code = (
+        FORKS
+        + """
 import multiprocessing
 def work(n):
     return compute()
@@ -138,6 +155,7 @@ with multiprocessing.get_context("fork").Pool(4) as pool:
     print(all(result == expected for result in pool.map(work, range(16))))
 assert compute() == expected
 """
+    )
     assert child_says(code, timeout=120) == "True"
 
 
@@ -170,7 +188,9 @@ compute(3)
 print("end", flush=True)
 {"os._exit(0)" if name == "os._exit" else "raise SystemExit(0)"}
 """
-    process = subprocess.Popen([sys.executable, "-P", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     try:
         assert process.stdout.readline().strip() == b"end", process.stderr.read().decode()
         start = time.monotonic()

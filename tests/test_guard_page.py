@@ -1,6 +1,7 @@
 """Arrays that end, or begin, at a page that may not be touched: one byte too far ends the process.
 
-Linux and macOS: the page is taken away with mprotect. Every array of a call lies at such an edge, the output too.
+Linux and macOS: the page is taken away with mprotect. Every array of a call lies at such an edge, the output
+too.
 """
 
 import ctypes
@@ -106,7 +107,9 @@ STRIDES = {
 @pytest.mark.parametrize("place", ["at_end", "at_start"])
 @pytest.mark.parametrize("name", STRIDES)
 def test_views(fences, dtype, place, name):
-    for n, (lq, lk, d, dv) in enumerate([(1, 40, 17, 9), (5, 97, 33, 66), (50, 130, 8, 8), (34, 193, 65, 30)]):
+    for n, (lq, lk, d, dv) in enumerate(
+        [(1, 40, 17, 9), (5, 97, 33, 66), (50, 130, 8, 8), (34, 193, 65, 30)]
+    ):
         arrays = qkv(n, dtype, heads=(2, 2), lengths=(lq, lk), dims=(d, dv))
         strides = [STRIDES[name](*x.shape, x.itemsize) for x in arrays]
         views = [f.put(x, place, strides=s) for f, x, s in zip(fences, arrays, strides, strict=False)]

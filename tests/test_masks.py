@@ -1,4 +1,4 @@
-"""Key limits: causal, window, q_offset, kv_lengths and what they compose to; the table "what results mean"."""
+"""Key limits: causal, window, q_offset, kv_lengths, what they compose to, and what results then mean."""
 
 import itertools
 import warnings
@@ -39,7 +39,7 @@ def test_the_last_query_sees_the_last_key(dtype):
 
 @dtypes
 def test_integer_window(dtype):
-    """w is (w, w), or (w, 0) when causal: a causal w sees w + 1 keys. A window's right side is 0 when causal."""
+    """w is (w, w), or (w, 0) when causal: a causal w sees w + 1 keys. When causal, the right side is 0."""
     q, k, v = qkv(2, dtype, lengths=(50, 50))
     same_bits(qkv_fast.attention(q, k, v, window=7), qkv_fast.attention(q, k, v, window=(7, 7)))
     causal = qkv_fast.attention(q, k, v, window=7, causal=True)
@@ -74,7 +74,7 @@ def test_q_offset_per_sequence(dtype):
 
 
 @dtypes
-@pytest.mark.parametrize("offset", [2**31, -(2**31), 2**40, -(2**40), 2**62, -(2**62), 2**63 - 1, -(2**63)])
+@pytest.mark.parametrize("offset", [2**31, -(2**31), 2**40, -(2**40), 2**60, -(2**60)])
 def test_far_offsets(dtype, offset):
     """A position out of sight of every key is like any other out of sight; nothing wraps around."""
     q, k, v = qkv(4, dtype, lengths=(40, 70))
@@ -84,6 +84,15 @@ def test_far_offsets(dtype, offset):
         same_bits(out, whole if (left_sees if offset > 0 else right_sees) else none)
     out = qkv_fast.attention(q, k, v, window=(50, None), q_offset=offset)
     same_bits(out, none if offset > 0 else whole)
+
+
+@pytest.mark.parametrize("offset", [2**60 + 1, -(2**60) - 1, 2**63 - 1, -(2**63)])
+def test_offsets_that_are_too_far(offset):
+    """Beyond 2**60 a position would not fit in 63 bits with everything that is added to it."""
+    q, k, v = qkv(4)
+    for given in (offset, np.array([offset])):
+        with pytest.raises(OverflowError, match="q_offset"):
+            qkv_fast.attention(q[None], k[None], v[None], q_offset=given, causal=True)
 
 
 @dtypes
@@ -101,7 +110,14 @@ def test_far_windows(dtype, far):
 @dtypes
 def test_kv_lengths(dtype):
     q, k, v = qkv(6, dtype, batch=(4,), heads=(4, 2), lengths=(33, 150), dims=(8, 4))
-    for lengths in ([0, 1, 97, 150], [150] * 4, np.array([96, 95, 64, 33], dtype="uint16"), 40, np.int8(3), [17]):
+    for lengths in (
+        [0, 1, 97, 150],
+        [150] * 4,
+        np.array([96, 95, 64, 33], dtype="uint16"),
+        40,
+        np.int8(3),
+        [17],
+    ):
         out, lse = check(q, k, v, kv_lengths=lengths)
         for b, n in enumerate(np.broadcast_to(lengths, 4)):
             same_bits((out[b], lse[b]), qkv_fast.attention(q[b], k[b, :, :n], v[b, :, :n], return_lse=True))
@@ -114,7 +130,9 @@ def test_kv_lengths_with_positions(dtype):
     for lengths, window in (([0, 5, 97, 150], None), ([150, 60, 33, 8], 20), (70, (3, 4))):
         out, lse = check(q, k, v, kv_lengths=lengths, causal=True, window=window)
         for b, n in enumerate(np.broadcast_to(lengths, 4)):
-            alone = qkv_fast.attention(q[b], k[b, :, :n], v[b, :, :n], causal=True, window=window, return_lse=True)
+            alone = qkv_fast.attention(
+                q[b], k[b, :, :n], v[b, :, :n], causal=True, window=window, return_lse=True
+            )
             same_bits((out[b], lse[b]), alone)
         check(q, k, v, kv_lengths=lengths, causal=True, window=window, q_offset=0)
         check(q, k, v, kv_lengths=lengths, window=(2, None), q_offset=[3, 50, 90, -2])
@@ -164,8 +182,10 @@ def test_tiles_are_skipped_and_full_where_they_can_be(dtype):
     assert whole["tiles_full"] > 0 and whole["tiles_partial"] == whole["tiles_skipped"] == 0
     with _runtime.counters() as causal:
         qkv_fast.attention(q, k, v, causal=True)
-    assert causal["tiles_skipped"] > 0 and causal["tiles_partial"] > 0
-    assert causal["tiles_full"] > 2 * causal["tiles_partial"]
+    assert (
+        causal["tiles_full"] < 0.7 * whole["tiles_full"]
+        and 0 < causal["tiles_partial"] < causal["tiles_full"]
+    )
     with _runtime.counters() as window:
         qkv_fast.attention(q, k, v, causal=True, window=255)
     # 256 of 2048 keys: an eighth of the work and the edges of the tiles, whatever their size up to 256 keys
@@ -175,8 +195,8 @@ def test_tiles_are_skipped_and_full_where_they_can_be(dtype):
 @dtypes
 def test_skipping_finds_the_visible_keys(dtype):
     """Narrow windows deep in many keys: a tile that is skipped by mistake loses all that a row sees."""
-    q, k, v = qkv(11, dtype, lengths=(300, 3000), dims=(8, 8))
-    for offset, window in itertools.product((0, 95, 96, 97, 1000, 1023, 1024, 1025, 2700), (0, 1, 100, (0, 200))):
+    q, k, v = qkv(11, dtype, lengths=(60, 3000), dims=(4, 4))
+    for offset, window in itertools.product((0, 95, 96, 97, 1000, 1151, 1152, 1153, 2900), (0, 1, (0, 200))):
         check(q, k, v, q_offset=offset, window=window)
 
 

@@ -1,6 +1,7 @@
 """NaN and infinity: those a query may not attend to never matter, those it attends to are never swallowed.
 
-The counters say that a test met what it is about: a tile with per-row limits, or the careful second run of a panel.
+The counters say that a test met what it is about: a tile with per-row limits, or the careful second run of a
+panel.
 """
 
 import warnings
@@ -46,7 +47,9 @@ def test_nothing_past_kv_lengths_matters(dtype, lq, poison):
 @poisons
 def test_masked_poison_beside_rows_that_attend(dtype, lq, poison):
     """In one tile, a key that some rows attend to and others may not: the others keep their bits."""
-    q, k, v = qkv(2, dtype, heads=(2, 1), lengths=(lq, 300), dims=(8, 8))
+    q, k, v = qkv(
+        2, dtype, heads=(3, 1), lengths=(lq, 300), dims=(8, 8)
+    )  # 3: no vector holds one position alone
     for offset in (300 - lq, 120, 95):
         clean = qkv_fast.attention(q, k, v, causal=True, q_offset=offset, return_lse=True)
         for first in range(offset, min(offset + lq + 1, 300), 5):  # poison from this key on
@@ -129,7 +132,9 @@ def test_attended_nan_in_queries_and_keys_stays_in_its_rows(dtype, lq):
     k2[0, 1, 77, 3] = np.nan
     out, lse = check(q, k2, v)
     assert np.isnan(out[0, 2:]).all() and np.isnan(lse[0, 2:]).all()
-    same_bits((out[1], out[0, :2], lse[1], lse[0, :2]), (clean[0][1], clean[0][0, :2], clean[1][1], clean[1][0, :2]))
+    same_bits(
+        (out[1], out[0, :2], lse[1], lse[0, :2]), (clean[0][1], clean[0][0, :2], clean[1][1], clean[1][0, :2])
+    )
 
 
 @dtypes
@@ -215,19 +220,20 @@ def test_nan_of_either_sign_and_payload(dtype):
 def test_nan_beyond_the_first_chunk(dtype, lq):
     """Chunks of keys are merged: a NaN in one of them arrives, one out of sight does not."""
     rng = np.random.default_rng(13)
-    q, k, v = qkv(13, dtype, lengths=(lq, 5000), dims=(8, 8))
+    q, k, v = qkv(13, dtype, lengths=(lq, 5000), dims=(8, 300))
+    options = dict(causal=True, q_offset=4000, num_threads=4)
     with _runtime.counters() as seen:
-        clean = qkv_fast.attention(q, k, v, causal=True, q_offset=4000, return_lse=True)
+        clean = qkv_fast.attention(q, k, v, return_lse=True, **options)
     assert seen["splits"] > 0
     for key in rng.integers(0, 5000, 12):
         k2, v2 = k.copy(), v.copy()
         k2[:, key] = np.nan
         v2[:, key, 3] = np.inf
-        out, lse = qkv_fast.attention(q, k2, v, causal=True, q_offset=4000, return_lse=True)
+        out, lse = qkv_fast.attention(q, k2, v, return_lse=True, **options)
         sees = np.arange(lq) + 4000 >= key
         assert np.isnan(out[:, sees]).all() and np.isnan(lse[:, sees]).all()
         same_bits((out[:, ~sees], lse[:, ~sees]), (clean[0][:, ~sees], clean[1][:, ~sees]))
-        out = qkv_fast.attention(q, k, v2, causal=True, q_offset=4000)
+        out = qkv_fast.attention(q, k, v2, **options)
         assert (out[:, sees, 3] == np.inf).all()
         same_bits(out[:, ~sees], clean[0][:, ~sees])
 

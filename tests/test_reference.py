@@ -46,7 +46,11 @@ def test_positions_in_loops(causal, window):
             distance = j - (i + start)
             return j < n and (left is None or distance >= -left) and (right is None or distance <= right)
 
-        q, k, v = normal(rng, (lq, 3), "float64"), normal(rng, (lk, 3), "float64"), normal(rng, (lk, 2), "float64")
+        q, k, v = (
+            normal(rng, (lq, 3), "float64"),
+            normal(rng, (lk, 3), "float64"),
+            normal(rng, (lk, 2), "float64"),
+        )
         options = dict(causal=causal, window=window, q_offset=offset, kv_lengths=valid, return_lse=True)
         two_readings = causal != "top-left" and offset is None
         if two_readings and valid is not None and (causal or window is not None) and 0 < n < lq:
@@ -55,7 +59,8 @@ def test_positions_in_loops(causal, window):
             continue
         got = reference.attention(q, k, v, **options)
         for a, b in zip(got, by_hand(q, k, v, sees=sees, scale=1 / math.sqrt(3)), strict=True):
-            # by_hand rounds to double after every step; 1e-12 is far above that and far below any wrong key's effect
+            # by_hand rounds to double after every step; 1e-12 is far above that and far below any wrong key's
+            # effect
             np.testing.assert_allclose(a.astype("float64"), b, rtol=1e-12, atol=1e-12)
 
 
@@ -67,9 +72,13 @@ def test_heads_batch_and_layout():
     for a, b, h in itertools.product(range(2), range(3), range(6)):
         heads = q[a, 0, h], k[b, h // 3], v[a, b, h // 3]
         expected = by_hand(*(x.astype("float64") for x in heads), sees=lambda i, j: True, scale=-0.5)
-        np.testing.assert_allclose(out[a, b, h], expected[0], rtol=1e-12, atol=1e-12)  # doubles, a few roundings
+        np.testing.assert_allclose(
+            out[a, b, h], expected[0], rtol=1e-12, atol=1e-12
+        )  # doubles, a few roundings
         np.testing.assert_allclose(lse[a, b, h], expected[1], rtol=1e-12, atol=1e-12)
-    swapped = reference.attention(*(x.swapaxes(-3, -2) for x in (q, k, v)), layout="blhd", return_lse=True, scale=-0.5)
+    swapped = reference.attention(
+        *(x.swapaxes(-3, -2) for x in (q, k, v)), layout="blhd", return_lse=True, scale=-0.5
+    )
     assert np.array_equal(swapped[0].swapaxes(-3, -2), out) and np.array_equal(swapped[1], lse)
 
 
@@ -112,7 +121,9 @@ def test_empty():
         assert out.shape == (lq, 5) and lse.shape == (lq,)
         if lq and lk:
             np.testing.assert_array_equal(out, np.broadcast_to(v.mean(axis=0), (lq, 5)))
-            np.testing.assert_allclose(lse.astype("float64"), math.log(lk), rtol=1e-15)  # one rounding to double
+            np.testing.assert_allclose(
+                lse.astype("float64"), math.log(lk), rtol=1e-15
+            )  # one rounding to double
         elif lq:
             assert not out.any() and (lse == -np.inf).all()
 

@@ -72,9 +72,9 @@ PATTERNS = {
         x[..., ::-1, :].astype(x.dtype.newbyteorder("S")), 3
     )[..., ::-1, :],
     "read-only": _readonly,
-    "padded rows of 1 KiB": lambda x: _placed(
-        np.pad(x, [(0, 0)] * 3 + [(0, 256 - x.shape[3])]), np.s_[...]
-    )[..., : x.shape[3]],
+    "padded rows of 1 KiB": lambda x: _placed(np.pad(x, [(0, 0)] * 3 + [(0, 256 - x.shape[3])]), np.s_[...])[
+        ..., : x.shape[3]
+    ],
 }
 SHAPES = dict(batch=(2,), heads=(4, 2), lengths=(21, 130), dims=(12, 10))
 
@@ -264,7 +264,9 @@ def test_more_than_2_32_elements(dtype):
             n = np.minimum(np.arange(offset, offset + lq) + 1, 21)
             np.testing.assert_array_equal(np.round(np.exp(lse - _score(q[:, :lq], k))), n[np.newaxis])
             # every value is the same, so their mean is that value, to the rounding of the sum
-            np.testing.assert_allclose(out, np.broadcast_to(v[:, :1], out.shape), rtol=30 * np.finfo(dtype).eps)
+            np.testing.assert_allclose(
+                out, np.broadcast_to(v[:, :1], out.shape), rtol=30 * np.finfo(dtype).eps
+            )
     far = qkv_fast.attention(q, k, v, causal=True, window=3, kv_lengths=lk - 7, return_lse=True)
     near = qkv_fast.attention(q, k, v, causal=True, window=3, kv_lengths=2**20, return_lse=True)
     np.testing.assert_allclose(far[1], near[1], rtol=8 * np.finfo(dtype).eps)  # the keys cut at other places
@@ -298,7 +300,9 @@ def test_element_beyond_2_32(dtype, tmp_path):
     np.testing.assert_allclose(qkv_fast.attention(q, k, k[:, ::-1], **options), expected, **tolerance)
     back = k[::-1]  # and with rows that run backwards from the far end
     expected = qkv_fast.attention(q, tail[::-1], tail[::-1], q_offset=10, **options)
-    np.testing.assert_allclose(qkv_fast.attention(q, back, back, q_offset=10, **options), expected, **tolerance)
+    np.testing.assert_allclose(
+        qkv_fast.attention(q, back, back, q_offset=10, **options), expected, **tolerance
+    )
     del k, back
     path.unlink()
 
@@ -308,7 +312,12 @@ def test_read_only_everything(dtype):
     arrays = [_readonly(x) for x in qkv(14, dtype, **SHAPES)]
     lengths, offset = _readonly(np.array([100, 130])), _readonly(np.array([3, 109]))
     out = qkv_fast.attention(*arrays, kv_lengths=lengths, q_offset=offset, causal=True)
-    same_bits(out, qkv_fast.attention(*(x.copy() for x in arrays), kv_lengths=[100, 130], q_offset=[3, 109], causal=True))
+    same_bits(
+        out,
+        qkv_fast.attention(
+            *(x.copy() for x in arrays), kv_lengths=[100, 130], q_offset=[3, 109], causal=True
+        ),
+    )
 
 
 @dtypes
@@ -316,8 +325,8 @@ def test_read_only_pages(dtype, tmp_path):
     """Memory that the system itself keeps from being written."""
     arrays = qkv(15, dtype)
     views = []
-    for x in arrays:
-        path = tmp_path / "x"
+    for name, x in zip("qkv", arrays, strict=True):
+        path = tmp_path / name
         path.write_bytes(x.tobytes())
         with open(path, "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -32,12 +32,15 @@ static inline vec_f32 fma_f32(vec_f32 x, vec_f32 y, vec_f32 z) { return _mm256_f
 static inline vec_f32 max_f32(vec_f32 x, vec_f32 y) { return _mm256_max_ps(x, y); }
 static inline mask_f32 less_f32(vec_f32 x, vec_f32 y) { return _mm256_cmp_ps(x, y, _CMP_LT_OQ); }
 static inline mask_f32 equal_f32(vec_f32 x, vec_f32 y) { return _mm256_cmp_ps(x, y, _CMP_EQ_OQ); }
+static inline mask_f32 beyond_f32(vec_f32 x, vec_f32 y) { return _mm256_cmp_ps(x, y, _CMP_NLE_UQ); }
+static inline int any_f32(mask_f32 m) { return _mm256_movemask_ps(m) != 0; }
 static inline vec_f32 select_f32(mask_f32 m, vec_f32 x, vec_f32 y) { return _mm256_blendv_ps(y, x, m); }
 
 /* Adding 1.5 * 2^23 rounds x to a whole number and leaves that number in the low bits; n keeps them there. */
 static inline vec_f32 exponent_f32(vec_f32 x, vec_f32 *n)
 {
     vec_f32 magic = _mm256_set1_ps(0x1.8p23f);
+    x = _mm256_min_ps(_mm256_set1_ps(128), x);          /* 2^128 and beyond is infinite; NaN stays */
     *n = _mm256_add_ps(x, magic);
     return _mm256_sub_ps(x, _mm256_sub_ps(*n, magic));
 }
@@ -106,11 +109,14 @@ static inline vec_f64 fma_f64(vec_f64 x, vec_f64 y, vec_f64 z) { return _mm256_f
 static inline vec_f64 max_f64(vec_f64 x, vec_f64 y) { return _mm256_max_pd(x, y); }
 static inline mask_f64 less_f64(vec_f64 x, vec_f64 y) { return _mm256_cmp_pd(x, y, _CMP_LT_OQ); }
 static inline mask_f64 equal_f64(vec_f64 x, vec_f64 y) { return _mm256_cmp_pd(x, y, _CMP_EQ_OQ); }
+static inline mask_f64 beyond_f64(vec_f64 x, vec_f64 y) { return _mm256_cmp_pd(x, y, _CMP_NLE_UQ); }
+static inline int any_f64(mask_f64 m) { return _mm256_movemask_pd(m) != 0; }
 static inline vec_f64 select_f64(mask_f64 m, vec_f64 x, vec_f64 y) { return _mm256_blendv_pd(y, x, m); }
 
 static inline vec_f64 exponent_f64(vec_f64 x, vec_f64 *n)
 {
     vec_f64 magic = _mm256_set1_pd(0x1.8p52);
+    x = _mm256_min_pd(_mm256_set1_pd(1024), x);
     *n = _mm256_add_pd(x, magic);
     return _mm256_sub_pd(x, _mm256_sub_pd(*n, magic));
 }

@@ -26,6 +26,8 @@ static inline vec_f32 fma_f32(vec_f32 x, vec_f32 y, vec_f32 z) { return _mm512_f
 static inline vec_f32 max_f32(vec_f32 x, vec_f32 y) { return _mm512_max_ps(x, y); }
 static inline mask_f32 less_f32(vec_f32 x, vec_f32 y) { return _mm512_cmp_ps_mask(x, y, _CMP_LT_OQ); }
 static inline mask_f32 equal_f32(vec_f32 x, vec_f32 y) { return _mm512_cmp_ps_mask(x, y, _CMP_EQ_OQ); }
+static inline mask_f32 beyond_f32(vec_f32 x, vec_f32 y) { return _mm512_cmp_ps_mask(x, y, _CMP_NLE_UQ); }
+static inline int any_f32(mask_f32 m) { return m != 0; }
 static inline vec_f32 select_f32(mask_f32 m, vec_f32 x, vec_f32 y) { return _mm512_mask_blend_ps(m, y, x); }
 
 static inline vec_f32 exponent_f32(vec_f32 x, vec_f32 *n)
@@ -98,6 +100,8 @@ static inline vec_f64 fma_f64(vec_f64 x, vec_f64 y, vec_f64 z) { return _mm512_f
 static inline vec_f64 max_f64(vec_f64 x, vec_f64 y) { return _mm512_max_pd(x, y); }
 static inline mask_f64 less_f64(vec_f64 x, vec_f64 y) { return _mm512_cmp_pd_mask(x, y, _CMP_LT_OQ); }
 static inline mask_f64 equal_f64(vec_f64 x, vec_f64 y) { return _mm512_cmp_pd_mask(x, y, _CMP_EQ_OQ); }
+static inline mask_f64 beyond_f64(vec_f64 x, vec_f64 y) { return _mm512_cmp_pd_mask(x, y, _CMP_NLE_UQ); }
+static inline int any_f64(mask_f64 m) { return m != 0; }
 static inline vec_f64 select_f64(mask_f64 m, vec_f64 x, vec_f64 y) { return _mm512_mask_blend_pd(m, y, x); }
 
 static inline vec_f64 exponent_f64(vec_f64 x, vec_f64 *n)

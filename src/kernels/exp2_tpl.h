@@ -1,6 +1,6 @@
 /* 2^x = 2^n * 2^r with n = round(x), |r| <= 1/2, and a polynomial (exp2_poly.h) whose constant term is exactly 1, so
  * that exp2(0) == 1. What would fall below the smallest normal number is exactly 0: subnormal weights would slow every
- * product they enter. -inf gives 0 and NaN stays NaN. Softmax needs x <= about 8; results are right up to 2^126.
+ * product they enter. -inf gives 0, what is too large infinity, and NaN stays NaN.
  */
 static inline VEC X(exp2)(VEC x)
 {

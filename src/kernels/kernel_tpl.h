@@ -12,9 +12,10 @@
  *   load_part(p, n) store_part(p, x, n)      the first n <= w elements, any alignment; nothing past them is touched
  *   set1(a)  add sub mul div(x, y)  fma(x, y, z) = x * y + z
  *   max(x, y)                y where either is NaN
- *   less(x, y)  equal(x, y)  select(mask, x, y) = mask ? x : y
- *   exponent(x, &n)          x - n with n = x rounded to a whole number
- *   ldexp(x, n, at)          x * 2^n, but 0 where at < EXP2_LOWEST; NaN stays NaN
+ *   less(x, y)  equal(x, y)  beyond(x, y) = !(x <= y)      comparisons; select(mask, x, y) = mask ? x : y; any(mask)
+ *   exponent(x, &n)          the fraction x - round(x), and in n whatever ldexp wants to know of round(x)
+ *   ldexp(y, n, x)           y * 2^round(x), infinite where that overflows, 0 where x is below the smallest normal
+ *                            exponent; NaN stays NaN
  *   transpose(x)             x[w] as a w * w matrix, in place
  */
 #include <math.h>

@@ -51,6 +51,17 @@ static inline P(vec) P(from_bits)(P(mask) b) { P(vec) x; memcpy(&x, &b, sizeof x
 static inline P(mask) P(less)(P(vec) x, P(vec) y) { return ALL_ONES(x < y); }
 static inline P(mask) P(equal)(P(vec) x, P(vec) y) { return ALL_ONES(x == y); }
 
+static inline P(mask) P(beyond)(P(vec) x, P(vec) y) { return ~ALL_ONES(x <= y); }
+
+static inline int P(any)(P(mask) m)
+{
+    BITS_TYPE lanes[P(width)], all = 0;
+    memcpy(lanes, &m, sizeof lanes);
+    for (int i = 0; i < P(width); i++)
+        all |= lanes[i];
+    return all != 0;
+}
+
 static inline P(vec) P(select)(P(mask) m, P(vec) x, P(vec) y)
 {
     return P(from_bits)((m & P(bits)(x)) | (~m & P(bits)(y)));
@@ -61,6 +72,7 @@ static inline P(vec) P(max)(P(vec) x, P(vec) y) { return P(select)(P(less)(y, x)
 /* Adding 1.5 * 2^mantissa rounds x to a whole number and leaves that number in the low bits; n keeps them there. */
 static inline P(vec) P(exponent)(P(vec) x, P(vec) *n)
 {
+    x = P(select)(P(less)(P(set1)(EXPONENT_BIAS + 1), x), P(set1)(EXPONENT_BIAS + 1), x);    /* infinite from there */
     P(vec) magic = P(set1)((P(real))1.5 * (P(real))((BITS_TYPE)1 << MANTISSA_BITS));
     *n = x + magic;
     return x - (*n - magic);

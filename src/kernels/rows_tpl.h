@@ -3,9 +3,9 @@
  * A panel row is LANES elements, so element e of lane i lies at e * LANES + i. Rows move through w x w transposes in
  * registers; a single row is not worth one.
  */
-static void X(pack)(void *qt, const void *const *rows, int n, int d, double sign)
+static void X(pack)(void *qt, const void *const *rows, int n, int d, double scale)
 {
-    VEC factor = X(set1)((REAL)sign);
+    VEC factor = X(set1)((REAL)scale);
     for (int g = 0; g < n; g += W) {
         REAL *to = (REAL *)qt + g;
         if (n - g == 1) {

@@ -1,0 +1,300 @@
+"""The benchmark's cases, method and commands. Nothing here depends on how fast anything is."""
+
+import json
+import math
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+import qkv_fast
+from qkv_fast import reference
+from qkv_fast.bench import cases, cli, machine, method, report, runner, selfcheck
+from qkv_fast.bench.cases import case
+from qkv_fast.bench.method import Refused, Rounds, Summary
+
+SMALL = case("2x4x9", 8, causal=True)
+
+
+# Cases
+
+
+def test_names_are_unique_and_fit_a_terminal():
+    names = [c.name for c in cases.CASES]
+    assert len(set(names)) == len(names)
+    assert max(map(len, names)) <= 40
+
+
+def test_every_case_has_a_suite_and_every_suite_a_case():
+    known = {*cases.SUITES, "main"}
+    for c in cases.CASES:
+        assert c.suites and set(c.suites) <= known, c.name
+    for suite in cases.SUITES:
+        assert cases.select(suite), suite
+
+
+def test_goals_are_ordered():
+    for c in cases.CASES:
+        if c.goal:
+            assert c.goal.verdict(c.goal.aim) == "aim"
+            assert c.goal.verdict(c.goal.floor) == "floor"
+            better = c.goal.aim > c.goal.floor
+            assert better == (c.goal.unit == "peak"), c.name
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        case("2x3x7", 5),
+        case("1x2x7", 5, kv_len=12, causal=True),
+        case("1x2x9", 5, causal=True, window=(2, 0)),
+        case("1x2x9", 5, kv_len=20, window=(None, 1)),
+        case("3x2x4", 5, kv_len=11, kv_lengths=(11, 4, 0)),
+    ],
+    ids=lambda c: c.name,
+)
+def test_operations_are_those_of_the_visible_pairs(shape):
+    _, k, _ = shape.inputs()
+    q = np.zeros((shape.batch, shape.heads, shape.q_len, shape.dim))
+    values = np.broadcast_to(np.eye(shape.kv_len), (*k.shape[:3], shape.kv_len))
+    weights = reference.attention(q, np.zeros(k.shape), values, **shape.arguments())  # 1 / visible, or 0
+    assert shape.visible_pairs() == np.count_nonzero(weights[:, 0])
+    assert shape.flops() == 4 * shape.heads * shape.visible_pairs() * shape.dim
+
+
+def test_inputs_are_the_same_every_time_and_in_the_case_s_layout_and_type():
+    for c in (SMALL, case("2x4x9", 8, kv_heads=2, layout="blhd", dtype="float64")):
+        first, second = c.inputs(), c.inputs()
+        assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+        assert {a.dtype.name for a in first} == {c.dtype}
+        assert first[0].shape == ((2, 9, 4, 8) if c.layout == "blhd" else (2, 4, 9, 8))
+
+
+def test_select_by_name_part_and_pattern():
+    assert [c.name for c in cases.select("foundation", ["1x12x2048-d64"])] == ["1x12x2048-d64"]
+    assert len(cases.select("foundation", ["1x12x2048"])) > 1
+    assert {c.isa for c in cases.select("foundation", ["*@avx2"])} == {"avx2"}
+    assert {c.dtype for c in cases.select("all", None, ["float64"])} == {"float64"}
+
+
+# Method
+
+
+def test_summary_is_median_and_quartiles():
+    summary = Summary.of([5.0, 1.0, 2.0, 4.0, 3.0])
+    assert (summary.low, summary.median, summary.high, summary.count) == (2.0, 3.0, 4.0, 5)
+    assert summary.spread == pytest.approx(2 / 3)
+    assert summary.wide
+    assert not Summary.of([1.0, 1.01, 0.99, 1.0]).wide
+    assert Summary.of([7.0]).median == 7.0
+    assert Summary.of([1.0, math.nan, 3.0]).count == 2
+    assert math.isnan(Summary.of([math.nan]).median)
+
+
+class Fake:
+    """A contestant that writes down when it was sampled and says what it is told to."""
+
+    def __init__(self, name, seconds, log, fails_at=None):
+        self.name, self.seconds, self.log, self.fails_at = name, seconds, log, fails_at
+
+    def sample(self, repeats):
+        self.log.append(self.name)
+        if self.fails_at is not None and self.log.count(self.name) > self.fails_at:
+            raise Refused("had enough")
+        return self.seconds
+
+
+def test_rounds_are_interleaved_with_the_peak_around_the_first():
+    log = []
+    contestants = [Fake(name, 0.1, log) for name in "ABC"]
+    rounds = method.interleave(contestants, peak=lambda: log.append("peak") or 100.0, budget=0, rounds=(3, 9))
+    warm_up, timed = log[:3], log[3:]
+    assert warm_up == ["A", "B", "C"]
+    assert timed == ["peak", "A", "peak", "B", "C"] * 3
+    assert len(rounds.peaks) == 3
+
+
+def test_rounds_fill_the_budget_between_the_least_and_the_most():
+    def count(budget):
+        now = iter(range(1000))
+        rounds = method.interleave(
+            [Fake("A", 0.1, [])], budget=budget, rounds=(2, 6), clock=lambda: float(next(now))
+        )
+        return len(rounds.seconds["A"])
+
+    assert (count(0.0), count(1e9)) == (2, 6)
+    assert 2 < count(4.5) < 6
+
+
+def test_ratios_and_shares_are_formed_within_a_round():
+    rounds = Rounds(
+        {"ours": [1.0, 2.0, 4.0], "peer": [2.0, 4.0, 8.0]},  # a machine that gets slower and slower
+        [(8.0, 12.0), (5.0, 5.0), (2.5, 2.5)],
+    )
+    assert rounds.ratio("peer", "ours") == Summary(2.0, 2.0, 2.0, 3)
+    assert rounds.share_of_peak("ours", 5.0) == Summary(0.5, 0.5, 0.5, 3)
+
+
+def test_a_contestant_that_fails_keeps_its_place_and_the_others_go_on():
+    log = []
+    contestants = [Fake("A", 0.1, log), Fake("B", 0.1, log, fails_at=2), Fake("C", 0.1, log)]
+    rounds = method.interleave(contestants, budget=0, rounds=(4, 4))
+    assert rounds.failures == {"B": "had enough"}
+    assert [math.isnan(s) for s in rounds.seconds["B"]] == [False, True, True, True]
+    assert rounds.time("C").count == 4
+    assert log.count("B") == 3
+
+
+def test_short_calls_are_repeated_and_long_ones_are_not():
+    assert method.calibrate(Fake("long", 0.5, [])) == 1
+    assert method.calibrate(Fake("short", 0.001, [])) == 20
+    calls = []
+    method.timed(lambda: calls.append(0), 3)
+    assert len(calls) == 4  # one of them to warm the caches
+    calls.clear()
+    method.timed(lambda: calls.append(0), 1)
+    assert len(calls) == 1
+
+
+# Commands
+
+
+def test_thread_counts_of_jobs():
+    single = case("1x1x4", 4, threads=(1,))
+    assert [(j.case, j.threads) for j in runner.plan([SMALL, single], [1, 2])] == [
+        (SMALL, 1),
+        (single, 1),
+        (SMALL, 2),
+    ]
+    assert [j.threads for j in runner.plan([single], [1, 2], [3])] == [3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "listed"),
+    [
+        (["--suite", "nonsense"], "foundation, quick"),
+        (["--suite", "small", "--case", "nonsense"], "1x8x1-d64"),
+        (["--peers", "nonsense"], "torch, ort"),
+        (["--isa", "nonsense"], "portable"),
+        (["--dtype", "nonsense"], "float32"),
+    ],
+    ids=lambda a: " ".join(a) if isinstance(a, list) else "",
+)
+def test_unknown_names_list_the_valid_ones(arguments, listed, capsys):
+    assert cli.main(["bench", *arguments]) == 2
+    message = capsys.readouterr().err
+    assert "nonsense" in message and listed in message
+
+
+@pytest.mark.parametrize("threads", ["0", "x", ""])
+def test_bad_thread_counts_are_usage_errors(threads, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["bench", "--threads", threads])
+    assert stop.value.code == 2
+    assert "--threads" in capsys.readouterr().err
+
+
+def test_list_names_cases_and_properties(capsys):
+    assert cli.main(["bench", "--list", "--suite", "foundation"]) == 0
+    listed = capsys.readouterr().out
+    assert "1x12x2048-d64-causal" in listed and "fork-join" in listed
+
+
+def test_bench_prints_a_table_and_its_json_says_the_same(tmp_path, capsys):
+    path = tmp_path / "run.json"
+    arguments = ["--case", "1x8x1-d64,1x1x64-d64", "--peers", "numpy", "--threads", "1", "--seconds", "0"]
+    assert cli.main(["bench", *arguments, "--json", str(path)]) == 0
+    printed = capsys.readouterr().out
+    run = json.loads(path.read_text())
+    assert run["machine"]["isa"] == qkv_fast.isa()
+    assert [row["case"]["name"] for row in run["rows"]] == ["1x8x1-d64", "1x1x64-d64"]
+    for row in run["rows"]:
+        assert row["case"]["name"] in printed
+        rounds = Rounds(row["seconds"], [tuple(pair) for pair in row["peaks"]])
+        assert rounds.time("qkv_fast").median == row["median_seconds"]
+        assert rounds.share_of_peak("qkv_fast", row["flops"]).median == row["share_of_peak"]
+        assert rounds.ratio("numpy", "qkv_fast").median == row["speedup"]["numpy"]
+        assert row["peers"]["numpy"]["version"] == np.__version__
+
+
+def test_markdown_is_a_table(capsys):
+    arguments = ["--case", "1x8x1-d64", "--peers", "none", "--seconds", "0", "--markdown"]
+    assert cli.main(["bench", *arguments]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(lines) == 3
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_json_has_no_nan(tmp_path):
+    path = tmp_path / "x.json"
+    report.save(str(path), {"a": [math.nan, 1.5, np.float32(2), np.int64(3)], "b": (math.inf, None, "µ")})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": [None, 1.5, 2.0, 3], "b": [None, None, "µ"]}
+
+
+@pytest.mark.parametrize("command", [[], ["bench"]], ids=["main", "bench"])
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_timed(command, tmp_path, capsys):
+    path = tmp_path / "no-such-folder" / "run.json"
+    assert cli.main([*command, "--json", str(path)]) == 2
+    output = capsys.readouterr()
+    assert str(path) in output.err and not output.out
+
+
+def test_ctrl_c_prints_what_is_finished(monkeypatch, capsys):
+    real, calls = runner.run_job, []
+
+    def interrupted(*args):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(runner, "run_job", interrupted)
+    assert cli.main(["bench", "--case", "1x8x1-d64,1x1x64-d64", "--peers", "none", "--seconds", "0"]) == 130
+    output = capsys.readouterr()
+    assert "1x8x1-d64" in output.out and "1x1x64-d64" not in output.out
+    assert "interrupted" in output.err
+
+
+def test_the_command_exits_0_and_saves_what_it_found(tmp_path):
+    path = tmp_path / "run.json"
+    command = [sys.executable, "-P", "-m", "qkv_fast", "--seconds", "0", "--json", str(path)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, encoding="utf-8", cwd=tmp_path, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = json.loads(path.read_text(encoding="utf-8"))
+    assert {check["isa"] for check in run["checks"]} == set(qkv_fast.available_isas())
+    assert not any(check["problem"] for check in run["checks"])
+    assert run["rows"] and run["left_out"]
+    for isa in qkv_fast.available_isas():
+        assert isa in done.stdout
+    assert qkv_fast.__version__ in done.stdout and machine.cpu_model() in done.stdout
+
+
+def test_the_command_exits_1_when_a_check_fails(monkeypatch, capsys):
+    real = qkv_fast.attention
+    monkeypatch.setattr(qkv_fast, "attention", lambda *a, **k: real(*a, **k) * np.float32(1.0001))
+    assert cli.main(["--seconds", "0"]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_an_exception_in_a_check_is_a_failed_check(monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(qkv_fast, "attention", broken)
+    checks = list(selfcheck.run(qkv_fast.isa()))
+    assert checks and all(check.problem == "RuntimeError: broken" for check in checks)
+
+
+def test_importing_the_package_does_not_import_the_benchmark():
+    code = textwrap.dedent("""
+        import sys
+        import qkv_fast
+        unwanted = ("qkv_fast.bench", "multiprocessing", "rich")
+        print([name for name in sys.modules if name.startswith(unwanted)])
+    """)
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,152 @@
+"""The benchmark's peers: answers are checked, refusals have reasons, a crash is a note under the table."""
+
+import sys
+
+import numpy as np
+import pytest
+
+import qkv_fast
+from qkv_fast import reference
+from qkv_fast.bench import peers, report, runner, worker
+from qkv_fast.bench.cases import case
+from qkv_fast.bench.method import Refused
+
+SMALL = case("2x4x9", 8, causal=True)
+
+
+def test_answers_are_checked_against_the_reference():
+    for shape in (SMALL, case("1x2x150", 8, kv_len=200, causal=True), case("2x4x9", 8, layout="blhd")):
+        q, k, v = shape.inputs()
+        exact = reference.attention(q, k, v, layout=shape.layout, **shape.arguments()).astype("float32")
+        answer = runner.head_first(shape, exact)
+        assert worker.check(shape, answer) < 1e-6
+        wrong = answer.copy()
+        wrong[0, 0, -1, 0] += 1e-3
+        with pytest.raises(Refused, match="wrong answer: error"):
+            worker.check(shape, wrong)
+        wrong[0, 0, -1, 0] = np.nan
+        with pytest.raises(Refused, match="wrong answer"):
+            worker.check(shape, wrong)
+    with pytest.raises(Refused, match="shape"):
+        worker.check(SMALL, np.zeros((1, 2, 3, 4), "float32"))
+    with pytest.raises(Refused, match="type"):
+        worker.check(SMALL, np.zeros((2, 4, 9, 8), "float64"))
+
+
+@pytest.mark.parametrize("adapter", [peers.NumPy, peers.ChunkedNumPy], ids=lambda peer: peer.name)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        SMALL,
+        case("1x4x300", 8, kv_heads=2, kv_len=310, causal=True, window=(70, 0)),
+        case("2x2x40", 8, kv_len=50, kv_lengths=(50, 41), dtype="float64"),
+        case("1x2x130", 8, layout="blhd"),
+    ],
+    ids=lambda c: c.name,
+)
+def test_plain_numpy_is_right(adapter, shape):
+    ((_, _, fetch),) = adapter(1).prepare(shape)
+    worker.check(shape, fetch())
+
+
+PEERS_MODULE = """
+import os
+import numpy as np
+
+
+class Wrong:
+    name, title, requires = "wrong", "Wrong", ()
+    environment = staticmethod(lambda threads: {"WRONG_PEER_THREADS": str(threads)})
+    shift = 0.01
+
+    def __init__(self, threads):
+        self.threads, self.version = int(os.environ["WRONG_PEER_THREADS"]), "1"
+
+    def prepare(self, case):
+        from qkv_fast import reference
+
+        answer = reference.attention(*case.inputs(), **case.arguments()).astype(case.dtype) + self.shift
+        answer = answer.astype(case.dtype)
+        return [("way", lambda: answer, lambda: answer)]
+
+
+class Right(Wrong):
+    name = "right"
+    shift = 0
+
+
+class Crashing(Right):
+    name = "crashing"
+
+    def prepare(self, case):
+        os._exit(7)
+
+
+class Missing(Right):
+    name = "missing"
+
+    def __init__(self, threads):
+        import a_module_that_nobody_has
+
+
+class Stubborn(Right):
+    name = "stubborn"
+
+    def __init__(self, threads):
+        self.threads, self.version = 17, "1"
+"""
+
+
+@pytest.fixture
+def strange_peers(tmp_path, monkeypatch):
+    """Adapters of all kinds, in a module that the peers' processes can import."""
+    (tmp_path / "strange_peers.py").write_text(PEERS_MODULE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import strange_peers
+
+    found = (strange_peers.Right, strange_peers.Wrong, strange_peers.Crashing, strange_peers.Missing)
+    yield {peer.name: peer for peer in (*found, strange_peers.Stubborn)}
+    del sys.modules["strange_peers"]
+
+
+def test_peers_are_refused_with_the_reason_and_the_run_goes_on(strange_peers):
+    jobs = runner.plan([SMALL, case("1x1x4", 4)], [1])
+    rows = list(runner.run(jobs, list(strange_peers), seconds=0, adapters=strange_peers, rounds=(1, 1)))
+    assert [row.error for row in rows] == ["", ""]
+    for row in rows:
+        assert set(row.failures) == {"wrong", "crashing", "missing", "stubborn"}
+        assert "wrong answer: error 1" in row.failures["wrong"]
+        assert row.failures["crashing"] == "crashed (exit code 7)"
+        assert "a_module_that_nobody_has" in row.failures["missing"]
+        assert row.failures["stubborn"] == "would use 17 threads, not 1"
+        assert row.speedup("right").count == 1
+        assert row.ready["right"].threads == 1
+    text = report.as_text(report.peers_table(rows, list(strange_peers)))
+    assert "crashed (exit code 7)" in text and "a_module_that_nobody_has" in text
+
+
+def test_a_peer_that_hangs_is_given_up(strange_peers):
+    hung = worker.Worker(strange_peers["right"], 1, patience=0.0)
+    try:
+        with pytest.raises(Refused, match="no answer in 0 s"):
+            hung.prepare(SMALL)
+    finally:
+        hung.close()
+    assert not hung.process.is_alive()
+
+
+def test_an_answer_of_ours_that_is_wrong_is_an_error_and_not_a_time(monkeypatch):
+    monkeypatch.setattr(qkv_fast, "attention", lambda q, k, v, **_: np.zeros_like(q))
+    (row,) = runner.run(runner.plan([SMALL], [1]), [], seconds=0)
+    assert row.wrong and "wrong answer" in row.error and row.rounds is None
+
+
+def test_no_memory_and_no_path_are_rows_too(monkeypatch):
+    def fail(*args, **kwargs):
+        raise MemoryError
+
+    (row,) = runner.run(runner.plan([case("1x1x4", 4, isa="no-such-path")], [1]), [], seconds=0)
+    assert row.error == "path no-such-path is not available here"
+    monkeypatch.setattr(qkv_fast, "attention", fail)
+    (row,) = runner.run(runner.plan([SMALL], [1]), [], seconds=0)
+    assert row.error == "out of memory"
