@@ -212,8 +212,8 @@ class CoreTests(Command):
         self.flags = ("-UNDEBUG", "-fno-omit-frame-pointer")
         if self.sanitize:
             self.flags += (f"-fsanitize={self.sanitize}", "-fno-sanitize-recover=all")
-            # Instrumented -O3 takes gcc minutes; and a sanitizer's red zones are not our frames.
-            self.flags += ("-O1", "-Wno-frame-larger-than")
+            # Instrumented, -O3 with all debug information takes gcc minutes; and red zones are not our frames.
+            self.flags += ("-O1", "-g1", "-Wno-frame-larger-than")
 
     def run(self):
         from distutils.ccompiler import new_compiler

@@ -102,32 +102,51 @@ static panel panel_at(const tile *t, int index)
     return x;
 }
 
-/* Byte offset of row r (position r / group, query head head * group + r % group) within a sequence and key head. */
-static int64_t row_offset(const tile *t, const qkv_strides *at, int64_t r)
+/* Rows of a panel in order: row r is position r / group, query head head * group + r % group. */
+typedef struct { int64_t position, head, group; } row_of;
+
+static row_of first_row(const tile *t, const panel *x)
 {
     int64_t group = t->job->plan->group;
-    return r / group * at->row + r % group * at->head;
+    return (row_of){x->row / group, x->row % group, group};
+}
+
+static void next_row(row_of *r)
+{
+    if (++r->head == r->group) {
+        r->head = 0;
+        r->position++;
+    }
+}
+
+static int64_t row_offset(const row_of *r, const qkv_strides *at)
+{
+    return r->position * at->row + r->head * at->head;
 }
 
 static void find_limits(tile *t)
 {
-    const qkv_plan *plan = t->job->plan;
-    int w = plan->kernels->vector;
+    const qkv_problem *p = t->job->problem;
+    int w = t->job->plan->kernels->vector;
+    int same = p->left == QKV_OPEN && p->right == QKV_OPEN;        /* all rows of a sequence */
     t->limits = qkv_no_limits();
     for (int i = 0; i < t->panels; i++) {
         panel x = panel_at(t, i);
-        x.limits[0] = qkv_no_limits();
-        for (int j = 0; j < x.nv * w; j++) {
-            if (j % w == 0)
-                x.limits[1 + j / w] = qkv_no_limits();
+        row_of r = first_row(t, &x);
+        qkv_range keys = qkv_visible(p, t->sequence, r.position);
+        for (int j = 0; j <= x.nv; j++)
+            x.limits[j] = qkv_no_limits();
+        for (int j = 0; same && j <= x.nv; j++)
+            qkv_add_row(&x.limits[j], keys);
+        for (int j = 0; !same && j < x.nv * w; j++) {
             /* Lanes without a row repeat the last one, in Q as well. */
-            int64_t r = x.row + (j < x.n ? j : x.n - 1);
-            if (j < x.n && r % plan->group && j)
-                x.rows[j] = x.rows[j - 1];              /* heads of a group at the same position */
-            else
-                x.rows[j] = qkv_visible(t->job->problem, t->sequence, r / plan->group);
-            qkv_add_row(&x.limits[1 + j / w], x.rows[j]);
-            qkv_add_row(&x.limits[0], x.rows[j]);
+            if (j > 0 && j < x.n) {
+                next_row(&r);
+                keys = r.head ? keys : qkv_visible(p, t->sequence, r.position);
+            }
+            x.rows[j] = keys;
+            qkv_add_row(&x.limits[1 + j / w], keys);
+            qkv_add_row(&x.limits[0], keys);
         }
         t->limits.any.lo = qkv_min(t->limits.any.lo, x.limits[0].any.lo);
         t->limits.any.hi = qkv_max(t->limits.any.hi, x.limits[0].any.hi);
@@ -142,8 +161,9 @@ static void pack_queries(const tile *t)
     size_t row_bytes = (size_t)p->dim * (size_t)plan->kernels->size;
     for (int i = 0; i < t->panels; i++) {
         panel x = panel_at(t, i);
-        for (int j = 0; j < x.n; j++) {
-            char *from = (char *)p->q + t->q_offset + row_offset(t, &p->q_at, x.row + j);
+        row_of r = first_row(t, &x);
+        for (int j = 0; j < x.n; j++, next_row(&r)) {
+            char *from = (char *)p->q + t->q_offset + row_offset(&r, &p->q_at);
             rows[j] = from;
             if (!plan->direct_q) {
                 char *copy = t->scratch + plan->at_tile + (size_t)j * row_bytes;
@@ -208,7 +228,7 @@ static void attend_block(const tile *t, const panel *x, const pass_rows *kv, int
         .k_row = kv->k_row, .v_row = kv->v_row, .c = plan->c,
         .d = (int)p->dim, .dv = (int)p->dim_v, .nv = x->nv, .careful = careful,
     };
-    if (kind == QKV_FULL) {
+    if (kind == QKV_FULL && !careful) {
         whole.k = kv->k + (first - origin) * kv->k_row * (int64_t)size;
         whole.v = kv->v + (first - origin) * kv->v_row * (int64_t)size;
         whole.nk = (int)(last - first);
@@ -317,9 +337,9 @@ static void write_lse(const tile *t, const panel *x)
     const qkv_plan *plan = t->job->plan;
     const void *m = state_m(plan, x->total), *l = state_l(plan, x->total);
     int64_t first_head = (t->sequence * p->heads_kv + t->head) * plan->group;
-    for (int j = 0; j < x->n; j++) {
-        int64_t r = x->row + j;
-        int64_t at = (first_head + r % plan->group) * p->len_q + r / plan->group;
+    row_of r = first_row(t, x);
+    for (int j = 0; j < x->n; j++, next_row(&r)) {
+        int64_t at = (first_head + r.head) * p->len_q + r.position;
         int wide = p->type == QKV_F64;
         double top = wide ? ((const double *)m)[j] : ((const float *)m)[j];
         double sum = wide ? ((const double *)l)[j] : ((const float *)l)[j];
@@ -340,12 +360,14 @@ static void write_tile(const tile *t)
     size_t row_bytes = (size_t)p->dim_v * (size_t)plan->kernels->size;
     for (int i = 0; i < t->panels; i++) {
         panel x = panel_at(t, i);
-        for (int j = 0; j < x.n; j++)
-            rows[j] = plan->direct_out ? p->out + t->out_offset + row_offset(t, &p->out_at, x.row + j)
+        row_of r = first_row(t, &x);
+        for (int j = 0; j < x.n; j++, next_row(&r))
+            rows[j] = plan->direct_out ? p->out + t->out_offset + row_offset(&r, &p->out_at)
                                        : copies + (size_t)j * row_bytes;
         plan->kernels->finish(rows, x.total, state_l(plan, x.total), x.n, (int)p->dim_v);
-        for (int j = 0; j < x.n && !plan->direct_out; j++) {
-            qkv_rows to = {p->out + t->out_offset + row_offset(t, &p->out_at, x.row + j), 0,
+        r = first_row(t, &x);
+        for (int j = 0; j < x.n && !plan->direct_out; j++, next_row(&r)) {
+            qkv_rows to = {p->out + t->out_offset + row_offset(&r, &p->out_at), 0,
                            (ptrdiff_t)p->out_at.dim, plan->kernels->size, p->swapped_out};
             plan->kernels->scatter(&to, rows[j], 0, 1, (int)p->dim_v);
         }

@@ -26,19 +26,18 @@ typedef struct {
     double rate[MOST * APART];
 } measurement;
 
-/* The limit is what the machine allows when left alone: the best of short stretches. */
+/* The mean over the whole stretch: what slows a shared machine down slows calls measured beside it by as much. */
 static void measure_fma(void *context, int64_t task, int worker)
 {
     measurement *m = context;
-    double end = qkv_clock() + m->seconds, best = 0;
+    double begin = qkv_clock(), now, flops, sum = 0;
     (void)worker;
-    while (qkv_clock() < end) {
-        double flops, begin = qkv_clock();
-        m->kernels->fma(20000, &flops);
-        double rate = flops / (qkv_clock() - begin);
-        best = rate > best ? rate : best;
-    }
-    m->rate[task * APART] = best;
+    do {
+        m->kernels->fma(2000, &flops);
+        sum += flops;
+        now = qkv_clock();
+    } while (now - begin < m->seconds);
+    m->rate[task * APART] = sum / (now - begin);
 }
 
 static void measure_read(void *context, int64_t task, int worker)

@@ -13,9 +13,9 @@
 
 /* Measured on a 2-core Zen 4 (32 KB L1d, 1 MB L2) with `qkv-fast bench --suite foundation`. */
 enum {
-    BLOCK = 96,                       /* keys per kernel call: S^T (96, 48) is 18 KB, more than half of L1 but read in order */
-    CHUNK = 1152,                     /* keys per chunk; merging chunks of about 1000 keeps the error of 64k keys small */
-    PASS_BYTES = 512 << 10,           /* K and V of a pass: half of L2 */
+    BLOCK = 128,                      /* keys per kernel call: S^T (128, 48) is 24 KB, most of L1, but read in order */
+    CHUNK = 1024,                     /* keys per chunk; merging chunks of about 1000 keeps the error of 64k keys small */
+    PASS_BYTES = 256 << 10,           /* K and V of a pass: a quarter of L2, half of an older 512 KB one */
     STATE_BYTES = 192 << 10,          /* Q^T, O and totals of the panels that share a pass */
     TILE_PANELS = 32,                 /* most panels in a query tile */
     TASKS_PER_THREAD = 8,             /* enough for an even finish; fewer, larger tasks share K and V better */

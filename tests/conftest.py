@@ -1,11 +1,16 @@
 """What every test stands on: the installed package, a choice of CPU path, and how many examples are drawn."""
 
 import json
+import os
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+# Before numpy is imported: the plain NumPy that results are compared with has no threads that keep our pool's
+# cores busy after each product.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import qkv_fast
 from qkv_fast._runtime import force_isa

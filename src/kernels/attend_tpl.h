@@ -37,9 +37,46 @@ static QKV_INLINE void X(product)(const int nr, const int nv, const REAL *a, ptr
     }
 }
 
+/* Key limits of a tile's lanes as elements, and the rows of keys that every lane sees. */
+typedef struct {
+    QKV_ALIGN REAL lo[LANES];
+    QKV_ALIGN REAL hi[LANES];
+    int first, last;
+} X(limits);
+
+static void X(find_limits)(const qkv_tile *t, X(limits) *limits)
+{
+    limits->first = 0;
+    limits->last = t->nk;
+    for (int j = 0; t->lo && j < t->nv * W; j++) {
+        limits->lo[j] = (REAL)t->lo[j];
+        limits->hi[j] = (REAL)t->hi[j];
+        limits->first = t->lo[j] > limits->first ? t->lo[j] : limits->first;
+        limits->last = t->hi[j] < limits->last ? t->hi[j] : limits->last;
+    }
+}
+
+/* Rows first .. last of S^T times what Q^T lacks of the scale, and -inf where the key is excluded. Like weigh_rows not
+ * inline, or the compiler would hold its constants in registers that the product needs. */
+static QKV_NOINLINE void X(adjust_rows)(const qkv_tile *t, int first, int last, const X(limits) *limits)
+{
+    VEC factor = X(set1)((REAL)t->c), hidden = X(set1)(-(REAL)INFINITY);
+    for (int i = first; i < last; i++) {
+        VEC at = X(set1)((REAL)i);
+        for (int j = 0; j < t->nv * W; j += W) {
+            REAL *score = (REAL *)t->s + (ptrdiff_t)i * LANES + j;
+            VEC x = X(mul)(factor, X(load)(score));
+            if (t->lo) {
+                x = X(select)(X(less)(at, X(load)(limits->hi + j)), x, hidden);
+                x = X(select)(X(less)(at, X(load)(limits->lo + j)), hidden, x);
+            }
+            X(store)(score, x);
+        }
+    }
+}
+
 /* Rows i .. i + nr of S^T in units of log2, excluded scores as -inf. */
-static QKV_INLINE void X(score_rows)(const int nr, const int nv, const qkv_tile *t, int i, const REAL *lo,
-                                     const REAL *hi)
+static QKV_INLINE void X(score_rows)(const int nr, const int nv, const qkv_tile *t, int i, const X(limits) *limits)
 {
     VEC c[ROW_TILE][LANE_VECTORS];
     X(product)(nr, nv, (const REAL *)t->k + i * t->k_row, t->k_row, 1, t->q, t->d, c);
@@ -50,21 +87,25 @@ static QKV_INLINE void X(score_rows)(const int nr, const int nv, const qkv_tile 
         for (int j = 0; j < nv; j++)
             X(store)(s + r * LANES + j * W, c[r][j]);
     }
-    if (t->c == 1 && !t->lo)
-        return;
-    VEC factor = X(set1)((REAL)t->c), hidden = X(set1)(-(REAL)INFINITY);
-    for (int r = 0; r < nr; r++) {
-        VEC at = X(set1)((REAL)(i + r));
-        for (int j = 0; j < nv; j++) {
-            REAL *score = s + r * LANES + j * W;
-            VEC x = X(mul)(factor, X(load)(score));
-            if (t->lo) {
-                x = X(select)(X(less)(at, X(load)(hi + j * W)), x, hidden);
-                x = X(select)(X(less)(at, X(load)(lo + j * W)), hidden, x);
-            }
-            X(store)(score, x);
-        }
+    if (t->c != 1 || i < limits->first || limits->last < i + nr)
+        X(adjust_rows)(t, i, i + nr, limits);
+}
+
+/* The maximum of rows first .. last of S^T in each lane, into top. */
+static QKV_INLINE void X(top_rows)(const int nv, const qkv_tile *t, int first, int last, REAL *top)
+{
+    VEC m[LANE_VECTORS];
+    QKV_UNROLL
+    for (int j = 0; j < nv; j++)
+        m[j] = X(load)(top + j * W);
+    for (int i = first; i < last; i++) {
+        QKV_UNROLL
+        for (int j = 0; j < nv; j++)
+            m[j] = X(max)(X(load)((const REAL *)t->s + (ptrdiff_t)i * LANES + j * W), m[j]);
     }
+    QKV_UNROLL
+    for (int j = 0; j < nv; j++)
+        X(store)(top + j * W, m[j]);
 }
 
 /* Columns i .. i + nr of O: O^T <- alpha O^T + V^T P^T. */
@@ -85,8 +126,8 @@ static QKV_INLINE void X(value_rows)(const int nr, const int nv, const qkv_tile 
 }
 
 /* Rows first .. last of S^T -> P^T = 2^(S - m) in place, added to sum. If careful, P of an excluded key is -1. */
-static QKV_INLINE void X(weigh_rows)(const int nv, const int careful, const qkv_tile *t, int first, int last,
-                                     const REAL *shift, REAL *sum)
+static QKV_INLINE void X(weigh_vectors)(const int nv, const int careful, const qkv_tile *t, int first, int last,
+                                        const REAL *shift, REAL *sum)
 {
     VEC none = X(set1)(-(REAL)INFINITY);
     VEC m[LANE_VECTORS], l[LANE_VECTORS];
@@ -110,127 +151,135 @@ static QKV_INLINE void X(weigh_rows)(const int nv, const int careful, const qkv_
         X(store)(sum + j * W, l[j]);
 }
 
-/* All scores, ROW_TILE keys at a time; with `weigh`, each row tile becomes weights while it is still in L1. */
-static QKV_INLINE void X(score)(const int nv, const int weigh, const int careful, const qkv_tile *t, const REAL *lo,
-                                const REAL *hi, const REAL *shift, REAL *sum)
+static QKV_NOINLINE void X(weigh_rows)(int nv, int careful, const qkv_tile *t, int first, int last, const REAL *shift,
+                                       REAL *sum)
 {
-    int i = 0;
-    for (; i + ROW_TILE <= t->nk; i += ROW_TILE) {
-        X(score_rows)(ROW_TILE, nv, t, i, lo, hi);
+    if (careful)
+        X(weigh_vectors)(1, 1, t, first, last, shift, sum);
+    else if (nv == 1)
+        X(weigh_vectors)(1, 0, t, first, last, shift, sum);
+    else if (nv == 2)
+        X(weigh_vectors)(2, 0, t, first, last, shift, sum);
+    else
+        X(weigh_vectors)(LANE_VECTORS, 0, t, first, last, shift, sum);
+}
+
+/* What softmax keeps per lane while it works on a tile. */
+typedef struct {
+    QKV_ALIGN REAL shift[LANES];      /* what to subtract: m, but 0 where a lane has seen nothing (-inf - -inf is NaN) */
+    QKV_ALIGN REAL sum[LANES];        /* of P */
+    QKV_ALIGN REAL top[LANES];        /* maximum of S */
+    QKV_ALIGN REAL alpha[LANES];      /* what O and l of earlier tiles are multiplied by */
+} X(lanes);
+
+/* All scores, ROW_TILE keys at a time and each row tile finished while it is still in L1: with `weigh` it becomes
+ * weights, else only its maximum is taken. */
+static QKV_INLINE void X(score)(const int nv, const int weigh, const int careful, const qkv_tile *t,
+                                const X(limits) *limits, X(lanes) *lanes)
+{
+    for (int i = 0, nr; i < t->nk; i += nr) {
+        if (i + ROW_TILE <= t->nk)
+            X(score_rows)(nr = ROW_TILE, nv, t, i, limits);
+        else if (i + ROW_TILE / 2 <= t->nk)
+            X(score_rows)(nr = ROW_TILE / 2, nv, t, i, limits);
+        else
+            X(score_rows)(nr = 1, nv, t, i, limits);
         if (weigh)
-            X(weigh_rows)(nv, careful, t, i, i + ROW_TILE, shift, sum);
-    }
-    for (; i + ROW_TILE / 2 <= t->nk; i += ROW_TILE / 2) {
-        X(score_rows)(ROW_TILE / 2, nv, t, i, lo, hi);
-        if (weigh)
-            X(weigh_rows)(nv, careful, t, i, i + ROW_TILE / 2, shift, sum);
-    }
-    for (; i < t->nk; i++) {
-        X(score_rows)(1, nv, t, i, lo, hi);
-        if (weigh)
-            X(weigh_rows)(nv, careful, t, i, i + 1, shift, sum);
+            X(weigh_rows)(nv, careful, t, i, i + nr, lanes->shift, lanes->sum);
+        else
+            X(top_rows)(nv, t, i, i + nr, lanes->top);
     }
 }
 
-/* Maxima for the lanes that have none or whose sum is not within P_LIMIT (or NaN); alpha is what O and l shrink by. */
-static QKV_INLINE void X(raise_maxima)(const int nv, const qkv_tile *t, REAL *shift, REAL *sum, REAL *alpha)
+/* New maxima for the lanes that have none or whose weights sum to more than P_LIMIT (or to NaN). */
+static QKV_INLINE void X(raise_maxima)(const int nv, const qkv_tile *t, X(lanes) *lanes)
 {
-    VEC none = X(set1)(-(REAL)INFINITY), zero = X(set1)(0);
-    for (int j = 0; j < nv; j++) {
-        REAL *at = (REAL *)t->m + j * W;
-        VEC m = X(load)(at), top = m;
-        for (int i = 0; i < t->nk; i++)
-            top = X(max)(X(load)((const REAL *)t->s + (ptrdiff_t)i * LANES + j * W), top);
-        VEC limit = X(select)(X(equal)(m, none), none, X(set1)(P_LIMIT));
-        top = X(select)(X(beyond)(X(load)(sum + j * W), limit), top, m);
-        X(store)(at, top);
-        X(store)(sum + j * W, zero);
-        /* Equal maxima may be infinite, and their difference NaN. */
-        X(store)(alpha + j * W, X(select)(X(equal)(m, top), X(set1)(1), X(exp2)(X(sub)(m, top))));
-        X(store)(shift + j * W, X(select)(X(equal)(top, none), zero, top));
-    }
-}
-
-/* S and P of a tile, and the state's m, l and alpha.
- *
- * Most tiles need no new maximum, so the weights are first computed with the one there is, each row tile while its
- * scores are still in L1. A lane whose weights then sum to more than P_LIMIT gets a new maximum, and the tile is scored
- * again. The decision is a lane's own: neighbours never change its bits. */
-static QKV_INLINE void X(weigh)(const int nv, const int careful, const qkv_tile *t, REAL *alpha)
-{
-    QKV_ALIGN REAL shift[LANES];
-    QKV_ALIGN REAL sum[LANES];
-    QKV_ALIGN REAL lo[LANES];
-    QKV_ALIGN REAL hi[LANES];
     VEC none = X(set1)(-(REAL)INFINITY), zero = X(set1)(0), one = X(set1)(1);
-    int fresh = 1, raise = 0;
-    for (int j = 0; t->lo && j < nv * W; j++) {
-        lo[j] = (REAL)t->lo[j];
-        hi[j] = (REAL)t->hi[j];
+    for (int j = 0; j < nv * W; j += W) {
+        VEC m = X(load)((REAL *)t->m + j), top = X(max)(X(load)(lanes->top + j), m);
+        VEC limit = X(select)(X(equal)(m, none), none, X(set1)(P_LIMIT));
+        top = X(select)(X(beyond)(X(load)(lanes->sum + j), limit), top, m);
+        X(store)((REAL *)t->m + j, top);
+        X(store)(lanes->sum + j, zero);
+        /* Equal maxima may be infinite, and their difference NaN. */
+        X(store)(lanes->alpha + j, X(select)(X(equal)(m, top), one, X(exp2)(X(sub)(m, top))));
+        X(store)(lanes->shift + j, X(select)(X(equal)(top, none), zero, top));
     }
-    for (int j = 0; j < nv; j++) {
-        VEC m = X(load)((const REAL *)t->m + j * W);
+}
+
+/* S and P of a tile, and the state's m and l.
+ *
+ * Most tiles need no new maximum, so the weights are first computed with the one there is. A lane whose weights then
+ * sum to more than P_LIMIT gets a new maximum, and the tile is scored again. The decision is a lane's own: neighbours
+ * never change its bits. */
+static QKV_INLINE void X(weigh)(const int nv, const int careful, const qkv_tile *t, X(lanes) *lanes)
+{
+    X(limits) limits;
+    X(find_limits)(t, &limits);
+    VEC none = X(set1)(-(REAL)INFINITY), zero = X(set1)(0), one = X(set1)(1), limit = X(set1)(P_LIMIT);
+    int fresh = 1, raise = 0;
+    for (int j = 0; j < nv * W; j += W) {
+        VEC m = X(load)((const REAL *)t->m + j);
         fresh &= !X(any)(X(less)(none, m));
-        X(store)(shift + j * W, X(select)(X(equal)(m, none), zero, m));
-        X(store)(sum + j * W, zero);
-        X(store)(alpha + j * W, one);
+        X(store)(lanes->shift + j, X(select)(X(equal)(m, none), zero, m));
+        X(store)(lanes->sum + j, zero);
+        X(store)(lanes->top + j, none);
+        X(store)(lanes->alpha + j, one);
     }
     if (!fresh) {
-        X(score)(nv, 1, careful, t, lo, hi, shift, sum);
-        for (int j = 0; j < nv; j++) {
-            VEC m = X(load)((const REAL *)t->m + j * W), l = X(load)(sum + j * W);
-            raise |= X(any)(X(equal)(m, none)) | X(any)(X(beyond)(l, X(set1)(P_LIMIT)));
-        }
+        X(score)(nv, 1, careful, t, &limits, lanes);
+        for (int j = 0; j < nv * W; j += W)
+            raise |= X(any)(X(equal)(X(load)((const REAL *)t->m + j), none))
+                | X(any)(X(beyond)(X(load)(lanes->sum + j), limit));
     }
     if (fresh | raise) {
-        X(score)(nv, 0, careful, t, lo, hi, shift, sum);
-        X(raise_maxima)(nv, t, shift, sum, alpha);
-        X(weigh_rows)(nv, careful, t, 0, t->nk, shift, sum);
+        X(score)(nv, 0, careful, t, &limits, lanes);
+        X(raise_maxima)(nv, t, lanes);
+        X(weigh_rows)(nv, careful, t, 0, t->nk, lanes->shift, lanes->sum);
     }
-    for (int j = 0; j < nv; j++) {
-        REAL *l = (REAL *)t->l + j * W;
-        X(store)(l, X(fma)(X(load)(alpha + j * W), X(load)(l), X(load)(sum + j * W)));
+    for (int j = 0; j < nv * W; j += W) {
+        REAL *l = (REAL *)t->l + j;
+        X(store)(l, X(fma)(X(load)(lanes->alpha + j), X(load)(l), X(load)(lanes->sum + j)));
     }
 }
 
 /* The values of a tile where V or a weight may be NaN or infinite: the same sums in the same order, but an excluded
- * key's V is not multiplied at all. */
+ * key's V is not multiplied at all. One vector of lanes. */
 static void X(value_careful)(const qkv_tile *t, const REAL *alpha)
 {
-    for (int i = 0; i < t->dv; i++)
-        for (int j = 0; j < t->nv; j++) {
-            REAL *o = (REAL *)t->o + (ptrdiff_t)i * LANES + j * W;
-            VEC c = X(set1)(0);
-            for (int k = 0; k < t->nk; k++) {
-                VEC p = X(load)((REAL *)t->s + (ptrdiff_t)k * LANES + j * W);
-                VEC v = X(set1)(((const REAL *)t->v)[k * t->v_row + i]);
-                c = X(select)(X(less)(p, X(set1)(0)), c, X(fma)(v, p, c));
-            }
-            X(store)(o, X(fma)(X(load)(alpha + j * W), X(load)(o), c));
+    for (int i = 0; i < t->dv; i++) {
+        REAL *o = (REAL *)t->o + (ptrdiff_t)i * LANES;
+        VEC c = X(set1)(0);
+        for (int k = 0; k < t->nk; k++) {
+            VEC p = X(load)((const REAL *)t->s + (ptrdiff_t)k * LANES);
+            VEC v = X(set1)(((const REAL *)t->v)[k * t->v_row + i]);
+            c = X(select)(X(less)(p, X(set1)(0)), c, X(fma)(v, p, c));
         }
+        X(store)(o, X(fma)(X(load)(alpha), X(load)(o), c));
+    }
 }
 
 static QKV_INLINE void X(attend_vectors)(const int nv, const int careful, const qkv_tile *t)
 {
-    QKV_ALIGN REAL alpha[LANES];
-    X(weigh)(nv, careful, t, alpha);
+    X(lanes) lanes;
+    X(weigh)(nv, careful, t, &lanes);
     if (careful) {
-        X(value_careful)(t, alpha);
+        X(value_careful)(t, lanes.alpha);
         return;
     }
     int i = 0;
     for (; i + ROW_TILE <= t->dv; i += ROW_TILE)
-        X(value_rows)(ROW_TILE, nv, t, i, alpha);
+        X(value_rows)(ROW_TILE, nv, t, i, lanes.alpha);
     for (; i + ROW_TILE / 2 <= t->dv; i += ROW_TILE / 2)
-        X(value_rows)(ROW_TILE / 2, nv, t, i, alpha);
+        X(value_rows)(ROW_TILE / 2, nv, t, i, lanes.alpha);
     for (; i < t->dv; i++)
-        X(value_rows)(1, nv, t, i, alpha);
+        X(value_rows)(1, nv, t, i, lanes.alpha);
 }
 
 static void X(attend)(const qkv_tile *t)
 {
     if (t->careful)
-        X(attend_vectors)(t->nv, 1, t);
+        X(attend_vectors)(1, 1, t);
     else if (t->nv == 1)
         X(attend_vectors)(1, 0, t);
     else if (t->nv == 2)

@@ -4,13 +4,16 @@
 
 #if defined(__GNUC__) || defined(__clang__)
 #define QKV_INLINE inline __attribute__((always_inline))
+#define QKV_NOINLINE __attribute__((noinline))
 /* Small arrays of vectors stay in registers only if every loop over them is unrolled: gcc needs to be told. */
 #define QKV_UNROLL _Pragma("GCC unroll 16")
 #elif defined(_MSC_VER)
 #define QKV_INLINE __forceinline
+#define QKV_NOINLINE __declspec(noinline)
 #define QKV_UNROLL
 #else
 #define QKV_INLINE inline
+#define QKV_NOINLINE
 #define QKV_UNROLL
 #endif
 

@@ -32,7 +32,7 @@ typedef struct {
     const int32_t *lo, *hi;           /* (lanes): lane j sees the keys lo[j] <= i < hi[j] of the tile; NULL: all */
     double c;                         /* factor of the scores that is not in Q^T; usually 1 */
     int nk, d, dv, nv;                /* nk <= QKV_KEYS */
-    int careful;                      /* take nothing from V where the lane's key is excluded, even NaN */
+    int careful;                      /* take nothing from V where the lane's key is excluded, even NaN; nv is 1 */
 } qkv_tile;
 
 /* A run of rows anywhere in memory, for copies: element (i, j) lies at data + i * row + j * col bytes. */

@@ -3,27 +3,51 @@
  * A panel row is LANES elements, so element e of lane i lies at e * LANES + i. Rows move through w x w transposes in
  * registers; a single row is not worth one.
  */
-static void X(pack)(void *qt, const void *const *rows, int n, int d, double scale)
+/* Columns e .. e + part of the w lanes that begin at rows[0]; of n rows, lanes without one repeat the last. */
+static QKV_INLINE void X(pack_square)(REAL *to, const void *const *rows, int n, int e, int part, VEC scale)
 {
-    VEC factor = X(set1)((REAL)scale);
+    VEC x[W];
+    QKV_UNROLL
+    for (int i = 0; i < W; i++)
+        x[i] = X(load_part)((const REAL *)rows[i < n ? i : n - 1] + e, part);
+    X(transpose)(x);
+    QKV_UNROLL
+    for (int i = 0; i < W; i++)
+        if (i < part)
+            X(store)(to + (ptrdiff_t)(e + i) * LANES, X(mul)(scale, x[i]));
+}
+
+static void X(pack)(void *qt, const void *const *rows, int n, int d, double factor)
+{
+    VEC scale = X(set1)((REAL)factor);
     for (int g = 0; g < n; g += W) {
         REAL *to = (REAL *)qt + g;
+        int e = 0;
         if (n - g == 1) {
             const REAL *row = rows[g];
-            for (int e = 0; e < d; e++)
-                X(store)(to + (ptrdiff_t)e * LANES, X(mul)(factor, X(set1)(row[e])));
+            for (; e < d; e++)
+                X(store)(to + (ptrdiff_t)e * LANES, X(mul)(scale, X(set1)(row[e])));
             return;
         }
-        for (int e = 0; e < d; e += W) {
-            VEC x[W];
-            int part = d - e < W ? d - e : W;
-            for (int i = 0; i < W; i++)
-                x[i] = X(load_part)((const REAL *)rows[g + i < n ? g + i : n - 1] + e, part);
-            X(transpose)(x);
-            for (int i = 0; i < part; i++)
-                X(store)(to + (ptrdiff_t)(e + i) * LANES, X(mul)(factor, x[i]));
-        }
+        for (; e + W <= d; e += W)
+            X(pack_square)(to, rows + g, n - g, e, W, scale);
+        if (e < d)
+            X(pack_square)(to, rows + g, n - g, e, d - e, scale);
     }
+}
+
+static QKV_INLINE void X(finish_square)(void *const *rows, const REAL *from, int n, int e, int part, VEC inverse)
+{
+    VEC x[W], zero = X(set1)(0);
+    /* Adding 0 turns -0 into 0: the sign of a zero would tell which tiles were skipped. */
+    QKV_UNROLL
+    for (int i = 0; i < W; i++)
+        x[i] = i < part ? X(fma)(X(load)(from + (ptrdiff_t)(e + i) * LANES), inverse, zero) : zero;
+    X(transpose)(x);
+    QKV_UNROLL
+    for (int i = 0; i < W; i++)
+        if (i < n)
+            X(store_part)((REAL *)rows[i] + e, x[i], part);
 }
 
 static void X(finish)(void *const *rows, const void *o, const void *l, int n, int dv)
@@ -33,43 +57,43 @@ static void X(finish)(void *const *rows, const void *o, const void *l, int n, in
         const REAL *from = (const REAL *)o + g;
         VEC sum = X(load)((const REAL *)l + g);
         VEC inverse = X(select)(X(equal)(sum, zero), zero, X(div)(X(set1)(1), sum));
-        int lanes = n - g < W ? n - g : W;
-        for (int e = 0; e < dv; e += W) {
-            VEC x[W];
-            int part = dv - e < W ? dv - e : W;
-            /* Adding 0 turns -0 into 0: the sign of a zero would tell which tiles were skipped. */
-            for (int i = 0; i < W; i++)
-                x[i] = i < part ? X(fma)(X(load)(from + (ptrdiff_t)(e + i) * LANES), inverse, zero) : zero;
-            if (lanes == 1) {
-                for (int i = 0; i < part; i++)
-                    X(store_part)((REAL *)rows[g] + e + i, x[i], 1);
-                continue;
-            }
-            X(transpose)(x);
-            for (int i = 0; i < lanes; i++)
-                X(store_part)((REAL *)rows[g + i] + e, x[i], part);
+        int e = 0;
+        if (n - g == 1) {
+            for (; e < dv; e++)
+                X(store_part)((REAL *)rows[g] + e, X(fma)(X(load)(from + (ptrdiff_t)e * LANES), inverse, zero), 1);
+            return;
         }
+        for (; e + W <= dv && n - g >= W; e += W)
+            X(finish_square)(rows + g, from, W, e, W, inverse);
+        for (; e < dv; e += W)
+            X(finish_square)(rows + g, from, n - g, e, dv - e < W ? dv - e : W, inverse);
     }
 }
 
 static int X(finite)(const void *o, const void *l, int nv, int dv)
 {
-    VEC zero = X(set1)(0);
-    VEC bad = zero;                   /* x - x is 0 for every finite x and NaN for the others */
+    /* x - x is 0 for every finite x and NaN for the others. Four sums, since one would wait for itself. */
+    VEC bad[4];
+    for (int j = 0; j < 4; j++)
+        bad[j] = X(set1)(0);
     for (int j = 0; j < nv; j++) {
         VEC x = X(load)((const REAL *)l + j * W);
-        bad = X(add)(bad, X(sub)(x, x));
-        for (int i = 0; i < dv; i++) {
+        bad[0] = X(add)(bad[0], X(sub)(x, x));
+        int i = 0;
+        for (; i + 4 <= dv; i += 4) {
+            QKV_UNROLL
+            for (int r = 0; r < 4; r++) {
+                x = X(load)((const REAL *)o + (ptrdiff_t)(i + r) * LANES + j * W);
+                bad[r] = X(add)(bad[r], X(sub)(x, x));
+            }
+        }
+        for (; i < dv; i++) {
             x = X(load)((const REAL *)o + (ptrdiff_t)i * LANES + j * W);
-            bad = X(add)(bad, X(sub)(x, x));
+            bad[0] = X(add)(bad[0], X(sub)(x, x));
         }
     }
-    QKV_ALIGN REAL lane[W];
-    X(store)(lane, bad);
-    for (int i = 0; i < W; i++)
-        if (lane[i] != 0)
-            return 0;
-    return 1;
+    VEC sum = X(add)(X(add)(bad[0], bad[1]), X(add)(bad[2], bad[3]));
+    return !X(any)(X(beyond)(sum, X(set1)(0)));
 }
 
 static inline void X(copy_bytes)(void *to, const void *from, size_t size, int swapped)
