@@ -6,16 +6,14 @@ import contextvars
 import operator
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from . import _core
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
+class Settings(NamedTuple):
     """What a context asks of the calls inside it; None leaves the choice to the process."""
 
     threads: int | None = None
@@ -29,7 +27,7 @@ _process_threads: int | None = None  # set_num_threads, or the default once it h
 
 @contextlib.contextmanager
 def _setting(**changes: object) -> Iterator[None]:
-    token = _settings.set(replace(_settings.get() or Settings(), **changes))
+    token = _settings.set((_settings.get() or Settings())._replace(**changes))
     try:
         yield
     finally:
@@ -199,34 +197,34 @@ def default_num_threads() -> int:
     return cpus
 
 
-def cpu_quota(root: str = "/") -> float | None:
+def cpu_quota(root: str | os.PathLike[str] = "/") -> float | None:
     """CPUs' worth of time that the control groups of this process allow (v1 or v2), or None without a limit.
 
     A process is bound by its own group and by every one above it, so the least of them counts.
     """
-    base = Path(root)
+    root = os.fspath(root)
     quotas = []
-    for line in _lines(base / "proc/self/cgroup"):
+    for line in _lines(root, "proc/self/cgroup"):
         hierarchy, _, rest = line.partition(":")
         controllers, _, group = rest.partition(":")
         if hierarchy == "0" and not controllers:
-            mount, read = base / "sys/fs/cgroup", _quota_v2
+            mount, read = "sys/fs/cgroup", _quota_v2
         elif "cpu" in controllers.split(","):
-            mount, read = base / "sys/fs/cgroup/cpu", _quota_v1
+            mount, read = "sys/fs/cgroup/cpu", _quota_v1
         else:
             continue
-        relative = Path(group.lstrip("/"))
-        quotas += [read(mount / part) for part in (relative, *relative.parents)]
+        parts = group.strip("/").split("/")
+        quotas += [read(os.path.join(root, mount, *parts[:depth])) for depth in range(len(parts) + 1)]
     return min((quota for quota in quotas if quota is not None), default=None)
 
 
-def _quota_v2(group: Path) -> float | None:
-    fields = " ".join(_lines(group / "cpu.max")).split()
+def _quota_v2(group: str) -> float | None:
+    fields = " ".join(_lines(group, "cpu.max")).split()
     return _ratio(*fields) if len(fields) == 2 else None
 
 
-def _quota_v1(group: Path) -> float | None:
-    quota, period = _lines(group / "cpu.cfs_quota_us"), _lines(group / "cpu.cfs_period_us")
+def _quota_v1(group: str) -> float | None:
+    quota, period = _lines(group, "cpu.cfs_quota_us"), _lines(group, "cpu.cfs_period_us")
     return _ratio(quota[0], period[0]) if quota and period else None
 
 
@@ -237,9 +235,10 @@ def _ratio(quota: str, period: str) -> float | None:
         return None
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(*path: str) -> list[str]:
     try:
-        return path.read_text().splitlines()
+        with open(os.path.join(*path), encoding="utf-8") as file:
+            return file.read().splitlines()
     except (OSError, UnicodeDecodeError):
         return []
 

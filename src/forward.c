@@ -72,17 +72,17 @@ static void *state_l(const qkv_plan *plan, char *state)
     return state + plan->state_bytes - (size_t)plan->kernels->lanes * (size_t)plan->kernels->size;
 }
 
-static void reset(const tile *t, char *state)
+static void reset(const tile *t, char *state, int nv)
 {
     const qkv_plan *plan = t->job->plan;
-    plan->kernels->reset(state, state_m(plan, state), state_l(plan, state), (int)t->job->problem->dim_v);
+    plan->kernels->reset(state, state_m(plan, state), state_l(plan, state), nv, (int)t->job->problem->dim_v);
 }
 
-static void merge(const tile *t, char *total, char *state)
+static void merge(const tile *t, char *total, char *state, int nv)
 {
     const qkv_plan *plan = t->job->plan;
     plan->kernels->merge(total, state_m(plan, total), state_l(plan, total), state, state_m(plan, state),
-                         state_l(plan, state), (int)t->job->problem->dim_v);
+                         state_l(plan, state), nv, (int)t->job->problem->dim_v, plan->c);
 }
 
 static panel panel_at(const tile *t, int index)
@@ -172,7 +172,7 @@ static void pack_queries(const tile *t)
                 rows[j] = copy;
             }
         }
-        plan->kernels->pack(x.q, rows, x.n, (int)p->dim, plan->q_factor);
+        plan->kernels->pack(x.q, rows, x.n, (int)p->dim, plan->sign);
     }
 }
 
@@ -280,7 +280,7 @@ static void attend_chunk(const tile *t, int64_t chunk, uint64_t chosen, int care
     int64_t end = qkv_min((chunk + 1) * plan->chunk, t->limits.any.hi);
     for (int i = 0; i < t->panels; i++)
         if (chosen >> i & 1)
-            reset(t, panel_at(t, i).state);
+            reset(t, panel_at(t, i).state, panel_at(t, i).nv);
     for (int64_t first = begin; first < end; first += plan->pass) {
         int64_t last = qkv_min(first + plan->pass, end);
         pass_rows kv;
@@ -306,7 +306,7 @@ static void attend_tile(const tile *t, uint64_t chosen, int careful)
     }
     for (int i = 0; i < t->panels; i++)
         if (chosen >> i & 1)
-            reset(t, panel_at(t, i).total);
+            reset(t, panel_at(t, i).total, panel_at(t, i).nv);
     if (t->limits.any.lo >= t->limits.any.hi)
         return;
     int64_t first = t->limits.any.lo / plan->chunk, last = (t->limits.any.hi - 1) / plan->chunk;
@@ -314,7 +314,7 @@ static void attend_tile(const tile *t, uint64_t chosen, int careful)
         attend_chunk(t, chunk, chosen, careful);
         for (int i = 0; i < t->panels; i++)
             if (chosen >> i & 1)
-                merge(t, panel_at(t, i).total, panel_at(t, i).state);
+                merge(t, panel_at(t, i).total, panel_at(t, i).state, panel_at(t, i).nv);
     }
 }
 
@@ -343,7 +343,7 @@ static void write_lse(const tile *t, const panel *x)
         int wide = p->type == QKV_F64;
         double top = wide ? ((const double *)m)[j] : ((const float *)m)[j];
         double sum = wide ? ((const double *)l)[j] : ((const float *)l)[j];
-        double lse = sum == 0 ? -INFINITY : top * 0.6931471805599453 + log(sum);
+        double lse = sum == 0 ? -INFINITY : top * (p->scale == 0 ? 1 : fabs(p->scale)) + log(sum);
         if (wide)
             ((double *)p->lse)[at] = lse;
         else
@@ -403,9 +403,9 @@ static void attend_split(const tile *t, int64_t base, int64_t chunk)
         return;
     for (int i = 0; i < t->panels; i++) {
         panel x = panel_at(t, i);
-        reset(t, x.total);
+        reset(t, x.total, x.nv);
         for (int64_t c = 0; c < plan->chunks; c++)
-            merge(t, x.total, mine + (size_t)c * chunk_bytes + (size_t)i * plan->state_bytes);
+            merge(t, x.total, mine + (size_t)c * chunk_bytes + (size_t)i * plan->state_bytes, x.nv);
     }
     conclude(t);
 }

@@ -74,7 +74,6 @@ static void lay_out_scratch(const qkv_problem *p, qkv_plan *plan)
     size_t at = 0;
     plan->copy_row_k = p->dim + COPY_PAD;
     plan->copy_row_v = p->dim_v + COPY_PAD;
-    plan->state_bytes = align((dim_v + 2) * lanes * size);
 #define TAKE(field, bytes) (plan->field = at, at += align(bytes))
     TAKE(at_limits, panels * ((vectors + 1) * sizeof(qkv_limits) + lanes * sizeof(qkv_range)));
     TAKE(at_rows, lanes * sizeof(void *));
@@ -94,10 +93,11 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     *plan = (qkv_plan){.kernels = qkv_isa_at(p->isa)->type[p->type]};
     const qkv_kernels *kernels = plan->kernels;
 
-    /* The scale costs nothing as a part of Q^T. Only a factor above 1 stays out: it could overflow a large q. */
-    double factor = p->scale * 1.4426950408889634, top = p->type == QKV_F32 ? 3e38 : 1e308;
-    plan->q_factor = fabs(factor) <= 1 ? factor : copysign(1, factor);
-    plan->c = fabs(factor) <= 1 ? 1 : fmin(fabs(factor), top);
+    /* A scale of 0 goes into Q whole, so that no score is multiplied by a zero c (-inf * 0 is NaN); c itself stays
+     * within the type. The rest of the scale stays out of Q, where rounding it would show in large scores. */
+    double top = p->type == QKV_F32 ? 3e38 : 1e308, least = p->type == QKV_F32 ? 1e-38 : 1e-307;
+    plan->sign = p->scale > 0 ? 1 : p->scale < 0 ? -1 : 0;
+    plan->c = p->scale == 0 ? 1 : fmin(fmax(fabs(p->scale) * 1.4426950408889634, least), top);
 
     plan->sequences = 1;
     for (int i = 0; i < p->n_axes; i++)
@@ -107,6 +107,7 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     if (!multiply(p->len_q, plan->group, &plan->rows))
         return QKV_OVERFLOW;
 
+    plan->state_bytes = align((size_t)(p->dim_v + 2) * (size_t)kernels->lanes * (size_t)kernels->size);
     plan->block = BLOCK;
     plan->chunk = CHUNK;
     plan->chunks = p->len_k > 0 ? ceil_div(p->len_k, CHUNK) : 1;
@@ -127,7 +128,7 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
 
     double flops = 2.0 * (double)(p->dim + p->dim_v) * (double)plan->rows * (double)p->len_k * (double)heads;
     plan->threads = flops < SERIAL_FLOPS ? 1 : p->threads;
-    plan->partial_bytes = align(plan->state_bytes) * (size_t)(plan->tasks * plan->tile_panels);
+    plan->partial_bytes = plan->state_bytes * (size_t)(plan->tasks * plan->tile_panels);
     if (plan->threads > 1 && plan->chunks > 1 && plan->tasks < 2 * plan->threads
         && (double)plan->partial_bytes * (double)plan->chunks <= PARTIAL_BYTES) {
         plan->split = 1;

@@ -9,7 +9,7 @@
  * of one (sequence, key head); its rows are (position, head of the group) pairs, the head running fastest. */
 typedef struct {
     const qkv_kernels *kernels;
-    double q_factor, c;               /* their product is log2(e) * scale: what goes into Q^T, and the rest */
+    double sign, c;                   /* of the scale: the sign goes into Q^T, c = log2(e) * |scale| into the exponent */
 
     int64_t sequences, group;         /* query heads per key head */
     int64_t rows;                     /* of one key head: len_q * group */

@@ -12,6 +12,9 @@
  * rarely reached. */
 #define P_LIMIT 8192
 
+/* Products in one sum. */
+#define DEPTH 256
+
 /* nr rows of C, all of it in registers: nr and nv are compile-time constants wherever this is inlined. */
 static QKV_INLINE void X(product)(const int nr, const int nv, const REAL *a, ptrdiff_t row, ptrdiff_t step,
                                   const REAL *b, int n, VEC c[ROW_TILE][LANE_VECTORS])
@@ -56,39 +59,42 @@ static void X(find_limits)(const qkv_tile *t, X(limits) *limits)
     }
 }
 
-/* Rows first .. last of S^T times what Q^T lacks of the scale, and -inf where the key is excluded. Like weigh_rows not
- * inline, or the compiler would hold its constants in registers that the product needs. */
-static QKV_NOINLINE void X(adjust_rows)(const qkv_tile *t, int first, int last, const X(limits) *limits)
+/* Rows first .. last of S^T become -inf where the key is excluded. Like weigh_rows not inline, or the compiler would hold
+ * its constants in registers that the product needs. */
+static QKV_NOINLINE void X(exclude_rows)(const qkv_tile *t, int first, int last, const X(limits) *limits)
 {
-    VEC factor = X(set1)((REAL)t->c), hidden = X(set1)(-(REAL)INFINITY);
+    VEC hidden = X(set1)(-(REAL)INFINITY);
     for (int i = first; i < last; i++) {
         VEC at = X(set1)((REAL)i);
         for (int j = 0; j < t->nv * W; j += W) {
             REAL *score = (REAL *)t->s + (ptrdiff_t)i * LANES + j;
-            VEC x = X(mul)(factor, X(load)(score));
-            if (t->lo) {
-                x = X(select)(X(less)(at, X(load)(limits->hi + j)), x, hidden);
-                x = X(select)(X(less)(at, X(load)(limits->lo + j)), hidden, x);
-            }
-            X(store)(score, x);
+            VEC x = X(select)(X(less)(at, X(load)(limits->hi + j)), X(load)(score), hidden);
+            X(store)(score, X(select)(X(less)(at, X(load)(limits->lo + j)), hidden, x));
         }
     }
 }
 
-/* Rows i .. i + nr of S^T in units of log2, excluded scores as -inf. */
+/* Rows i .. i + nr of S^T, excluded scores as -inf. Long scalar products are sums of shorter ones, as in a BLAS. */
 static QKV_INLINE void X(score_rows)(const int nr, const int nv, const qkv_tile *t, int i, const X(limits) *limits)
 {
-    VEC c[ROW_TILE][LANE_VECTORS];
-    X(product)(nr, nv, (const REAL *)t->k + i * t->k_row, t->k_row, 1, t->q, t->d, c);
+    const REAL *k = (const REAL *)t->k + i * t->k_row, *q = t->q;
     REAL *s = (REAL *)t->s + (ptrdiff_t)i * LANES;
-    QKV_UNROLL
-    for (int r = 0; r < nr; r++) {
+    int e = 0;
+    do {
+        VEC c[ROW_TILE][LANE_VECTORS];
+        X(product)(nr, nv, k + e, t->k_row, 1, q + (ptrdiff_t)e * LANES, t->d - e < DEPTH ? t->d - e : DEPTH, c);
         QKV_UNROLL
-        for (int j = 0; j < nv; j++)
-            X(store)(s + r * LANES + j * W, c[r][j]);
-    }
-    if (t->c != 1 || i < limits->first || limits->last < i + nr)
-        X(adjust_rows)(t, i, i + nr, limits);
+        for (int r = 0; r < nr; r++) {
+            QKV_UNROLL
+            for (int j = 0; j < nv; j++) {
+                REAL *at = s + r * LANES + j * W;
+                X(store)(at, e ? X(add)(X(load)(at), c[r][j]) : c[r][j]);
+            }
+        }
+        e += DEPTH;
+    } while (e < t->d);
+    if (i < limits->first || limits->last < i + nr)
+        X(exclude_rows)(t, i, i + nr, limits);
 }
 
 /* The maximum of rows first .. last of S^T in each lane, into top. */
@@ -125,11 +131,11 @@ static QKV_INLINE void X(value_rows)(const int nr, const int nv, const qkv_tile 
     }
 }
 
-/* Rows first .. last of S^T -> P^T = 2^(S - m) in place, added to sum. If careful, P of an excluded key is -1. */
+/* Rows first .. last of S^T -> P^T = 2^(c (S - m)) in place, added to sum. If careful, P of an excluded key is -1. */
 static QKV_INLINE void X(weigh_vectors)(const int nv, const int careful, const qkv_tile *t, int first, int last,
                                         const REAL *shift, REAL *sum)
 {
-    VEC none = X(set1)(-(REAL)INFINITY);
+    VEC c = X(set1)((REAL)t->c), none = X(set1)(-(REAL)INFINITY);
     VEC m[LANE_VECTORS], l[LANE_VECTORS];
     QKV_UNROLL
     for (int j = 0; j < nv; j++) {
@@ -141,7 +147,8 @@ static QKV_INLINE void X(weigh_vectors)(const int nv, const int careful, const q
         QKV_UNROLL
         for (int j = 0; j < nv; j++) {
             VEC score = X(load)(s + j * W);
-            VEC p = X(exp2)(X(sub)(score, m[j]));
+            /* First the difference, which is exact where it matters, then the factor: scores may be large. */
+            VEC p = X(exp2_product)(c, X(sub)(score, m[j]));
             l[j] = X(add)(l[j], p);
             X(store)(s + j * W, careful ? X(select)(X(equal)(score, none), X(set1)(-1), p) : p);
         }
@@ -194,7 +201,7 @@ static QKV_INLINE void X(score)(const int nv, const int weigh, const int careful
 /* New maxima for the lanes that have none or whose weights sum to more than P_LIMIT (or to NaN). */
 static QKV_INLINE void X(raise_maxima)(const int nv, const qkv_tile *t, X(lanes) *lanes)
 {
-    VEC none = X(set1)(-(REAL)INFINITY), zero = X(set1)(0), one = X(set1)(1);
+    VEC none = X(set1)(-(REAL)INFINITY), zero = X(set1)(0), one = X(set1)(1), c = X(set1)((REAL)t->c);
     for (int j = 0; j < nv * W; j += W) {
         VEC m = X(load)((REAL *)t->m + j), top = X(max)(X(load)(lanes->top + j), m);
         VEC limit = X(select)(X(equal)(m, none), none, X(set1)(P_LIMIT));
@@ -202,7 +209,7 @@ static QKV_INLINE void X(raise_maxima)(const int nv, const qkv_tile *t, X(lanes)
         X(store)((REAL *)t->m + j, top);
         X(store)(lanes->sum + j, zero);
         /* Equal maxima may be infinite, and their difference NaN. */
-        X(store)(lanes->alpha + j, X(select)(X(equal)(m, top), one, X(exp2)(X(sub)(m, top))));
+        X(store)(lanes->alpha + j, X(select)(X(equal)(m, top), one, X(exp2_product)(c, X(sub)(m, top))));
         X(store)(lanes->shift + j, X(select)(X(equal)(top, none), zero, top));
     }
 }
@@ -288,25 +295,26 @@ static void X(attend)(const qkv_tile *t)
         X(attend_vectors)(LANE_VECTORS, 0, t);
 }
 
-static void X(reset)(void *o, void *m, void *l, int dv)
+static void X(reset)(void *o, void *m, void *l, int nv, int dv)
 {
-    for (int j = 0; j < LANES; j += W) {
+    for (int j = 0; j < nv * W; j += W) {
         X(store)((REAL *)m + j, X(set1)(-(REAL)INFINITY));
         X(store)((REAL *)l + j, X(set1)(0));
+        for (int i = 0; i < dv; i++)
+            X(store)((REAL *)o + (ptrdiff_t)i * LANES + j, X(set1)(0));
     }
-    for (ptrdiff_t i = 0; i < (ptrdiff_t)dv * LANES; i += W)
-        X(store)((REAL *)o + i, X(set1)(0));
 }
 
-static void X(merge)(void *o, void *m, void *l, const void *o2, const void *m2, const void *l2, int dv)
+static void X(merge)(void *o, void *m, void *l, const void *o2, const void *m2, const void *l2, int nv, int dv,
+                     double scale)
 {
-    VEC one = X(set1)(1);
-    for (int j = 0; j < LANES; j += W) {
+    VEC c = X(set1)((REAL)scale), one = X(set1)(1);
+    for (int j = 0; j < nv * W; j += W) {
         VEC ma = X(load)((REAL *)m + j), mb = X(load)((const REAL *)m2 + j);
         VEC top = X(max)(ma, mb);
         /* Equal maxima have weight 1, infinite ones too: the difference would be NaN. */
-        VEC wa = X(select)(X(equal)(ma, top), one, X(exp2)(X(sub)(ma, top)));
-        VEC wb = X(select)(X(equal)(mb, top), one, X(exp2)(X(sub)(mb, top)));
+        VEC wa = X(select)(X(equal)(ma, top), one, X(exp2_product)(c, X(sub)(ma, top)));
+        VEC wb = X(select)(X(equal)(mb, top), one, X(exp2_product)(c, X(sub)(mb, top)));
         VEC la = X(load)((REAL *)l + j), lb = X(load)((const REAL *)l2 + j);
         X(store)((REAL *)m + j, top);
         X(store)((REAL *)l + j, X(fma)(wa, la, X(mul)(wb, lb)));
@@ -318,4 +326,5 @@ static void X(merge)(void *o, void *m, void *l, const void *o2, const void *m2, 
     }
 }
 
+#undef DEPTH
 #undef P_LIMIT

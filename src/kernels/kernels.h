@@ -1,7 +1,8 @@
 /* The contract between the driver and a CPU path: what one tile is, and the table of functions that work on it.
  *
- * Legend: Q K V O are queries, keys, values, output; S = log2(e) * scale * Q K^T, so that P = 2^(S - m) are the softmax
- * numerators; m and l are the running maximum of S and sum of P of a row; d is the head dimension.
+ * Legend: Q K V O are queries, keys, values, output; S = Q K^T; P = 2^(c (S - m)), with c =
+ * log2(e) * scale, are the softmax numerators; m and l are the running maximum of S and sum of P of a row; d is the head
+ * dimension.
  *
  * The layout. A panel is up to `lanes` query rows that share the same keys; one row is one SIMD lane from beginning to
  * end. Everything about a panel is stored with the lane as the fast axis, `lanes` elements to a row:
@@ -30,7 +31,7 @@ typedef struct {
     void *s;                          /* (nk, lanes), scratch */
     void *o, *m, *l;                  /* (dv, lanes), (lanes), (lanes): the state that is updated */
     const int32_t *lo, *hi;           /* (lanes): lane j sees the keys lo[j] <= i < hi[j] of the tile; NULL: all */
-    double c;                         /* factor of the scores that is not in Q^T; usually 1 */
+    double c;                         /* log2(e) * |scale|, positive; the sign of scale is in Q^T */
     int nk, d, dv, nv;                /* nk <= QKV_KEYS */
     int careful;                      /* take nothing from V where the lane's key is excluded, even NaN; nv is 1 */
 } qkv_tile;
@@ -54,13 +55,14 @@ typedef struct {
      * The state of a new panel is O = 0, m = -inf, l = 0 (see reset). */
     void (*attend)(const qkv_tile *tile);
 
-    void (*reset)(void *o, void *m, void *l, int dv);
+    void (*reset)(void *o, void *m, void *l, int nv, int dv);
 
     /* The state of the keys in `o m l`, followed by that of the keys in `o2 m2 l2`. */
-    void (*merge)(void *o, void *m, void *l, const void *o2, const void *m2, const void *l2, int dv);
+    void (*merge)(void *o, void *m, void *l, const void *o2, const void *m2, const void *l2, int nv, int dv,
+                  double c);
 
-    /* Q^T <- factor * rows, `n` rows of d elements at unit stride; lanes from n to the next vector repeat row n - 1. */
-    void (*pack)(void *qt, const void *const *rows, int n, int d, double factor);
+    /* Q^T <- sign * rows, `n` rows of d elements at unit stride; lanes from n to the next vector repeat row n - 1. */
+    void (*pack)(void *qt, const void *const *rows, int n, int d, double sign);
 
     /* rows <- O / l (0 where l = 0), n rows of dv elements at unit stride. */
     void (*finish)(void *const *rows, const void *o, const void *l, int n, int dv);
