@@ -12,7 +12,7 @@ from . import _core, _runtime
 Array = np.ndarray[Any, Any]
 
 _WIDTHS = {"f": 4, "d": 8}  # element types by dtype.char, and their bytes
-_LSE_TYPES = {"f": np.dtype(np.float32), "d": np.dtype(np.float64)}
+_TYPES = {"f": np.dtype(np.float32), "d": np.dtype(np.float64)}
 _FARTHEST_OFFSET = 2**60  # positions and distances below this cannot overflow 63 bits in the core
 _OPEN_DISTANCE = 2**61  # beyond every key from every position
 
@@ -137,7 +137,9 @@ def attention(
         if not batch == k_shape[:-3] == v_shape[:-3]:
             try:
                 batch = np.broadcast_shapes(batch, k_shape[:-3], v_shape[:-3])
-            except ValueError:
+            except (ValueError, RuntimeError) as error:  # RuntimeError: more axes than NumPy broadcasts
+                if "too large" in str(error):
+                    raise OverflowError(f"attention: too many sequences (q.shape={q_shape}, k.shape={k_shape})") from None
                 _fail("the axes left of the heads do not broadcast", q, k, v)
         if heads_first:
             q_heads, len_q = q_shape[-3:-1]
@@ -189,12 +191,12 @@ def attention(
         threads = _runtime.check_threads(num_threads, "attention: num_threads")
 
     if out is None:
-        result = target = np.empty(shape, _LSE_TYPES[char])
+        result = target = _empty(shape, char)
     else:
         result = target = _check_out(out, shape, char)
         if any(np.may_share_memory(out, x) for x in (q, k, v)):
-            target = np.empty(shape, _LSE_TYPES[char])
-    lse = np.empty(lse_shape, _LSE_TYPES[char]) if return_lse else None
+            target = _empty(shape, char)
+    lse = _empty(lse_shape, char) if return_lse else None
 
     _core.forward(
         q, k, v, target, lse, heads_first, scale, left, right, offsets, lengths, threads, isa, counters
@@ -247,8 +249,7 @@ def merge_partials(outs: Sequence[Any], lses: Sequence[Any], *, layout: str = "b
     True
     """
     heads_first = _check_layout(layout, "merge_partials")
-    outs = [_as_array(f"outs[{i}]", x, "merge_partials") for i, x in enumerate(outs)]
-    lses = [_as_array(f"lses[{i}]", x, "merge_partials") for i, x in enumerate(lses)]
+    outs, lses = _list_arrays("outs", outs), _list_arrays("lses", lses)
     if not outs or len(outs) != len(lses):
         raise ValueError(f"merge_partials: one lse for each out, and at least one, got {len(outs)} outs and {len(lses)}")
     for name, arrays in (("outs", outs), ("lses", lses)):
@@ -274,7 +275,20 @@ def merge_partials(outs: Sequence[Any], lses: Sequence[Any], *, layout: str = "b
         for x, weight, log in zip(outs, weights, logs, strict=True):
             out += np.where(np.isneginf(log)[..., None], 0, x * weight[..., None])
         out /= np.where(total == 0, 1, total)[..., None]
-        return out.astype(_LSE_TYPES[outs[0].dtype.char]), lse.astype(_LSE_TYPES[lses[0].dtype.char])
+        return out.astype(_TYPES[outs[0].dtype.char]), lse.astype(_TYPES[lses[0].dtype.char])
+
+
+def _list_arrays(name: str, xs: Any) -> list[Array]:
+    if not hasattr(xs, "__iter__"):
+        raise TypeError(f"merge_partials: {name} must be a sequence of arrays, got {xs!r}")
+    return [_as_array(f"{name}[{i}]", x, "merge_partials") for i, x in enumerate(xs)]
+
+
+def _empty(shape: tuple[int, ...], char: str) -> Array:
+    try:
+        return np.empty(shape, _TYPES[char])
+    except ValueError:
+        raise OverflowError(f"attention: a result of shape {shape} is too large for any array") from None
 
 
 def _fail(what: str, q: Array, k: Array, v: Array) -> NoReturn:
@@ -397,7 +411,7 @@ def _check_out(out: Any, shape: tuple[int, ...], char: str) -> Array:
     if not isinstance(out, np.ndarray) or isinstance(out, (np.ma.MaskedArray, np.matrix)):
         raise TypeError(f"attention: out must be a plain numpy.ndarray, got {type(out).__name__}")
     if out.dtype.char != char:
-        raise TypeError(f"attention: out must have q's type {_LSE_TYPES[char]}, got {out.dtype}")
+        raise TypeError(f"attention: out must have q's type {_TYPES[char]}, got {out.dtype}")
     if out.shape != shape:
         raise ValueError(f"attention: out must have the shape {shape}, got out.shape={out.shape}")
     if not out.flags.writeable:

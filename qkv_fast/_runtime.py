@@ -208,13 +208,15 @@ def cpu_quota(root: str | os.PathLike[str] = "/") -> float | None:
         hierarchy, _, rest = line.partition(":")
         controllers, _, group = rest.partition(":")
         if hierarchy == "0" and not controllers:
-            mount, read = "sys/fs/cgroup", _quota_v2
+            mounts, read = [""], _quota_v2
         elif "cpu" in controllers.split(","):
-            mount, read = "sys/fs/cgroup/cpu", _quota_v1
+            mounts, read = [controllers, "cpu"], _quota_v1
         else:
             continue
         parts = group.strip("/").split("/")
-        quotas += [read(os.path.join(root, mount, *parts[:depth])) for depth in range(len(parts) + 1)]
+        for mount in mounts:
+            folder = os.path.join(root, "sys/fs/cgroup", mount)
+            quotas += [read(os.path.join(folder, *parts[:depth])) for depth in range(len(parts) + 1)]
     return min((quota for quota in quotas if quota is not None), default=None)
 
 

@@ -172,7 +172,7 @@ static void pack_queries(const tile *t)
                 rows[j] = copy;
             }
         }
-        plan->kernels->pack(x.q, rows, x.n, (int)p->dim, plan->sign);
+        plan->kernels->pack(x.q, rows, x.n, (int)p->dim, plan->q_factor);
     }
 }
 
@@ -219,7 +219,7 @@ static void attend_block(const tile *t, const panel *x, const pass_rows *kv, int
     int64_t block_first = first, block_last = last;
     qkv_kind kind = qkv_cut(&x->limits[0], &first, &last);
     if (kind == QKV_SKIP) {
-        t->counters->tiles_skipped++;
+        t->counters->tiles_skipped += x->nv;
         return;
     }
     qkv_tile whole = {
@@ -232,7 +232,7 @@ static void attend_block(const tile *t, const panel *x, const pass_rows *kv, int
         whole.k = kv->k + (first - origin) * kv->k_row * (int64_t)size;
         whole.v = kv->v + (first - origin) * kv->v_row * (int64_t)size;
         whole.nk = (int)(last - first);
-        t->counters->tiles_full++;
+        t->counters->tiles_full += x->nv;
         kernels->attend(&whole);
         return;
     }
@@ -245,6 +245,12 @@ static void attend_block(const tile *t, const panel *x, const pass_rows *kv, int
         kind = qkv_cut(&x->limits[1 + i], &first, &last);
         if (kind == QKV_SKIP)
             continue;
+        if (kind == QKV_PARTIAL) {
+            /* Whole row tiles: a hidden key more is cheaper than a row by itself. */
+            int64_t rows = kernels->row_tile;
+            first = block_first + (first - block_first) / rows * rows;
+            last = qkv_min(block_last, last + (rows - (last - block_first) % rows) % rows);
+        }
         qkv_tile one = whole;
         size_t shift = (size_t)i * (size_t)w * size;
         one.q = (const char *)whole.q + shift;
@@ -343,7 +349,7 @@ static void write_lse(const tile *t, const panel *x)
         int wide = p->type == QKV_F64;
         double top = wide ? ((const double *)m)[j] : ((const float *)m)[j];
         double sum = wide ? ((const double *)l)[j] : ((const float *)l)[j];
-        double lse = sum == 0 ? -INFINITY : top * (p->scale == 0 ? 1 : fabs(p->scale)) + log(sum);
+        double lse = sum == 0 ? -INFINITY : top * plan->rest + log(sum);
         if (wide)
             ((double *)p->lse)[at] = lse;
         else

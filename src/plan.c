@@ -7,6 +7,7 @@
 #include "plan.h"
 
 #include <math.h>
+#include <stdlib.h>
 
 #include "cpu.h"
 #include "mask.h"
@@ -88,17 +89,27 @@ static void lay_out_scratch(const qkv_problem *p, qkv_plan *plan)
     plan->scratch_bytes = at;
 }
 
+/* The scale as two factors. Q takes the sign (and with it a scale of 0: -inf * 0 would be NaN) and, of a scale that is far
+ * from 1, a power of two, which is exact and keeps c within the type. The rest stays out of Q, where rounding it would
+ * show in large scores. */
+static void choose_scale(const qkv_problem *p, qkv_plan *plan)
+{
+    enum { PLAIN = 30, MOST = 120 };                    /* exponents */
+    int exponent, wide = p->type == QKV_F64, shift = 0;
+    frexp(p->scale, &exponent);
+    if (!wide && abs(exponent) > PLAIN)
+        shift = exponent > 0 ? (int)qkv_min(exponent - PLAIN, MOST) : (int)qkv_max(exponent + PLAIN, -MOST);
+    plan->q_factor = p->scale == 0 ? 0 : copysign(ldexp(1, shift), p->scale);
+    plan->rest = p->scale == 0 ? 1 : ldexp(fabs(p->scale), -shift);
+    plan->c = fmin(fmax(plan->rest * 1.4426950408889634, wide ? 1e-307 : 1e-37), wide ? 1e308 : 3e38);
+}
+
 qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
 {
     *plan = (qkv_plan){.kernels = qkv_isa_at(p->isa)->type[p->type]};
     const qkv_kernels *kernels = plan->kernels;
 
-    /* A scale of 0 goes into Q whole, so that no score is multiplied by a zero c (-inf * 0 is NaN); c itself stays
-     * within the type. The rest of the scale stays out of Q, where rounding it would show in large scores. */
-    double top = p->type == QKV_F32 ? 3e38 : 1e308, least = p->type == QKV_F32 ? 1e-38 : 1e-307;
-    plan->sign = p->scale > 0 ? 1 : p->scale < 0 ? -1 : 0;
-    plan->c = p->scale == 0 ? 1 : fmin(fmax(fabs(p->scale) * 1.4426950408889634, least), top);
-
+    choose_scale(p, plan);
     plan->sequences = 1;
     for (int i = 0; i < p->n_axes; i++)
         if (!multiply(plan->sequences, p->axes[i], &plan->sequences))

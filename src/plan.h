@@ -9,7 +9,8 @@
  * of one (sequence, key head); its rows are (position, head of the group) pairs, the head running fastest. */
 typedef struct {
     const qkv_kernels *kernels;
-    double sign, c;                   /* of the scale: the sign goes into Q^T, c = log2(e) * |scale| into the exponent */
+    double q_factor, rest;            /* their product is the scale: what goes into Q^T, and what multiplies scores */
+    double c;                         /* log2(e) * rest, within the type */
 
     int64_t sequences, group;         /* query heads per key head */
     int64_t rows;                     /* of one key head: len_q * group */

@@ -40,9 +40,10 @@ typedef struct {
 
 /* What a call did; filled (added to) only when the problem carries one. */
 typedef struct {
-    int64_t tiles_full;               /* key tiles in which every lane saw every key */
-    int64_t tiles_partial;            /* key tiles with per-lane limits */
-    int64_t tiles_skipped;            /* key blocks that no lane of a panel sees */
+    /* Tiles of one key block and one vector of query rows: */
+    int64_t tiles_full;               /* every row sees every key that is left after cutting the tile */
+    int64_t tiles_partial;            /* rows differ */
+    int64_t tiles_skipped;            /* no row sees any */
     int64_t tiles_copied;             /* K and V passes that were copied to scratch first */
     int64_t panels_careful;           /* panels run again because a result was not finite */
     int64_t splits;                   /* key chunks computed apart and merged */

@@ -1,7 +1,7 @@
 /* The contract between the driver and a CPU path: what one tile is, and the table of functions that work on it.
  *
- * Legend: Q K V O are queries, keys, values, output; S = Q K^T; P = 2^(c (S - m)), with c =
- * log2(e) * scale, are the softmax numerators; m and l are the running maximum of S and sum of P of a row; d is the head
+ * Legend: Q K V O are queries, keys, values, output; S = Q K^T; P = 2^(c (S - m)), with c
+ * about log2(e) * scale, are the softmax numerators; m and l are the running maximum of S and sum of P of a row; d is the head
  * dimension.
  *
  * The layout. A panel is up to `lanes` query rows that share the same keys; one row is one SIMD lane from beginning to
@@ -31,7 +31,7 @@ typedef struct {
     void *s;                          /* (nk, lanes), scratch */
     void *o, *m, *l;                  /* (dv, lanes), (lanes), (lanes): the state that is updated */
     const int32_t *lo, *hi;           /* (lanes): lane j sees the keys lo[j] <= i < hi[j] of the tile; NULL: all */
-    double c;                         /* log2(e) * |scale|, positive; the sign of scale is in Q^T */
+    double c;                         /* log2(e) * what of the scale is not in Q^T; positive */
     int nk, d, dv, nv;                /* nk <= QKV_KEYS */
     int careful;                      /* take nothing from V where the lane's key is excluded, even NaN; nv is 1 */
 } qkv_tile;
@@ -49,6 +49,7 @@ typedef struct {
     int size;                         /* bytes per element */
     int vector;                       /* elements per vector */
     int lanes;                        /* elements per panel row, a multiple of vector */
+    int row_tile;                     /* keys that attend works on at a time: other numbers of keys are slower */
 
     /* O, m, l <- merge(O, m, l, Q K^T, V) for one tile. An excluded score (hidden by lo and hi, or -inf) has weight
      * 0. NaN in q, k or v of a visible pair reaches O of that lane; a lane that has seen nothing keeps m = -inf, l = 0.
@@ -61,8 +62,8 @@ typedef struct {
     void (*merge)(void *o, void *m, void *l, const void *o2, const void *m2, const void *l2, int nv, int dv,
                   double c);
 
-    /* Q^T <- sign * rows, `n` rows of d elements at unit stride; lanes from n to the next vector repeat row n - 1. */
-    void (*pack)(void *qt, const void *const *rows, int n, int d, double sign);
+    /* Q^T <- factor * rows, `n` rows of d elements at unit stride; lanes from n to the next vector repeat row n - 1. */
+    void (*pack)(void *qt, const void *const *rows, int n, int d, double factor);
 
     /* rows <- O / l (0 where l = 0), n rows of dv elements at unit stride. */
     void (*finish)(void *const *rows, const void *o, const void *l, int n, int dv);

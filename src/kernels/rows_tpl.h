@@ -4,7 +4,7 @@
  * registers; a single row is not worth one.
  */
 /* Columns e .. e + part of the w lanes that begin at rows[0]; of n rows, lanes without one repeat the last. */
-static QKV_INLINE void X(pack_square)(REAL *to, const void *const *rows, int n, int e, int part, VEC factor)
+static QKV_INLINE void X(pack_square)(REAL *to, const void *const *rows, int n, int e, int part, VEC scale)
 {
     VEC x[W];
     QKV_UNROLL
@@ -14,25 +14,25 @@ static QKV_INLINE void X(pack_square)(REAL *to, const void *const *rows, int n, 
     QKV_UNROLL
     for (int i = 0; i < W; i++)
         if (i < part)
-            X(store)(to + (ptrdiff_t)(e + i) * LANES, X(mul)(factor, x[i]));
+            X(store)(to + (ptrdiff_t)(e + i) * LANES, X(mul)(scale, x[i]));
 }
 
-static void X(pack)(void *qt, const void *const *rows, int n, int d, double sign)
+static void X(pack)(void *qt, const void *const *rows, int n, int d, double factor)
 {
-    VEC factor = X(set1)((REAL)sign);
+    VEC scale = X(set1)((REAL)factor);
     for (int g = 0; g < n; g += W) {
         REAL *to = (REAL *)qt + g;
         int e = 0;
         if (n - g == 1) {
             const REAL *row = rows[g];
             for (; e < d; e++)
-                X(store)(to + (ptrdiff_t)e * LANES, X(mul)(factor, X(set1)(row[e])));
+                X(store)(to + (ptrdiff_t)e * LANES, X(mul)(scale, X(set1)(row[e])));
             return;
         }
         for (; e + W <= d; e += W)
-            X(pack_square)(to, rows + g, n - g, e, W, factor);
+            X(pack_square)(to, rows + g, n - g, e, W, scale);
         if (e < d)
-            X(pack_square)(to, rows + g, n - g, e, d - e, factor);
+            X(pack_square)(to, rows + g, n - g, e, d - e, scale);
     }
 }
 
