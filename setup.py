@@ -212,7 +212,7 @@ class CoreTests(Command):
         self.flags = ("-UNDEBUG", "-fno-omit-frame-pointer")
         if self.sanitize:
             self.flags += (f"-fsanitize={self.sanitize}", "-fno-sanitize-recover=all")
-            # Instrumented, -O3 with all debug information takes gcc minutes; and red zones are not our frames.
+            # Instrumented, -O3 with full debug information takes gcc minutes. Red zones are not our frames.
             self.flags += ("-O1", "-g1", "-Wno-frame-larger-than")
 
     def run(self):

@@ -139,7 +139,8 @@ def attention(
                 batch = np.broadcast_shapes(batch, k_shape[:-3], v_shape[:-3])
             except (ValueError, RuntimeError) as error:  # RuntimeError: more axes than NumPy broadcasts
                 if "too large" in str(error):
-                    raise OverflowError(f"attention: too many sequences (q.shape={q_shape}, k.shape={k_shape})") from None
+                    shapes = f"q.shape={q_shape}, k.shape={k_shape}, v.shape={v_shape}"
+                    raise OverflowError(f"attention: too many sequences ({shapes})") from None
                 _fail("the axes left of the heads do not broadcast", q, k, v)
         if heads_first:
             q_heads, len_q = q_shape[-3:-1]
@@ -251,7 +252,8 @@ def merge_partials(outs: Sequence[Any], lses: Sequence[Any], *, layout: str = "b
     heads_first = _check_layout(layout, "merge_partials")
     outs, lses = _list_arrays("outs", outs), _list_arrays("lses", lses)
     if not outs or len(outs) != len(lses):
-        raise ValueError(f"merge_partials: one lse for each out, and at least one, got {len(outs)} outs and {len(lses)}")
+        given = f"{len(outs)} outs and {len(lses)} lses"
+        raise ValueError(f"merge_partials: one lse for each out, and at least one, got {given}")
     for name, arrays in (("outs", outs), ("lses", lses)):
         if any(x.dtype.char not in _WIDTHS or x.dtype.char != arrays[0].dtype.char for x in arrays):
             given = ", ".join(str(x.dtype) for x in arrays)
@@ -299,7 +301,7 @@ def _fail(what: str, q: Array, k: Array, v: Array) -> NoReturn:
 def _as_array(name: str, x: Any, where: str = "attention") -> Array:
     """x as an array; of the subclasses of ndarray only those that mean the same by multiplication and by a value."""
     if isinstance(x, np.ma.MaskedArray):
-        raise TypeError(f"{where}: {name} is a masked array; its mask would be lost. Pass {name}.filled(0), and exclude keys")
+        raise TypeError(f"{where}: {name} is a masked array, whose mask would be lost; pass {name}.filled(0)")
     if isinstance(x, np.matrix):
         raise TypeError(f"{where}: {name} is a numpy.matrix; pass numpy.asarray({name})")
     try:

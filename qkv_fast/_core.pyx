@@ -91,6 +91,8 @@ def forward(cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not No
     """
     cdef qkv_problem p
     cdef qkv_run run
+    cdef int64_t *offsets = NULL
+    cdef int64_t *lengths = NULL
     cdef qkv_status status
     cdef int i, axes = cnp.PyArray_NDIM(out) - 3
     cdef int row = 2 if heads_first else 3, head = 5 - row
@@ -135,8 +137,12 @@ def forward(cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not No
     p.n_runs = 1
     p.run_of = NULL
 
-    p.offset = NULL if offset is None else <const int64_t *>cnp.PyArray_DATA(offset)
-    p.length = NULL if length is None else <const int64_t *>cnp.PyArray_DATA(length)
+    if offset is not None:
+        offsets = <int64_t *>cnp.PyArray_DATA(offset)
+    if length is not None:
+        lengths = <int64_t *>cnp.PyArray_DATA(length)
+    p.offset = offsets
+    p.length = lengths
     p.left = QKV_OPEN if left is None else left
     p.right = QKV_OPEN if right is None else right
     p.scale = scale

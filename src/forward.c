@@ -7,14 +7,12 @@
  * Chunks always start from an empty state and merge in order of position, whoever computed them: that keeps the error
  * of long sums small, and the result the same bits for any number of threads.
  */
-#include <math.h>
 #include <stdatomic.h>
 #include <string.h>
 
-#include "mask.h"
 #include "memory.h"
-#include "plan.h"
 #include "threads.h"
+#include "tile.h"
 
 enum { MAX_WORKERS = 1024, MAX_VECTOR = 64 };          /* threads of a call, elements of a vector */
 
@@ -26,161 +24,30 @@ typedef struct {
     char **scratch;                   /* one per worker */
 } call;
 
-/* One panel of a query tile: where its parts lie in the worker's scratch, and what its rows see. */
-typedef struct {
-    int64_t row;                      /* first row of the panel */
-    int n, nv;                        /* rows, vectors that hold them */
-    char *q, *state, *total;
-    qkv_range *rows;                  /* (lanes) */
-    qkv_limits *limits;               /* of the whole panel, then of each vector */
-} panel;
-
-/* A query tile of one (sequence, key head), on one worker. */
-typedef struct {
-    const call *job;
-    int64_t sequence, head, first_panel;
-    int panels;
-    qkv_limits limits;
-    int64_t q_offset, k_offset, v_offset, out_offset;   /* bytes to this sequence and key head */
-    char *scratch;
-    qkv_counters *counters;
-} tile;
-
 /* The K and V of one pass. */
 typedef struct {
     const char *k, *v;
     ptrdiff_t k_row, v_row;           /* elements */
 } pass_rows;
 
-static int64_t sequence_offset(const qkv_problem *p, const qkv_strides *at, int64_t sequence)
+static void reset(const qkv_query_tile *t, char *state, int nv)
 {
-    int64_t offset = 0;
-    for (int i = p->n_axes; i-- > 0;) {
-        offset += sequence % p->axes[i] * at->axis[i];
-        sequence /= p->axes[i];
-    }
-    return offset;
+    const qkv_plan *plan = t->plan;
+    plan->kernels->reset(state, qkv_state_m(plan, state), qkv_state_l(plan, state), nv, (int)t->problem->dim_v);
 }
 
-static void *state_m(const qkv_plan *plan, char *state)
+static void merge(const qkv_query_tile *t, char *total, char *state, int nv)
 {
-    return state + plan->state_bytes - 2 * (size_t)plan->kernels->lanes * (size_t)plan->kernels->size;
-}
-
-static void *state_l(const qkv_plan *plan, char *state)
-{
-    return state + plan->state_bytes - (size_t)plan->kernels->lanes * (size_t)plan->kernels->size;
-}
-
-static void reset(const tile *t, char *state, int nv)
-{
-    const qkv_plan *plan = t->job->plan;
-    plan->kernels->reset(state, state_m(plan, state), state_l(plan, state), nv, (int)t->job->problem->dim_v);
-}
-
-static void merge(const tile *t, char *total, char *state, int nv)
-{
-    const qkv_plan *plan = t->job->plan;
-    plan->kernels->merge(total, state_m(plan, total), state_l(plan, total), state, state_m(plan, state),
-                         state_l(plan, state), nv, (int)t->job->problem->dim_v, plan->c);
-}
-
-static panel panel_at(const tile *t, int index)
-{
-    const qkv_plan *plan = t->job->plan;
-    size_t lanes = (size_t)plan->kernels->lanes, vectors = lanes / (size_t)plan->kernels->vector;
-    size_t limits_bytes = (vectors + 1) * sizeof(qkv_limits) + lanes * sizeof(qkv_range);
-    char *limits = t->scratch + plan->at_limits + (size_t)index * limits_bytes;
-    panel x = {.row = (t->first_panel + index) * (int64_t)lanes};
-    x.n = (int)qkv_min((int64_t)lanes, plan->rows - x.row);
-    x.nv = (x.n + plan->kernels->vector - 1) / plan->kernels->vector;
-    x.limits = (qkv_limits *)limits;
-    x.rows = (qkv_range *)(limits + (vectors + 1) * sizeof(qkv_limits));
-    x.q = t->scratch + plan->at_q + (size_t)index * (size_t)t->job->problem->dim * lanes * (size_t)plan->kernels->size;
-    x.state = t->scratch + plan->at_state + (size_t)index * plan->state_bytes;
-    x.total = plan->chunks > 1 ? t->scratch + plan->at_total + (size_t)index * plan->state_bytes : x.state;
-    return x;
-}
-
-/* Rows of a panel in order: row r is position r / group, query head head * group + r % group. */
-typedef struct { int64_t position, head, group; } row_of;
-
-static row_of first_row(const tile *t, const panel *x)
-{
-    int64_t group = t->job->plan->group;
-    return (row_of){x->row / group, x->row % group, group};
-}
-
-static void next_row(row_of *r)
-{
-    if (++r->head == r->group) {
-        r->head = 0;
-        r->position++;
-    }
-}
-
-static int64_t row_offset(const row_of *r, const qkv_strides *at)
-{
-    return r->position * at->row + r->head * at->head;
-}
-
-static void find_limits(tile *t)
-{
-    const qkv_problem *p = t->job->problem;
-    int w = t->job->plan->kernels->vector;
-    int same = p->left == QKV_OPEN && p->right == QKV_OPEN;        /* all rows of a sequence */
-    t->limits = qkv_no_limits();
-    for (int i = 0; i < t->panels; i++) {
-        panel x = panel_at(t, i);
-        row_of r = first_row(t, &x);
-        qkv_range keys = qkv_visible(p, t->sequence, r.position);
-        for (int j = 0; j <= x.nv; j++)
-            x.limits[j] = qkv_no_limits();
-        for (int j = 0; same && j <= x.nv; j++)
-            qkv_add_row(&x.limits[j], keys);
-        for (int j = 0; !same && j < x.nv * w; j++) {
-            /* Lanes without a row repeat the last one, in Q as well. */
-            if (j > 0 && j < x.n) {
-                next_row(&r);
-                keys = r.head ? keys : qkv_visible(p, t->sequence, r.position);
-            }
-            x.rows[j] = keys;
-            qkv_add_row(&x.limits[1 + j / w], keys);
-            qkv_add_row(&x.limits[0], keys);
-        }
-        t->limits.any.lo = qkv_min(t->limits.any.lo, x.limits[0].any.lo);
-        t->limits.any.hi = qkv_max(t->limits.any.hi, x.limits[0].any.hi);
-    }
-}
-
-static void pack_queries(const tile *t)
-{
-    const qkv_problem *p = t->job->problem;
-    const qkv_plan *plan = t->job->plan;
-    const void **rows = (const void **)(t->scratch + plan->at_rows);
-    size_t row_bytes = (size_t)p->dim * (size_t)plan->kernels->size;
-    for (int i = 0; i < t->panels; i++) {
-        panel x = panel_at(t, i);
-        row_of r = first_row(t, &x);
-        for (int j = 0; j < x.n; j++, next_row(&r)) {
-            char *from = (char *)p->q + t->q_offset + row_offset(&r, &p->q_at);
-            rows[j] = from;
-            if (!plan->direct_q) {
-                char *copy = t->scratch + plan->at_tile + (size_t)j * row_bytes;
-                qkv_rows one = {from, 0, (ptrdiff_t)p->q_at.dim, plan->kernels->size, p->swapped_q};
-                plan->kernels->gather(copy, 0, &one, 1, (int)p->dim);
-                rows[j] = copy;
-            }
-        }
-        plan->kernels->pack(x.q, rows, x.n, (int)p->dim, plan->q_factor);
-    }
+    const qkv_plan *plan = t->plan;
+    plan->kernels->merge(total, qkv_state_m(plan, total), qkv_state_l(plan, total), state, qkv_state_m(plan, state),
+                         qkv_state_l(plan, state), nv, (int)t->problem->dim_v, plan->c);
 }
 
 /* K or V of the keys [first, last): where they lie if one run holds them all as the kernels want them, else a copy. */
-static const char *fetch(const tile *t, int values, int64_t first, int64_t last, ptrdiff_t *row)
+static const char *fetch(const qkv_query_tile *t, int values, int64_t first, int64_t last, ptrdiff_t *row)
 {
-    const qkv_problem *p = t->job->problem;
-    const qkv_plan *plan = t->job->plan;
+    const qkv_problem *p = t->problem;
+    const qkv_plan *plan = t->plan;
     const qkv_strides *at = values ? &p->v_at : &p->k_at;
     int64_t offset = values ? t->v_offset : t->k_offset;
     int64_t d = values ? p->dim_v : p->dim, copy_row = values ? plan->copy_row_v : plan->copy_row_k;
@@ -209,11 +76,11 @@ static const char *fetch(const tile *t, int values, int64_t first, int64_t last,
 }
 
 /* One panel against the keys [first, last) of one block, at pass row first - origin. */
-static void attend_block(const tile *t, const panel *x, const pass_rows *kv, int64_t origin, int64_t first,
+static void attend_block(const qkv_query_tile *t, const qkv_panel *x, const pass_rows *kv, int64_t origin, int64_t first,
                          int64_t last, int careful)
 {
-    const qkv_problem *p = t->job->problem;
-    const qkv_plan *plan = t->job->plan;
+    const qkv_problem *p = t->problem;
+    const qkv_plan *plan = t->plan;
     const qkv_kernels *kernels = plan->kernels;
     size_t size = (size_t)kernels->size;
     int64_t block_first = first, block_last = last;
@@ -224,7 +91,7 @@ static void attend_block(const tile *t, const panel *x, const pass_rows *kv, int
     }
     qkv_tile whole = {
         .q = x->q, .s = t->scratch + plan->at_s,
-        .o = x->state, .m = state_m(plan, x->state), .l = state_l(plan, x->state),
+        .o = x->state, .m = qkv_state_m(plan, x->state), .l = qkv_state_l(plan, x->state),
         .k_row = kv->k_row, .v_row = kv->v_row, .c = plan->c,
         .d = (int)p->dim, .dv = (int)p->dim_v, .nv = x->nv, .careful = careful,
     };
@@ -279,14 +146,14 @@ static void attend_block(const tile *t, const panel *x, const pass_rows *kv, int
 }
 
 /* Every chosen panel against the keys of one chunk; leaves the chunk's own state in each panel's `state`. */
-static void attend_chunk(const tile *t, int64_t chunk, uint64_t chosen, int careful)
+static void attend_chunk(const qkv_query_tile *t, int64_t chunk, uint64_t chosen, int careful)
 {
-    const qkv_plan *plan = t->job->plan;
-    int64_t begin = qkv_max(chunk * plan->chunk, t->limits.any.lo / plan->block * plan->block);
-    int64_t end = qkv_min((chunk + 1) * plan->chunk, t->limits.any.hi);
+    const qkv_plan *plan = t->plan;
+    int64_t begin = qkv_max(chunk * plan->chunk, t->any.lo / plan->block * plan->block);
+    int64_t end = qkv_min((chunk + 1) * plan->chunk, t->any.hi);
     for (int i = 0; i < t->panels; i++)
         if (chosen >> i & 1)
-            reset(t, panel_at(t, i).state, panel_at(t, i).nv);
+            reset(t, t->panel[i].state, t->panel[i].nv);
     for (int64_t first = begin; first < end; first += plan->pass) {
         int64_t last = qkv_min(first + plan->pass, end);
         pass_rows kv;
@@ -295,123 +162,77 @@ static void attend_chunk(const tile *t, int64_t chunk, uint64_t chosen, int care
         for (int i = 0; i < t->panels; i++) {
             if (!(chosen >> i & 1))
                 continue;
-            panel x = panel_at(t, i);
+            const qkv_panel *x = &t->panel[i];
             for (int64_t key = first; key < last; key += plan->block)
-                attend_block(t, &x, &kv, first, key, qkv_min(key + plan->block, last), careful);
+                attend_block(t, x, &kv, first, key, qkv_min(key + plan->block, last), careful);
         }
     }
 }
 
 /* All chunks of the chosen panels into `total`. */
-static void attend_tile(const tile *t, uint64_t chosen, int careful)
+static void attend_tile(const qkv_query_tile *t, uint64_t chosen, int careful)
 {
-    const qkv_plan *plan = t->job->plan;
+    const qkv_plan *plan = t->plan;
     if (plan->chunks == 1) {
         attend_chunk(t, 0, chosen, careful);
         return;
     }
     for (int i = 0; i < t->panels; i++)
         if (chosen >> i & 1)
-            reset(t, panel_at(t, i).total, panel_at(t, i).nv);
-    if (t->limits.any.lo >= t->limits.any.hi)
+            reset(t, t->panel[i].total, t->panel[i].nv);
+    if (t->any.lo >= t->any.hi)
         return;
-    int64_t first = t->limits.any.lo / plan->chunk, last = (t->limits.any.hi - 1) / plan->chunk;
+    int64_t first = t->any.lo / plan->chunk, last = (t->any.hi - 1) / plan->chunk;
     for (int64_t chunk = first; chunk <= last; chunk++) {
         attend_chunk(t, chunk, chosen, careful);
         for (int i = 0; i < t->panels; i++)
             if (chosen >> i & 1)
-                merge(t, panel_at(t, i).total, panel_at(t, i).state, panel_at(t, i).nv);
+                merge(t, t->panel[i].total, t->panel[i].state, t->panel[i].nv);
     }
 }
 
 /* The panels whose result is not finite. */
-static uint64_t not_finite(const tile *t)
+static uint64_t not_finite(const qkv_query_tile *t)
 {
-    const qkv_plan *plan = t->job->plan;
+    const qkv_plan *plan = t->plan;
     uint64_t found = 0;
     for (int i = 0; i < t->panels; i++) {
-        panel x = panel_at(t, i);
-        if (!plan->kernels->finite(x.total, state_l(plan, x.total), x.nv, (int)t->job->problem->dim_v))
+        const qkv_panel *x = &t->panel[i];
+        if (!plan->kernels->finite(x->total, qkv_state_l(plan, x->total), x->nv, (int)t->problem->dim_v))
             found |= (uint64_t)1 << i;
     }
     return found;
 }
 
-static void write_lse(const tile *t, const panel *x)
-{
-    const qkv_problem *p = t->job->problem;
-    const qkv_plan *plan = t->job->plan;
-    const void *m = state_m(plan, x->total), *l = state_l(plan, x->total);
-    int64_t first_head = (t->sequence * p->heads_kv + t->head) * plan->group;
-    row_of r = first_row(t, x);
-    for (int j = 0; j < x->n; j++, next_row(&r)) {
-        int64_t at = (first_head + r.head) * p->len_q + r.position;
-        int wide = p->type == QKV_F64;
-        double top = wide ? ((const double *)m)[j] : ((const float *)m)[j];
-        double sum = wide ? ((const double *)l)[j] : ((const float *)l)[j];
-        double lse = sum == 0 ? -INFINITY : top * plan->rest + log(sum);
-        if (wide)
-            ((double *)p->lse)[at] = lse;
-        else
-            ((float *)p->lse)[at] = (float)lse;
-    }
-}
-
-static void write_tile(const tile *t)
-{
-    const qkv_problem *p = t->job->problem;
-    const qkv_plan *plan = t->job->plan;
-    void **rows = (void **)(t->scratch + plan->at_rows);
-    char *copies = t->scratch + plan->at_tile;
-    size_t row_bytes = (size_t)p->dim_v * (size_t)plan->kernels->size;
-    for (int i = 0; i < t->panels; i++) {
-        panel x = panel_at(t, i);
-        row_of r = first_row(t, &x);
-        for (int j = 0; j < x.n; j++, next_row(&r))
-            rows[j] = plan->direct_out ? p->out + t->out_offset + row_offset(&r, &p->out_at)
-                                       : copies + (size_t)j * row_bytes;
-        plan->kernels->finish(rows, x.total, state_l(plan, x.total), x.n, (int)p->dim_v);
-        r = first_row(t, &x);
-        for (int j = 0; j < x.n && !plan->direct_out; j++, next_row(&r)) {
-            qkv_rows to = {p->out + t->out_offset + row_offset(&r, &p->out_at), 0,
-                           (ptrdiff_t)p->out_at.dim, plan->kernels->size, p->swapped_out};
-            plan->kernels->scatter(&to, rows[j], 0, 1, (int)p->dim_v);
-        }
-        if (p->lse)
-            write_lse(t, &x);
-    }
-}
-
 /* With `total` of every panel computed on the assumption that V is finite: check that, and write. Where a result is not
  * finite, a hidden NaN may have met a weight of 0, so those panels run again and take nothing from excluded keys. */
-static void conclude(const tile *t)
+static void conclude(const qkv_query_tile *t)
 {
     uint64_t again = not_finite(t);
     for (uint64_t bits = again; bits; bits &= bits - 1)
         t->counters->panels_careful++;
     if (again)
         attend_tile(t, again, 1);
-    write_tile(t);
+    qkv_write_tile(t);
 }
 
 /* One chunk of a split tile. Whoever computes a tile's last missing chunk merges them all, in order. */
-static void attend_split(const tile *t, int64_t base, int64_t chunk)
+static void attend_split(const call *job, const qkv_query_tile *t, int64_t base, int64_t chunk)
 {
-    const call *job = t->job;
     const qkv_plan *plan = job->plan;
     uint64_t all = ~(uint64_t)0;
     char *mine = job->partials + (size_t)(base * plan->chunks) * (size_t)plan->tile_panels * plan->state_bytes;
     size_t chunk_bytes = (size_t)plan->tile_panels * plan->state_bytes;
     attend_chunk(t, chunk, all, 0);
-    memcpy(mine + (size_t)chunk * chunk_bytes, panel_at(t, 0).state, (size_t)t->panels * plan->state_bytes);
+    memcpy(mine + (size_t)chunk * chunk_bytes, t->panel[0].state, (size_t)t->panels * plan->state_bytes);
     t->counters->splits++;
     if (atomic_fetch_sub(&job->pending[base], 1) != 1)
         return;
     for (int i = 0; i < t->panels; i++) {
-        panel x = panel_at(t, i);
-        reset(t, x.total, x.nv);
+        const qkv_panel *x = &t->panel[i];
+        reset(t, x->total, x->nv);
         for (int64_t c = 0; c < plan->chunks; c++)
-            merge(t, x.total, mine + (size_t)c * chunk_bytes + (size_t)i * plan->state_bytes, x.nv);
+            merge(t, x->total, mine + (size_t)c * chunk_bytes + (size_t)i * plan->state_bytes, x->nv);
     }
     conclude(t);
 }
@@ -419,29 +240,14 @@ static void attend_split(const tile *t, int64_t base, int64_t chunk)
 static void run_task(void *context, int64_t task, int worker)
 {
     const call *job = context;
-    const qkv_problem *p = job->problem;
     const qkv_plan *plan = job->plan;
-    int64_t chunk = plan->split ? task % plan->chunks : 0, base = plan->split ? task / plan->chunks : task;
-    int64_t head = base / plan->tiles;
-    tile t = {
-        .job = job, .sequence = head / p->heads_kv, .head = head % p->heads_kv,
-        /* Late rows first: under a causal mask they are the heavy ones. */
-        .first_panel = (plan->tiles - 1 - base % plan->tiles) * plan->tile_panels,
-        .counters = (qkv_counters *)job->scratch[worker],
-        .scratch = job->scratch[worker] + sizeof(qkv_counters),
-    };
-    int64_t panels = (plan->rows + plan->kernels->lanes - 1) / plan->kernels->lanes;
-    t.panels = (int)qkv_min(plan->tile_panels, panels - t.first_panel);
-    t.q_offset = sequence_offset(p, &p->q_at, t.sequence) + t.head * plan->group * p->q_at.head;
-    t.out_offset = sequence_offset(p, &p->out_at, t.sequence) + t.head * plan->group * p->out_at.head;
-    t.k_offset = t.head * p->k_at.head + (p->run_of ? 0 : sequence_offset(p, &p->k_at, t.sequence));
-    t.v_offset = t.head * p->v_at.head + (p->run_of ? 0 : sequence_offset(p, &p->v_at, t.sequence));
-    t.counters->tasks++;
-
-    find_limits(&t);
-    pack_queries(&t);
+    qkv_counters *counters = (qkv_counters *)job->scratch[worker];
+    qkv_query_tile t;
+    counters->tasks++;
+    qkv_open_tile(&t, job->problem, plan, plan->split ? task / plan->chunks : task,
+                  job->scratch[worker] + sizeof(qkv_counters), counters);
     if (plan->split) {
-        attend_split(&t, base, chunk);
+        attend_split(job, &t, task / plan->chunks, task % plan->chunks);
         return;
     }
     attend_tile(&t, ~(uint64_t)0, 0);

@@ -18,11 +18,14 @@ enum {
     CHUNK = 1024,                     /* keys per chunk; merging chunks of about 1000 keeps the error of 64k keys small */
     PASS_BYTES = 256 << 10,           /* K and V of a pass: a quarter of L2, half of an older 512 KB one */
     STATE_BYTES = 192 << 10,          /* Q^T, O and totals of the panels that share a pass */
+    COPY_PASS_BYTES = 128 << 10,      /* the same two where K or V is copied */
+    COPY_STATE_BYTES = 2 << 20,
     TILE_PANELS = 32,                 /* most panels in a query tile */
     TASKS_PER_THREAD = 8,             /* enough for an even finish; fewer, larger tasks share K and V better */
     PARTIAL_BYTES = 32 << 20,         /* most memory that a split may take */
-    CONFLICT_BYTES = 4096,            /* rows this far apart (or a multiple) fall into one cache set */
+    FAR_BYTES = 2048,                 /* rows further apart than this, and than they are long, share cache sets and pages */
     COPY_PAD = 16,                    /* elements between copied rows, against the same conflict */
+    PANEL_BYTES = 64,                 /* a qkv_panel */
     ALIGNMENT = 64
 };
 static const double SERIAL_FLOPS = 3e6;                 /* about 30 us of one core: not worth waking another */
@@ -47,18 +50,20 @@ static int is_direct(const void *data, const qkv_problem *p, const qkv_strides *
     return !swapped && at->dim == size && bits % size == 0;
 }
 
-static int rows_conflict(const qkv_strides *at)
+/* Rows that lie far apart, as in (length, heads, dim) arrays. */
+static int is_scattered(const qkv_strides *at, int64_t dim)
 {
-    return at->row != 0 && at->row % CONFLICT_BYTES == 0;
+    int64_t apart = at->row < 0 ? -at->row : at->row;
+    return apart >= FAR_BYTES && apart > dim * at->dim;
 }
 
 static void choose_copies(const qkv_problem *p, qkv_plan *plan)
 {
     int size = plan->kernels->size;
-    /* A copy is worth it against conflicts only if several panels share it. */
+    /* A copy pays only if several panels share it. */
     int shared = plan->rows > 2 * plan->kernels->lanes;
-    plan->copy_k = shared && rows_conflict(&p->k_at);
-    plan->copy_v = shared && rows_conflict(&p->v_at);
+    plan->copy_k = shared && is_scattered(&p->k_at, p->dim);
+    plan->copy_v = shared && is_scattered(&p->v_at, p->dim_v);
     for (int64_t i = 0; i < p->n_runs; i++) {
         plan->copy_k |= p->kv_type != p->type || !is_direct(p->runs[i].k, p, &p->k_at, p->swapped_k, size);
         plan->copy_v |= p->kv_type != p->type || !is_direct(p->runs[i].v, p, &p->v_at, p->swapped_v, size);
@@ -76,6 +81,7 @@ static void lay_out_scratch(const qkv_problem *p, qkv_plan *plan)
     plan->copy_row_k = p->dim + COPY_PAD;
     plan->copy_row_v = p->dim_v + COPY_PAD;
 #define TAKE(field, bytes) (plan->field = at, at += align(bytes))
+    TAKE(at_panels, panels * PANEL_BYTES);
     TAKE(at_limits, panels * ((vectors + 1) * sizeof(qkv_limits) + lanes * sizeof(qkv_range)));
     TAKE(at_rows, lanes * sizeof(void *));
     TAKE(at_q, panels * dim * lanes * size);
@@ -122,14 +128,16 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     plan->block = BLOCK;
     plan->chunk = CHUNK;
     plan->chunks = p->len_k > 0 ? ceil_div(p->len_k, CHUNK) : 1;
-    int64_t pass = PASS_BYTES / ((p->dim + p->dim_v + 1) * kernels->size) / BLOCK * BLOCK;
-    plan->pass = qkv_min(CHUNK, qkv_max(BLOCK, pass));
     choose_copies(p, plan);
+    /* Copies want many panels to share them, and leave them the room by being short. */
+    int copies = plan->copy_k | plan->copy_v;
+    int64_t pass = (copies ? COPY_PASS_BYTES : PASS_BYTES) / ((p->dim + p->dim_v + 1) * kernels->size) / BLOCK * BLOCK;
+    plan->pass = qkv_min(CHUNK, qkv_max(BLOCK, pass));
 
     /* Query tiles: as many panels as stay in cache together, but enough tiles for all threads. */
     int64_t panels = ceil_div(plan->rows, kernels->lanes), heads, base;
     int64_t panel_bytes = (p->dim + 2 * p->dim_v + 4) * kernels->lanes * kernels->size;
-    int64_t most = qkv_min(TILE_PANELS, qkv_max(1, STATE_BYTES / panel_bytes));
+    int64_t most = qkv_min(TILE_PANELS, qkv_max(1, (copies ? COPY_STATE_BYTES : STATE_BYTES) / panel_bytes));
     if (!multiply(plan->sequences, p->heads_kv, &heads) || !multiply(heads, panels, &base))
         return QKV_OVERFLOW;
     int64_t wanted = p->threads > 1 ? qkv_max(1, base / ((int64_t)p->threads * TASKS_PER_THREAD)) : most;

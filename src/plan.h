@@ -30,7 +30,7 @@ typedef struct {
 
     /* Scratch of one worker: byte offsets from its beginning. */
     size_t state_bytes;               /* O, m, l of one panel */
-    size_t at_limits, at_rows, at_q, at_state, at_total, at_s, at_k, at_v, at_tile;
+    size_t at_panels, at_limits, at_rows, at_q, at_state, at_total, at_s, at_k, at_v, at_tile;
     int64_t copy_row_k, copy_row_v;   /* elements per row of copied K and V */
     size_t scratch_bytes;
     size_t partial_bytes;             /* all partial states of a split problem */

@@ -121,7 +121,7 @@ def test_growing_scores(dtype, lq, step):
 def test_one_key_outweighs_all(dtype, lq):
     """The largest score at each place in a block, and the rest at, above and below the underflow of exp."""
     for gap in (5.0, 80.0, 87.3, 88.0, 103.0, 104.0, 700.0, 708.0, 745.0, 1000.0):
-        q, k, v = qkv(4, dtype, lengths=(lq, 200), dims=(2, 8))
+        q, k, v = qkv(4, dtype, lengths=(lq, 200), dims=(2, 64))
         q[..., 0], k[..., 0] = 1, 0
         q[..., 1], k[..., 1] = 0, 0
         for key in (0, 63, 64, 95, 96, 199):

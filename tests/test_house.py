@@ -26,7 +26,8 @@ HEADERS = {
     "mask.h": "qkv.h",
     "threads.[ch]": "qkv.h memory.h",
     "plan.[ch]": "qkv.h kernels/kernels.h cpu.h mask.h",
-    "forward.c": "plan.h mask.h threads.h memory.h",
+    "tile.[ch]": "plan.h mask.h",
+    "forward.c": "tile.h plan.h mask.h threads.h memory.h",
     "hooks.c": "*",
 }
 
