@@ -3,7 +3,7 @@
 __version__ = "0.1.0"
 
 try:
-    import qkv_fast._core as _core  # not "from . import": that raises no ModuleNotFoundError
+    import qkv_fast._core  # noqa: F401 (first, for its error)
 except ModuleNotFoundError as error:
     if error.name != f"{__name__}._core":
         raise
