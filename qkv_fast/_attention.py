@@ -418,6 +418,10 @@ def _check_out(out: Any, shape: tuple[int, ...], char: str) -> Array:
         raise ValueError(f"attention: out must have the shape {shape}, got out.shape={out.shape}")
     if not out.flags.writeable:
         raise ValueError("attention: out is not writable")
-    if any(step == 0 and n > 1 for step, n in zip(out.strides, out.shape, strict=True)):
-        raise ValueError(f"attention: out has overlapping elements (out.strides={out.strides}, out.shape={out.shape})")
+    reach = out.itemsize  # of the axes with smaller strides
+    for step, n in sorted((abs(step), n) for step, n in zip(out.strides, out.shape, strict=True) if n > 1):
+        if step < reach:
+            given = f"out.strides={out.strides}, out.shape={out.shape}"
+            raise ValueError(f"attention: out has overlapping elements ({given})")
+        reach += step * (n - 1)
     return out

@@ -13,6 +13,7 @@ from ._qkv cimport *
 cnp.import_array()
 
 cdef extern from "Python.h":
+    void *PyErr_Occurred()
     int PyErr_CheckSignals() nogil              # declared here without `except`: the error stays set for raise_status
 
 
@@ -45,6 +46,8 @@ cdef int raise_status(qkv_status status) except -1:
         raise MemoryError("qkv_fast: no memory for scratch space")
     if status == QKV_OVERFLOW:
         raise OverflowError("qkv_fast: the number of rows or tasks does not fit in 63 bits")
+    if not PyErr_Occurred():
+        raise RuntimeError("qkv_fast: a signal handler has forked during the call, which cannot go on in the child")
     return propagate()                          # the signal handler's exception
 
 

@@ -329,6 +329,8 @@ int qkv_pool_run(int n, int64_t tasks, qkv_task function, void *context, int (*c
     atomic_store(&pool->next, 0);
     publish(pool, OPEN, n - 1);
     int stopped = draw_and_check(&pool->next, tasks, function, context, check, arg);
+    if (atomic_load(&the_pool) != pool)
+        return 1;                     /* `check` has forked and this is the child, whose workers are gone */
     uint64_t gate = atomic_fetch_and(&pool->gate, ~(uint64_t)OPEN);
     await_workers(pool, joined_of(gate));
     return stopped;

@@ -1,0 +1,186 @@
+/* Problems for the core's own tests: random arrays, each a block of exactly its size, and three plain loops that say
+ * what is right. One test program includes it. */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "qkv.h"
+
+static long checks;
+
+#define CHECK(condition, ...) \
+    do { \
+        checks++; \
+        if (!(condition)) { \
+            fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition); \
+            fprintf(stderr, __VA_ARGS__); \
+            fprintf(stderr, "\n"); \
+            exit(1); \
+        } \
+    } while (0)
+
+static uint64_t state = 88172645463325252u;
+
+static uint64_t draw(void)                              /* xorshift64 */
+{
+    state ^= state << 13;
+    state ^= state >> 7;
+    return state ^= state << 17;
+}
+
+static int64_t between(int64_t low, int64_t high) { return low + (int64_t)(draw() % (uint64_t)(high - low + 1)); }
+
+static void *block(int64_t bytes)
+{
+    void *memory = malloc(bytes > 0 ? (size_t)bytes : 1);
+    if (!memory)
+        abort();
+    return memory;
+}
+
+static double load(qkv_type type, const void *data, int64_t i)
+{
+    return type == QKV_F32 ? (double)((const float *)data)[i] : ((const double *)data)[i];
+}
+
+static void store(qkv_type type, void *data, int64_t i, double x)
+{
+    if (type == QKV_F32)
+        ((float *)data)[i] = (float)x;
+    else
+        ((double *)data)[i] = x;
+}
+
+static int64_t size_of(qkv_type type) { return type == QKV_F32 ? 4 : 8; }
+
+static void *uniform(qkv_type type, int64_t n)
+{
+    void *data = block(n * size_of(type));
+    for (int64_t i = 0; i < n; i++)
+        store(type, data, i, (double)between(-1000, 1000) / 1000);
+    return data;
+}
+
+/* A problem with contiguous arrays (sequences, heads, rows, dim), and what it owns. */
+typedef struct {
+    qkv_problem p;
+    qkv_run run;
+    qkv_counters counters;
+    void *q, *k, *v, *out, *lse;
+    int64_t sequences, out_bytes, lse_bytes;
+    int64_t *offset, *length;
+} problem;
+
+static void contiguous(qkv_strides *at, const qkv_problem *p, int64_t heads, int64_t rows, int64_t dim, int64_t size)
+{
+    at->dim = size;
+    at->row = dim * size;
+    at->head = rows * at->row;
+    int64_t step = heads * at->head;
+    for (int i = p->n_axes; i-- > 0; step *= p->axes[i])
+        at->axis[i] = step;
+}
+
+static problem make(qkv_type type, int64_t sequences, int64_t heads, int64_t group, int64_t len_q, int64_t len_k,
+                    int64_t dim, int64_t dim_v)
+{
+    problem x = {.sequences = sequences};
+    qkv_problem *p = &x.p;
+    int64_t size = size_of(type);
+    p->type = p->kv_type = type;
+    if (sequences > 1) {
+        p->n_axes = 1;
+        p->axes[0] = sequences;
+    }
+    p->heads_kv = heads;
+    p->heads_q = heads * group;
+    p->len_q = len_q;
+    p->len_k = len_k;
+    p->dim = dim;
+    p->dim_v = dim_v;
+    p->left = p->right = QKV_OPEN;
+    p->scale = dim ? 1 / sqrt((double)dim) : 1;
+    p->threads = 1;
+    x.q = uniform(type, sequences * p->heads_q * len_q * dim);
+    x.k = uniform(type, sequences * heads * len_k * dim);
+    x.v = uniform(type, sequences * heads * len_k * dim_v);
+    x.out_bytes = sequences * p->heads_q * len_q * dim_v * size;
+    x.lse_bytes = sequences * p->heads_q * len_q * size;
+    x.out = block(x.out_bytes);
+    x.lse = block(x.lse_bytes);
+    contiguous(&p->q_at, p, p->heads_q, len_q, dim, size);
+    contiguous(&p->k_at, p, heads, len_k, dim, size);
+    contiguous(&p->v_at, p, heads, len_k, dim_v, size);
+    contiguous(&p->out_at, p, p->heads_q, len_q, dim_v, size);
+    return x;
+}
+
+/* The pointers into x itself: set last, since make returns it by value. */
+static qkv_status run(problem *x)
+{
+    qkv_problem *p = &x->p;
+    p->q = x->q;
+    p->out = x->out;
+    p->lse = x->lse;
+    p->counters = &x->counters;
+    p->offset = x->offset;
+    p->length = x->length;
+    if (!p->runs) {
+        x->run = (qkv_run){x->k, x->v, 0, p->len_k};
+        p->runs = &x->run;
+        p->n_runs = 1;
+    }
+    memset(x->out, 0x7e, (size_t)x->out_bytes);
+    memset(x->lse, 0x7e, (size_t)x->lse_bytes);
+    x->counters = (qkv_counters){0};
+    return qkv_forward(p);
+}
+
+static void destroy(problem *x)
+{
+    void *owned[] = {x->q, x->k, x->v, x->out, x->lse, x->offset, x->length};
+    for (size_t i = 0; i < sizeof owned / sizeof *owned; i++)
+        free(owned[i]);
+}
+
+/* Every row by three loops in double. */
+static void check_result(const problem *x, const char *what)
+{
+    const qkv_problem *p = &x->p;
+    double eps = p->type == QKV_F32 ? 0x1p-23 : 0x1p-52;
+    double *weights = block(p->len_k * (int64_t)sizeof *weights);
+    int64_t group = p->heads_q / p->heads_kv;
+    for (int64_t row = 0; row < x->sequences * p->heads_q * p->len_q; row++) {
+        int64_t i = row % p->len_q, head = row / p->len_q % p->heads_q, b = row / p->len_q / p->heads_q;
+        int64_t keys = (b * p->heads_kv + head / group) * p->len_k;
+        int64_t n = x->length ? x->length[b] : p->len_k;
+        int64_t position = i + (x->offset ? x->offset[b] : n - p->len_q);
+        double sum = 0, largest = 0;
+        for (int64_t j = 0; j < n; j++) {
+            double score = 0;
+            for (int64_t d = 0; d < p->dim; d++)
+                score += load(p->type, x->q, row * p->dim + d) * load(p->kv_type, x->k, (keys + j) * p->dim + d);
+            score *= p->scale;
+            int seen = (p->left == QKV_OPEN || j >= position - p->left)
+                       && (p->right == QKV_OPEN || j <= position + p->right);
+            weights[j] = seen ? exp(score) : 0;
+            largest = seen && fabs(score) > largest ? fabs(score) : largest;
+            sum += weights[j];
+        }
+        /* A score of size s is off by eps * s or so, and its weight by as much; values are below 1. 32 covers sums. */
+        double bound = 32 * eps * (1 + largest);
+        double lse = load(p->type, x->lse, row);
+        CHECK(sum == 0 ? lse == -INFINITY : fabs(lse - log(sum)) <= bound * (1 + fabs(log(sum))),
+              "%s: lse of row %lld is %.9g, not %.9g", what, (long long)row, lse, log(sum));
+        for (int64_t d = 0; d < p->dim_v; d++) {
+            double exact = 0, got = load(p->type, x->out, row * p->dim_v + d);
+            for (int64_t j = 0; j < n; j++)
+                exact += weights[j] * load(p->kv_type, x->v, (keys + j) * p->dim_v + d);
+            exact = sum == 0 ? 0 : exact / sum;
+            CHECK(fabs(got - exact) <= bound, "%s: column %lld of row %lld is %.9g, not %.9g (%lld keys)", what,
+                  (long long)d, (long long)row, got, exact, (long long)n);
+        }
+    }
+    free(weights);
+}
