@@ -57,7 +57,8 @@ def attention(
         ``i + n - Lq``, where n is the sequence's `kv_lengths` or Lk: the last query sees the last key.
     kv_lengths : int or array_like of int, optional
         Number of keys of each sequence, 0 to Lk; one for all, or one per sequence (it broadcasts to the axes left of
-        the heads). Keys and values at or past it are never read.
+        the heads). Keys and values at or past it are never read. With `causal` or `window` and fewer keys than queries,
+        say with `q_offset` where the queries sit (0 for right-padded ones): that call is a ValueError without it.
     scale : float, optional
         Factor of the scores, any finite number; ``1 / sqrt(D)`` by default (1 for D = 0).
     layout : {"bhld", "blhd"}, default "bhld"
@@ -84,7 +85,7 @@ def attention(
     ValueError
         Shapes that do not fit, values out of range, an unknown word.
     OverflowError
-        An offset or a size too large for 63 bits.
+        An offset beyond ±2**60, or a size too large for 63 bits.
     MemoryError
         No memory for the result or for scratch space.
 
@@ -124,14 +125,18 @@ def attention(
     # Shapes: heads and lengths by layout, the axes left of them broadcast.
     q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
     heads_first = layout == "bhld" or _check_layout(layout, "attention")
-    if len(q_shape) < 3 or len(k_shape) < 3 or len(v_shape) < 3:
+    if q_shape == k_shape == v_shape and len(q_shape) == 4 and heads_first:  # the rest of this in one comparison
+        batch: tuple[int, ...] = q_shape[:1]
+        q_heads = k_heads = v_heads = q_shape[1]
+        len_q = len_k = len_v = q_shape[2]
+        shape = q_shape
+    elif len(q_shape) < 3 or len(k_shape) < 3 or len(v_shape) < 3:
         if not len(q_shape) == len(k_shape) == len(v_shape) == 2:
             _fail("q, k, v must have 3 or more axes each, or 2 each", q, k, v)
-        batch: tuple[int, ...] = ()
+        batch = ()
         q_heads = k_heads = v_heads = 1
         len_q, len_k, len_v = q_shape[0], k_shape[0], v_shape[0]
         shape = (len_q, v_shape[1])
-        lse_shape: tuple[int, ...] = (len_q,)
     else:
         batch = q_shape[:-3]
         if not batch == k_shape[:-3] == v_shape[:-3]:
@@ -152,7 +157,6 @@ def attention(
             len_k, k_heads = k_shape[-3:-1]
             len_v, v_heads = v_shape[-3:-1]
             shape = (*batch, len_q, q_heads, v_shape[-1])
-        lse_shape = (*batch, q_heads, len_q)
     dim = q_shape[-1]
     if k_shape[-1] != dim:
         _fail(f"k has dimension {k_shape[-1]}, q has {dim}", q, k, v)
@@ -197,7 +201,7 @@ def attention(
         result = target = _check_out(out, shape, char)
         if any(np.may_share_memory(out, x) for x in (q, k, v)):
             target = _empty(shape, char)
-    lse = _empty(lse_shape, char) if return_lse else None
+    lse = _empty((*batch, q_heads, len_q) if len(shape) > 2 else (len_q,), char) if return_lse else None
 
     _core.forward(
         q, k, v, target, lse, heads_first, scale, left, right, offsets, lengths, threads, isa, counters
@@ -236,7 +240,7 @@ def merge_partials(outs: Sequence[Any], lses: Sequence[Any], *, layout: str = "b
     Notes
     -----
     Each output is weighted by its share of the softmax denominator, in float64 (T. Dao et al., "FlashAttention", 2022,
-    section 3.1). An attention sink counts as one key: give it to exactly one of the partial calls.
+    section 3.1).
 
     Examples
     --------
@@ -401,11 +405,12 @@ def _check_lengths(lengths: Array, len_q: int, len_k: int, ambiguous: bool) -> N
     if not lengths.size:
         return
     if lengths.min() < 0 or lengths.max() > len_k:
-        raise ValueError(f"attention: kv_lengths must be in 0..{len_k} (k's length), got {lengths.tolist()}")
-    if ambiguous and np.any((lengths > 0) & (lengths < len_q)):
+        wrong = lengths[(lengths < 0) | (lengths > len_k)].flat[0]
+        raise ValueError(f"attention: kv_lengths must be in 0..{len_k} (k's length), got {wrong}")
+    if ambiguous and np.any(short := (lengths > 0) & (lengths < len_q)):
         raise ValueError(
-            f"attention: kv_lengths {lengths.tolist()} with {len_q} queries leaves two readings of causal and window: "
-            "padded queries? pass q_offset=0. Positions that end at the last key? pass q_offset=kv_lengths - Lq"
+            f"attention: kv_lengths of {lengths[short].flat[0]} with {len_q} queries leaves two readings of causal and "
+            "window: padded queries? pass q_offset=0. Positions that end at the last key? pass q_offset=kv_lengths - Lq"
         )
 
 

@@ -3,10 +3,8 @@
 Shapes, types and values have been checked in _attention.py. Here arrays become pointers and byte strides, the GIL is
 released, and raise_status turns the core's status into an exception: the only place that does.
 """
-cimport cython
 cimport numpy as cnp
 from libc.stdint cimport int64_t
-from libc.string cimport memset
 
 from ._qkv cimport *
 
@@ -36,7 +34,7 @@ def isa_names():
 COUNTERS = ("tiles_full", "tiles_partial", "tiles_skipped", "tiles_copied", "panels_careful", "splits", "tasks",
             "threads")
 MAX_DIM = QKV_MAX_DIM
-MAX_AXES = QKV_MAX_AXES
+MAX_THREADS = QKV_MAX_THREADS
 
 
 cdef int raise_status(qkv_status status) except -1:
@@ -82,7 +80,6 @@ cdef qkv_type type_of(cnp.ndarray x) noexcept:
     return QKV_F32 if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT32 else QKV_F64
 
 
-@cython.initializedcheck(False)
 def forward(cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not None, cnp.ndarray out not None,
             cnp.ndarray lse, bint heads_first, double scale, left, right, cnp.ndarray offset, cnp.ndarray length,
             int threads, int isa, cnp.ndarray counters):

@@ -6,12 +6,12 @@ cdef extern from "qkv.h" nogil:
     enum:
         QKV_MAX_AXES
         QKV_MAX_DIM
+        QKV_MAX_THREADS
         QKV_OPEN
 
     ctypedef enum qkv_type:
         QKV_F32
         QKV_F64
-        QKV_TYPES
 
     ctypedef enum qkv_status:
         QKV_OK

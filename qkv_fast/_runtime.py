@@ -22,7 +22,8 @@ class Settings(NamedTuple):
 
 
 _settings: contextvars.ContextVar[Settings | None] = contextvars.ContextVar("qkv_fast", default=None)
-_process_threads: int | None = None  # set_num_threads, or the default once it has been needed
+_process_threads: int | None = None  # set_num_threads
+_default_threads: int | None = None  # once it has been needed
 
 
 @contextlib.contextmanager
@@ -94,7 +95,7 @@ def check_threads(n: object, name: str) -> int:
         raise TypeError(f"{name} must be an integer of at least 1, got {n!r}") from None
     if count < 1:
         raise ValueError(f"{name} must be at least 1, got {count}")
-    return min(count, 1024)
+    return min(count, _core.MAX_THREADS)
 
 
 def get_num_threads() -> int:
@@ -167,7 +168,7 @@ def num_threads(n: int) -> contextlib.AbstractContextManager[None]:
 def current() -> tuple[int, int, np.ndarray | None]:
     """Threads, CPU path and counters for a call made here."""
     settings = _settings.get()
-    threads = _process_threads or _first_default()
+    threads = _process_threads or _default_threads or _first_default()
     if settings is None:
         return threads, _DEFAULT_ISA, None
     return (
@@ -178,9 +179,9 @@ def current() -> tuple[int, int, np.ndarray | None]:
 
 
 def _first_default() -> int:
-    global _process_threads
-    _process_threads = default_num_threads()
-    return _process_threads
+    global _default_threads
+    _default_threads = default_num_threads()
+    return _default_threads
 
 
 def default_num_threads() -> int:
@@ -188,7 +189,7 @@ def default_num_threads() -> int:
     for name in ("QKV_FAST_NUM_THREADS", "OMP_NUM_THREADS"):
         first = os.environ.get(name, "").split(",")[0].strip()  # OpenMP allows a list, one entry per level
         if first.isdecimal() and int(first) >= 1:
-            return min(int(first), 1024)
+            return min(int(first), _core.MAX_THREADS)
     affinity = getattr(os, "sched_getaffinity", None)
     cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
     quota = cpu_quota()

@@ -14,7 +14,10 @@
 #include "threads.h"
 #include "tile.h"
 
-enum { MAX_WORKERS = 1024, MAX_VECTOR = 64 };          /* threads of a call, elements of a vector */
+enum { MAX_VECTOR = 64 };             /* elements of a vector */
+
+/* A worker's counters lie before its scratch, which stays aligned. */
+_Static_assert(sizeof(qkv_counters) % 64 == 0, "counters misalign scratch");
 
 typedef struct {
     const qkv_problem *problem;
@@ -110,8 +113,10 @@ static void attend_block(const qkv_query_tile *t, const qkv_panel *x, const pass
         first = block_first;
         last = block_last;
         kind = qkv_cut(&x->limits[1 + i], &first, &last);
-        if (kind == QKV_SKIP)
+        if (kind == QKV_SKIP) {
+            t->counters->tiles_skipped++;
             continue;
+        }
         if (kind == QKV_PARTIAL) {
             /* Whole row tiles: a hidden key more is cheaper than a row by itself. */
             int64_t rows = kernels->row_tile;
@@ -272,10 +277,10 @@ qkv_status qkv_forward(const qkv_problem *p)
     if (status != QKV_OK || plan.tasks == 0 || (p->dim_v == 0 && !p->lse))
         return status;
 
-    char *scratch[MAX_WORKERS] = {0};
+    char *scratch[QKV_MAX_THREADS] = {0};
     call job = {.problem = p, .plan = &plan, .scratch = scratch};
     int64_t bases = plan.split ? plan.tasks / plan.chunks : 0;
-    int workers = qkv_pool_acquire((int)qkv_min(plan.threads, MAX_WORKERS));
+    int workers = qkv_pool_acquire((int)qkv_min(plan.threads, QKV_MAX_THREADS));
     status = QKV_NO_MEMORY;
     for (int i = 0; i < workers; i++) {
         scratch[i] = qkv_scratch_take(sizeof(qkv_counters) + plan.scratch_bytes, i);

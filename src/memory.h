@@ -1,4 +1,4 @@
-/* Scratch memory. Blocks are kept between calls, so that a call allocates nothing once the library is warm. */
+/* Scratch memory. Blocks up to some size are kept between calls, so that most calls allocate nothing. */
 #ifndef QKV_MEMORY_H
 #define QKV_MEMORY_H
 

@@ -1,4 +1,5 @@
-/* Problem -> plan. Every tuning number of the library is in this file.
+/* Problem -> plan. Every tuning number of the driver is in this file; those inside a kernel (its register tile, P_LIMIT,
+ * DEPTH) stand where they are used, in kernels/, and those of the pool in threads.c.
  *
  * Two kinds of choice are kept apart. What changes arithmetic (block, chunk) depends only on types and dimensions, so
  * that results are the same bits for any batch, heads, strides and threads. What changes only who does what when (query
@@ -25,10 +26,10 @@ enum {
     PARTIAL_BYTES = 32 << 20,         /* most memory that a split may take */
     FAR_BYTES = 2048,                 /* rows further apart than this, and than they are long, share cache sets and pages */
     COPY_PAD = 16,                    /* elements between copied rows, against the same conflict */
-    PANEL_BYTES = 64,                 /* a qkv_panel */
     ALIGNMENT = 64
 };
 static const double SERIAL_FLOPS = 3e6;                 /* about 30 us of one core: not worth waking another */
+static const double TASK_FLOPS = 2e9;                   /* about 20 ms, so that an interrupt is seen between tasks */
 
 static size_t align(size_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
 static int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
@@ -81,7 +82,7 @@ static void lay_out_scratch(const qkv_problem *p, qkv_plan *plan)
     plan->copy_row_k = p->dim + COPY_PAD;
     plan->copy_row_v = p->dim_v + COPY_PAD;
 #define TAKE(field, bytes) (plan->field = at, at += align(bytes))
-    TAKE(at_panels, panels * PANEL_BYTES);
+    TAKE(at_panels, panels * QKV_PANEL_BYTES);
     TAKE(at_limits, panels * ((vectors + 1) * sizeof(qkv_limits) + lanes * sizeof(qkv_range)));
     TAKE(at_rows, lanes * sizeof(void *));
     TAKE(at_q, panels * dim * lanes * size);
@@ -95,12 +96,12 @@ static void lay_out_scratch(const qkv_problem *p, qkv_plan *plan)
     plan->scratch_bytes = at;
 }
 
-/* The scale as two factors. Q takes the sign (and with it a scale of 0: -inf * 0 would be NaN) and, of a scale that is far
- * from 1, a power of two, which is exact and keeps c within the type. The rest stays out of Q, where rounding it would
+/* The scale as two factors. Q takes the sign (and with it a scale of 0: -inf * 0 would be NaN) and, of a scale beyond
+ * float32, a power of two, which is exact and keeps c within the type. The rest stays out of Q, where rounding it would
  * show in large scores. */
 static void choose_scale(const qkv_problem *p, qkv_plan *plan)
 {
-    enum { PLAIN = 30, MOST = 120 };                    /* exponents */
+    enum { PLAIN = 120, MOST = 120 };                   /* exponents: float32 ends at 127 */
     int exponent, wide = p->type == QKV_F64, shift = 0;
     frexp(p->scale, &exponent);
     if (!wide && abs(exponent) > PLAIN)
@@ -141,6 +142,8 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     if (!multiply(plan->sequences, p->heads_kv, &heads) || !multiply(heads, panels, &base))
         return QKV_OVERFLOW;
     int64_t wanted = p->threads > 1 ? qkv_max(1, base / ((int64_t)p->threads * TASKS_PER_THREAD)) : most;
+    double panel_flops = 2.0 * (double)(p->dim + p->dim_v) * (double)kernels->lanes * (double)p->len_k;
+    most = qkv_min(most, (int64_t)(TASK_FLOPS / (panel_flops + 1)));
     plan->tile_panels = qkv_max(1, qkv_min(qkv_min(most, wanted), panels));
     plan->tiles = ceil_div(panels, plan->tile_panels);
     plan->tasks = heads * plan->tiles;

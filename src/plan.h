@@ -5,6 +5,8 @@
 #include "kernels/kernels.h"
 #include "qkv.h"
 
+enum { QKV_PANEL_BYTES = 64 };        /* room for a qkv_panel of tile.h */
+
 /* The work is a grid: sequences x key heads x query tiles, and, if split, x chunks of keys. A query tile is some panels
  * of one (sequence, key head); its rows are (position, head of the group) pairs, the head running fastest. */
 typedef struct {
@@ -20,7 +22,7 @@ typedef struct {
     int64_t block;                    /* keys of one kernel call; bounds are multiples of it */
     int64_t chunk;                    /* keys summed apart and then merged; a multiple of block */
     int64_t chunks;
-    int64_t pass;                     /* keys that all panels of a tile see before the next; divides chunk */
+    int64_t pass;                     /* keys that all panels of a tile see before the next; a multiple of block, at most chunk */
     int split;                        /* chunks are tasks of their own */
     int copy_k, copy_v;               /* passes are copied to scratch first */
     int direct_q, direct_out;         /* rows can be read and written where they lie */

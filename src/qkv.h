@@ -15,9 +15,10 @@
 
 enum { QKV_MAX_AXES = 64 };           /* leading axes of a batch: NumPy's own limit */
 enum { QKV_MAX_DIM = 1024 };          /* largest head dimension */
+enum { QKV_MAX_THREADS = 1024 };      /* most threads of a call */
 enum { QKV_OPEN = -1 };               /* a window side without a limit */
 
-typedef enum { QKV_F32, QKV_F64, QKV_TYPES } qkv_type;
+typedef enum { QKV_F32, QKV_F64 } qkv_type;
 
 typedef enum {
     QKV_OK,
@@ -40,7 +41,8 @@ typedef struct {
 
 /* What a call did; filled (added to) only when the problem carries one. */
 typedef struct {
-    /* Tiles of one key block and one vector of query rows: */
+    /* Tiles of one key block and one vector of query rows, among the blocks that some row of the task sees; panels that
+     * run again count again. */
     int64_t tiles_full;               /* every row sees every key that is left after cutting the tile */
     int64_t tiles_partial;            /* rows differ */
     int64_t tiles_skipped;            /* no row sees any */
@@ -66,7 +68,8 @@ typedef struct {
     qkv_strides q_at, k_at, v_at, out_at;
 
     /* Keys of sequence b: runs[run_of[b]] ... runs[run_of[b + 1] - 1] in order of position, without gaps. With
-     * run_of NULL all sequences share all runs and differ by the strides of their axes. */
+     * run_of NULL all sequences share all runs and differ by the strides of their axes; else those of K and V are not
+     * looked at. */
     const qkv_run *runs;
     int64_t n_runs;
     const int64_t *run_of;
@@ -82,7 +85,9 @@ typedef struct {
     int isa;                          /* index into the available CPU paths */
 
     qkv_counters *counters;           /* or NULL */
-    int (*interrupted)(void *);       /* called by the calling thread every 50 to 100 ms; nonzero stops. Or NULL */
+    /* Asked by the calling thread between tasks (of about 20 ms, unless one panel alone takes longer) when 50 to 100 ms
+     * have passed; nonzero stops. Or NULL. */
+    int (*interrupted)(void *);
     void *interrupted_arg;
 } qkv_problem;
 
@@ -91,7 +96,7 @@ qkv_status qkv_forward(const qkv_problem *problem);
 /* The CPU paths that this build has and this CPU runs, best first; NULL past the end. */
 const char *qkv_isa_name(int isa);
 
-/* Memory. Every allocation of the core goes through one hook. */
+/* Memory. Every allocation of the core goes through one hook, which may only be changed while no call runs. */
 void qkv_set_allocator(void *(*allocate)(size_t bytes, void *arg), void (*release)(void *block, void *arg), void *arg);
 void qkv_trim(void);                  /* free the scratch that is kept between calls */
 

@@ -15,11 +15,10 @@
 
 #include <fenv.h>
 #include <stdatomic.h>
-#include <stdlib.h>
 
+#include "memory.h"
 #include "qkv.h"
 
-enum { MAX_THREADS = 1024 };
 enum { STACK_BYTES = 512 << 10 };     /* kernels need little, but a C library's default may be less still */
 static const double SPIN_SECONDS = 20e-6;
 static const double CHECK_SECONDS = 60e-3;
@@ -112,18 +111,18 @@ typedef struct {
 
     mutex lock;
     condition wake, done;
-    thread threads[MAX_THREADS];
+    thread threads[QKV_MAX_THREADS];
 } pool_state;
 
 static _Atomic(pool_state *) the_pool;
 
 #ifndef _WIN32
 static void forget_pool(void) { atomic_store(&the_pool, NULL); }
+static void register_handler(void) { pthread_atfork(NULL, NULL, forget_pool); }
 static void watch_forks(void)
 {
-    static atomic_flag watching = ATOMIC_FLAG_INIT;
-    if (!atomic_flag_test_and_set(&watching))
-        pthread_atfork(NULL, NULL, forget_pool);
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, register_handler);
 }
 #endif
 
@@ -208,7 +207,7 @@ static pool_state *take_pool(void)
 {
     pool_state *pool = atomic_load(&the_pool);
     if (!pool) {
-        pool = aligned_alloc(64, (sizeof *pool + 63) / 64 * 64);
+        pool = qkv_scratch_take(sizeof *pool, 0);
         if (!pool)
             return NULL;
         atomic_init(&pool->gate, 0);
@@ -226,7 +225,7 @@ static pool_state *take_pool(void)
         watch_forks();
         pool_state *first = NULL;
         if (!atomic_compare_exchange_strong(&the_pool, &first, pool)) {
-            free(pool);               /* another thread was quicker */
+            qkv_scratch_put(pool, 0); /* another thread was quicker */
             pool = first;
         }
     }
@@ -240,7 +239,7 @@ int qkv_pool_acquire(int threads)
     pool_state *pool = take_pool();
     if (!pool)
         return 1;
-    int wanted = threads < MAX_THREADS ? threads : MAX_THREADS;
+    int wanted = threads < QKV_MAX_THREADS ? threads : QKV_MAX_THREADS;
     int started = atomic_load(&pool->started);
     while (started < wanted - 1 && start_thread(pool, &pool->threads[started]))
         atomic_store(&pool->started, ++started);

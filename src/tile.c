@@ -7,6 +7,8 @@
 
 #include <math.h>
 
+_Static_assert(sizeof(qkv_panel) <= QKV_PANEL_BYTES, "panels overlap in scratch");
+
 static int64_t sequence_offset(const qkv_problem *p, const qkv_strides *at, int64_t sequence)
 {
     int64_t offset = 0;

@@ -1,5 +1,5 @@
 /* The avx512 path: primitives for 16 floats or 8 doubles, 32 registers. Built with the flags of AVX-512 F, VL, DQ, BW
- * and CD, so nothing of this file may run before qkv_cpu has seen all of them. */
+ * and CD, so nothing of this file may run before cpu.c has seen all of them. */
 #include <immintrin.h>
 
 #include "kernels.h"

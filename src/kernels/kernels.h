@@ -1,8 +1,7 @@
 /* The contract between the driver and a CPU path: what one tile is, and the table of functions that work on it.
  *
- * Legend: Q K V O are queries, keys, values, output; S = Q K^T; P = 2^(c (S - m)), with c
- * about log2(e) * scale, are the softmax numerators; m and l are the running maximum of S and sum of P of a row; d is the head
- * dimension.
+ * Legend: Q K V O are queries, keys, values, output; S = Q K^T; P = 2^(c (S - m)) are the softmax numerators, where c is
+ * log2(e) * scale; m and l are the running maximum of S and sum of P of a row; d is the head dimension.
  *
  * The layout. A panel is up to `lanes` query rows that share the same keys; one row is one SIMD lane from beginning to
  * end. Everything about a panel is stored with the lane as the fast axis, `lanes` elements to a row:

@@ -42,7 +42,7 @@ static QKV_INLINE void X(finish_square)(void *const *rows, const REAL *from, int
     /* Adding 0 turns -0 into 0: the sign of a zero would tell which tiles were skipped. */
     QKV_UNROLL
     for (int i = 0; i < W; i++)
-        x[i] = i < part ? X(fma)(X(load)(from + (ptrdiff_t)(e + i) * LANES), inverse, zero) : zero;
+        x[i] = i < part ? X(add)(X(mul)(X(load)(from + (ptrdiff_t)(e + i) * LANES), inverse), zero) : zero;
     X(transpose)(x);
     QKV_UNROLL
     for (int i = 0; i < W; i++)
