@@ -12,6 +12,9 @@
  * rarely reached. */
 #define P_LIMIT 8192
 
+/* Keys scored before their weights are taken: the call is shared, and their scores are still in L1. */
+#define STRIP 32
+
 /* Products in one sum. */
 #define DEPTH 256
 
@@ -179,11 +182,12 @@ typedef struct {
     QKV_ALIGN REAL alpha[LANES];      /* what O and l of earlier tiles are multiplied by */
 } X(lanes);
 
-/* All scores, ROW_TILE keys at a time and each row tile finished while it is still in L1: with `weigh` it becomes
+/* All scores, ROW_TILE keys at a time. Every STRIP of them is finished while it is still in L1: with `weigh` it becomes
  * weights, else only its maximum is taken. */
 static QKV_INLINE void X(score)(const int nv, const int weigh, const int careful, const qkv_tile *t,
                                 const X(limits) *limits, X(lanes) *lanes)
 {
+    int strip = 0;                    /* first row that is not finished */
     for (int i = 0, nr; i < t->nk; i += nr) {
         if (i + ROW_TILE <= t->nk)
             X(score_rows)(nr = ROW_TILE, nv, t, i, limits);
@@ -191,10 +195,13 @@ static QKV_INLINE void X(score)(const int nv, const int weigh, const int careful
             X(score_rows)(nr = ROW_TILE / 2, nv, t, i, limits);
         else
             X(score_rows)(nr = 1, nv, t, i, limits);
+        if (i + nr < t->nk && i + nr - strip < STRIP)
+            continue;
         if (weigh)
-            X(weigh_rows)(nv, careful, t, i, i + nr, lanes->shift, lanes->sum);
+            X(weigh_rows)(nv, careful, t, strip, i + nr, lanes->shift, lanes->sum);
         else
-            X(top_rows)(nv, t, i, i + nr, lanes->top);
+            X(top_rows)(nv, t, strip, i + nr, lanes->top);
+        strip = i + nr;
     }
 }
 
@@ -327,4 +334,5 @@ static void X(merge)(void *o, void *m, void *l, const void *o2, const void *m2, 
 }
 
 #undef DEPTH
+#undef STRIP
 #undef P_LIMIT
