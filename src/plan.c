@@ -98,19 +98,19 @@ static void lay_out_scratch(const qkv_problem *p, qkv_plan *plan)
     plan->scratch_bytes = at;
 }
 
-/* The scale as two factors. Q takes the sign (and with it a scale of 0: -inf * 0 would be NaN) and, of a scale beyond
- * float32, a power of two, which is exact and keeps c within the type. The rest stays out of Q, where rounding it would
- * show in large scores. */
+/* The scale as two factors. Q takes the sign (and with it a scale of 0: -inf * 0 would be NaN) and, of a scale near the
+ * ends of the type, a power of two, which is exact and keeps c and 1/c within the type. The rest stays out of Q, where
+ * rounding it would show in large scores. */
 static void choose_scale(const qkv_problem *p, qkv_plan *plan)
 {
-    enum { PLAIN = 120, MOST = 120 };                   /* exponents: float32 ends at 127 */
-    int exponent, wide = p->type == QKV_F64, shift = 0;
+    int exponent, wide = p->type == QKV_F64;
+    int plain = wide ? 1000 : 120;                      /* exponents: the types end at 1023 and 127 */
     frexp(p->scale, &exponent);
-    if (!wide && abs(exponent) > PLAIN)
-        shift = exponent > 0 ? (int)qkv_min(exponent - PLAIN, MOST) : (int)qkv_max(exponent + PLAIN, -MOST);
+    int shift = abs(exponent) <= plain ? 0
+        : exponent > 0 ? (int)qkv_min(exponent - plain, plain) : (int)qkv_max(exponent + plain, -plain);
     plan->q_factor = p->scale == 0 ? 0 : copysign(ldexp(1, shift), p->scale);
     plan->rest = p->scale == 0 ? 1 : ldexp(fabs(p->scale), -shift);
-    plan->c = fmin(fmax(plan->rest * 1.4426950408889634, wide ? 1e-307 : 1e-37), wide ? 1e308 : 3e38);
+    plan->c = fmin(fmax(plan->rest * 1.4426950408889634, wide ? 1e-305 : 4e-37), wide ? 1e305 : 3e37);
 }
 
 qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)

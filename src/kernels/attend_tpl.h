@@ -12,7 +12,8 @@
  * rarely reached. */
 #define P_LIMIT 8192
 
-/* Keys scored before their weights are taken: the call is shared, and their scores are still in L1. */
+/* Keys scored before their weights are taken: the call is shared, and their scores are still in L1. Weights are summed
+ * strip by strip: equal ones would all be rounded the same way in one long sum. */
 #define STRIP 32
 
 /* Products in one sum. */
@@ -138,27 +139,33 @@ static QKV_INLINE void X(value_rows)(const int nr, const int nv, const qkv_tile 
 static QKV_INLINE void X(weigh_vectors)(const int nv, const int careful, const qkv_tile *t, int first, int last,
                                         const REAL *shift, REAL *sum)
 {
-    VEC c = X(set1)((REAL)t->c), none = X(set1)(-(REAL)INFINITY);
+    VEC none = X(set1)(-(REAL)INFINITY);
+    X(factor) c = X(factor_of)(t->c);
     VEC m[LANE_VECTORS], l[LANE_VECTORS];
     QKV_UNROLL
     for (int j = 0; j < nv; j++) {
         m[j] = X(load)(shift + j * W);
-        l[j] = X(load)(sum + j * W);
+        l[j] = X(set1)(0);
     }
     for (int i = first; i < last; i++) {
         REAL *s = (REAL *)t->s + (ptrdiff_t)i * LANES;
+        VEC p[LANE_VECTORS];
+        /* First the difference, which is exact where it matters, then the factor: scores may be large. */
+        QKV_UNROLL
+        for (int j = 0; j < nv; j++)
+            p[j] = X(sub)(X(load)(s + j * W), m[j]);
+        X(exp2)(nv, c, p);
         QKV_UNROLL
         for (int j = 0; j < nv; j++) {
-            VEC score = X(load)(s + j * W);
-            /* First the difference, which is exact where it matters, then the factor: scores may be large. */
-            VEC p = X(exp2_product)(c, X(sub)(score, m[j]));
-            l[j] = X(add)(l[j], p);
-            X(store)(s + j * W, careful ? X(select)(X(equal)(score, none), X(set1)(-1), p) : p);
+            l[j] = X(add)(l[j], p[j]);
+            if (careful)
+                p[j] = X(select)(X(equal)(X(load)(s + j * W), none), X(set1)(-1), p[j]);
+            X(store)(s + j * W, p[j]);
         }
     }
     QKV_UNROLL
     for (int j = 0; j < nv; j++)
-        X(store)(sum + j * W, l[j]);
+        X(store)(sum + j * W, X(add)(X(load)(sum + j * W), l[j]));
 }
 
 static QKV_NOINLINE void X(weigh_rows)(int nv, int careful, const qkv_tile *t, int first, int last, const REAL *shift,
@@ -208,7 +215,8 @@ static QKV_INLINE void X(score)(const int nv, const int weigh, const int careful
 /* New maxima for the lanes that have none or whose weights sum to more than P_LIMIT (or to NaN). */
 static QKV_INLINE void X(raise_maxima)(const int nv, const qkv_tile *t, X(lanes) *lanes)
 {
-    VEC none = X(set1)(-(REAL)INFINITY), zero = X(set1)(0), one = X(set1)(1), c = X(set1)((REAL)t->c);
+    VEC none = X(set1)(-(REAL)INFINITY), zero = X(set1)(0), one = X(set1)(1);
+    X(factor) c = X(factor_of)(t->c);
     for (int j = 0; j < nv * W; j += W) {
         VEC m = X(load)((REAL *)t->m + j), top = X(max)(X(load)(lanes->top + j), m);
         VEC limit = X(select)(X(equal)(m, none), none, X(set1)(P_LIMIT));
@@ -216,7 +224,7 @@ static QKV_INLINE void X(raise_maxima)(const int nv, const qkv_tile *t, X(lanes)
         X(store)((REAL *)t->m + j, top);
         X(store)(lanes->sum + j, zero);
         /* Equal maxima may be infinite, and their difference NaN. */
-        X(store)(lanes->alpha + j, X(select)(X(equal)(m, top), one, X(exp2_product)(c, X(sub)(m, top))));
+        X(store)(lanes->alpha + j, X(select)(X(equal)(m, top), one, X(exp2_one)(c, X(sub)(m, top))));
         X(store)(lanes->shift + j, X(select)(X(equal)(top, none), zero, top));
     }
 }
@@ -249,7 +257,8 @@ static QKV_INLINE void X(weigh)(const int nv, const int careful, const qkv_tile 
     if (fresh | raise) {
         X(score)(nv, 0, careful, t, &limits, lanes);
         X(raise_maxima)(nv, t, lanes);
-        X(weigh_rows)(nv, careful, t, 0, t->nk, lanes->shift, lanes->sum);
+        for (int i = 0; i < t->nk; i += STRIP)
+            X(weigh_rows)(nv, careful, t, i, t->nk - i < STRIP ? t->nk : i + STRIP, lanes->shift, lanes->sum);
     }
     for (int j = 0; j < nv * W; j += W) {
         REAL *l = (REAL *)t->l + j;
@@ -315,13 +324,14 @@ static void X(reset)(void *o, void *m, void *l, int nv, int dv)
 static void X(merge)(void *o, void *m, void *l, const void *o2, const void *m2, const void *l2, int nv, int dv,
                      double scale)
 {
-    VEC c = X(set1)((REAL)scale), one = X(set1)(1);
+    VEC one = X(set1)(1);
+    X(factor) c = X(factor_of)(scale);
     for (int j = 0; j < nv * W; j += W) {
         VEC ma = X(load)((REAL *)m + j), mb = X(load)((const REAL *)m2 + j);
         VEC top = X(max)(ma, mb);
         /* Equal maxima have weight 1, infinite ones too: the difference would be NaN. */
-        VEC wa = X(select)(X(equal)(ma, top), one, X(exp2_product)(c, X(sub)(ma, top)));
-        VEC wb = X(select)(X(equal)(mb, top), one, X(exp2_product)(c, X(sub)(mb, top)));
+        VEC wa = X(select)(X(equal)(ma, top), one, X(exp2_one)(c, X(sub)(ma, top)));
+        VEC wb = X(select)(X(equal)(mb, top), one, X(exp2_one)(c, X(sub)(mb, top)));
         VEC la = X(load)((REAL *)l + j), lb = X(load)((const REAL *)l2 + j);
         X(store)((REAL *)m + j, top);
         X(store)((REAL *)l + j, X(fma)(wa, la, X(mul)(wb, lb)));

@@ -29,6 +29,7 @@ static inline vec_f32 sub_f32(vec_f32 x, vec_f32 y) { return _mm256_sub_ps(x, y)
 static inline vec_f32 mul_f32(vec_f32 x, vec_f32 y) { return _mm256_mul_ps(x, y); }
 static inline vec_f32 div_f32(vec_f32 x, vec_f32 y) { return _mm256_div_ps(x, y); }
 static inline vec_f32 fma_f32(vec_f32 x, vec_f32 y, vec_f32 z) { return _mm256_fmadd_ps(x, y, z); }
+static inline vec_f32 min_f32(vec_f32 x, vec_f32 y) { return _mm256_min_ps(x, y); }
 static inline vec_f32 max_f32(vec_f32 x, vec_f32 y) { return _mm256_max_ps(x, y); }
 static inline mask_f32 less_f32(vec_f32 x, vec_f32 y) { return _mm256_cmp_ps(x, y, _CMP_LT_OQ); }
 static inline mask_f32 equal_f32(vec_f32 x, vec_f32 y) { return _mm256_cmp_ps(x, y, _CMP_EQ_OQ); }
@@ -36,20 +37,14 @@ static inline mask_f32 beyond_f32(vec_f32 x, vec_f32 y) { return _mm256_cmp_ps(x
 static inline int any_f32(mask_f32 m) { return _mm256_movemask_ps(m) != 0; }
 static inline vec_f32 select_f32(mask_f32 m, vec_f32 x, vec_f32 y) { return _mm256_blendv_ps(y, x, m); }
 
-/* Adding 1.5 * 2^23 rounds x to a whole number and leaves that number in the low bits; n keeps them there. */
-static inline vec_f32 exponent_f32(vec_f32 x, vec_f32 *n)
+/* 2^(i/8) less what the shifted n adds to it. */
+static inline vec_f32 power_f32(vec_f32 t)
 {
-    vec_f32 magic = _mm256_set1_ps(0x1.8p23f);
-    x = _mm256_min_ps(_mm256_set1_ps(128), x);          /* 2^128 and beyond is infinite; NaN stays */
-    *n = _mm256_add_ps(x, magic);
-    return _mm256_sub_ps(x, _mm256_sub_ps(*n, magic));
-}
-
-static inline vec_f32 ldexp_f32(vec_f32 x, vec_f32 n, vec_f32 at)
-{
-    __m256i bits = _mm256_slli_epi32(_mm256_castps_si256(n), 23);
-    vec_f32 power = _mm256_castsi256_ps(_mm256_add_epi32(bits, _mm256_set1_epi32(127 << 23)));
-    return _mm256_andnot_ps(less_f32(at, _mm256_set1_ps(-126)), _mm256_mul_ps(x, power));
+    const __m256i fraction = _mm256_setr_epi32(
+        0x3f800000, 0x3f8b95c2 - (1 << 20), 0x3f9837f0 - (2 << 20), 0x3fa5fed7 - (3 << 20),
+        0x3fb504f3 - (4 << 20), 0x3fc5672a - (5 << 20), 0x3fd744fd - (6 << 20), 0x3feac0c7 - (7 << 20));
+    __m256i n = _mm256_castps_si256(t);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_permutevar8x32_epi32(fraction, n), _mm256_slli_epi32(n, 20)));
 }
 
 static inline void transpose_f32(vec_f32 x[8])
@@ -81,6 +76,7 @@ static inline void transpose_f32(vec_f32 x[8])
 #define T f32
 #define LANE_VECTORS 3
 #define ROW_TILE 4
+#define EXP2_STEPS 8
 #include "kernel_tpl.h"
 
 /* float64 */
@@ -106,6 +102,7 @@ static inline vec_f64 sub_f64(vec_f64 x, vec_f64 y) { return _mm256_sub_pd(x, y)
 static inline vec_f64 mul_f64(vec_f64 x, vec_f64 y) { return _mm256_mul_pd(x, y); }
 static inline vec_f64 div_f64(vec_f64 x, vec_f64 y) { return _mm256_div_pd(x, y); }
 static inline vec_f64 fma_f64(vec_f64 x, vec_f64 y, vec_f64 z) { return _mm256_fmadd_pd(x, y, z); }
+static inline vec_f64 min_f64(vec_f64 x, vec_f64 y) { return _mm256_min_pd(x, y); }
 static inline vec_f64 max_f64(vec_f64 x, vec_f64 y) { return _mm256_max_pd(x, y); }
 static inline mask_f64 less_f64(vec_f64 x, vec_f64 y) { return _mm256_cmp_pd(x, y, _CMP_LT_OQ); }
 static inline mask_f64 equal_f64(vec_f64 x, vec_f64 y) { return _mm256_cmp_pd(x, y, _CMP_EQ_OQ); }
@@ -113,19 +110,11 @@ static inline mask_f64 beyond_f64(vec_f64 x, vec_f64 y) { return _mm256_cmp_pd(x
 static inline int any_f64(mask_f64 m) { return _mm256_movemask_pd(m) != 0; }
 static inline vec_f64 select_f64(mask_f64 m, vec_f64 x, vec_f64 y) { return _mm256_blendv_pd(y, x, m); }
 
-static inline vec_f64 exponent_f64(vec_f64 x, vec_f64 *n)
+/* AVX2 looks up no 64-bit elements. */
+static inline vec_f64 power_f64(vec_f64 t)
 {
-    vec_f64 magic = _mm256_set1_pd(0x1.8p52);
-    x = _mm256_min_pd(_mm256_set1_pd(1024), x);
-    *n = _mm256_add_pd(x, magic);
-    return _mm256_sub_pd(x, _mm256_sub_pd(*n, magic));
-}
-
-static inline vec_f64 ldexp_f64(vec_f64 x, vec_f64 n, vec_f64 at)
-{
-    __m256i bits = _mm256_slli_epi64(_mm256_castpd_si256(n), 52);
-    vec_f64 power = _mm256_castsi256_pd(_mm256_add_epi64(bits, _mm256_set1_epi64x((int64_t)1023 << 52)));
-    return _mm256_andnot_pd(less_f64(at, _mm256_set1_pd(-1022)), _mm256_mul_pd(x, power));
+    __m256i bits = _mm256_slli_epi64(_mm256_castpd_si256(t), 52);
+    return _mm256_castsi256_pd(_mm256_add_epi64(bits, _mm256_set1_epi64x((int64_t)1023 << 52)));
 }
 
 static inline void transpose_f64(vec_f64 x[4])
@@ -141,6 +130,7 @@ static inline void transpose_f64(vec_f64 x[4])
 #define T f64
 #define LANE_VECTORS 3
 #define ROW_TILE 4
+#define EXP2_STEPS 1
 #include "kernel_tpl.h"
 
 const qkv_isa qkv_avx2 = {

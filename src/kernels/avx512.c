@@ -23,6 +23,7 @@ static inline vec_f32 sub_f32(vec_f32 x, vec_f32 y) { return _mm512_sub_ps(x, y)
 static inline vec_f32 mul_f32(vec_f32 x, vec_f32 y) { return _mm512_mul_ps(x, y); }
 static inline vec_f32 div_f32(vec_f32 x, vec_f32 y) { return _mm512_div_ps(x, y); }
 static inline vec_f32 fma_f32(vec_f32 x, vec_f32 y, vec_f32 z) { return _mm512_fmadd_ps(x, y, z); }
+static inline vec_f32 min_f32(vec_f32 x, vec_f32 y) { return _mm512_min_ps(x, y); }
 static inline vec_f32 max_f32(vec_f32 x, vec_f32 y) { return _mm512_max_ps(x, y); }
 static inline mask_f32 less_f32(vec_f32 x, vec_f32 y) { return _mm512_cmp_ps_mask(x, y, _CMP_LT_OQ); }
 static inline mask_f32 equal_f32(vec_f32 x, vec_f32 y) { return _mm512_cmp_ps_mask(x, y, _CMP_EQ_OQ); }
@@ -30,16 +31,14 @@ static inline mask_f32 beyond_f32(vec_f32 x, vec_f32 y) { return _mm512_cmp_ps_m
 static inline int any_f32(mask_f32 m) { return m != 0; }
 static inline vec_f32 select_f32(mask_f32 m, vec_f32 x, vec_f32 y) { return _mm512_mask_blend_ps(m, y, x); }
 
-static inline vec_f32 exponent_f32(vec_f32 x, vec_f32 *n)
+/* 2^(i/8) less what the shifted n adds to it. Sixteen, since the index is n's low four bits. */
+static inline vec_f32 power_f32(vec_f32 t)
 {
-    *n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    return _mm512_sub_ps(x, *n);
-}
-
-static inline vec_f32 ldexp_f32(vec_f32 x, vec_f32 n, vec_f32 at)
-{
-    __mmask16 keep = _mm512_cmp_ps_mask(at, _mm512_set1_ps(-126), _CMP_NLT_UQ);
-    return _mm512_maskz_scalef_ps(keep, x, n);
+    const __m512i fraction = _mm512_broadcast_i64x4(_mm256_setr_epi32(
+        0x3f800000, 0x3f8b95c2 - (1 << 20), 0x3f9837f0 - (2 << 20), 0x3fa5fed7 - (3 << 20),
+        0x3fb504f3 - (4 << 20), 0x3fc5672a - (5 << 20), 0x3fd744fd - (6 << 20), 0x3feac0c7 - (7 << 20)));
+    __m512i n = _mm512_castps_si512(t);
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_permutexvar_epi32(n, fraction), _mm512_slli_epi32(n, 20)));
 }
 
 static inline void transpose_f32(vec_f32 x[16])
@@ -77,6 +76,7 @@ static inline void transpose_f32(vec_f32 x[16])
 #define T f32
 #define LANE_VECTORS 3
 #define ROW_TILE 8
+#define EXP2_STEPS 8
 #include "kernel_tpl.h"
 
 /* float64 */
@@ -97,6 +97,7 @@ static inline vec_f64 sub_f64(vec_f64 x, vec_f64 y) { return _mm512_sub_pd(x, y)
 static inline vec_f64 mul_f64(vec_f64 x, vec_f64 y) { return _mm512_mul_pd(x, y); }
 static inline vec_f64 div_f64(vec_f64 x, vec_f64 y) { return _mm512_div_pd(x, y); }
 static inline vec_f64 fma_f64(vec_f64 x, vec_f64 y, vec_f64 z) { return _mm512_fmadd_pd(x, y, z); }
+static inline vec_f64 min_f64(vec_f64 x, vec_f64 y) { return _mm512_min_pd(x, y); }
 static inline vec_f64 max_f64(vec_f64 x, vec_f64 y) { return _mm512_max_pd(x, y); }
 static inline mask_f64 less_f64(vec_f64 x, vec_f64 y) { return _mm512_cmp_pd_mask(x, y, _CMP_LT_OQ); }
 static inline mask_f64 equal_f64(vec_f64 x, vec_f64 y) { return _mm512_cmp_pd_mask(x, y, _CMP_EQ_OQ); }
@@ -104,16 +105,14 @@ static inline mask_f64 beyond_f64(vec_f64 x, vec_f64 y) { return _mm512_cmp_pd_m
 static inline int any_f64(mask_f64 m) { return m != 0; }
 static inline vec_f64 select_f64(mask_f64 m, vec_f64 x, vec_f64 y) { return _mm512_mask_blend_pd(m, y, x); }
 
-static inline vec_f64 exponent_f64(vec_f64 x, vec_f64 *n)
+static inline vec_f64 power_f64(vec_f64 t)
 {
-    *n = _mm512_roundscale_pd(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    return _mm512_sub_pd(x, *n);
-}
-
-static inline vec_f64 ldexp_f64(vec_f64 x, vec_f64 n, vec_f64 at)
-{
-    __mmask8 keep = _mm512_cmp_pd_mask(at, _mm512_set1_pd(-1022), _CMP_NLT_UQ);
-    return _mm512_maskz_scalef_pd(keep, x, n);
+    const __m512i fraction = _mm512_setr_epi64(
+        0x3ff0000000000000, 0x3ff172b83c7d517b - (1LL << 49), 0x3ff306fe0a31b715 - (2LL << 49),
+        0x3ff4bfdad5362a27 - (3LL << 49), 0x3ff6a09e667f3bcd - (4LL << 49), 0x3ff8ace5422aa0db - (5LL << 49),
+        0x3ffae89f995ad3ad - (6LL << 49), 0x3ffd5818dcfba487 - (7LL << 49));
+    __m512i n = _mm512_castpd_si512(t);
+    return _mm512_castsi512_pd(_mm512_add_epi64(_mm512_permutexvar_epi64(n, fraction), _mm512_slli_epi64(n, 49)));
 }
 
 static inline void transpose_f64(vec_f64 x[8])
@@ -139,6 +138,7 @@ static inline void transpose_f64(vec_f64 x[8])
 #define T f64
 #define LANE_VECTORS 3
 #define ROW_TILE 8
+#define EXP2_STEPS 8
 #include "kernel_tpl.h"
 
 const qkv_isa qkv_avx512 = {

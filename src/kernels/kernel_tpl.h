@@ -4,6 +4,7 @@
  *   T              suffix of the type: f32, f64; every name below ends in _##T
  *   LANE_VECTORS   vectors in a panel row (3)
  *   ROW_TILE       keys, or output columns, that the product holds in registers at a time
+ *   EXP2_STEPS     fractions of an exponent that power can look up: 8, or 1 where looking up is slow
  *
  * Primitives, static inline functions of that file (w is the number of elements in a vector):
  *   real, vec, mask          the element, the vector, the result of a comparison (types)
@@ -11,11 +12,10 @@
  *   load(p) store(p, x)      aligned to a vector
  *   load_part(p, n) store_part(p, x, n)      the first n <= w elements, any alignment; nothing past them is touched
  *   set1(a)  add sub mul div(x, y)  fma(x, y, z) = x * y + z
- *   max(x, y)                y where either is NaN
+ *   min max(x, y)            y where either is NaN
  *   less(x, y)  equal(x, y)  beyond(x, y) = !(x <= y)      comparisons; select(mask, x, y) = mask ? x : y; any(mask)
- *   exponent(x, &n)          the fraction x - round(x), and in n whatever ldexp wants to know of round(x)
- *   ldexp(y, n, x)           y * 2^round(x), infinite where that overflows, 0 where x is below the smallest normal
- *                            exponent; NaN stays NaN
+ *   power(t)                 2^n, where t is n + 1.5 * 2^mantissa / EXP2_STEPS in its own rounding: n, a multiple of
+ *                            1 / EXP2_STEPS, lies in t's low bits. 0 at the lowest exponent, infinity past the highest
  *   transpose(x)             x[w] as a w * w matrix, in place
  */
 #include <math.h>
@@ -52,6 +52,7 @@ static const qkv_kernels X(kernels) = KERNELS;
 #undef X
 #undef QKV_JOIN
 #undef QKV_JOIN2
+#undef EXP2_STEPS
 #undef ROW_TILE
 #undef LANE_VECTORS
 #undef T

@@ -15,6 +15,7 @@
 #include "portable_tpl.h"
 #define LANE_VECTORS 3
 #define ROW_TILE 4
+#define EXP2_STEPS 1
 #include "kernel_tpl.h"
 
 #define T f64
@@ -25,6 +26,7 @@
 #include "portable_tpl.h"
 #define LANE_VECTORS 3
 #define ROW_TILE 4
+#define EXP2_STEPS 1
 #include "kernel_tpl.h"
 
 const qkv_isa qkv_portable = {

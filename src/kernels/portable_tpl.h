@@ -68,20 +68,11 @@ static inline P(vec) P(select)(P(mask) m, P(vec) x, P(vec) y)
 }
 
 static inline P(vec) P(max)(P(vec) x, P(vec) y) { return P(select)(P(less)(y, x), x, y); }
+static inline P(vec) P(min)(P(vec) x, P(vec) y) { return P(select)(P(less)(x, y), x, y); }
 
-/* Adding 1.5 * 2^mantissa rounds x to a whole number and leaves that number in the low bits; n keeps them there. */
-static inline P(vec) P(exponent)(P(vec) x, P(vec) *n)
+static inline P(vec) P(power)(P(vec) t)
 {
-    x = P(select)(P(less)(P(set1)(EXPONENT_BIAS + 1), x), P(set1)(EXPONENT_BIAS + 1), x);    /* infinite from there */
-    P(vec) magic = P(set1)((P(real))1.5 * (P(real))((BITS_TYPE)1 << MANTISSA_BITS));
-    *n = x + magic;
-    return x - (*n - magic);
-}
-
-static inline P(vec) P(ldexp)(P(vec) x, P(vec) n, P(vec) at)
-{
-    P(vec) power = P(from_bits)((P(bits)(n) << MANTISSA_BITS) + ((BITS_TYPE)EXPONENT_BIAS << MANTISSA_BITS));
-    return P(select)(P(less)(at, P(set1)(1 - EXPONENT_BIAS)), P(set1)(0), x * power);
+    return P(from_bits)((P(bits)(t) << MANTISSA_BITS) + ((BITS_TYPE)EXPONENT_BIAS << MANTISSA_BITS));
 }
 
 static inline void P(transpose)(P(vec) *x)
