@@ -80,7 +80,7 @@ static const char *fetch(const qkv_query_tile *t, int values, int64_t first, int
 
 /* One panel against the keys [first, last) of one block, at pass row first - origin. */
 static void attend_block(const qkv_query_tile *t, const qkv_panel *x, const pass_rows *kv, int64_t origin, int64_t first,
-                         int64_t last, int careful)
+                         int64_t last, int cold, int careful)
 {
     const qkv_problem *p = t->problem;
     const qkv_plan *plan = t->plan;
@@ -96,7 +96,7 @@ static void attend_block(const qkv_query_tile *t, const qkv_panel *x, const pass
         .q = x->q, .s = t->scratch + plan->at_s,
         .o = x->state, .m = qkv_state_m(plan, x->state), .l = qkv_state_l(plan, x->state),
         .k_row = kv->k_row, .v_row = kv->v_row, .c = plan->c,
-        .d = (int)p->dim, .dv = (int)p->dim_v, .nv = x->nv, .careful = careful,
+        .d = (int)p->dim, .dv = (int)p->dim_v, .nv = x->nv, .cold = cold, .careful = careful,
     };
     if (kind == QKV_FULL && !careful) {
         whole.k = kv->k + (first - origin) * kv->k_row * (int64_t)size;
@@ -161,6 +161,7 @@ static void attend_chunk(const qkv_query_tile *t, int64_t chunk, uint64_t chosen
             reset(t, t->panel[i].state, t->panel[i].nv);
     for (int64_t first = begin; first < end; first += plan->pass) {
         int64_t last = qkv_min(first + plan->pass, end);
+        int cold = plan->cold;        /* for the first panel that walks this pass */
         pass_rows kv;
         kv.k = fetch(t, 0, first, last, &kv.k_row);
         kv.v = fetch(t, 1, first, last, &kv.v_row);
@@ -168,8 +169,11 @@ static void attend_chunk(const qkv_query_tile *t, int64_t chunk, uint64_t chosen
             if (!(chosen >> i & 1))
                 continue;
             const qkv_panel *x = &t->panel[i];
+            if (last == t->any.hi)
+                qkv_expect_writing(t, x);
             for (int64_t key = first; key < last; key += plan->block)
-                attend_block(t, x, &kv, first, key, qkv_min(key + plan->block, last), careful);
+                attend_block(t, x, &kv, first, key, qkv_min(key + plan->block, last), cold, careful);
+            cold = 0;
         }
     }
 }

@@ -27,6 +27,7 @@ enum {
     TASKS_PER_THREAD = 8,             /* enough for an even finish; fewer, larger tasks share K and V better */
     PARTIAL_BYTES = 32 << 20,         /* most memory that a split may take */
     FAR_BYTES = 2048,                 /* rows further apart than this, and than they are long, share cache sets and pages */
+    COLD_BYTES = 32 << 10,            /* K and V of a block that are worth fetching ahead: larger ones push S out of L1 */
     COPY_PAD = 16,                    /* elements between copied rows, against the same conflict */
     ALIGNMENT = 64
 };
@@ -129,6 +130,7 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
 
     plan->state_bytes = align((size_t)(p->dim_v + 2) * (size_t)kernels->lanes * (size_t)kernels->size);
     plan->block = BLOCK;
+    plan->cold = BLOCK * (p->dim + p->dim_v) * kernels->size <= COLD_BYTES;
     plan->chunk = CHUNK;
     plan->chunks = p->len_k > 0 ? ceil_div(p->len_k, CHUNK) : 1;
     choose_copies(p, plan);

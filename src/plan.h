@@ -25,6 +25,7 @@ typedef struct {
     int64_t pass;                     /* keys that all panels of a tile see before the next; a multiple of block, at most chunk */
     int split;                        /* chunks are tasks of their own */
     int copy_k, copy_v;               /* passes are copied to scratch first */
+    int cold;                         /* the first panel of a pass fetches its K and V ahead */
     int direct_q, direct_out;         /* rows can be read and written where they lie */
 
     int64_t tasks;

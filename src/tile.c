@@ -153,21 +153,36 @@ static void write_lse(const qkv_query_tile *t, const qkv_panel *x)
     }
 }
 
-void qkv_write_tile(const qkv_query_tile *t)
+/* Where the rows of O are written: in place if the kernels can, else in scratch. */
+static void **output_rows(const qkv_query_tile *t, const qkv_panel *x)
 {
     const qkv_problem *p = t->problem;
     const qkv_plan *plan = t->plan;
     void **rows = (void **)(t->scratch + plan->at_rows);
     char *copies = t->scratch + plan->at_tile;
     size_t row_bytes = (size_t)p->dim_v * (size_t)plan->kernels->size;
+    row_of r = first_row(t, x);
+    for (int j = 0; j < x->n; j++, next_row(&r))
+        rows[j] = plan->direct_out ? p->out + t->out_offset + row_offset(&r, &p->out_at)
+                                   : copies + (size_t)j * row_bytes;
+    return rows;
+}
+
+void qkv_expect_writing(const qkv_query_tile *t, const qkv_panel *x)
+{
+    if (t->plan->direct_out)
+        t->plan->kernels->expect(output_rows(t, x), x->n, (int)t->problem->dim_v);
+}
+
+void qkv_write_tile(const qkv_query_tile *t)
+{
+    const qkv_problem *p = t->problem;
+    const qkv_plan *plan = t->plan;
     for (int i = 0; i < t->panels; i++) {
         const qkv_panel *x = &t->panel[i];
-        row_of r = first_row(t, x);
-        for (int j = 0; j < x->n; j++, next_row(&r))
-            rows[j] = plan->direct_out ? p->out + t->out_offset + row_offset(&r, &p->out_at)
-                                       : copies + (size_t)j * row_bytes;
+        void **rows = output_rows(t, x);
         plan->kernels->finish(rows, x->total, qkv_state_l(plan, x->total), x->n, (int)p->dim_v);
-        r = first_row(t, x);
+        row_of r = first_row(t, x);
         for (int j = 0; j < x->n && !plan->direct_out; j++, next_row(&r)) {
             qkv_rows to = {p->out + t->out_offset + row_offset(&r, &p->out_at), 0,
                            (ptrdiff_t)p->out_at.dim, plan->kernels->size, p->swapped_out};

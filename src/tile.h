@@ -30,6 +30,9 @@ typedef struct {
 void qkv_open_tile(qkv_query_tile *tile, const qkv_problem *problem, const qkv_plan *plan, int64_t index, char *scratch,
                    qkv_counters *counters);
 
+/* Tells the memory that O of this panel is written soon. */
+void qkv_expect_writing(const qkv_query_tile *tile, const qkv_panel *panel);
+
 /* Writes O and the log-sum-exp of the panels' totals. */
 void qkv_write_tile(const qkv_query_tile *tile);
 

@@ -29,6 +29,7 @@ static QKV_INLINE void X(product)(const int nr, const int nv, const REAL *a, ptr
         for (int j = 0; j < nv; j++)
             c[i][j] = X(set1)(0);
     }
+    QKV_UNROLL_2
     for (int t = 0; t < n; t++, a += step, b += LANES) {
         VEC x[LANE_VECTORS];
         QKV_UNROLL
@@ -76,6 +77,14 @@ static QKV_NOINLINE void X(exclude_rows)(const qkv_tile *t, int first, int last,
             X(store)(score, X(select)(X(less)(at, X(load)(limits->lo + j)), hidden, x));
         }
     }
+}
+
+/* Rows of d elements that are needed soon, into the cache. */
+static QKV_INLINE void X(prefetch_rows)(const REAL *rows, ptrdiff_t row, int n, int d)
+{
+    for (int i = 0; i < n; i++)
+        for (int e = 0; e < d; e += 64 / (int)sizeof(REAL))
+            QKV_PREFETCH(rows + i * row + e);
 }
 
 /* Rows i .. i + nr of S^T, excluded scores as -inf. Long scalar products are sums of shorter ones, as in a BLAS. */
@@ -189,6 +198,14 @@ typedef struct {
     QKV_ALIGN REAL alpha[LANES];      /* what O and l of earlier tiles are multiplied by */
 } X(lanes);
 
+/* While the keys of one row tile are scored: the next ones, and the values, which will be read column by column. */
+static QKV_NOINLINE void X(prefetch_tile)(const qkv_tile *t, int i)
+{
+    int n = t->nk - i < ROW_TILE ? t->nk - i : ROW_TILE, next = i + 2 * ROW_TILE <= t->nk ? i + ROW_TILE : i;
+    X(prefetch_rows)((const REAL *)t->k + next * t->k_row, t->k_row, n, t->d);
+    X(prefetch_rows)((const REAL *)t->v + i * t->v_row, t->v_row, n, t->dv);
+}
+
 /* All scores, ROW_TILE keys at a time. Every STRIP of them is finished while it is still in L1: with `weigh` it becomes
  * weights, else only its maximum is taken. */
 static QKV_INLINE void X(score)(const int nv, const int weigh, const int careful, const qkv_tile *t,
@@ -196,6 +213,8 @@ static QKV_INLINE void X(score)(const int nv, const int weigh, const int careful
 {
     int strip = 0;                    /* first row that is not finished */
     for (int i = 0, nr; i < t->nk; i += nr) {
+        if (t->cold)
+            X(prefetch_tile)(t, i);
         if (i + ROW_TILE <= t->nk)
             X(score_rows)(nr = ROW_TILE, nv, t, i, limits);
         else if (i + ROW_TILE / 2 <= t->nk)

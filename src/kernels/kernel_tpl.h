@@ -39,7 +39,8 @@
 #define KERNELS { \
     .size = sizeof(REAL), .vector = W, .lanes = LANES, .row_tile = ROW_TILE, \
     .attend = X(attend), .reset = X(reset), .merge = X(merge), \
-    .pack = X(pack), .finish = X(finish), .finite = X(finite), .gather = X(gather), .scatter = X(scatter), \
+    .pack = X(pack), .expect = X(expect), .finish = X(finish), .finite = X(finite), \
+    .gather = X(gather), .scatter = X(scatter), \
     .exp2 = X(exp2_array), .fma = X(fma_rounds) }
 
 static const qkv_kernels X(kernels) = KERNELS;

@@ -32,6 +32,7 @@ typedef struct {
     const int32_t *lo, *hi;           /* (lanes): lane j sees the keys lo[j] <= i < hi[j] of the tile; NULL: all */
     double c;                         /* log2(e) * what of the scale is not in Q^T; positive */
     int nk, d, dv, nv;                /* nk <= QKV_KEYS */
+    int cold;                         /* fetch k and v ahead: they are not in a near cache yet, and fit into it */
     int careful;                      /* take nothing from V where the lane's key is excluded, even NaN; nv is 1 */
 } qkv_tile;
 
@@ -63,6 +64,9 @@ typedef struct {
 
     /* Q^T <- factor * rows, `n` rows of d elements at unit stride; lanes from n to the next vector repeat row n - 1. */
     void (*pack)(void *qt, const void *const *rows, int n, int d, double factor);
+
+    /* Asks for the memory of n rows of dv elements before `finish` writes them. */
+    void (*expect)(void *const *rows, int n, int dv);
 
     /* rows <- O / l (0 where l = 0), n rows of dv elements at unit stride. */
     void (*finish)(void *const *rows, const void *o, const void *l, int n, int dv);

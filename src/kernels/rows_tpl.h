@@ -72,6 +72,12 @@ static void X(finish)(void *const *rows, const void *o, const void *l, int n, in
     }
 }
 
+static void X(expect)(void *const *rows, int n, int dv)
+{
+    for (int i = 0; i < n; i++)
+        X(prefetch_rows)(rows[i], 0, 1, dv);
+}
+
 static int X(finite)(const void *o, const void *l, int nv, int dv)
 {
     /* x - x is 0 for every finite x and NaN for the others. Four sums, since one would wait for itself. */
