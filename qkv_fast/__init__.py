@@ -15,16 +15,20 @@ except ModuleNotFoundError as error:
 
 from . import reference
 from ._attention import attention, merge_partials
+from ._config import show_config
+from ._explain import explain
 from ._runtime import available_isas, get_num_threads, isa, num_threads, set_num_threads
 
 __all__ = [
     "__version__",
     "attention",
     "available_isas",
+    "explain",
     "get_num_threads",
     "isa",
     "merge_partials",
     "num_threads",
     "reference",
     "set_num_threads",
+    "show_config",
 ]

@@ -203,9 +203,11 @@ def attention(
             target = _empty(shape, char)
     lse = _empty((*batch, q_heads, len_q) if len(shape) > 2 else (len_q,), char) if return_lse else None
 
-    _core.forward(
+    plan = _core.forward(
         q, k, v, target, lse, heads_first, scale, left, right, offsets, lengths, threads, isa, counters
     )  # fmt: skip
+    if plan is not None:  # inside _runtime.planning(): nothing has been computed
+        return plan
     if target is not result:
         result[...] = target
     return (result, lse) if return_lse else result
