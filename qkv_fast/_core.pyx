@@ -206,8 +206,9 @@ def pool_threads():
 
 
 def pool_stop():
-    with nogil:
-        qkv_pool_stop()
+    # With the GIL: who gives it up in an atexit function may not get it back (a subinterpreter's, run while the process
+    # ends), and workers never ask for it.
+    qkv_pool_stop()
 
 
 def trim():

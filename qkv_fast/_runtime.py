@@ -186,6 +186,15 @@ def num_threads(n: int) -> contextlib.AbstractContextManager[None]:
     return _setting(threads=check_threads(n, "num_threads: n"))
 
 
+def limit_context(n: int) -> None:
+    """Set the number of threads of the current context until it is set again, as threadpoolctl does: it limits, and later
+    gives back the number that it found. The process's own number leaves the context without a setting."""
+    settings = (_settings.get() or Settings())._replace(threads=None)
+    _settings.set(settings)
+    if n != current()[0]:
+        _settings.set(settings._replace(threads=check_threads(n, "threadpoolctl: num_threads")))
+
+
 def current() -> tuple[int, int, np.ndarray | None]:
     """Threads, CPU path and counters for a call made here."""
     settings = _settings.get()

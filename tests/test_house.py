@@ -50,6 +50,7 @@ IMPORTS = {
     "tests/*.py": f"{PUBLIC} _runtime",
     "bench/*.py": f"{PUBLIC} _runtime",
     "examples/*.py": PUBLIC,
+    "qkv_fast/integrations/threadpoolctl.py": f"{PUBLIC} _threadpoolctl",
     "qkv_fast/integrations/*.py": PUBLIC,
     "qkv_fast/plot.py": PUBLIC,
     "qkv_fast/*.py": "*",
