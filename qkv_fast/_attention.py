@@ -12,7 +12,7 @@ from . import _core, _runtime
 Array = np.ndarray[Any, Any]
 
 _WIDTHS = {"f": 4, "d": 8}  # element types by dtype.char, and their bytes
-_TYPES = {"f": np.dtype(np.float32), "d": np.dtype(np.float64)}
+_TYPES: dict[str, np.dtype[Any]] = {"f": np.dtype(np.float32), "d": np.dtype(np.float64)}
 _FARTHEST_OFFSET = 2**60  # positions and distances below this cannot overflow 63 bits in the core
 _OPEN_DISTANCE = 2**61  # beyond every key from every position
 

@@ -7,7 +7,7 @@ import functools
 import operator
 import os
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,7 +19,7 @@ class Settings(NamedTuple):
 
     threads: int | None = None
     isa: int | None = None
-    counters: np.ndarray | None = None
+    counters: Any = None  # an int64 array in the order of _core.COUNTERS, or _core.PLAN
 
 
 _settings: contextvars.ContextVar[Settings | None] = contextvars.ContextVar("qkv_fast", default=None)
@@ -30,7 +30,7 @@ _VARIABLES = ("QKV_FAST_NUM_THREADS", "OMP_NUM_THREADS")
 
 
 @contextlib.contextmanager
-def _setting(**changes: object) -> Iterator[None]:
+def _setting(**changes: Any) -> Iterator[None]:
     token = _settings.set((_settings.get() or Settings())._replace(**changes))
     try:
         yield
@@ -195,7 +195,7 @@ def limit_context(n: int) -> None:
         _settings.set(settings._replace(threads=check_threads(n, "threadpoolctl: num_threads")))
 
 
-def current() -> tuple[int, int, np.ndarray | None]:
+def current() -> tuple[int, int, Any]:
     """Threads, CPU path and counters for a call made here."""
     settings = _settings.get()
     threads = _process_threads or _default_threads or _first_default()
@@ -318,7 +318,7 @@ def counters() -> Iterator[dict[str, int]]:
     result.update(zip(_core.COUNTERS, counts.tolist(), strict=True))
 
 
-def peak_flops(dtype: object = "float32", threads: int = 1, seconds: float = 0.1) -> float:
+def peak_flops(dtype: Any = "float32", threads: int = 1, seconds: float = 0.1) -> float:
     """Floating-point operations per second of multiply-adds that stay in registers, on the current CPU path."""
     return _core.fma_rate(np.dtype(dtype) == np.float64, threads, seconds, current()[1])
 
@@ -333,7 +333,7 @@ def fork_join_seconds(threads: int, repeats: int = 10000) -> float:
     return _core.fork_join(threads, repeats)
 
 
-def exp2(x: np.ndarray) -> np.ndarray:
+def exp2(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """2**x by the current CPU path; x is contiguous float32 or float64."""
     y = np.empty_like(x)
     _core.exp2(x, y, current()[1])

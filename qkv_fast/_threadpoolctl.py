@@ -6,7 +6,7 @@ controller names. Ours are those of the extension module itself.
 
 import os
 
-import threadpoolctl  # type: ignore[import-untyped, import-not-found, unused-ignore]
+import threadpoolctl
 
 from . import _core, _runtime
 
@@ -14,7 +14,7 @@ if not hasattr(threadpoolctl, "register"):
     raise ImportError("qkv_fast.integrations.threadpoolctl needs threadpoolctl 3.2 or newer")
 
 
-class QkvFastController(threadpoolctl.LibController):  # type: ignore[misc, unused-ignore]
+class QkvFastController(threadpoolctl.LibController):
     """The number of threads of the current context: what :func:`qkv_fast.num_threads` sets for its block."""
 
     user_api = "qkv_fast"

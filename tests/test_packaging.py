@@ -22,7 +22,7 @@ import qkv_fast
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 ROOT_FILES = {"CHANGELOG.md", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"}
-FOLDERS = ("src", "qkv_fast", "bench", "tests", "examples")
+FOLDERS = ("src", "qkv_fast", "bench", "tests", "docs", "examples")
 BUILT = {".so", ".pyd", ".o", ".obj", ".pyc"}
 WHEEL_BYTES = 1_500_000
 
@@ -73,7 +73,7 @@ def test_wheel_has_the_package_only(archives):
         names = set(archive.namelist())
     about = {name for name in names if name.startswith(f"qkv_fast-{qkv_fast.__version__}.dist-info/")}
     binary = {name for name in names if name.startswith("qkv_fast/_core.") and name.endswith((".so", ".pyd"))}
-    modules = {name for name in sources("qkv_fast") if name.endswith((".py", "/py.typed"))}
+    modules = {name for name in sources("qkv_fast") if name.endswith((".py", ".pyi", "/py.typed"))}
     modules |= {f"qkv_fast/{name}" for name in sources("bench") if name.endswith(".py")}
     assert len(binary) == 1
     assert names - about == modules | binary
