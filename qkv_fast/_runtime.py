@@ -187,8 +187,11 @@ def num_threads(n: int) -> contextlib.AbstractContextManager[None]:
 
 
 def limit_context(n: int) -> None:
-    """Set the number of threads of the current context until it is set again, as threadpoolctl does: it limits, and later
-    gives back the number that it found. The process's own number leaves the context without a setting."""
+    """Set the number of threads of the current context until it is set again.
+
+    So does threadpoolctl: it limits, and later gives back the number that it found. Where that is the process's own,
+    the context is left without a setting.
+    """
     settings = (_settings.get() or Settings())._replace(threads=None)
     _settings.set(settings)
     if n != current()[0]:

@@ -17,8 +17,7 @@ FUNCTIONS["reference.attention"] = qkv_fast.reference.attention
 
 def run(test):
     runner = doctest.DocTestRunner()
-    runner.run(test)
-    assert runner.failures == 0 and len(test.examples) > 0
+    assert test.examples and runner.run(test).failed == 0
 
 
 def examples(name, thing):
@@ -47,16 +46,13 @@ def test_sections(name):
     assert re.search(r"\nExamples\n--------\n", text)
 
 
-def guide(name):
-    if not (path := CHECKOUT / "docs" / name).is_file():
-        pytest.fail(f"{path} is missing")
-    return path.read_text(encoding="utf-8")
+GUIDE = CHECKOUT / "docs" / "guide.md"
 
 
 def test_guide():
     """All blocks in order, as one session. A block ends with an empty line, which ends its last result."""
     pytest.importorskip("threadpoolctl", reason="the extra [test] installs it")
-    text = guide("guide.md")
+    text = GUIDE.read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     assert len(blocks) > 10 and text.count(">>> ") == sum(block.count(">>> ") for block in blocks)
     # Outside the blocks everything becomes blank, so that line numbers in a failure are those of the file.
@@ -65,5 +61,5 @@ def test_guide():
 
 
 def test_the_guide_names_everything_public():
-    text = guide("guide.md")
+    text = GUIDE.read_text(encoding="utf-8")
     assert not [name for name in FUNCTIONS if not re.search(rf"\b{name.split('.')[-1]}\b", text)]

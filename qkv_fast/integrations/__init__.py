@@ -1,1 +1,1 @@
-"""Bridges to other libraries. Each is a module to import by name, and imports its host then; the package imports none."""
+"""Bridges to other libraries: each is a module to import by name, which imports its host then."""

@@ -1,8 +1,8 @@
 """Importing this module shows our thread pool to threadpoolctl.
 
 ``import qkv_fast`` does so by itself if threadpoolctl has been imported before it. From then on
-``threadpoolctl.threadpool_info()`` lists the pool (``user_api`` is ``"qkv_fast"``), and ``threadpoolctl.threadpool_limits``
-limits it, for the current thread or asyncio task like :func:`qkv_fast.num_threads`.
+``threadpoolctl.threadpool_info()`` lists the pool (``user_api`` is ``"qkv_fast"``), and
+``threadpoolctl.threadpool_limits`` limits it, for the current thread or asyncio task like :func:`qkv_fast.num_threads`.
 
 Examples
 --------
