@@ -24,6 +24,16 @@ static void random_limits(problem *x)
     p->right = draw() % 2 ? QKV_OPEN : between(0, 150);
 }
 
+/* What qkv_explain says of a problem is what the counters then say. */
+static void check_report(const problem *x)
+{
+    qkv_report report;
+    CHECK(qkv_explain(&x->p, &report) == QKV_OK, "no report");
+    CHECK(!memcmp(&report.counts, &x->counters, sizeof report.counts), "%lld full, %lld partial, %lld skipped in the report",
+          (long long)report.counts.tiles_full, (long long)report.counts.tiles_partial,
+          (long long)report.counts.tiles_skipped);
+}
+
 static void test_random(int isa, qkv_type type)
 {
     for (int i = 0; i < 60; i++) {
@@ -36,6 +46,7 @@ static void test_random(int isa, qkv_type type)
             random_limits(&x);
         CHECK(run(&x) == QKV_OK, "random problem %d", i);
         check_result(&x, "random");
+        check_report(&x);
         destroy(&x);
     }
 }
