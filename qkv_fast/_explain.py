@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _core, _runtime
-from ._attention import _TYPES, Array, attention
+from ._attention import _TYPES, Array, _as_array, attention
 
 
 class Plan(NamedTuple):
@@ -98,7 +98,7 @@ class Plan(NamedTuple):
         lines = [f"attention of {arrays}, {self.dtype}"]
         others = ", ".join(name for name in _runtime.available_isas() if name != self.isa)
         lines.append(_row("CPU path", self.isa + (f" (also here: {others})" if others else "")))
-        if not self.tasks:
+        if not self.operations:
             return [*lines, _row("work", "none: the result is filled without computing anything")]
         lines += [
             _row("kernel", f"{self.kernel}: {self.panel_rows} query rows x {self.kernel_keys} keys in registers"),
@@ -187,12 +187,13 @@ def explain(
     >>> qkv_fast.explain(q, k[..., ::-1], v).notes[0]
     'k: rows whose elements are not adjacent; copied a tile at a time (float32, strides (256000, 256, -4))'
     """
+    given = {"q": q, "k": k, "v": v}
+    made = [_as_array(name, x) for name, x in given.items()]  # before: their own code may call attention
     with _runtime.planning():
         report, *arrays = attention(
-            q, k, v, causal=causal, window=window, q_offset=q_offset, kv_lengths=kv_lengths, scale=scale, layout=layout,
+            *made, causal=causal, window=window, q_offset=q_offset, kv_lengths=kv_lengths, scale=scale, layout=layout,
             return_lse=return_lse, out=out, num_threads=num_threads,
         )  # fmt: skip
-    given = {"q": q, "k": k, "v": v}
     used = dict(zip(("q", "k", "v", "out"), arrays, strict=True))
     counts = report["counts"]
     asked, index, _ = _runtime.current()

@@ -118,7 +118,9 @@ def test_nothing_to_do():
         plan = agree(*qkv(1, lengths=lengths, dims=dims))
         assert plan.tasks == plan.operations == plan.bytes == 0
         assert "without computing" in str(plan) and plan.seconds == 0
-    assert agree(*qkv(1, lengths=(3, 0))).operations == 0
+    for arrays, options in ((qkv(1, lengths=(3, 0)), {}), (qkv(1), dict(q_offset=-99, causal=True))):
+        plan = agree(*arrays, **options)
+        assert plan.operations == 0 and plan.tasks == 1 and "without computing" in str(plan)
     assert agree(*qkv(1, lengths=(3, 5), dims=(4, 0)), return_lse=True).operations > 0
 
 
@@ -133,6 +135,18 @@ def test_nothing_is_computed_or_written():
     plan = qkv_fast.explain(huge[:, :, :1000], huge, huge, out=out)
     assert plan.pairs == 1000 * 2**24 and tracemalloc.get_traced_memory()[1] < 100_000
     tracemalloc.stop()
+
+
+def test_arrays_that_compute_when_they_are_asked():
+    """A lazy array may call attention itself, and gets a result and not a plan."""
+
+    class Lazy:
+        def __array__(self, dtype=None, copy=None):
+            return qkv_fast.attention(q, k, v)
+
+    q, k, v = qkv(1)
+    plan = qkv_fast.explain(Lazy(), k, v)
+    assert plan.shapes["q"] == q.shape and "q: a Lazy" in plan.notes[0]
 
 
 def test_it_takes_what_attention_takes():
