@@ -14,7 +14,11 @@
 static qkv_limits limits_of(const qkv_problem *p, int64_t group, int64_t sequence, int64_t first, int64_t last)
 {
     qkv_limits limits = qkv_no_limits();
-    int64_t begin = first / group, end = last / group, offset = qkv_offset(p, sequence);
+    int64_t begin = first, end = last, offset = qkv_offset(p, sequence);
+    if (group > 1) {                  /* two slow divisions, where most calls need none */
+        begin /= group;
+        end /= group;
+    }
     int64_t from = p->right == QKV_OPEN ? begin : qkv_max(begin, -offset - p->right);
     int64_t to = p->left == QKV_OPEN ? end : qkv_min(end, qkv_length(p, sequence) - 1 - offset + p->left);
     if (from <= to) {
