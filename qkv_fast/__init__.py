@@ -1,5 +1,7 @@
 """Attention for NumPy arrays on CPUs, at the speed of the hardware."""
 
+import sys as _sys
+
 __version__ = "0.1.0"
 
 try:
@@ -15,16 +17,23 @@ except ModuleNotFoundError as error:
 
 from . import reference
 from ._attention import attention, merge_partials
+from ._config import show_config
+from ._explain import explain
 from ._runtime import available_isas, get_num_threads, isa, num_threads, set_num_threads
+
+if hasattr(_sys.modules.get("threadpoolctl"), "register"):  # loaded, and new enough (3.2)
+    from . import _threadpoolctl  # noqa: F401 (it registers itself)
 
 __all__ = [
     "__version__",
     "attention",
     "available_isas",
+    "explain",
     "get_num_threads",
     "isa",
     "merge_partials",
     "num_threads",
     "reference",
     "set_num_threads",
+    "show_config",
 ]

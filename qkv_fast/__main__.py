@@ -7,7 +7,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line in `argv` (default: the process's own) and return its exit status."""
     from .bench.cli import main as run  # only here: importing the package must stay cheap
 
-    return run(argv)
+    status: int = run(argv)
+    return status
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from . import _core, _runtime
 Array = np.ndarray[Any, Any]
 
 _WIDTHS = {"f": 4, "d": 8}  # element types by dtype.char, and their bytes
-_TYPES = {"f": np.dtype(np.float32), "d": np.dtype(np.float64)}
+_TYPES: dict[str, np.dtype[Any]] = {"f": np.dtype(np.float32), "d": np.dtype(np.float64)}
 _FARTHEST_OFFSET = 2**60  # positions and distances below this cannot overflow 63 bits in the core
 _OPEN_DISTANCE = 2**61  # beyond every key from every position
 
@@ -203,9 +203,11 @@ def attention(
             target = _empty(shape, char)
     lse = _empty((*batch, q_heads, len_q) if len(shape) > 2 else (len_q,), char) if return_lse else None
 
-    _core.forward(
+    plan = _core.forward(
         q, k, v, target, lse, heads_first, scale, left, right, offsets, lengths, threads, isa, counters
     )  # fmt: skip
+    if plan is not None:  # inside _runtime.planning(): nothing has been computed
+        return plan
     if target is not result:
         result[...] = target
     return (result, lse) if return_lse else result

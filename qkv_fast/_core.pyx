@@ -21,20 +21,56 @@ cdef extern from *:
     static int qkv_fast_propagate(void) { return -1; }
     """
     int propagate "qkv_fast_propagate"() except -1
+    int CYTHON_HEX_VERSION
+
+
+cdef extern from *:
+    """
+    /* threadpoolctl knows a library by a symbol that it exports. */
+    #ifdef _WIN32
+    __declspec(dllexport)
+    #else
+    __attribute__((visibility("default")))
+    #endif
+    int qkv_fast_threadpool(void) { return qkv_pool_threads(); }
+    """
 
 
 def isa_names():
     """The CPU paths that can be forced, best first."""
+    return names_of(qkv_isa_name)
+
+
+cdef tuple names_of(const char *(*name)(int) noexcept nogil):
     names = []
-    while qkv_isa_name(<int>len(names)):
-        names.append(qkv_isa_name(<int>len(names)).decode())
+    while name(<int>len(names)):
+        names.append(name(<int>len(names)).decode())
     return tuple(names)
+
+
+def build_info():
+    """What was built and what the CPU has: compiler, features of the CPU, and the features that each path needs."""
+    features = names_of(qkv_feature_name)
+    built = names_of(qkv_built_name)
+    return {
+        "compiler": qkv_compiler().decode(),
+        "cython": ".".join([str(CYTHON_HEX_VERSION >> shift & 0xff) for shift in (24, 16, 8)]),
+        "features": {name: bool(qkv_features() >> i & 1) for i, name in enumerate(features)},
+        "paths": {path: tuple([name for i, name in enumerate(features) if qkv_built_needs(<int>n) >> i & 1])
+                  for n, path in enumerate(built)},
+    }
 
 
 COUNTERS = ("tiles_full", "tiles_partial", "tiles_skipped", "tiles_copied", "panels_careful", "splits", "tasks",
             "threads")
 MAX_DIM = QKV_MAX_DIM
 MAX_THREADS = QKV_MAX_THREADS
+OBSTACLES = {
+    QKV_WIDENED: "a type narrower than q's", QKV_SWAPPED: "swapped bytes",
+    QKV_STRIDED: "rows whose elements are not adjacent", QKV_UNALIGNED: "addresses that are not aligned",
+    QKV_SCATTERED: "rows that lie far apart",
+}
+PLAN = object()                                 # as counters: see forward
 
 
 cdef int raise_status(qkv_status status) except -1:
@@ -82,8 +118,9 @@ cdef qkv_type type_of(cnp.ndarray x) noexcept:
 
 def forward(cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not None, cnp.ndarray out not None,
             cnp.ndarray lse, bint heads_first, double scale, left, right, cnp.ndarray offset, cnp.ndarray length,
-            int threads, int isa, cnp.ndarray counters):
-    """Attention into `out`, and into `lse` unless it is None.
+            int threads, int isa, counters):
+    """Attention into `out`, and into `lse` unless it is None. With PLAN for counters nothing is computed: it returns what
+    would be done, as a dict of qkv_report, and the arrays q, k, v and out that it would be done to.
 
     With heads_first, arrays are (..., heads, rows, dim), else (..., rows, heads, dim); 2-D arrays have no heads. `lse`
     (..., heads, rows) is contiguous. `offset` and `length` are contiguous int64, one per sequence, or None, `left` and
@@ -91,6 +128,7 @@ def forward(cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not No
     """
     cdef qkv_problem p
     cdef qkv_run run
+    cdef qkv_report report
     cdef int64_t *offsets = NULL
     cdef int64_t *lengths = NULL
     cdef qkv_status status
@@ -148,7 +186,14 @@ def forward(cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not No
     p.scale = scale
     p.threads = threads
     p.isa = isa
-    p.counters = NULL if counters is None else <qkv_counters *>cnp.PyArray_DATA(counters)
+    p.counters = NULL
+    if counters is not None:
+        if counters is PLAN:
+            with nogil:
+                status = qkv_explain(&p, &report)
+            raise_status(status)
+            return report, q, k, v, out
+        p.counters = <qkv_counters *>cnp.PyArray_DATA(counters)
     p.interrupted = check_signals
     p.interrupted_arg = NULL
     with nogil:
@@ -161,8 +206,9 @@ def pool_threads():
 
 
 def pool_stop():
-    with nogil:
-        qkv_pool_stop()
+    # With the GIL: who gives it up in an atexit function may not get it back (a subinterpreter's, run while the process
+    # ends), and workers never ask for it.
+    qkv_pool_stop()
 
 
 def trim():

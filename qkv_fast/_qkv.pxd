@@ -1,5 +1,5 @@
 # src/qkv.h, line for line.
-from libc.stdint cimport int64_t
+from libc.stdint cimport int64_t, uint32_t
 
 
 cdef extern from "qkv.h" nogil:
@@ -64,7 +64,34 @@ cdef extern from "qkv.h" nogil:
 
     qkv_status qkv_forward(const qkv_problem *problem)
 
+    enum:
+        QKV_WIDENED
+        QKV_SWAPPED
+        QKV_STRIDED
+        QKV_UNALIGNED
+        QKV_SCATTERED
+
+    ctypedef struct qkv_report:
+        qkv_counters counts
+        int64_t panel_rows, vector_rows, kernel_keys
+        int64_t rows
+        int64_t tile_panels
+        int64_t block_keys, pass_keys, chunk_keys, chunks, split
+        int64_t obstacles_q, obstacles_k, obstacles_v, obstacles_out
+        double scratch_bytes
+        double pairs
+        double operations
+        double bytes
+
+    qkv_status qkv_explain(const qkv_problem *problem, qkv_report *report)
+
     const char *qkv_isa_name(int isa)
+
+    const char *qkv_built_name(int path)
+    uint32_t qkv_built_needs(int path)
+    const char *qkv_feature_name(int bit)
+    uint32_t qkv_features()
+    const char *qkv_compiler()
 
     void qkv_set_allocator(void *(*allocate)(size_t, void *) noexcept nogil,
                            void (*release)(void *, void *) noexcept nogil, void *arg)

@@ -3,10 +3,11 @@
 import atexit
 import contextlib
 import contextvars
+import functools
 import operator
 import os
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,16 +19,18 @@ class Settings(NamedTuple):
 
     threads: int | None = None
     isa: int | None = None
-    counters: np.ndarray | None = None
+    counters: Any = None  # an int64 array in the order of _core.COUNTERS, or _core.PLAN
 
 
 _settings: contextvars.ContextVar[Settings | None] = contextvars.ContextVar("qkv_fast", default=None)
 _process_threads: int | None = None  # set_num_threads
 _default_threads: int | None = None  # once it has been needed
+_default_source = ""  # where that came from
+_VARIABLES = ("QKV_FAST_NUM_THREADS", "OMP_NUM_THREADS")
 
 
 @contextlib.contextmanager
-def _setting(**changes: object) -> Iterator[None]:
+def _setting(**changes: Any) -> Iterator[None]:
     token = _settings.set((_settings.get() or Settings())._replace(**changes))
     try:
         yield
@@ -60,6 +63,14 @@ def isa() -> str:
     True
     """
     return _NAMES[current()[1]]
+
+
+def isa_source() -> str:
+    """What chose the CPU path of isa(), in words."""
+    settings = _settings.get()
+    if settings is not None and settings.isa is not None:
+        return "force_isa"
+    return "QKV_FAST_ISA" if _forced else "best available"
 
 
 def _isa_index(name: str) -> int:
@@ -103,7 +114,8 @@ def get_num_threads() -> int:
 
     The first of these that is set: :func:`num_threads` around the call, :func:`set_num_threads`, the environment
     variables ``QKV_FAST_NUM_THREADS`` and ``OMP_NUM_THREADS`` as they were at first use, and otherwise the number of
-    CPUs that the process may use (its affinity and its control group's quota, whichever is less).
+    CPUs that the process may use (its affinity and its control group's quota, whichever is less). A variable whose
+    value is no positive integer is passed over, since no result depends on it; :func:`show_config` names it.
 
     Examples
     --------
@@ -112,6 +124,15 @@ def get_num_threads() -> int:
     True
     """
     return current()[0]
+
+
+def threads_source() -> str:
+    """Where the answer of get_num_threads() comes from, in words."""
+    current()
+    settings = _settings.get()
+    if settings is not None and settings.threads:
+        return "num_threads(n)"
+    return "set_num_threads" if _process_threads else _default_source
 
 
 def set_num_threads(n: int) -> None:
@@ -165,7 +186,19 @@ def num_threads(n: int) -> contextlib.AbstractContextManager[None]:
     return _setting(threads=check_threads(n, "num_threads: n"))
 
 
-def current() -> tuple[int, int, np.ndarray | None]:
+def limit_context(n: int) -> None:
+    """Set the number of threads of the current context until it is set again.
+
+    So does threadpoolctl: it limits, and later gives back the number that it found. Where that is the process's own,
+    the context is left without a setting.
+    """
+    settings = (_settings.get() or Settings())._replace(threads=None)
+    _settings.set(settings)
+    if n != current()[0]:
+        _settings.set(settings._replace(threads=check_threads(n, "threadpoolctl: num_threads")))
+
+
+def current() -> tuple[int, int, Any]:
     """Threads, CPU path and counters for a call made here."""
     settings = _settings.get()
     threads = _process_threads or _default_threads or _first_default()
@@ -179,23 +212,38 @@ def current() -> tuple[int, int, np.ndarray | None]:
 
 
 def _first_default() -> int:
-    global _default_threads
-    _default_threads = default_num_threads()
+    global _default_threads, _default_source
+    _default_threads, _default_source = default_num_threads()
     return _default_threads
 
 
-def default_num_threads() -> int:
-    """What get_num_threads says before anything is set; looks at the environment and the system each time."""
-    for name in ("QKV_FAST_NUM_THREADS", "OMP_NUM_THREADS"):
-        first = os.environ.get(name, "").split(",")[0].strip()  # OpenMP allows a list, one entry per level
-        if first.isdecimal() and int(first) >= 1:
-            return min(int(first), _core.MAX_THREADS)
+def default_num_threads() -> tuple[int, str]:
+    """What get_num_threads says before anything is set, and why; looks at the environment and the system each time."""
+    for name in _VARIABLES:
+        if count := _count(os.environ.get(name, "")):
+            return min(count, _core.MAX_THREADS), name
+    cpus, quota = allowed_cpus(), cpu_quota()
+    if quota is not None and int(quota) < cpus:
+        return max(1, int(quota)), "control group's quota"
+    return cpus, "CPUs allowed (affinity)"
+
+
+def ignored_variables() -> dict[str, str]:
+    """The environment variables that should say how many threads, and do not."""
+    given = {name: os.environ.get(name, "") for name in _VARIABLES}
+    return {name: value for name, value in given.items() if value.strip() and not _count(value)}
+
+
+def _count(text: str) -> int:
+    """The positive integer that a variable says, or 0."""
+    first = text.split(",")[0].strip()  # OpenMP allows a list, one entry per level
+    return int(first) if first.isdecimal() else 0
+
+
+def allowed_cpus() -> int:
+    """CPUs that this process may run on."""
     affinity = getattr(os, "sched_getaffinity", None)
-    cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
-    quota = cpu_quota()
-    if quota is not None:
-        cpus = min(cpus, max(1, int(quota)))
-    return cpus
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def cpu_quota(root: str | os.PathLike[str] = "/") -> float | None:
@@ -249,6 +297,17 @@ def _lines(*path: str) -> list[str]:
 atexit.register(_core.pool_stop)
 
 
+def planning() -> contextlib.AbstractContextManager[None]:
+    """Inside, attention() returns what it would do, as `_core.forward` has it, and computes nothing."""
+    return _setting(counters=_core.PLAN)
+
+
+@functools.lru_cache
+def measured_peaks(isa: int, wide: bool, threads: int) -> tuple[float, float]:
+    """Floating-point operations and bytes per second that this machine reaches; measured once, in about 0.3 s."""
+    return _core.fma_rate(wide, threads, 0.03, isa), _core.read_rate(threads, 1 << 28, 0.1)
+
+
 # For tests and benchmarks
 
 
@@ -262,7 +321,7 @@ def counters() -> Iterator[dict[str, int]]:
     result.update(zip(_core.COUNTERS, counts.tolist(), strict=True))
 
 
-def peak_flops(dtype: object = "float32", threads: int = 1, seconds: float = 0.1) -> float:
+def peak_flops(dtype: Any = "float32", threads: int = 1, seconds: float = 0.1) -> float:
     """Floating-point operations per second of multiply-adds that stay in registers, on the current CPU path."""
     return _core.fma_rate(np.dtype(dtype) == np.float64, threads, seconds, current()[1])
 
@@ -277,7 +336,7 @@ def fork_join_seconds(threads: int, repeats: int = 10000) -> float:
     return _core.fork_join(threads, repeats)
 
 
-def exp2(x: np.ndarray) -> np.ndarray:
+def exp2(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """2**x by the current CPU path; x is contiguous float32 or float64."""
     y = np.empty_like(x)
     _core.exp2(x, y, current()[1])

@@ -5,24 +5,26 @@ head. What `qkv_fast.attention` computes in tiles, this computes in the open and
 error measured against it is the error of the fast code.
 """
 
+from typing import Any
+
 import numpy as np
 
 __all__ = ["attention"]
 
 
 def attention(
-    q,
-    k,
-    v,
+    q: Any,
+    k: Any,
+    v: Any,
     *,
-    causal=False,
-    window=None,
-    q_offset=None,
-    kv_lengths=None,
-    scale=None,
-    layout="bhld",
-    return_lse=False,
-):
+    causal: bool | str = False,
+    window: int | tuple[int | None, int | None] | None = None,
+    q_offset: Any = None,
+    kv_lengths: Any = None,
+    scale: float | None = None,
+    layout: str = "bhld",
+    return_lse: bool = False,
+) -> Any:
     """Scaled dot-product attention, ``softmax(scale * q @ k.T) @ v`` over the visible keys.
 
     For query i and its visible keys j (all of them, unless an argument below excludes some)::
@@ -151,7 +153,7 @@ def attention(
     return (out.copy(), lse.copy()) if return_lse else out.copy()
 
 
-def _weigh(p, v, visible):
+def _weigh(p: Any, v: Any, visible: Any) -> Any:
     """``p @ v``, to which a value adds nothing where its key is excluded, though 0 * NaN is NaN.
 
     p and visible have the shape (..., H, Lq, Lk), v has (..., H, Lk, Dv).
@@ -169,7 +171,9 @@ def _weigh(p, v, visible):
     return out
 
 
-def _visible(batch, q_count, key_count, causal, window, q_offset, kv_lengths):
+def _visible(
+    batch: tuple[int, ...], q_count: int, key_count: int, causal: Any, window: Any, q_offset: Any, kv_lengths: Any
+) -> Any:
     """Which keys each query may attend to: bool, batch + (1, Lq, Lk) or an array that broadcasts to it."""
     if isinstance(causal, str) and causal == "top-left":
         if q_offset is not None:
@@ -218,7 +222,7 @@ def _visible(batch, q_count, key_count, causal, window, q_offset, kv_lengths):
     return visible
 
 
-def _per_sequence(name, values, batch):
+def _per_sequence(name: str, values: Any, batch: tuple[int, ...]) -> Any:
     """One integer for all, or one per sequence, as an array that broadcasts against (..., H, Lq, Lk)."""
     values = np.asarray(values).astype(np.int64, casting="same_kind")  # a float is a TypeError here
     if values.ndim == 0:

@@ -20,6 +20,7 @@ static const qkv_isa *const built[] = {                /* best first */
 #endif
     &qkv_portable,
 };
+enum { BUILT = sizeof built / sizeof built[0] };
 
 #if defined(__x86_64__) || defined(_M_X64)
 
@@ -70,26 +71,50 @@ static uint32_t detect(void)
 static uint32_t detect(void) { return 0; }
 #endif
 
-static uint32_t features(void)
+uint32_t qkv_features(void)
 {
     /* Every thread would find the same, so a race here is harmless. The instruction is slow in virtual machines. */
     static _Atomic uint32_t found;
-    enum { KNOWN = 1u << 30 };
+    const uint32_t known = 1u << 31;
     uint32_t have = atomic_load_explicit(&found, memory_order_relaxed);
     if (!have) {
-        have = detect() | KNOWN;
+        have = detect() | known;
         atomic_store_explicit(&found, have, memory_order_relaxed);
     }
-    return have;
+    return have & ~known;
 }
 
 const qkv_isa *qkv_isa_at(int index)
 {
-    uint32_t have = features();
-    for (size_t i = 0; i < sizeof built / sizeof built[0]; i++)
+    uint32_t have = qkv_features();
+    for (int i = 0; i < BUILT; i++)
         if ((have & built[i]->needs) == built[i]->needs && index-- == 0)
             return built[i];
     return NULL;
+}
+
+const char *qkv_built_name(int path) { return path >= 0 && path < BUILT ? built[path]->name : NULL; }
+uint32_t qkv_built_needs(int path) { return path >= 0 && path < BUILT ? built[path]->needs : 0; }
+
+const char *qkv_feature_name(int bit)
+{
+    static const char *const names[] = {"avx2", "fma", "avx512 (f, vl, dq, bw, cd)"};      /* as QKV_CPU_... */
+    return bit >= 0 && (size_t)bit < sizeof names / sizeof names[0] ? names[bit] : NULL;
+}
+
+const char *qkv_compiler(void)
+{
+#define TEXT_(x) #x
+#define TEXT(x) TEXT_(x)
+#if defined(__clang__)
+    return __VERSION__;               /* says its name itself */
+#elif defined(__GNUC__)
+    return "gcc " __VERSION__;
+#elif defined(_MSC_VER)
+    return "MSVC " TEXT(_MSC_FULL_VER);
+#else
+    return "unknown";
+#endif
 }
 
 const char *qkv_isa_name(int index)

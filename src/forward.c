@@ -25,7 +25,25 @@ typedef struct {
     char *partials;                   /* (tasks / chunks, chunks, tile_panels) states, if split */
     _Atomic int64_t *pending;         /* (tasks / chunks): chunks not yet computed, if split */
     char **scratch;                   /* one per worker */
+    double asked;                     /* when worker 0 last asked whether to stop within a task */
+    atomic_int stop;                  /* the answer was yes */
 } call;
+
+/* The pool asks this between tasks, worker 0 also within a long one. */
+static int interrupted(void *context)
+{
+    call *job = context;
+    if (!atomic_load(&job->stop) && job->problem->interrupted(job->problem->interrupted_arg))
+        atomic_store(&job->stop, 1);
+    return atomic_load(&job->stop);
+}
+
+static int must_stop(call *job, int worker)
+{
+    if (worker == 0)
+        qkv_check(&job->asked, job->problem->interrupted ? interrupted : NULL, job);
+    return atomic_load_explicit(&job->stop, memory_order_relaxed);
+}
 
 /* The K and V of one pass. */
 typedef struct {
@@ -178,26 +196,29 @@ static void attend_chunk(const qkv_query_tile *t, int64_t chunk, uint64_t chosen
     }
 }
 
-/* All chunks of the chosen panels into `total`. */
-static void attend_tile(const qkv_query_tile *t, uint64_t chosen, int careful)
+/* All chunks of the chosen panels into `total`. Returns 0 if the call is given up before the last. */
+static int attend_tile(call *job, int worker, const qkv_query_tile *t, uint64_t chosen, int careful)
 {
     const qkv_plan *plan = t->plan;
     if (plan->chunks == 1) {
         attend_chunk(t, 0, chosen, careful);
-        return;
+        return 1;
     }
     for (int i = 0; i < t->panels; i++)
         if (chosen >> i & 1)
             reset(t, t->panel[i].total, t->panel[i].nv);
     if (t->any.lo >= t->any.hi)
-        return;
+        return 1;
     int64_t first = t->any.lo / plan->chunk, last = (t->any.hi - 1) / plan->chunk;
     for (int64_t chunk = first; chunk <= last; chunk++) {
         attend_chunk(t, chunk, chosen, careful);
         for (int i = 0; i < t->panels; i++)
             if (chosen >> i & 1)
                 merge(t, t->panel[i].total, t->panel[i].state, t->panel[i].nv);
+        if (chunk < last && must_stop(job, worker))
+            return 0;
     }
+    return 1;
 }
 
 /* The panels whose result is not finite. */
@@ -215,18 +236,17 @@ static uint64_t not_finite(const qkv_query_tile *t)
 
 /* With `total` of every panel computed on the assumption that V is finite: check that, and write. Where a result is not
  * finite, a hidden NaN may have met a weight of 0, so those panels run again and take nothing from excluded keys. */
-static void conclude(const qkv_query_tile *t)
+static void conclude(call *job, int worker, const qkv_query_tile *t)
 {
     uint64_t again = not_finite(t);
     for (uint64_t bits = again; bits; bits &= bits - 1)
         t->counters->panels_careful++;
-    if (again)
-        attend_tile(t, again, 1);
-    qkv_write_tile(t);
+    if (!again || attend_tile(job, worker, t, again, 1))
+        qkv_write_tile(t);
 }
 
 /* One chunk of a split tile. Whoever computes a tile's last missing chunk merges them all, in order. */
-static void attend_split(const call *job, const qkv_query_tile *t, int64_t base, int64_t chunk)
+static void attend_split(call *job, int worker, const qkv_query_tile *t, int64_t base, int64_t chunk)
 {
     const qkv_plan *plan = job->plan;
     uint64_t all = ~(uint64_t)0;
@@ -243,24 +263,24 @@ static void attend_split(const call *job, const qkv_query_tile *t, int64_t base,
         for (int64_t c = 0; c < plan->chunks; c++)
             merge(t, x->total, mine + (size_t)c * chunk_bytes + (size_t)i * plan->state_bytes, x->nv);
     }
-    conclude(t);
+    conclude(job, worker, t);
 }
 
 static void run_task(void *context, int64_t task, int worker)
 {
-    const call *job = context;
+    call *job = context;
     const qkv_plan *plan = job->plan;
     qkv_counters *counters = (qkv_counters *)job->scratch[worker];
     qkv_query_tile t;
+    if (atomic_load_explicit(&job->stop, memory_order_relaxed))
+        return;
     counters->tasks++;
     qkv_open_tile(&t, job->problem, plan, plan->split ? task / plan->chunks : task,
                   job->scratch[worker] + sizeof(qkv_counters), counters);
-    if (plan->split) {
-        attend_split(job, &t, task / plan->chunks, task % plan->chunks);
-        return;
-    }
-    attend_tile(&t, ~(uint64_t)0, 0);
-    conclude(&t);
+    if (plan->split)
+        attend_split(job, worker, &t, task / plan->chunks, task % plan->chunks);
+    else if (attend_tile(job, worker, &t, ~(uint64_t)0, 0))
+        conclude(job, worker, &t);
 }
 
 static void add_counters(qkv_counters *to, const qkv_counters *from)
@@ -300,8 +320,8 @@ qkv_status qkv_forward(const qkv_problem *p)
         for (int64_t i = 0; i < bases; i++)
             atomic_init(&job.pending[i], plan.chunks);
     }
-    int stopped = qkv_pool_run(workers, plan.tasks, run_task, &job, p->interrupted, p->interrupted_arg);
-    status = stopped ? QKV_INTERRUPTED : QKV_OK;
+    int stopped = qkv_pool_run(workers, plan.tasks, run_task, &job, p->interrupted ? interrupted : NULL, &job);
+    status = stopped || job.stop ? QKV_INTERRUPTED : QKV_OK;
     for (int i = 0; i < workers && p->counters; i++)
         add_counters(p->counters, (const qkv_counters *)scratch[i]);
     if (p->counters)

@@ -23,10 +23,15 @@ static inline int64_t qkv_length(const qkv_problem *p, int64_t sequence)
     return p->length ? p->length[sequence] : p->len_k;
 }
 
+static inline int64_t qkv_offset(const qkv_problem *p, int64_t sequence)
+{
+    return p->offset ? p->offset[sequence] : qkv_length(p, sequence) - p->len_q;
+}
+
 static inline qkv_range qkv_visible(const qkv_problem *p, int64_t sequence, int64_t i)
 {
     int64_t n = qkv_length(p, sequence);
-    int64_t position = i + (p->offset ? p->offset[sequence] : n - p->len_q);
+    int64_t position = i + qkv_offset(p, sequence);
     qkv_range keys = {0, n};
     if (p->left != QKV_OPEN)
         keys.lo = qkv_max(0, position - p->left);

@@ -45,13 +45,13 @@ static int multiply(int64_t a, int64_t b, int64_t *product)
     return 1;
 }
 
-/* Whether a row of elements can be used where it lies: unit stride, native bytes, aligned, at a stride of elements. */
-static int is_direct(const void *data, const qkv_problem *p, const qkv_strides *at, int swapped, int size)
+/* What keeps a row of elements from being used where it lies; 0 if nothing does. */
+static int obstacles(const void *data, const qkv_problem *p, const qkv_strides *at, int swapped, int size)
 {
     int64_t bits = (int64_t)(uintptr_t)data | at->head | at->row;
     for (int i = 0; i < p->n_axes; i++)
         bits |= at->axis[i];
-    return !swapped && at->dim == size && bits % size == 0;
+    return (swapped ? QKV_SWAPPED : 0) | (at->dim != size ? QKV_STRIDED : 0) | (bits % size ? QKV_UNALIGNED : 0);
 }
 
 /* Rows that lie far apart, as in (length, heads, dim) arrays. */
@@ -63,17 +63,20 @@ static int is_scattered(const qkv_strides *at, int64_t dim)
 
 static void choose_copies(const qkv_problem *p, qkv_plan *plan)
 {
-    int size = plan->kernels->size;
-    /* A copy pays only if several panels share it. */
+    int size = plan->kernels->size, kv_size = p->kv_type == QKV_F32 ? 4 : 8;
+    int widened = p->kv_type != p->type ? QKV_WIDENED : 0;
+    /* A copy of scattered rows pays only if several panels share it. */
     int shared = plan->rows > 2 * plan->kernels->lanes;
-    plan->copy_k = shared && is_scattered(&p->k_at, p->dim);
-    plan->copy_v = shared && is_scattered(&p->v_at, p->dim_v);
+    plan->copy_k = widened | (shared && is_scattered(&p->k_at, p->dim) ? QKV_SCATTERED : 0);
+    plan->copy_v = widened | (shared && is_scattered(&p->v_at, p->dim_v) ? QKV_SCATTERED : 0);
     for (int64_t i = 0; i < p->n_runs; i++) {
-        plan->copy_k |= p->kv_type != p->type || !is_direct(p->runs[i].k, p, &p->k_at, p->swapped_k, size);
-        plan->copy_v |= p->kv_type != p->type || !is_direct(p->runs[i].v, p, &p->v_at, p->swapped_v, size);
+        plan->copy_k |= obstacles(p->runs[i].k, p, &p->k_at, p->swapped_k, kv_size);
+        plan->copy_v |= obstacles(p->runs[i].v, p, &p->v_at, p->swapped_v, kv_size);
     }
-    plan->direct_q = is_direct(p->q, p, &p->q_at, p->swapped_q, size);
-    plan->direct_out = is_direct(p->out, p, &p->out_at, p->swapped_out, size);
+    plan->obstacles_q = obstacles(p->q, p, &p->q_at, p->swapped_q, size);
+    plan->obstacles_out = obstacles(p->out, p, &p->out_at, p->swapped_out, size);
+    plan->direct_q = !plan->obstacles_q;
+    plan->direct_out = !plan->obstacles_out;
 }
 
 static void lay_out_scratch(const qkv_problem *p, qkv_plan *plan)
@@ -135,7 +138,7 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     plan->chunks = p->len_k > 0 ? ceil_div(p->len_k, CHUNK) : 1;
     choose_copies(p, plan);
     /* Copies want many panels to share them, and leave them the room by being short. */
-    int copies = plan->copy_k | plan->copy_v;
+    int copies = (plan->copy_k | plan->copy_v) != 0;
     int64_t pass = (copies ? COPY_PASS_BYTES : PASS_BYTES) / ((p->dim + p->dim_v + 1) * kernels->size) / BLOCK * BLOCK;
     plan->pass = qkv_min(CHUNK, qkv_max(BLOCK, pass));
 

@@ -24,9 +24,10 @@ typedef struct {
     int64_t chunks;
     int64_t pass;                     /* keys that all panels of a tile see before the next; a multiple of block, at most chunk */
     int split;                        /* chunks are tasks of their own */
-    int copy_k, copy_v;               /* passes are copied to scratch first */
+    int copy_k, copy_v;               /* passes are copied to scratch first, because of these obstacles */
     int cold;                         /* the first panel of a pass fetches its K and V ahead */
-    int direct_q, direct_out;         /* rows can be read and written where they lie */
+    int direct_q, direct_out;         /* rows can be read and written where they lie: there are no */
+    int obstacles_q, obstacles_out;
 
     int64_t tasks;
     int threads;

@@ -85,16 +85,49 @@ typedef struct {
     int isa;                          /* index into the available CPU paths */
 
     qkv_counters *counters;           /* or NULL */
-    /* Asked by the calling thread between tasks (of about 20 ms, unless one panel alone takes longer) when 50 to 100 ms
-     * have passed; nonzero stops. Or NULL. */
+    /* Asked by the calling thread every 50 to 100 ms, between tasks, between the chunks of keys of a long one, and while
+     * it waits for other threads; nonzero stops. Or NULL. */
     int (*interrupted)(void *);
     void *interrupted_arg;
 } qkv_problem;
 
 qkv_status qkv_forward(const qkv_problem *problem);
 
+/* Why rows of an array cannot be used where they lie and go through scratch. */
+enum {
+    QKV_WIDENED = 1,                  /* the type is narrower than q's */
+    QKV_SWAPPED = 2,                  /* byte order differs from the machine's */
+    QKV_STRIDED = 4,                  /* elements of a row are not next to each other */
+    QKV_UNALIGNED = 8,                /* addresses are no multiples of the element size */
+    QKV_SCATTERED = 16                /* rows lie so far apart that they would fight for cache sets and pages */
+};
+
+/* What a call would do; all 0 but the kernel's numbers if it has nothing to compute. */
+typedef struct {
+    qkv_counters counts;              /* as the call will count, if the pool is free and all results are finite */
+    int64_t panel_rows, vector_rows, kernel_keys;       /* query rows in a panel and in a vector, keys in registers */
+    int64_t rows;                     /* of one key head: len_q * group */
+    int64_t tile_panels;              /* panels in the query tile of a task */
+    int64_t block_keys, pass_keys, chunk_keys, chunks, split;
+    int64_t obstacles_q, obstacles_k, obstacles_v, obstacles_out;
+    double scratch_bytes;             /* of all threads */
+    double pairs;                     /* (query, key) that see each other, over all sequences and query heads */
+    double operations;                /* floating-point operations in the two products of these pairs */
+    double bytes;                     /* Q and the K and V that some query sees, read once; O and the LSE, written once */
+} qkv_report;
+
+qkv_status qkv_explain(const qkv_problem *problem, qkv_report *report);
+
 /* The CPU paths that this build has and this CPU runs, best first; NULL past the end. */
 const char *qkv_isa_name(int isa);
+
+/* All CPU paths of this build, best first, and what CPU features they need: bits numbered as qkv_feature_name has it.
+ * Names are NULL past the end. */
+const char *qkv_built_name(int path);
+uint32_t qkv_built_needs(int path);
+const char *qkv_feature_name(int bit);
+uint32_t qkv_features(void);          /* those that the CPU has and the system lets us use */
+const char *qkv_compiler(void);       /* what this was built with */
 
 /* Memory. Every allocation of the core goes through one hook, which may only be changed while no call runs. */
 void qkv_set_allocator(void *(*allocate)(size_t bytes, void *arg), void (*release)(void *block, void *arg), void *arg);

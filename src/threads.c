@@ -36,6 +36,10 @@ static void mutex_lock(mutex *m) { AcquireSRWLockExclusive(m); }
 static void mutex_unlock(mutex *m) { ReleaseSRWLockExclusive(m); }
 static void condition_init(condition *c) { InitializeConditionVariable(c); }
 static void condition_wait(condition *c, mutex *m) { SleepConditionVariableSRW(c, m, INFINITE, 0); }
+static void condition_wait_for(condition *c, mutex *m, double seconds)
+{
+    SleepConditionVariableSRW(c, m, (DWORD)(seconds * 1e3), 0);
+}
 static void condition_signal(condition *c) { WakeConditionVariable(c); }
 static int cores(void) { SYSTEM_INFO info; GetSystemInfo(&info); return (int)info.dwNumberOfProcessors; }
 static void watch_forks(void) {}
@@ -59,6 +63,15 @@ static void mutex_lock(mutex *m) { pthread_mutex_lock(m); }
 static void mutex_unlock(mutex *m) { pthread_mutex_unlock(m); }
 static void condition_init(condition *c) { pthread_cond_init(c, NULL); }
 static void condition_wait(condition *c, mutex *m) { pthread_cond_wait(c, m); }
+static void condition_wait_for(condition *c, mutex *m, double seconds)
+{
+    struct timespec until;
+    timespec_get(&until, TIME_UTC);   /* the clock of conditions on every system */
+    int64_t ns = until.tv_nsec + (int64_t)(seconds * 1e9);
+    until.tv_sec += (time_t)(ns / 1000000000);
+    until.tv_nsec = (long)(ns % 1000000000);
+    pthread_cond_timedwait(c, m, &until);
+}
 static void condition_signal(condition *c) { pthread_cond_signal(c); }
 #ifdef __linux__
 #include <sched.h>
@@ -258,45 +271,65 @@ void qkv_pool_release(int n)
         atomic_store(&pool->busy, 0);
 }
 
+int qkv_check(double *last, int (*check)(void *), void *arg)
+{
+    if (!check)
+        return 0;
+    double now = qkv_clock();
+    if (*last == 0)
+        *last = now;
+    if (now - *last < CHECK_SECONDS)
+        return 0;
+    *last = now;
+    return check(arg);
+}
+
 /* The caller's share: tasks one by one, with a look at the clock in between. */
 static int draw_and_check(_Atomic int64_t *next, int64_t tasks, qkv_task function, void *context,
                           int (*check)(void *), void *arg)
 {
     int64_t task;
-    double last = check ? qkv_clock() : 0;
+    double last = 0;
     while ((task = atomic_fetch_add_explicit(next, 1, memory_order_relaxed)) < tasks) {
         function(context, task, 0);
-        if (!check || task + 1 >= tasks)
-            continue;
-        double now = qkv_clock();
-        if (now - last >= CHECK_SECONDS) {
-            last = now;
-            if (check(arg)) {
-                atomic_store(next, tasks);
-                return 1;
-            }
+        if (task + 1 < tasks && qkv_check(&last, check, arg)) {
+            atomic_store(next, tasks);
+            return 1;
         }
     }
     return 0;
 }
 
-static void await_workers(pool_state *pool, int joined)
+/* Waits until those who joined have finished; returns 1 if `check` said stop meanwhile, or has forked. */
+static int await_workers(pool_state *pool, int joined, int (*check)(void *), void *arg)
 {
-    double until = pool->spin ? qkv_clock() + SPIN_SECONDS : 0;
+    int stopped = 0;
+    double until = pool->spin ? qkv_clock() + SPIN_SECONDS : 0, last = 0;
     do {
         for (int i = 0; i < 16; i++) {
             if (atomic_load(&pool->finished) == joined)
-                return;
+                return 0;
             pause_core();
         }
     } while (until && qkv_clock() < until);
 
     mutex_lock(&pool->lock);
     atomic_store(&pool->caller_sleeps, 1);
-    while (atomic_load(&pool->finished) != joined)
-        condition_wait(&pool->done, &pool->lock);
+    while (atomic_load(&pool->finished) != joined) {
+        if (!check || stopped) {
+            condition_wait(&pool->done, &pool->lock);
+            continue;
+        }
+        condition_wait_for(&pool->done, &pool->lock, CHECK_SECONDS / 4);
+        mutex_unlock(&pool->lock);    /* `check` may take its time, or fork */
+        stopped = qkv_check(&last, check, arg);
+        if (atomic_load(&the_pool) != pool)
+            return 1;
+        mutex_lock(&pool->lock);
+    }
     atomic_store(&pool->caller_sleeps, 0);
     mutex_unlock(&pool->lock);
+    return stopped;
 }
 
 /* Puts up the next job's gate and wakes as many sleepers as it wants. */
@@ -331,8 +364,7 @@ int qkv_pool_run(int n, int64_t tasks, qkv_task function, void *context, int (*c
     if (atomic_load(&the_pool) != pool)
         return 1;                     /* `check` has forked and this is the child, whose workers are gone */
     uint64_t gate = atomic_fetch_and(&pool->gate, ~(uint64_t)OPEN);
-    await_workers(pool, joined_of(gate));
-    return stopped;
+    return await_workers(pool, joined_of(gate), stopped ? NULL : check, arg) || stopped;
 }
 
 int qkv_pool_threads(void)

@@ -18,9 +18,13 @@ typedef void (*qkv_task)(void *context, int64_t task, int worker);      /* 0 <= 
 int qkv_pool_acquire(int threads);
 void qkv_pool_release(int n);
 
-/* Returns 1 if `check` (may be NULL; asked by the caller's thread every 50 to 100 ms) said stop: tasks not yet begun
- * are then left out. */
+/* Returns 1 if `check` (may be NULL) said stop: tasks not yet begun are then left out. The caller's thread asks it every
+ * 50 to 100 ms, between its tasks and while it waits for those of others. */
 int qkv_pool_run(int n, int64_t tasks, qkv_task function, void *context, int (*check)(void *), void *arg);
+
+/* Asks `check` (may be NULL) if it is time, and returns its answer; else 0. For worker 0 in a long task; `last`, from 0
+ * on, holds when it was asked. */
+int qkv_check(double *last, int (*check)(void *), void *arg);
 
 double qkv_clock(void);                                /* seconds from a fixed moment */
 

@@ -1,19 +1,65 @@
-"""The examples in the docstrings of everything public run as doctests."""
+"""The examples in the docstrings of everything public, and in the guide, run as doctests; docstrings are numpydoc."""
 
 import doctest
+import importlib
+import inspect
+import re
+from pathlib import Path
 
 import pytest
 
 import qkv_fast
 
-FUNCTIONS = sorted(name for name in qkv_fast.__all__ if callable(getattr(qkv_fast, name)))
+CHECKOUT = Path(__file__).resolve().parents[1]
+FUNCTIONS = {name: getattr(qkv_fast, name) for name in qkv_fast.__all__ if callable(getattr(qkv_fast, name))}
+FUNCTIONS["reference.attention"] = qkv_fast.reference.attention
+
+
+def run(test):
+    runner = doctest.DocTestRunner()
+    assert test.examples and runner.run(test).failed == 0
+
+
+def examples(name, thing):
+    (test,) = doctest.DocTestFinder(recurse=False, exclude_empty=False).find(thing, name, globs={})
+    return test
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_examples(name):
-    tests = doctest.DocTestFinder(recurse=False).find(getattr(qkv_fast, name), name, globs={})
-    assert sum(len(test.examples) for test in tests) > 0, f"{name} has no example"
-    runner = doctest.DocTestRunner()
-    for test in tests:
-        runner.run(test)
-    assert runner.failures == 0
+    run(examples(name, FUNCTIONS[name]))
+
+
+def test_examples_of_integrations():
+    pytest.importorskip("threadpoolctl", reason="the extra [test] installs it")
+    run(examples("threadpoolctl", importlib.import_module("qkv_fast.integrations.threadpoolctl")))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_sections(name):
+    """Every parameter, result and error has its place."""
+    text, signature = inspect.getdoc(FUNCTIONS[name]), inspect.signature(FUNCTIONS[name])
+    for parameter in signature.parameters:
+        assert re.search(rf"^({parameter}|.*, {parameter}(, .*)?|{parameter}, .*)( :|$)", text, re.MULTILINE), parameter
+    for section in ("Parameters", "Raises"):
+        assert not signature.parameters or f"\n{section}\n{'-' * len(section)}\n" in text
+    assert re.search(r"\nExamples\n--------\n", text)
+
+
+GUIDE = CHECKOUT / "docs" / "guide.md"
+
+
+def test_guide():
+    """All blocks in order, as one session. A block ends with an empty line, which ends its last result."""
+    pytest.importorskip("threadpoolctl", reason="the extra [test] installs it")
+    text = GUIDE.read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) > 10 and text.count(">>> ") == sum(block.count(">>> ") for block in blocks)
+    # Outside the blocks everything becomes blank, so that line numbers in a failure are those of the file.
+    kept = re.sub(r"(?s)(```python\n)(.*?)(```\n)|[^\n]", lambda m: f"\n{m[2]}\n" if m[2] else "", text)
+    run(doctest.DocTestParser().get_doctest(kept, {}, "guide.md", "docs/guide.md", 0))
+
+
+def test_the_guide_names_everything_public():
+    text = GUIDE.read_text(encoding="utf-8")
+    assert not [name for name in FUNCTIONS if not re.search(rf"\b{name.split('.')[-1]}\b", text)]

@@ -204,6 +204,21 @@ print("end", flush=True)
         process.wait()
 
 
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="newer versions end subinterpreters before the process ends")
+def test_exit_with_a_subinterpreter():
+    """It imported the package and is left to the end of the process, whose other threads would keep it alive."""
+    create = "create(isolated=False)" if sys.version_info >= (3, 12) else "create()"
+    code = f"""
+import threading, time, warnings
+import _xxsubinterpreters as interpreters
+threading.Thread(target=time.sleep, args=(3600,), daemon=True).start()
+sub = interpreters.{create}
+interpreters.run_string(sub, "import warnings; warnings.simplefilter('ignore'); import qkv_fast")
+print("end")
+"""
+    assert child_says(code, timeout=20, OPENBLAS_NUM_THREADS=None) == "end"
+
+
 def test_exit_by_a_signal():
     """Ctrl-C ends a program that does nothing but compute; the status is that of KeyboardInterrupt."""
     code = """

@@ -28,6 +28,7 @@ HEADERS = {
     "plan.[ch]": "qkv.h kernels/kernels.h cpu.h mask.h",
     "tile.[ch]": "plan.h mask.h",
     "forward.c": "tile.h plan.h mask.h threads.h memory.h",
+    "explain.c": "plan.h mask.h",
     "hooks.c": "*",
 }
 
@@ -49,6 +50,7 @@ IMPORTS = {
     "tests/*.py": f"{PUBLIC} _runtime",
     "bench/*.py": f"{PUBLIC} _runtime",
     "examples/*.py": PUBLIC,
+    "qkv_fast/integrations/threadpoolctl.py": f"{PUBLIC} _threadpoolctl",
     "qkv_fast/integrations/*.py": PUBLIC,
     "qkv_fast/plot.py": PUBLIC,
     "qkv_fast/*.py": "*",

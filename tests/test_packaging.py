@@ -22,7 +22,7 @@ import qkv_fast
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 ROOT_FILES = {"CHANGELOG.md", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"}
-FOLDERS = ("src", "qkv_fast", "bench", "tests", "examples")
+FOLDERS = ("src", "qkv_fast", "bench", "tests", "docs", "examples")
 BUILT = {".so", ".pyd", ".o", ".obj", ".pyc"}
 WHEEL_BYTES = 1_500_000
 
@@ -73,7 +73,7 @@ def test_wheel_has_the_package_only(archives):
         names = set(archive.namelist())
     about = {name for name in names if name.startswith(f"qkv_fast-{qkv_fast.__version__}.dist-info/")}
     binary = {name for name in names if name.startswith("qkv_fast/_core.") and name.endswith((".so", ".pyd"))}
-    modules = {name for name in sources("qkv_fast") if name.endswith((".py", "/py.typed"))}
+    modules = {name for name in sources("qkv_fast") if name.endswith((".py", ".pyi", "/py.typed"))}
     modules |= {f"qkv_fast/{name}" for name in sources("bench") if name.endswith(".py")}
     assert len(binary) == 1
     assert names - about == modules | binary
@@ -83,7 +83,7 @@ def test_wheel_has_the_package_only(archives):
 def test_wheel_has_no_debug_symbols(archives):
     _, wheel = archives
     with zipfile.ZipFile(wheel) as archive:
-        (binary,) = (archive.read(name) for name in archive.namelist() if name.startswith("qkv_fast/_core."))
+        (binary,) = (archive.read(name) for name in archive.namelist() if name.endswith((".so", ".pyd")))
     found = [word for word in (b".debug_", b"__debug_info", b".symtab") if word in binary]
     assert not found
 
@@ -101,8 +101,8 @@ def test_metadata(archives):
 
 def test_source_folder_says_that_it_is_not_the_package(tmp_path):
     """Python puts the current directory first, so in a checkout the folder hides what is installed."""
-    (tmp_path / "qkv_fast").mkdir()
     for name in sources("qkv_fast"):  # a copy: the checkout may hold the extension of an editable install
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(CHECKOUT / name, tmp_path / name)
     environment = {**os.environ, "PYTHONPATH": str(Path(np.__file__).parents[1])}
     environment.pop("PYTHONSAFEPATH", None)

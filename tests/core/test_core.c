@@ -24,6 +24,16 @@ static void random_limits(problem *x)
     p->right = draw() % 2 ? QKV_OPEN : between(0, 150);
 }
 
+/* What qkv_explain says of a problem is what the counters then say. */
+static void check_report(const problem *x)
+{
+    qkv_report report;
+    CHECK(qkv_explain(&x->p, &report) == QKV_OK, "no report");
+    CHECK(!memcmp(&report.counts, &x->counters, sizeof report.counts), "%lld full, %lld partial, %lld skipped in the report",
+          (long long)report.counts.tiles_full, (long long)report.counts.tiles_partial,
+          (long long)report.counts.tiles_skipped);
+}
+
 static void test_random(int isa, qkv_type type)
 {
     for (int i = 0; i < 60; i++) {
@@ -36,6 +46,7 @@ static void test_random(int isa, qkv_type type)
             random_limits(&x);
         CHECK(run(&x) == QKV_OK, "random problem %d", i);
         check_result(&x, "random");
+        check_report(&x);
         destroy(&x);
     }
 }
@@ -244,6 +255,25 @@ static void test_interrupt(void)
     destroy(&x);
 }
 
+/* One row against keys that take seconds: one task, whose chunks the calling thread looks up between, or waits for. */
+static void test_interrupt_within_a_task(void)
+{
+    problem x = make(QKV_F32, 1, 1, 1, 1, 1, 64, 64);
+    qkv_run keys = {x.k, x.v, 0, (int64_t)1 << 32};
+    int count = 0;
+    x.p.len_k = keys.count;
+    x.p.runs = &keys;
+    x.p.n_runs = 1;
+    x.p.k_at.row = x.p.v_at.row = 0;
+    x.p.interrupted = interrupt;
+    x.p.interrupted_arg = &count;
+    for (x.p.threads = 1; x.p.threads <= 2; x.p.threads++, count = 0) {
+        CHECK(run(&x) == QKV_INTERRUPTED, "not interrupted");
+        CHECK(count == 2, "%d looks", count);
+    }
+    destroy(&x);
+}
+
 static void test_overflow(void)
 {
     problem x = make(QKV_F32, 1, 1, 1, 1, 1, 1, 1);
@@ -270,6 +300,7 @@ int main(void)
             printf("test_core: %s, %s: %ld checks\n", qkv_isa_name(isa), type == QKV_F32 ? "float32" : "float64", checks);
         }
     test_interrupt();
+    test_interrupt_within_a_task();
     test_overflow();
     qkv_pool_stop();
     qkv_trim();

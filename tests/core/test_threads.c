@@ -6,6 +6,7 @@
  */
 #ifndef _WIN32
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -159,6 +160,36 @@ static void test_stopped_by_the_check(void)
     }
 }
 
+typedef struct { _Atomic int begun, stop; } long_job;
+
+/* Two tasks, one on each worker; the caller's ends at once, the other only when it is told. */
+static void run_until_told(void *context, int64_t task, int worker)
+{
+    long_job *j = context;
+    (void)task;
+    atomic_fetch_add(&j->begun, 1);
+    while (atomic_load(&j->begun) < 2 || (worker > 0 && !atomic_load(&j->stop))) {
+        struct timespec pause = {0, 1000000};
+        nanosleep(&pause, NULL);
+    }
+}
+
+static int tell(void *context)
+{
+    atomic_store(&((long_job *)context)->stop, 1);
+    return 1;
+}
+
+static void test_asked_while_waiting(void)
+{
+    long_job j = {0};
+    int n = qkv_pool_acquire(2);
+    require(n == 2, "fewer workers than asked for");
+    require(qkv_pool_run(n, 2, run_until_told, &j, tell, &j), "not stopped");
+    qkv_pool_release(n);
+    square_all(3, 100, 0);
+}
+
 #if defined(__SANITIZE_THREAD__)
 enum { FORKS = 0 };
 #elif defined(__has_feature)
@@ -196,6 +227,7 @@ int main(void)
     test_many_callers(1);
     test_sleepers();
     test_stopped_by_the_check();
+    test_asked_while_waiting();
     test_fork();
     qkv_pool_stop();
     require(qkv_pool_threads() == 0, "threads left at the end");

@@ -1,0 +1,165 @@
+/* What a call would do, from its plan: nothing is computed, and the arrays are not looked at.
+ *
+ * Tiles are counted as the driver will count them, in closed form for each vector of query rows: the keys that the rows
+ * of a vector see are an interval that moves to the right with the position, so its first and last row say which
+ * blocks it skips, which it sees whole and which in part. Sequences with the same limits are counted once.
+ */
+#include <math.h>
+#include <string.h>
+
+#include "mask.h"
+#include "plan.h"
+
+/* Rows [first, last] of one key head. Rows that see nothing lie before or after all that see something. */
+static qkv_limits limits_of(const qkv_problem *p, int64_t group, int64_t sequence, int64_t first, int64_t last)
+{
+    qkv_limits limits = qkv_no_limits();
+    int64_t begin = first, end = last, offset = qkv_offset(p, sequence);
+    if (group > 1) {                  /* two slow divisions, where most calls need none */
+        begin /= group;
+        end /= group;
+    }
+    int64_t from = p->right == QKV_OPEN ? begin : qkv_max(begin, -offset - p->right);
+    int64_t to = p->left == QKV_OPEN ? end : qkv_min(end, qkv_length(p, sequence) - 1 - offset + p->left);
+    if (from <= to) {
+        qkv_add_row(&limits, qkv_visible(p, sequence, from));
+        qkv_add_row(&limits, qkv_visible(p, sequence, to));
+    }
+    if (from > begin || to < end)
+        qkv_add_row(&limits, (qkv_range){0, 0});
+    return limits;
+}
+
+static int64_t blocks_up_to(int64_t key, int64_t block) { return key / block + (key % block != 0); }
+
+/* Adds the tiles of `vectors` vectors of rows with these limits, among `visited` blocks of their task. */
+static void count_vectors(qkv_counters *count, const qkv_limits *limits, int64_t block, int64_t visited, int64_t vectors)
+{
+    int64_t begin = 0, end = 0, full = 0;
+    if (limits->any.lo < limits->any.hi) {
+        begin = limits->any.lo / block;
+        end = blocks_up_to(limits->any.hi, block);
+        int64_t from = limits->all.lo <= limits->any.lo ? begin : blocks_up_to(limits->all.lo, block);
+        int64_t to = limits->all.hi >= limits->any.hi ? end : limits->all.hi / block;
+        full = qkv_max(0, to - from);
+    }
+    count->tiles_full += full * vectors;
+    count->tiles_partial += (end - begin - full) * vectors;
+    count->tiles_skipped += (visited - (end - begin)) * vectors;
+}
+
+/* Passes over the keys [first, last): they begin anew at each chunk. */
+static int64_t count_passes(const qkv_plan *plan, int64_t first, int64_t last)
+{
+    int64_t chunk = first / plan->chunk, final = (last - 1) / plan->chunk;
+    if (chunk == final)
+        return blocks_up_to(last - first, plan->pass);
+    return blocks_up_to((chunk + 1) * plan->chunk - first, plan->pass)
+           + (final - chunk - 1) * blocks_up_to(plan->chunk, plan->pass)
+           + blocks_up_to(last - final * plan->chunk, plan->pass);
+}
+
+/* One key head of one sequence. */
+static void count_tiles(const qkv_problem *p, const qkv_plan *plan, int64_t sequence, qkv_counters *count)
+{
+    int64_t lanes = plan->kernels->lanes, vector = plan->kernels->vector, rows = plan->tile_panels * lanes;
+    int copies = (plan->copy_k != 0) + (plan->copy_v != 0);
+    int same = p->left == QKV_OPEN && p->right == QKV_OPEN;
+    for (int64_t tile = 0; tile < plan->tiles; tile++) {
+        int64_t first = tile * rows, end = qkv_min(first + rows, plan->rows);
+        qkv_limits limits = limits_of(p, plan->group, sequence, first, end - 1);
+        if (limits.any.lo >= limits.any.hi)
+            continue;
+        int64_t begin = limits.any.lo / plan->block * plan->block;
+        int64_t visited = blocks_up_to(limits.any.hi - begin, plan->block);
+        count->tiles_copied += copies * count_passes(plan, begin, limits.any.hi);
+        if (same) {
+            count_vectors(count, &limits, plan->block, visited, blocks_up_to(end - first, vector));
+            continue;
+        }
+        for (int64_t row = first; row < end; row += vector) {
+            limits = limits_of(p, plan->group, sequence, row, qkv_min(row + vector, end) - 1);
+            count_vectors(count, &limits, plan->block, visited, 1);
+        }
+    }
+}
+
+static double clamp(double x, double low, double high) { return x < low ? low : x > high ? high : x; }
+
+/* The sum of i + shift over first <= i < end. */
+static double sum(double first, double end, double shift) { return (end - first) * ((first + end - 1) / 2 + shift); }
+
+/* Pairs of one query head of one sequence that see each other, and the keys that some query sees. */
+static double count_pairs(const qkv_problem *p, int64_t sequence, double *keys)
+{
+    qkv_range any = limits_of(p, 1, sequence, 0, p->len_q - 1).any;
+    int64_t n = qkv_length(p, sequence), offset = qkv_offset(p, sequence);
+    *keys = any.lo < any.hi ? (double)(any.hi - any.lo) : 0;
+    if (*keys == 0)
+        return 0;
+    /* Of the queries [first, end) that see something, those before `turn` end at position + right, the others at n;
+     * and those from `turn` on begin at position - left, the others at 0. */
+    double first = 0, end = (double)p->len_q, pairs, turn;
+    if (p->right != QKV_OPEN)
+        first = fmax(first, (double)(-offset - p->right));
+    if (p->left != QKV_OPEN)
+        end = fmin(end, (double)(n - offset + p->left));
+    turn = p->right == QKV_OPEN ? first : clamp((double)(n - offset - p->right - 1), first, end);
+    pairs = sum(first, turn, (double)(offset + p->right + 1)) + (end - turn) * (double)n;
+    turn = p->left == QKV_OPEN ? end : clamp((double)(p->left - offset), first, end);
+    return pairs - sum(turn, end, (double)(offset - p->left));
+}
+
+qkv_status qkv_explain(const qkv_problem *p, qkv_report *report)
+{
+    qkv_plan plan;
+    qkv_status status = qkv_make_plan(p, &plan);
+    memset(report, 0, sizeof *report);
+    report->panel_rows = plan.kernels->lanes;
+    report->vector_rows = plan.kernels->vector;
+    report->kernel_keys = plan.kernels->row_tile;
+    if (status != QKV_OK || plan.tasks == 0 || (p->dim_v == 0 && !p->lse))
+        return status;
+
+    report->rows = plan.rows;
+    report->tile_panels = plan.tile_panels;
+    report->block_keys = plan.block;
+    report->pass_keys = plan.pass;
+    report->chunk_keys = plan.chunk;
+    report->chunks = plan.chunks;
+    report->split = plan.split;
+    report->obstacles_q = plan.obstacles_q;
+    report->obstacles_k = plan.copy_k;
+    report->obstacles_v = plan.copy_v;
+    report->obstacles_out = plan.obstacles_out;
+    report->scratch_bytes = (double)plan.threads * (double)(sizeof(qkv_counters) + plan.scratch_bytes);
+    if (plan.split)
+        report->scratch_bytes += (double)plan.partial_bytes + (double)(plan.tasks / plan.chunks) * sizeof(int64_t);
+
+    int64_t kv_size = p->kv_type == QKV_F32 ? 4 : 8;
+    double keys = 0, all_keys = 0, pairs = 0;
+    qkv_counters one = {0};
+    int64_t alike = p->offset || p->length ? 1 : plan.sequences;
+    for (int64_t b = 0; b < plan.sequences; b += alike) {
+        int repeated = b > 0 && qkv_length(p, b) == qkv_length(p, b - 1) && qkv_offset(p, b) == qkv_offset(p, b - 1);
+        if (!repeated) {
+            one = (qkv_counters){0};
+            count_tiles(p, &plan, b, &one);
+            pairs = count_pairs(p, b, &keys);
+        }
+        report->counts.tiles_full += one.tiles_full * alike * p->heads_kv;
+        report->counts.tiles_partial += one.tiles_partial * alike * p->heads_kv;
+        report->counts.tiles_skipped += one.tiles_skipped * alike * p->heads_kv;
+        report->counts.tiles_copied += one.tiles_copied * alike * p->heads_kv;
+        report->pairs += pairs * (double)alike * (double)p->heads_q;
+        all_keys += keys * (double)alike * (double)p->heads_kv;
+    }
+    report->counts.splits = plan.split ? plan.tasks : 0;
+    report->counts.tasks = plan.tasks;
+    report->counts.threads = plan.threads;
+    report->operations = 2 * report->pairs * (double)(p->dim + p->dim_v);
+    double rows = (double)plan.sequences * (double)p->heads_q * (double)p->len_q;
+    report->bytes = rows * (double)(p->dim + p->dim_v + (p->lse != NULL)) * plan.kernels->size
+                    + all_keys * (double)(p->dim + p->dim_v) * (double)kv_size;
+    return QKV_OK;
+}

@@ -1,0 +1,88 @@
+"""Ctrl-C during a long call: KeyboardInterrupt within 200 ms, and the next call is right."""
+
+import os
+
+import pytest
+from _util import child_says
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="sends itself a signal as POSIX has them")
+
+# Keys and values of stride 0: no memory, but all the work. Each call would take seconds or more.
+INTERRUPTED = """
+import os, signal, threading, time
+import numpy as np, qkv_fast
+rng = np.random.default_rng(1)
+small = rng.standard_normal((8, 300, 64)).astype("float32")
+expected = qkv_fast.attention(small, small, small, num_threads=1)
+q = np.broadcast_to(rng.standard_normal((1, 1, 64)).astype("float32"), (HEADS, LQ, 64))
+k = np.broadcast_to(rng.standard_normal(64).astype("float32"), (HEADS, LK, 64))
+waited = []
+for i in range(10):
+    sent = []
+    def send():
+        time.sleep(0.1 + 0.017 * i)     # at any phase between two looks
+        sent.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+    thread = threading.Thread(target=send)
+    thread.start()
+    try:
+        qkv_fast.attention(q, k, k, num_threads=THREADS)
+        raise SystemExit("the call ended by itself")
+    except KeyboardInterrupt:
+        waited.append(time.monotonic() - sent[0])
+    thread.join()
+    assert np.array_equal(qkv_fast.attention(small, small, small, num_threads=THREADS), expected)
+print(max(waited))
+"""
+
+
+def longest_wait(heads, lq, lk, threads, **environment):
+    code = INTERRUPTED
+    for name, n in dict(HEADS=heads, LQ=lq, LK=lk, THREADS=threads).items():
+        code = code.replace(name, str(n))
+    return float(child_says(code, **environment))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    "heads, lq, lk",
+    [
+        (1, 1, 2**27),  # one task of one row, which may be another thread's
+        (1, 48, 2**27),
+        (1, 48 * 40, 2**23),  # tasks of seconds each
+        (2**10, 2**10, 2**11),  # short ones
+    ],
+)
+def test_ten_signals(heads, lq, lk, threads):
+    assert longest_wait(heads, lq, lk, threads) < 0.2
+
+
+def test_ten_signals_on_the_slowest_path():
+    assert longest_wait(8, 20000, 20000, 2, QKV_FAST_ISA="portable") < 0.2
+
+
+def test_a_handler_that_does_not_raise():
+    """It runs while the call goes on, and the call is right."""
+    code = """
+import os, signal, threading, time
+import numpy as np, qkv_fast
+seen = []
+signal.signal(signal.SIGUSR1, lambda *args: seen.append(qkv_fast.attention(x[:1, :50], x[:1], x[:1])))
+x = np.random.default_rng(1).standard_normal((4, 3000, 64)).astype("float32")
+expected = qkv_fast.attention(x, x, x), qkv_fast.attention(x[:1, :50], x[:1], x[:1])
+running = True
+def send():
+    while running:
+        time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGUSR1)
+threading.Thread(target=send, daemon=True).start()
+deadline = time.monotonic() + 1
+calls = 0
+while time.monotonic() < deadline or not seen:
+    assert np.array_equal(qkv_fast.attention(x, x, x, num_threads=2), expected[0])
+    calls += 1
+running = False
+assert all(np.array_equal(out, expected[1]) for out in seen)
+print("right" if calls else "none")
+"""
+    assert child_says(code) == "right"
