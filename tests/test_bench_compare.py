@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from qkv_fast.bench import cli, compare, record, runner
+from qkv_fast.bench import cli, compare, machine, record, runner
 from qkv_fast.bench.cases import case
 from qkv_fast.bench.method import Rounds
 from qkv_fast.bench.outcome import Outcome
@@ -13,6 +13,7 @@ from qkv_fast.bench.runner import Job, Row
 from qkv_fast.bench.worker import Ready
 
 CASES = [case(f"1x8x{length}", 64, suites=("scaling",)) for length in (256, 512, 1024, 2048, 4096)]
+MACHINE = machine.identify()
 STREAM = case("1x8x1", 64, kv_len=4096, stream=True, suites=("decode",))
 
 
@@ -30,7 +31,7 @@ def made_up_row(rng, shape, threads=1, slow_down=1.0, noise=0.02, rounds=7, mach
 def made_up_run(seed, slow_down=1.0, which=(), **how):
     """A run of CASES; those in `which` (default: all) are slower."""
     rng = np.random.default_rng(seed)
-    outcome = Outcome(["bench"])
+    outcome = Outcome(["bench"], dict(MACHINE))
     rates = {"float32": 1e11, "float64": 5e10, "bfloat16": 0.0, "read": 2e10}
     outcome.limits = {"before": {1: rates, 2: rates}, "after": {1: rates, 2: rates}}
     for index, shape in enumerate(CASES):
