@@ -4,13 +4,14 @@ The measure of a row is its cost: time per call × the machine's limit in the sa
 bandwidth, or calls that Python makes), so that a machine that was slower as a whole, in one run or in a part of it,
 cancels. A change is the new median cost over the old one.
 
-The noise band comes from the runs themselves, from two places that are added in quadrature:
+The noise band comes from the runs themselves, from three places that are added in quadrature:
 
 - within a run, the interquartile ranges of the row in both runs. Quartiles of few rounds scatter, so they count only
   where they are wider than the median over all rows, which is every row's least.
 - between the runs, two standard deviations of the rows' changes about their median change (as estimated from the median
   deviation, so that a few rows that did change don't widen it): noise that stays the same over a run does not show
-  within it, like a busy neighbour, or where arrays happen to lie in memory.
+  within it, like where arrays happen to lie in memory.
+- the machine: where the row's limit was another one in the other run, the cost does not cancel all of it (UNMATCHED).
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from .method import Summary
 from .ours import OURS
 from .tables import Table
 
+# Of the change of a limit, in logarithms. With a busy neighbour on a Zen 4 core the FMA peak and Python's calls halved
+# (0.69), and costs of one build shifted by up to 0.25: kernels share caches with the neighbour, short calls do not.
+UNMATCHED = 0.35
 IDENTITY = ("cpu", "cpus", "numpy", "python", "system")  # of the machine; a comparison across them says so
 
 
@@ -54,21 +58,25 @@ def cost(row: dict) -> Summary:
     return Summary.of([s * (before + after) / 2 / row["amount"] for s, (before, after) in pairs])
 
 
+def limit(row: dict) -> float:
+    """What the machine could do meanwhile, the median over the rounds."""
+    return statistics.median((before + after) / 2 for before, after in row["limits"])
+
+
 def changes(old: dict, new: dict) -> list[Change]:
     """Rows that both runs have finished, in the new one's order."""
-    before = {key(row): cost(row) for row in old["rows"] if not row["error"]}
-    found = []
-    for row in new["rows"]:
-        if not row["error"] and key(row) in before:
-            found.append((row, before[key(row)], cost(row)))
-    within = [math.hypot(a.spread, b.spread) for _, a, b in found]
-    least = statistics.median(within) if within else math.nan
-    ratios = [b.median / a.median for _, a, b in found]
+    before = {key(row): row for row in old["rows"] if not row["error"]}
+    pairs = [(before[key(row)], row) for row in new["rows"] if not row["error"] and key(row) in before]
+    costs = [(cost(a), cost(b)) for a, b in pairs]
+    within = [math.hypot(a.spread, b.spread) for a, b in costs]
+    ratios = [b.median / a.median for a, b in costs]
     between = scatter(ratios)
-    return [
-        Change(row["case"]["name"], row["threads"], ratio, math.hypot(max(own, least), between))
-        for (row, _, _), ratio, own in zip(found, ratios, within, strict=True)
-    ]
+    found = []
+    for (a, b), ratio, own in zip(pairs, ratios, within, strict=True):
+        machine = UNMATCHED * abs(math.log(limit(b) / limit(a)))
+        band = math.hypot(max(own, statistics.median(within)), between, machine)
+        found.append(Change(b["case"]["name"], b["threads"], ratio, band))
+    return found
 
 
 def scatter(ratios: list[float]) -> float:

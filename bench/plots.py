@@ -17,7 +17,7 @@ def draw(run: dict, folder: str) -> Iterator[Path]:
     """Write the pictures that the run has data for; yields their files."""
     rows = [row for row in run["rows"] if not row["error"] and row["limited_by"] != "calls"]
     machine = run["machine"]
-    about = f"{machine['cpu']}, {machine['cpus']} CPUs, path {machine['isa']}; qkv_fast {machine['qkv_fast']}"
+    about = f"{machine['cpu']}, CPUs: {machine['cpus']}, path {machine['isa']}; qkv_fast {machine['qkv_fast']}"
     pictures: dict[str, Callable] = {"roofline": roofline, "peers": bars, "scaling": scaling}
     for name, picture in pictures.items():
         figure = picture(run, rows, about)
@@ -56,8 +56,7 @@ def contestants(rows: list[dict]) -> dict[str, str]:
 
 
 def label(row: dict, with_threads: bool) -> str:
-    path = "" if not row["case"]["isa"] else f" ({row['isa']})"
-    return row["case"]["name"] + (f", {row['threads']} thr" if with_threads else "") + path
+    return row["case"]["name"] + (f", {row['threads']} thr" if with_threads else "")
 
 
 def roofline(run: dict, rows: list[dict], about: str):
@@ -66,34 +65,39 @@ def roofline(run: dict, rows: list[dict], about: str):
     if not counts:
         return None
     counts = counts if len(counts) <= 2 else [counts[0], counts[-1]]
-    most = max(sum(row["threads"] == n for row in rows) for n in counts)
-    figure, axes = figure_of(1 + 7.5 * len(counts), max(5.5, 2 + 0.16 * most), len(counts))
+    numbers = {name: i for i, name in enumerate(dict.fromkeys(row["case"]["name"] for row in rows), 1)}
+    figure, axes = figure_of(3.5 + 6.5 * len(counts), max(5.5, 1.5 + 0.145 * len(numbers)), len(counts))
     for ax, n in zip(axes, counts, strict=True):
-        here = [row for row in rows if row["threads"] == n]
-        ends = [run["limits"][end][str(n)] for end in ("before", "after") if end in run["limits"]]
-        limits = {name: max(rates[name] for rates in ends) for name in ends[0]}
-        reach = [row["flops"] / row["bytes"] for row in here]
-        left, right = min(0.3, *reach, 1e9) / 2, max(100.0, *reach, 0) * 2
-        for dtype, style in (("float32", "-"), ("float64", "--")):
-            if dtype != "float32" and dtype not in {row["case"]["dtype"] for row in here}:
-                continue
-            peak, bandwidth = limits[dtype] / 1e9, limits["read"] / 1e9
-            ridge = peak / bandwidth
-            ax.plot([left, ridge, right], [left * bandwidth, peak, peak], style, color="black", linewidth=1.4)
-            ax.text(right, peak * 1.03, f"{dtype} FMA peak {peak:.0f} GF/s", ha="right", va="bottom", fontsize=8)
-        middle = math.sqrt(left * ridge)
-        ax.text(middle, middle * bandwidth * 1.25, f"read {bandwidth:.0f} GB/s", fontsize=8, ha="right", va="bottom")
-        for number, row in enumerate(here, 1):
-            x, y = row["flops"] / row["bytes"], row["flops"] / row["median_seconds"] / 1e9
-            ax.plot(x, y, "o", color=COLOURS[OURS], markersize=5, label=f"{number:2}  {label(row, False)}")
-            ax.annotate(str(number), (x, y), xytext=(3, -9), textcoords="offset points", fontsize=7)
-        ax.set(xscale="log", yscale="log", xlim=(left, right))
-        ax.set_xlabel("operations per byte of inputs and output (flop/B)")
-        ax.set_ylabel("useful operations (GF/s)")
+        under_roof(ax, run, [row for row in rows if row["threads"] == n], numbers)
         ax.set_title(f"{n} thread{'s' * (n > 1)}", fontsize=10, loc="left")
-        ax.legend(fontsize=6.5, loc="lower right", handlelength=0, markerscale=0, framealpha=0.9)
+    key = "\n".join(f"{number:2}  {name}" for name, number in numbers.items())
+    axes[-1].annotate(key, (1.03, 1), xycoords="axes fraction", va="top", fontsize=7, family="monospace")
     figure.suptitle(f"Roofline\n{about}", fontsize=10)
     return figure
+
+
+def under_roof(ax, run: dict, rows: list[dict], numbers: dict[str, int]) -> None:
+    """The limits at one thread count, and the rows below them."""
+    ends = [run["limits"][end][str(rows[0]["threads"])] for end in ("before", "after") if end in run["limits"]]
+    limits = {name: max(rates[name] for rates in ends) / 1e9 for name in ends[0]}
+    reach = [row["flops"] / row["bytes"] for row in rows]
+    left, right = min(0.3, *reach) / 2, max(100.0, *reach) * 2
+    bandwidth = limits["read"]
+    for dtype, style in (("float32", "-"), ("float64", "--")):
+        if dtype == "float32" or dtype in {row["case"]["dtype"] for row in rows}:
+            peak = limits[dtype]
+            ax.plot(
+                [left, peak / bandwidth, right], [left * bandwidth, peak, peak], style, color="black", linewidth=1.4
+            )
+            ax.text(right, peak * 1.03, f"{dtype} FMA peak {peak:.0f} GF/s", ha="right", va="bottom", fontsize=8)
+    ax.text(1, bandwidth, f"read {bandwidth:.0f} GB/s  ", fontsize=8, ha="right", va="bottom")
+    for row in rows:
+        x, y = row["flops"] / row["bytes"], row["flops"] / row["median_seconds"] / 1e9
+        ax.plot(x, y, "o", color=COLOURS[OURS], markersize=4)
+        ax.annotate(str(numbers[row["case"]["name"]]), (x, y), xytext=(3, -8), textcoords="offset points", fontsize=7)
+    ax.set(xscale="log", yscale="log", xlim=(left, right))
+    ax.set_xlabel("operations per byte of inputs and output (flop/B)")
+    ax.set_ylabel("useful operations (GF/s)")
 
 
 def bars(run: dict, rows: list[dict], about: str):
@@ -133,13 +137,13 @@ def scaling(run: dict, rows: list[dict], about: str):
     counts = sorted({row["threads"] for row in rows})
     fixed = [row for row in rows if "scaling" in row["case"]["suites"] and row["threads"] == counts[-1]]
     by_case: dict[str, dict[int, float]] = {}
-    for row in rows:
+    for row in [row for row in rows if "scaling" in row["case"]["suites"]] or rows:
         by_case.setdefault(label(row, False), {})[row["threads"]] = row["median_seconds"]
     by_case = {name: times for name, times in by_case.items() if len(times) > 1 and counts[0] in times}
     panels = bool(by_case) + (len(fixed) > 1)
     if not panels:
         return None
-    figure, axes = figure_of(1 + 6.5 * panels, 5.5, panels)
+    figure, axes = figure_of(1 + 7 * panels, max(5.5, 1 + 0.16 * len(by_case)), panels)
     remaining = list(axes)
     if by_case:
         over_threads(remaining.pop(0), by_case, run)
@@ -162,7 +166,7 @@ def over_threads(ax, by_case: dict[str, dict[int, float]], run: dict) -> None:
     ax.set_ylim(bottom=0)
     ax.set_xlabel("threads")
     ax.set_ylabel("speed, × one thread")
-    ax.legend(fontsize=7)
+    ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
 
 
 def over_length(ax, fixed: list[dict]) -> None:
@@ -182,4 +186,4 @@ def over_length(ax, fixed: list[dict]) -> None:
     ax.set_xlabel("sequence length (queries = keys), batch × heads × length² fixed")
     threads = fixed[0]["threads"]
     ax.set_ylabel(f"% of the FMA peak, {threads} thread{'s' * (threads > 1)}")
-    ax.legend(fontsize=7)
+    ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
