@@ -52,7 +52,7 @@ def show(table: Table, write: Callable[[str], object] = print) -> None:
     if write is not print or not sys.stdout.isatty():
         write(as_text(table))
         return
-    parts = fit(table, shutil.get_terminal_size().columns)
+    parts = fit(table, shutil.get_terminal_size().columns - GAP)  # rich leaves a blank on either side
     for part in parts:
         if have_rich():
             _show_rich(part)
@@ -92,7 +92,7 @@ def _show_rich(table: Table) -> None:
     from rich.text import Text
 
     grid = RichTable(
-        title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, GAP, 0, 0)
+        title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, GAP - 1, 0, 0)
     )
     for index, heading in enumerate(table.columns):
         grid.add_column(heading, justify="right" if index else "left", no_wrap=index < table.keys)
