@@ -104,5 +104,6 @@ cdef extern from "qkv.h" nogil:
     int64_t qkv_allocations()
     int qkv_exp2(int isa, qkv_type type, const void *x, void *y, int64_t n)
     double qkv_fma_rate(int isa, qkv_type type, int threads, double seconds)
-    double qkv_read_rate(int threads, size_t bytes, double seconds)
+    double qkv_pair_rate(int threads, double seconds)
+    double qkv_read_rate(const void *data, size_t bytes, int threads, double seconds)
     double qkv_fork_join(int threads, int repeats)

@@ -305,7 +305,7 @@ def planning() -> contextlib.AbstractContextManager[None]:
 @functools.lru_cache
 def measured_peaks(isa: int, wide: bool, threads: int) -> tuple[float, float]:
     """Floating-point operations and bytes per second that this machine reaches; measured once, in about 0.3 s."""
-    return _core.fma_rate(wide, threads, 0.03, isa), _core.read_rate(threads, 1 << 28, 0.1)
+    return _core.fma_rate(wide, threads, 0.03, isa), _core.read_rate(np.ones(1 << 25), threads, 0.1)
 
 
 # For tests and benchmarks
@@ -322,13 +322,18 @@ def counters() -> Iterator[dict[str, int]]:
 
 
 def peak_flops(dtype: Any = "float32", threads: int = 1, seconds: float = 0.1) -> float:
-    """Floating-point operations per second of multiply-adds that stay in registers, on the current CPU path."""
+    """Floating-point operations per second of multiply-adds that stay in registers, on the current CPU path.
+
+    "bfloat16" is the instruction that multiplies pairs, on any path: 0 where the CPU or the build lacks it.
+    """
+    if dtype == "bfloat16":
+        return _core.pair_rate(threads, seconds)
     return _core.fma_rate(np.dtype(dtype) == np.float64, threads, seconds, current()[1])
 
 
-def read_bandwidth(threads: int = 1, nbytes: int = 1 << 28, seconds: float = 0.2) -> float:
-    """Bytes per second read from an array of `nbytes`."""
-    return _core.read_rate(threads, nbytes, seconds)
+def read_bandwidth(data: np.ndarray[Any, Any], threads: int = 1, seconds: float = 0.1) -> float:
+    """Bytes per second at which threads read a contiguous array, each a part of its own, again and again."""
+    return _core.read_rate(data, threads, seconds)
 
 
 def fork_join_seconds(threads: int, repeats: int = 10000) -> float:
