@@ -16,6 +16,7 @@ except ModuleNotFoundError as error:
 from . import reference
 from ._attention import attention, merge_partials
 from ._runtime import available_isas, get_num_threads, isa, num_threads, set_num_threads
+from ._stages import scores, softmax, weighted_values
 
 __all__ = [
     "__version__",
@@ -26,5 +27,8 @@ __all__ = [
     "merge_partials",
     "num_threads",
     "reference",
+    "scores",
     "set_num_threads",
+    "softmax",
+    "weighted_values",
 ]

@@ -272,6 +272,11 @@ def read_bandwidth(threads: int = 1, nbytes: int = 1 << 28, seconds: float = 0.2
     return _core.read_rate(threads, nbytes, seconds)
 
 
+def copy_bandwidth(threads: int = 1, nbytes: int = 1 << 28, seconds: float = 0.2) -> float:
+    """Bytes per second copied from one array of `nbytes` to another: each is read once and written once."""
+    return _core.copy_rate(threads, nbytes, seconds)
+
+
 def fork_join_seconds(threads: int, repeats: int = 10000) -> float:
     """Time of an empty parallel call while the workers are awake."""
     return _core.fork_join(threads, repeats)

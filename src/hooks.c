@@ -21,7 +21,7 @@ enum { MOST = 256, APART = 16 };      /* threads measured; doubles between two t
 
 typedef struct {
     const qkv_kernels *kernels;
-    const uint64_t *data;             /* (threads, words) */
+    uint64_t *data;                   /* (threads, words) */
     size_t words;
     double seconds;
     double rate[MOST * APART];
@@ -61,6 +61,22 @@ static void measure_read(void *context, int64_t task, int worker)
     m->rate[task * APART] = (double)(rounds * m->words) * sizeof(uint64_t) / (now - begin);
 }
 
+/* Copies of the C library, which go past the caches for blocks this large. */
+static void measure_copy(void *context, int64_t task, int worker)
+{
+    measurement *m = context;
+    char *data = (char *)(m->data + (size_t)task * m->words);
+    size_t half = m->words / 2 * sizeof(uint64_t), rounds = 0;
+    double begin = qkv_clock(), now;
+    (void)worker;
+    do {
+        memcpy(rounds % 2 ? data : data + half, rounds % 2 ? data + half : data, half);
+        rounds++;
+        now = qkv_clock();
+    } while (now - begin < m->seconds);
+    m->rate[task * APART] = (double)(rounds * half) / (now - begin);
+}
+
 /* One task on each of `threads` workers; the sum of their rates. */
 static double measure(qkv_task function, measurement *m, int threads)
 {
@@ -86,7 +102,7 @@ double qkv_fma_rate(int isa, qkv_type type, int threads, double seconds)
     return rate;
 }
 
-double qkv_read_rate(int threads, size_t bytes, double seconds)
+static double memory_rate(qkv_task function, int threads, size_t bytes, double seconds)
 {
     double rate = 0;
     measurement *m = qkv_scratch_take(sizeof *m, 0);
@@ -97,11 +113,21 @@ double qkv_read_rate(int threads, size_t bytes, double seconds)
         m->data = data;
         m->words = bytes / sizeof *data / (size_t)threads;
         m->seconds = seconds;
-        rate = measure(measure_read, m, threads);
+        rate = measure(function, m, threads);
     }
     qkv_scratch_put(data, 1);
     qkv_scratch_put(m, 0);
     return rate;
+}
+
+double qkv_read_rate(int threads, size_t bytes, double seconds)
+{
+    return memory_rate(measure_read, threads, bytes, seconds);
+}
+
+double qkv_copy_rate(int threads, size_t bytes, double seconds)
+{
+    return memory_rate(measure_copy, threads, 2 * bytes, seconds);
 }
 
 /* Each of n tasks waits until all have begun, so that every worker takes one: the caller alone would be quicker. */
