@@ -436,6 +436,8 @@ def _check_out(out: Any, shape: tuple[int, ...], char: str, where: str = "attent
         raise ValueError(f"{where}: out must have the shape {shape}, got out.shape={out.shape}")
     if not out.flags.writeable:
         raise ValueError(f"{where}: out is not writable")
+    if not out.size:
+        return out
     reach = out.itemsize  # of the axes with smaller strides
     for step, n in sorted((abs(step), n) for step, n in zip(out.strides, out.shape, strict=True) if n > 1):
         if step < reach:

@@ -221,7 +221,9 @@ def softmax(cnp.ndarray x not None, cnp.ndarray mask, cnp.ndarray out not None, 
     p.mask_step = 0 if mask is None else stride_of(mask, n - axis)
     p.out_step = stride_of(out, n - axis) if p.n > 1 else cnp.PyArray_ITEMSIZE(out)
     p.x = <const char *>cnp.PyArray_DATA(x)
-    p.mask = NULL if mask is None else <const char *>cnp.PyArray_DATA(mask)
+    p.mask = NULL
+    if mask is not None:
+        p.mask = <const char *>cnp.PyArray_DATA(mask)
     p.out = <char *>cnp.PyArray_DATA(out)
     p.threads = threads
     p.isa = isa

@@ -70,8 +70,8 @@ def scores(
 
     Notes
     -----
-    This is the matrix in the definition of attention by A. Vaswani et al., "Attention Is All You Need", 2017, section 3.2.1.
-    The bits of a score depend on its query, its key and the CPU path alone.
+    This is the matrix in the definition of attention by A. Vaswani et al., "Attention Is All You Need", 2017, section
+    3.2.1. The bits of a score depend on its query, its key and the CPU path alone.
 
     Examples
     --------
@@ -148,8 +148,8 @@ def weighted_values(
 
     Notes
     -----
-    A plain product (A. Vaswani et al., "Attention Is All You Need", 2017, section 3.2.1): unlike in `attention`, a weight of 0
-    does not hide a NaN in its value, since 0 * NaN is NaN. Sums run over blocks of keys, each from zero.
+    A plain product (A. Vaswani et al., "Attention Is All You Need", 2017, section 3.2.1): unlike in `attention`, a
+    weight of 0 does not hide a NaN in its value, since 0 * NaN is NaN. Sums run over blocks of keys, each from zero.
 
     Examples
     --------
@@ -198,8 +198,8 @@ def softmax(
     Returns
     -------
     ndarray
-        Of x's shape and type, in native byte order and x's order of axes in memory; `out` itself where given. All 0 along the
-        axis where nothing takes part, be it hidden or -inf.
+        Of x's shape and type, in native byte order and x's order of axes in memory; `out` itself where given. All 0
+        along the axis where nothing takes part, be it hidden or -inf.
 
     Raises
     ------
@@ -221,9 +221,10 @@ def softmax(
 
     Notes
     -----
-    The maximum is subtracted first, as in M. Milakov and N. Gimelshein, "Online normalizer calculation for softmax", 2018,
-    section 2 ("safe softmax"). NaN or +inf in an element that takes part makes all along its axis NaN. Weights below the smallest
-    normal number are 0. The bits are the same for any axis, strides and number of threads.
+    The maximum is subtracted first, as in M. Milakov and N. Gimelshein, "Online normalizer calculation for softmax",
+    2018, section 2 ("safe softmax"). NaN or +inf in an element that takes part makes all along its axis NaN. What would
+    fall below the smallest normal number is 0 before the division. The bits are the same for any axis, strides and
+    number of threads.
 
     Examples
     --------

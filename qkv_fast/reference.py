@@ -171,9 +171,10 @@ def scores(q, k, *, scale=None, layout="bhld"):
 
 
 def softmax(x, axis=-1, *, mask=None):
-    """Softmax along an axis, of the elements whose mask is True: ``exp(x) / exp(x).sum(axis)``, 0 where nothing takes part.
+    """Softmax along an axis, ``exp(x) / exp(x).sum(axis)``, of the elements whose mask is True.
 
-    An element that takes no part never matters; NaN or +inf in one that does makes all along the axis NaN.
+    Where nothing takes part the result is 0. An element that takes no part never matters; NaN or +inf in one that
+    does makes all along the axis NaN.
 
     Examples
     --------

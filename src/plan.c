@@ -327,7 +327,7 @@ qkv_status qkv_plan_softmax(const qkv_softmax_problem *p, qkv_softmax_plan *plan
         plan->lead = plan->stream ? (int64_t)((uintptr_t)p->out % ALIGNMENT) / size % w : 0;
         plan->pieces = ceil_div(plan->run + plan->lead, plan->piece);
         plan->at_state = align((size_t)(p->n * plan->piece * size));
-        plan->scratch_bytes = plan->at_state + align((size_t)((2 * w + 1) * plan->piece * size));
+        plan->scratch_bytes = plan->at_state + align((size_t)((3 * w + 1) * plan->piece * size));
         plan->direct_x = plan->direct_out = 1;
     } else {
         plan->direct_x = is_direct_along(p->x, n_axes, plan->x_at, p->x_step, plan->x_run, p->swapped_x, s);

@@ -56,7 +56,7 @@ typedef struct {
     const uint8_t *mask;              /* 0: the element takes no part, and has weight 0; NULL: all do */
     ptrdiff_t mask_axis, mask_run;    /* strides in bytes: along n, along count */
     void *e;                          /* scratch, rows: (n); columns: (n, count up to the next vector) */
-    void *state;                      /* scratch, columns: (2 * vector + 1, count up to the next vector) */
+    void *state;                      /* scratch, columns: (3 * vector + 1, count up to the next vector) */
     int64_t n, count;
     int stream;                       /* write past the caches */
 } qkv_softmax_tile;

@@ -10,7 +10,7 @@
 /* Rows between a row of columns and the one that is fetched meanwhile: rows may lie in a page each. */
 #define AHEAD 8
 
-/* Elements of one sum: the parts of longer rows are sums of such sums. */
+/* Elements of one sum: the parts of longer rows are sums of such sums, with what each addition lost (Kahan). */
 #define BLOCK 1024
 
 static inline VEC X(log2e)(void) { return X(set1)((REAL)1.44269504088896340736); }
@@ -25,6 +25,13 @@ static inline VEC X(inverse_of)(VEC sum)
 {
     VEC zero = X(set1)(0);
     return X(select)(X(equal)(sum, zero), zero, X(div)(X(set1)(1), sum));
+}
+
+static inline VEC X(add_block)(VEC total, VEC part, VEC *lost)
+{
+    VEC x = X(sub)(part, *lost), sum = X(add)(total, x);
+    *lost = X(sub)(X(sub)(sum, total), x);
+    return sum;
 }
 
 /* e <- x, but -inf where the mask is 0. */
@@ -73,7 +80,7 @@ static REAL X(row_max)(const REAL *x, int64_t n)
 /* e <- 2^(c (x - shift)); returns the sum. Meanwhile the row at `next` is fetched. */
 static REAL X(row_exp)(REAL *e, const REAL *x, int64_t n, VEC shift, const REAL *next)
 {
-    VEC c = X(log2e)(), total = X(set1)(0);
+    VEC c = X(log2e)(), total = X(set1)(0), lost = total;
     QKV_ALIGN REAL lane[W];
     for (int64_t i = 0; i < n;) {
         int64_t last = n - i < BLOCK ? n : i + BLOCK;
@@ -90,7 +97,7 @@ static REAL X(row_exp)(REAL *e, const REAL *x, int64_t n, VEC shift, const REAL 
             X(store_part)(e + i, p, (int)(last - i));
             i = last;
         }
-        total = X(add)(total, sum);
+        total = X(add_block)(total, sum, &lost);
     }
     X(store)(lane, total);
     for (int half = W / 2; half > 0; half /= 2)
@@ -133,14 +140,16 @@ static void X(softmax_rows)(const qkv_softmax_tile *t)
         X(fence)();
 }
 
-/* The state of `width` columns: a row each of maxima and sums, and W rows each of parts of a block and of all blocks. */
-typedef struct { REAL *top, *part, *total; } X(columns);
+/* The state of `width` columns: a row of maxima; W rows each of the parts of a block, of all blocks, and of what they lost. */
+typedef struct { REAL *top, *part, *total, *lost; } X(columns);
 
 /* Rows of e that are summed into `part` are added to `total`. */
 static void X(end_block)(const X(columns) *s, int64_t width)
 {
     for (int64_t j = 0; j < width * W; j += W) {
-        X(store)(s->total + j, X(add)(X(load)(s->total + j), X(load)(s->part + j)));
+        VEC lost = X(load)(s->lost + j);
+        X(store)(s->total + j, X(add_block)(X(load)(s->total + j), X(load)(s->part + j), &lost));
+        X(store)(s->lost + j, lost);
         X(store)(s->part + j, X(set1)(0));
     }
 }
@@ -148,11 +157,12 @@ static void X(end_block)(const X(columns) *s, int64_t width)
 static void X(softmax_columns)(const qkv_softmax_tile *t)
 {
     int64_t width = (t->count + W - 1) / W * W, n = t->n;
-    X(columns) s = {t->state, (REAL *)t->state + width, (REAL *)t->state + width * (W + 1)};
+    REAL *state = t->state;
+    X(columns) s = {state, state + width, state + width * (W + 1), state + width * (2 * W + 1)};
     VEC none = X(set1)(-(REAL)INFINITY), c = X(log2e)();
     for (int64_t j = 0; j < width; j += W)
         X(store)(s.top + j, none);
-    for (int64_t j = 0; j < width * 2 * W; j += W)
+    for (int64_t j = 0; j < width * 3 * W; j += W)
         X(store)(s.part + j, X(set1)(0));
     for (int64_t i = 0; i < n; i++) {
         const REAL *x = (const REAL *)t->x + i * t->x_row;
