@@ -33,8 +33,10 @@ enum {
     A_BYTES = 32 << 10,               /* rows of A that meet every panel in turn */
     C_BYTES = 1 << 20,                /* C of a task, where it needs a copy */
     TASKS_EACH = 4,                   /* tasks per thread of a stage: they are equally long */
-    STRIP_BYTES = 1536 << 10,         /* exponentials of a strip of columns: they stay in L2 */
-    STRIP_WIDTH = 1024,               /* bytes of a row of a strip, at most: with W sums each it fills half of L1 */
+    STRIP_BYTES = 512 << 10,          /* exponentials of a strip of columns: half of L2, so that the next one's fit beside */
+    STRIP_WIDTH = 512,                /* bytes of a row of a strip, at most: with 3 W sums each, in L2 */
+    STRIP_LEAST = 256,                /* and at least, for memory's sake */
+    STRIP_ROWS = 32768,               /* longer columns are copied one by one */
     ROW_BYTES = 512 << 10,            /* exponentials of a longer row leave L2 anyway */
     SOFTMAX_TASK = 64 << 10,          /* elements of a task: about 20 us */
     STREAM_BYTES = 32 << 20,          /* a larger result would only push other data out of L3 */
@@ -210,7 +212,9 @@ qkv_status qkv_plan_product(const qkv_product_problem *p, qkv_product_plan *plan
         return QKV_OVERFLOW;
     if (heads == 0 || rows == 0 || p->columns == 0)
         return QKV_OK;
-    split_scale(p->scale, p->type == QKV_F64, &plan->b_factor, &plan->factor);
+    plan->factor = p->scale;
+    if (p->transposed)
+        split_scale(p->scale, p->type == QKV_F64, &plan->b_factor, &plan->factor);
     plan->direct_a = is_direct(p->a, p->n_axes, &p->a_at, p->swapped_a, (int)size);
     plan->direct_b = p->b_type == p->type && is_direct(p->b, p->n_axes, &p->b_at, p->swapped_b, (int)size);
     plan->direct_c = is_direct(p->c, p->n_axes, &p->c_at, p->swapped_c, (int)size);
@@ -314,7 +318,7 @@ qkv_status qkv_plan_softmax(const qkv_softmax_problem *p, qkv_softmax_plan *plan
         return QKV_OK;
     merge_axes(p, plan);
     outer /= plan->run;
-    int n_axes = plan->n_axes, fits = p->n <= STRIP_BYTES / (w * size);
+    int n_axes = plan->n_axes, fits = p->n <= STRIP_ROWS;
     plan->across = fits && plan->run > 1
         && is_direct_along(p->x, n_axes, plan->x_at, plan->x_run, p->x_step, p->swapped_x, s)
         && is_direct_along(p->out, n_axes, plan->out_at, plan->out_run, p->out_step, p->swapped_out, s)
@@ -322,12 +326,13 @@ qkv_status qkv_plan_softmax(const qkv_softmax_problem *p, qkv_softmax_plan *plan
     plan->stream = (double)total * (double)size >= STREAM_BYTES;
     plan->threads = total < SOFTMAX_TASK ? 1 : p->threads;
     if (plan->across) {
-        int64_t most = qkv_min(STRIP_WIDTH, STRIP_BYTES / p->n) / (w * size) * w;
-        plan->piece = qkv_max(w, qkv_min(most, ceil_div(plan->run, w) * w));
-        plan->lead = plan->stream ? (int64_t)((uintptr_t)p->out % ALIGNMENT) / size % w : 0;
-        plan->pieces = ceil_div(plan->run + plan->lead, plan->piece);
-        plan->at_state = align((size_t)(p->n * plan->piece * size));
-        plan->scratch_bytes = plan->at_state + align((size_t)((3 * w + 1) * plan->piece * size));
+        int64_t most = qkv_max(STRIP_LEAST, qkv_min(STRIP_WIDTH, STRIP_BYTES / p->n)) / (w * size) * w;
+        int64_t wanted = ceil_div(plan->run, ceil_div((int64_t)p->threads * TASKS_EACH, outer));
+        plan->strip = qkv_max(w, qkv_min(most, ceil_div(plan->run, w) * w));
+        plan->piece = qkv_max(plan->strip, wanted / plan->strip * plan->strip);
+        plan->pieces = ceil_div(plan->run, plan->piece);
+        plan->at_state = align((size_t)(p->n * plan->strip * size));
+        plan->scratch_bytes = plan->at_state + align((size_t)((3 * w + 1) * plan->strip * size));
         plan->direct_x = plan->direct_out = 1;
     } else {
         plan->direct_x = is_direct_along(p->x, n_axes, plan->x_at, p->x_step, plan->x_run, p->swapped_x, s);

@@ -208,8 +208,7 @@ static void softmax_task(void *context, int64_t task, int worker)
     const qkv_kernels *kernels = plan->kernels;
     char *scratch = job->scratch[worker] + sizeof(qkv_counters);
     int64_t outer = task / plan->pieces, piece = task % plan->pieces;
-    int64_t first = qkv_max(0, piece * plan->piece - plan->lead);
-    int64_t last = qkv_min(plan->run, (piece + 1) * plan->piece - plan->lead);
+    int64_t first = piece * plan->piece, last = qkv_min(plan->run, first + plan->piece);
     int64_t mask_at = offset_of(outer, plan->n_axes, plan->axes, plan->mask_at) + first * plan->mask_run;
     qkv_softmax_tile tile = {
         .x = p->x + offset_of(outer, plan->n_axes, plan->axes, plan->x_at) + first * plan->x_run,
@@ -217,7 +216,7 @@ static void softmax_task(void *context, int64_t task, int worker)
         .mask = p->mask ? (const uint8_t *)p->mask + mask_at : NULL,
         .mask_axis = (ptrdiff_t)p->mask_step, .mask_run = (ptrdiff_t)plan->mask_run,
         .e = scratch, .state = scratch + plan->at_state,
-        .n = p->n, .count = last - first, .stream = plan->stream,
+        .n = p->n, .count = last - first, .strip = plan->strip, .stream = plan->stream,
     };
     if (plan->across) {
         tile.x_row = (ptrdiff_t)(p->x_step / kernels->size);

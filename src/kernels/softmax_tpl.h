@@ -154,9 +154,11 @@ static void X(end_block)(const X(columns) *s, int64_t width)
     }
 }
 
-static void X(softmax_columns)(const qkv_softmax_tile *t)
+/* The `count` columns at x and out. Meanwhile `next` columns behind them are fetched. */
+static void X(softmax_strip)(const qkv_softmax_tile *t, const REAL *x, REAL *out, const uint8_t *mask, int64_t count,
+                             int64_t next)
 {
-    int64_t width = (t->count + W - 1) / W * W, n = t->n;
+    const int64_t width = (count + W - 1) / W * W, n = t->n, line = 64 / (int64_t)sizeof(REAL);
     REAL *state = t->state;
     X(columns) s = {state, state + width, state + width * (W + 1), state + width * (2 * W + 1)};
     VEC none = X(set1)(-(REAL)INFINITY), c = X(log2e)();
@@ -165,14 +167,14 @@ static void X(softmax_columns)(const qkv_softmax_tile *t)
     for (int64_t j = 0; j < width * 3 * W; j += W)
         X(store)(s.part + j, X(set1)(0));
     for (int64_t i = 0; i < n; i++) {
-        const REAL *x = (const REAL *)t->x + i * t->x_row;
+        const REAL *from = x + i * t->x_row;
         REAL *e = (REAL *)t->e + i * width;
+        for (int64_t j = 0; i + AHEAD < n && j < count; j += line)
+            QKV_PREFETCH(from + AHEAD * t->x_row + j);
         for (int64_t j = 0; j < width; j += W)
-            X(store)(e + j, j + W <= t->count ? X(loadu)(x + j) : X(load_tail)(x + j, (int)(t->count - j)));
-        for (int64_t j = 0; i + AHEAD < n && j < t->count; j += 64 / (int64_t)sizeof(REAL))
-            QKV_PREFETCH(x + AHEAD * t->x_row + j);
-        if (t->mask)
-            X(hide)(e, e, t->mask + i * t->mask_axis, t->mask_run, t->count);
+            X(store)(e + j, j + W <= count ? X(loadu)(from + j) : X(load_tail)(from + j, (int)(count - j)));
+        if (mask)
+            X(hide)(e, e, mask + i * t->mask_axis, t->mask_run, count);
         for (int64_t j = 0; j < width; j += W)
             X(store)(s.top + j, X(max)(X(load)(e + j), X(load)(s.top + j)));
     }
@@ -180,6 +182,8 @@ static void X(softmax_columns)(const qkv_softmax_tile *t)
         X(store)(s.top + j, X(shift_of)(X(load)(s.top + j)));
     for (int64_t i = 0; i < n; i++) {
         REAL *e = (REAL *)t->e + i * width, *part = s.part + i % W * width;
+        for (int64_t j = 0; j < next; j += line)
+            QKV_PREFETCH(x + i * t->x_row + count + j);
         for (int64_t j = 0; j < width; j += W) {
             VEC p = X(exp2_product)(c, X(sub)(X(load)(e + j), X(load)(s.top + j)));
             X(store)(part + j, X(add)(X(load)(part + j), p));
@@ -193,22 +197,33 @@ static void X(softmax_columns)(const qkv_softmax_tile *t)
             X(store)(s.total + j, X(add)(X(load)(s.total + j), X(load)(s.total + half * width + j)));
     for (int64_t j = 0; j < width; j += W)
         X(store)(s.total + j, X(inverse_of)(X(load)(s.total + j)));
-    int stream = t->stream && (uintptr_t)t->out % sizeof(VEC) == 0 && t->out_row % W == 0;
+    const int stream = t->stream && (uintptr_t)out % sizeof(VEC) == 0 && t->out_row % W == 0;
     for (int64_t i = 0; i < n; i++) {
         const REAL *e = (const REAL *)t->e + i * width;
-        REAL *out = (REAL *)t->out + i * t->out_row;
+        REAL *to = out + i * t->out_row;
+        for (int64_t j = 0; !stream && i + AHEAD < n && j < count; j += line)
+            QKV_PREFETCH_WRITE(to + AHEAD * t->out_row + j);
         int64_t j = 0;
-        for (; !stream && i + AHEAD < n && j < t->count; j += 64 / (int64_t)sizeof(REAL))
-            QKV_PREFETCH_WRITE(out + AHEAD * t->out_row + j);
-        j = 0;
-        for (; stream && j + W <= t->count; j += W)
-            X(stream)(out + j, X(mul)(X(load)(e + j), X(load)(s.total + j)));
-        for (; j + W <= t->count; j += W)
-            X(storeu)(out + j, X(mul)(X(load)(e + j), X(load)(s.total + j)));
-        if (j < t->count)
-            X(store_part)(out + j, X(mul)(X(load)(e + j), X(load)(s.total + j)), (int)(t->count - j));
+        for (; stream && j + W <= count; j += W)
+            X(stream)(to + j, X(mul)(X(load)(e + j), X(load)(s.total + j)));
+        for (; j + W <= count; j += W)
+            X(storeu)(to + j, X(mul)(X(load)(e + j), X(load)(s.total + j)));
+        if (j < count)
+            X(store_part)(to + j, X(mul)(X(load)(e + j), X(load)(s.total + j)), (int)(count - j));
     }
-    if (stream)
+}
+
+static void X(softmax_columns)(const qkv_softmax_tile *t)
+{
+    /* A shorter first strip leaves the others aligned. */
+    int64_t width = t->strip - (int64_t)((uintptr_t)t->out % sizeof(VEC) / sizeof(REAL));
+    for (int64_t j = 0; j < t->count; j += width, width = t->strip) {
+        width = width < t->count - j ? width : t->count - j;
+        int64_t left = t->count - j - width;
+        X(softmax_strip)(t, (const REAL *)t->x + j, (REAL *)t->out + j, t->mask ? t->mask + j * t->mask_run : NULL, width,
+                         left < t->strip ? left : t->strip);
+    }
+    if (t->stream)
         X(fence)();
 }
 
