@@ -49,6 +49,7 @@ class CpuPath:
 
 
 AVX2 = ("-mavx2", "-mfma")
+AVX512 = (*AVX2, "-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mavx512cd")
 
 PATHS = (
     CpuPath("portable"),
@@ -60,10 +61,17 @@ PATHS = (
     ),
     CpuPath(
         "avx512",
-        flags=(*AVX2, "-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mavx512cd"),
+        flags=AVX512,
         optional=("-mprefer-vector-width=512",),
         probe=X86_64 + "__m512 f(__m512 a, __mmask16 m);\n"
         "__m512 f(__m512 a, __mmask16 m) { return _mm512_and_ps(_mm512_mask_fmadd_ps(a, m, a, a), a); }\n",
+    ),
+    CpuPath(  # no path of its own: an instruction that a CPU may have beside avx512
+        "avx512bf16",
+        flags=(*AVX512, "-mavx512bf16"),
+        optional=("-mprefer-vector-width=512",),
+        probe=X86_64 + "__m512 f(__m512 a, __m512bh b);\n"
+        "__m512 f(__m512 a, __m512bh b) { return _mm512_dpbf16_ps(a, b, b); }\n",
     ),
 )
 

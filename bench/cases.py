@@ -1,7 +1,8 @@
 """Named workloads: one list for the benchmark, for tuning and for tests.
 
-A `Case` is data: shapes, type, masks, and the goal it is held to. Its inputs are drawn from a fixed seed, so
-every process that works on a case sees the same numbers without sending them around.
+A `Case` is data: shapes, type, masks, and the goal it is held to. What is timed is its operation
+(operations.py). Its inputs are drawn from a fixed seed, so every process that works on a case sees the same numbers
+without sending them around.
 """
 
 from __future__ import annotations
@@ -12,6 +13,11 @@ import zlib
 from dataclasses import dataclass
 
 import numpy as np
+
+from .operations import OPERATIONS
+
+STREAM_BYTES = 1 << 28  # what the inputs of a streaming case total: several times the largest common L3
+TINY_FLOPS = 1e7  # fewer than these take less than 0.1 ms: such a case is about the cost of a call
 
 
 @dataclass(frozen=True)
@@ -41,56 +47,76 @@ class Case:
     kv_len: int
     value_dim: int
     dtype: str = "float32"
+    operation: str = "attention"  # a name in OPERATIONS
     causal: bool = False
     window: tuple[int | None, int | None] | None = None
     kv_lengths: tuple[int, ...] | None = None
     layout: str = "bhld"
     isa: str | None = None  # CPU path that the case is about; None: the one in use
     threads: tuple[int, ...] | None = None  # thread counts that the case is about; None: any
+    stream: bool = False  # limited by memory: inputs come from there and not from a cache; GB/s instead of GF/s
     suites: tuple[str, ...] = ()
     goal: Goal | None = None
 
-    def inputs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """q, k and v, standard normal, contiguous in the case's layout."""
-        rng = np.random.default_rng(zlib.crc32(self.name.encode()))
+    @property
+    def work(self) -> type:
+        """The operation: how its inputs are drawn, how much work it is, how it is called."""
+        return OPERATIONS[self.operation]
 
-        def draw(heads: int, length: int, dim: int) -> np.ndarray:
-            shape = (self.batch, heads, length, dim)
-            if self.layout == "blhd":
-                shape = (self.batch, length, heads, dim)
-            return rng.standard_normal(shape, dtype=self.dtype)
-
-        return (
-            draw(self.heads, self.q_len, self.dim),
-            draw(self.kv_heads, self.kv_len, self.dim),
-            draw(self.kv_heads, self.kv_len, self.value_dim),
-        )
+    def inputs(self) -> tuple[np.ndarray, ...]:
+        """The operation's arrays, standard normal, contiguous in the case's layout."""
+        return self.work.inputs(self, np.random.default_rng(zlib.crc32(self.name.encode())))
 
     def arguments(self) -> dict:
         """Keyword arguments of `attention` and of `reference.attention` (except `layout`)."""
         given = {"causal": self.causal, "window": self.window, "kv_lengths": self.kv_lengths}
         return {name: value for name, value in given.items() if value}
 
+    def limits(self) -> tuple[np.ndarray, np.ndarray]:
+        """First visible key and the one after the last, per (sequence, query)."""
+        lengths = np.array(self.kv_lengths or (self.kv_len,) * self.batch, np.int64)[:, None]
+        position = np.arange(self.q_len, dtype=np.int64)[None, :] + lengths - self.q_len
+        low, high = np.zeros_like(position), np.broadcast_to(lengths, position.shape)
+        if self.causal:
+            high = np.minimum(high, position + 1)
+        left, right = self.window or (None, None)
+        if left is not None:
+            low = np.maximum(low, position - left)
+        if right is not None:
+            high = np.minimum(high, position + right + 1)
+        return low, high
+
     def visible_pairs(self) -> int:
         """(query, key) pairs of one head that attention looks at, summed over the batch."""
-        lengths = self.kv_lengths or (self.kv_len,) * self.batch
-        total = 0
-        for n in lengths:
-            position = np.arange(self.q_len, dtype=np.int64) + n - self.q_len
-            low, high = np.zeros_like(position), np.full_like(position, n)
-            if self.causal:
-                high = np.minimum(high, position + 1)
-            left, right = self.window or (None, None)
-            if left is not None:
-                low = np.maximum(low, position - left)
-            if right is not None:
-                high = np.minimum(high, position + right + 1)
-            total += int(np.maximum(high - low, 0).sum())
-        return total
+        low, high = self.limits()
+        return int(np.maximum(high - low, 0).sum())
 
     def flops(self) -> int:
-        """Useful operations: two per multiply-add of both products, over the visible pairs only."""
-        return 2 * self.heads * self.visible_pairs() * (self.dim + self.value_dim)
+        """Useful operations of a call."""
+        return self.work.flops(self)
+
+    def bytes(self) -> int:
+        """Bytes that a call has to read and write at least."""
+        return self.work.bytes(self)
+
+    def copies(self) -> int:
+        """Sets of inputs that calls take in turn."""
+        return math.ceil(STREAM_BYTES / self.bytes()) if self.stream else 1
+
+    def sets(self) -> list[tuple[np.ndarray, ...]]:
+        """The inputs as often as `copies` says: the same numbers, each at a place of their own."""
+        first = self.inputs()
+        return [first] + [tuple(a.copy() for a in first) for _ in range(self.copies() - 1)]
+
+    @property
+    def limited_by(self) -> str:
+        """What a call can at best be as fast as: "read" (memory), "calls" (Python), or the FMA peak of a type."""
+        return "read" if self.stream else "calls" if self.flops() < TINY_FLOPS else self.dtype
+
+    @property
+    def amount(self) -> int:
+        """Work of a call in the unit of its limit: bytes, calls or operations."""
+        return {"read": self.bytes, "calls": lambda: 1}.get(self.limited_by, self.flops)()
 
 
 def case(
@@ -150,9 +176,9 @@ def _ragged_lengths(batch: int, longest: int) -> tuple[int, ...]:
 
 # Goals are those of the AVX-512 test machine (2 cores, Zen 4); on another machine they are only a comparison.
 CASES: tuple[Case, ...] = (
-    case("1x12x2048", 64, suites=("foundation", "prefill", "main"), goal=_peak(86, 91)),
+    case("1x12x2048", 64, suites=("foundation", "prefill", "masks", "main"), goal=_peak(86, 91)),
     case("1x8x2048", 128, suites=("foundation", "prefill"), goal=_peak(89, 93)),
-    case("1x12x2048", 64, causal=True, suites=("foundation", "quick", "prefill", "main"), goal=_peak(82, 87)),
+    case("1x12x2048", 64, causal=True, suites=("foundation", "quick", "prefill", "masks", "main"), goal=_peak(82, 87)),
     case("1x8x2048", 128, causal=True, suites=("foundation", "prefill", "main"), goal=_peak(86, 90)),
     case("1x8x1024", 256, causal=True, suites=("foundation", "prefill"), goal=_peak(84, 88)),
     case("1x12x512", 64, suites=("foundation", "quick", "prefill", "main"), goal=_peak(81, 86)),
@@ -171,17 +197,42 @@ CASES: tuple[Case, ...] = (
     case("1x8x128", 64, causal=True, suites=("small",)),
     # Shapes of models.
     case("8x12x384", 64, label="bert", suites=("prefill",)),
-    case("8x12x384", 64, label="bert", kv_lengths=_ragged_lengths(8, 384), suites=("prefill",)),
+    case("8x12x384", 64, label="bert", kv_lengths=_ragged_lengths(8, 384), suites=("prefill", "masks")),
     case("1x12x1024", 64, label="gpt2", causal=True, suites=("prefill",)),
     case("1x32x2048", 128, label="llama", kv_heads=8, causal=True, suites=("prefill",)),
     case("1x8x1500", 64, label="whisper", suites=("prefill",)),
     case("8x12x197", 64, label="vit", suites=("prefill",)),
     case("1x16x64", 64, label="cross", kv_len=4096, suites=("prefill",)),
-    case("1x8x8192", 64, causal=True, window=(255, 0), suites=("prefill",)),
     case("1x12x2048", 64, layout="blhd", suites=("prefill",)),
+    # What positions and lengths hide.
+    case("1x8x8192", 64, causal=True, window=(255, 0), suites=("prefill", "masks")),
+    case("1x12x2048", 64, window=(128, 128), suites=("masks",)),
+    case("1x12x512", 64, kv_len=2048, causal=True, suites=("masks",)),
+    case("4x8x512", 64, kv_len=2048, causal=True, kv_lengths=_ragged_lengths(4, 2048), suites=("masks",)),
+    # One new token per sequence against long caches, read from memory.
+    case("1x32x1", 128, label="decode", kv_len=4096, stream=True, suites=("decode",)),
+    case("1x32x1", 128, label="decode", kv_heads=8, kv_len=4096, stream=True, suites=("decode",)),
+    case("1x32x1", 128, label="decode", kv_heads=8, kv_len=32768, stream=True, suites=("decode",)),
+    case("8x32x1", 128, label="decode", kv_heads=8, kv_len=4096, stream=True, suites=("decode",)),
+    case("1x12x1", 64, label="decode", kv_len=1024, stream=True, suites=("decode", "quick")),
+    # The same work, batch * heads * length**2, in sequences of 128 to 4096.
+    case("128x8x128", 64, label="scaling", suites=("scaling",)),
+    case("32x8x256", 64, label="scaling", suites=("scaling",)),
+    case("8x8x512", 64, label="scaling", suites=("scaling",)),
+    case("2x8x1024", 64, label="scaling", suites=("scaling",)),
+    case("1x4x2048", 64, label="scaling", suites=("scaling",)),
+    case("1x1x4096", 64, label="scaling", suites=("scaling",)),
+    # What a call adds to a process, as sequences grow.
+    case("1x8x1024", 64, suites=("memory",)),
+    case("1x8x4096", 64, suites=("memory",)),
+    case("1x8x8192", 64, suites=("memory",)),
+    case("1x8x8192", 64, causal=True, suites=("memory",)),
 )
 
-SUITES: tuple[str, ...] = ("foundation", "quick", "prefill", "small", "all")
+SUITES: tuple[str, ...] = (
+    *("foundation", "quick", "prefill", "decode", "small", "masks", "memory", "scaling"),
+    "all",
+)
 
 
 def select(suite: str, patterns: list[str] | None = None, dtypes: list[str] | None = None) -> list[Case]:

@@ -12,12 +12,7 @@ import numpy as np
 
 import qkv_fast
 
-
-def read(path: str) -> str:
-    try:
-        return Path(path).read_text().strip()
-    except (OSError, UnicodeDecodeError):
-        return ""
+from .memory import read
 
 
 def cpu_model() -> str:

@@ -1,13 +1,14 @@
 """How things are timed: warm-up, interleaved rounds, medians with their spread.
 
 Machines are shared and their clocks move, so no time means anything alone. In every round each contestant is
-timed once (A B C, A B C, ...), the FMA peak right before and right after the first, and what is reported are
-medians over rounds of quantities formed within one round: a ratio of two times, or a rate over the mean of
-its neighbouring peaks.
+timed once (A B C, A B C, ...), the machine's limit (the FMA peak, or the read bandwidth) right before and right after
+the first, and what is reported are medians over rounds of quantities formed within one round: a ratio of two times,
+or a rate over the mean of its neighbouring limits.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
@@ -60,6 +61,14 @@ def timed(call: Callable[[], object], repeats: int) -> float:
     return (counter() - start) / repeats
 
 
+def rotate(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
+    """The calls in turn, over and over: each finds its inputs in memory, because the others' have been through."""
+    if len(calls) == 1:
+        return calls[0]
+    turn = itertools.cycle(calls)
+    return lambda: next(turn)()
+
+
 def calibrate(contestant: Contestant) -> int:
     """Warm a contestant up and choose how many calls make a sample."""
     seconds = contestant.sample(1)
@@ -100,13 +109,13 @@ class Summary:
 
 @dataclass
 class Rounds:
-    """What was measured: per contestant a time per round, and the pair of peaks around the first contestant.
+    """What was measured: per contestant a time per round, and the pair of limits around the first contestant.
 
     A contestant that failed keeps NaN from then on, so that lists stay aligned round by round.
     """
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
-    peaks: list[tuple[float, float]] = field(default_factory=list)
+    limits: list[tuple[float, float]] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
 
     def time(self, name: str) -> Summary:
@@ -116,19 +125,16 @@ class Rounds:
         """Times of `name` over times of `to`, round by round."""
         return Summary.of([a / b for a, b in zip(self.seconds[name], self.seconds[to], strict=True)])
 
-    def peak(self) -> Summary:
-        return Summary.of([(before + after) / 2 for before, after in self.peaks])
-
-    def share_of_peak(self, name: str, flops: float) -> Summary:
-        """Rate of `name` over the mean of the peaks measured in the same round."""
-        means = [(before + after) / 2 for before, after in self.peaks]
-        return Summary.of([flops / s / p for s, p in zip(self.seconds[name], means, strict=True)])
+    def share(self, name: str, work: float) -> Summary:
+        """Rate of `name`, at `work` per call, over the mean of the limits measured in the same round."""
+        means = [(before + after) / 2 for before, after in self.limits]
+        return Summary.of([work / s / limit for s, limit in zip(self.seconds[name], means, strict=True)])
 
 
 def interleave(
     contestants: Sequence[Contestant],
     *,
-    peak: Callable[[], float] | None = None,
+    limit: Callable[[], float] | None = None,
     budget: float = 5.0,
     rounds: tuple[int, int] = (MIN_ROUNDS, MAX_ROUNDS),
     clock: Callable[[], float] = time.perf_counter,
@@ -157,14 +163,14 @@ def interleave(
     for done in range(most):
         if done >= least and (clock() - start) * (done + 1) / done > budget:
             break
-        before = peak() if peak else math.nan
+        before = limit() if limit else math.nan
         for index, contestant in enumerate(contestants):
             seconds = math.nan
             if contestant.name not in result.failures:
                 seconds = attempt(contestant, lambda c=contestant: c.sample(repeats[c.name]))
             result.seconds[contestant.name].append(seconds)
             if index == 0:
-                result.peaks.append((before, peak() if peak else math.nan))
+                result.limits.append((before, limit() if limit else math.nan))
     return result
 
 

@@ -1,12 +1,13 @@
 """Peers: one small adapter each, found at run time and never required.
 
-An adapter is a class with `name`, `title`, `requires` (the modules that it imports), an `__init__(threads)`
-that imports the library and sets its thread count, `version`, and `prepare(case)`, which returns a list of
-(label, call, fetch): `call()` is what is timed, on inputs already in the layout that the library likes best
-and with its output buffers reused where it can; `fetch()` runs it once and gives the answer as (batch, heads,
-length, dim). Several entries are several ways of the same library: the fastest that gives the right answer is
-used. What an adapter cannot do it refuses: `raise Refused(reason)`. It lives in a process of its own
-(worker.py), so it may set whatever it likes there; `environment(threads)` is set before that process starts.
+An adapter is a class with `name`, `title`, `requires` (the modules that it imports), an `__init__(threads)` that
+imports the library and sets its thread count, `version`, and `prepare(case)`, which returns a list of (label, calls,
+fetch): `calls` are what is timed, in turn, one for each of `sets(case)`: inputs already in the layout that the library
+likes best, output buffers reused where it can. `fetch()` makes the first call and gives its answer as (batch, heads,
+length, dim). Several entries are several ways of the same library: the fastest that gives the right answer is used.
+`operations` names what a case may ask for, only "attention" if it is not there; what else an adapter cannot do it
+refuses: `raise Refused(reason)`. It lives in a process of its own (worker.py), so it may set whatever it likes there;
+`environment(threads)` is set before that process starts.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ import numpy as np
 from .cases import Case
 from .method import Refused
 
-Way = tuple[str, Callable[[], object], Callable[[], np.ndarray]]
+Way = tuple[str, list[Callable[[], object]], Callable[[], np.ndarray]]
 
 
-def head_first(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Contiguous (batch, heads, length, dim) inputs, whatever the case's layout."""
-    arrays = case.inputs()
+def sets(case: Case) -> list[tuple[np.ndarray, ...]]:
+    """Contiguous (batch, heads, length, dim) inputs, whatever the case's layout, as often as the case wants them."""
+    found = case.sets()
     if case.layout == "blhd":
-        return tuple(np.ascontiguousarray(a.swapaxes(1, 2)) for a in arrays)
-    return arrays
+        return [tuple(np.ascontiguousarray(a.swapaxes(1, 2)) for a in arrays) for arrays in found]
+    return found
 
 
 def refuse(case: Case, *, float64: bool = False, groups: bool = False, top_left: bool = False) -> None:
@@ -44,21 +45,6 @@ def refuse(case: Case, *, float64: bool = False, groups: bool = False, top_left:
         raise Refused("causal only from the top left")
 
 
-def limits(case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """First visible key and the one after the last, per (sequence, query)."""
-    lengths = np.array(case.kv_lengths or (case.kv_len,) * case.batch)[:, None]
-    position = np.arange(case.q_len)[None, :] + lengths - case.q_len
-    low, high = np.zeros_like(position), np.broadcast_to(lengths, position.shape)
-    if case.causal:
-        high = np.minimum(high, position + 1)
-    left, right = case.window or (None, None)
-    if left is not None:
-        low = np.maximum(low, position - left)
-    if right is not None:
-        high = np.minimum(high, position + right + 1)
-    return low, high
-
-
 class NumPy:
     """Attention as one writes it: the whole score matrix, softmax in place."""
 
@@ -67,8 +53,13 @@ class NumPy:
     settle = 0.04  # OpenBLAS threads spin for 2^26 clock ticks after a product
 
     def __init__(self, threads: int) -> None:
-        self.threads = threads
         self.version = np.__version__
+        try:
+            import threadpoolctl
+        except ImportError:  # what the environment asked of the BLAS
+            self.threads = threads
+        else:
+            self.threads = max((pool["num_threads"] for pool in threadpoolctl.threadpool_info()), default=threads)
 
     @staticmethod
     def environment(threads: int) -> dict[str, str]:
@@ -76,21 +67,21 @@ class NumPy:
         return dict.fromkeys(names, str(threads))
 
     def prepare(self, case: Case) -> list[Way]:
-        q, k, v = head_first(case)
         group = case.heads // case.kv_heads
-        q = q.reshape(case.batch, case.kv_heads, group, case.q_len, case.dim)
-        k_t, v = k.swapaxes(-1, -2)[:, :, None], v[:, :, None]
+        grouped = (case.batch, case.kv_heads, group, case.q_len, case.dim)
         shape = (case.batch, case.heads, case.q_len, case.value_dim)
 
-        def call() -> np.ndarray:
-            return self.attend(case, q, k_t, v).reshape(shape)
+        def on(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> Callable[[], np.ndarray]:
+            q, k_t, v = q.reshape(grouped), k.swapaxes(-1, -2)[:, :, None], v[:, :, None]
+            return lambda: self.attend(case, q, k_t, v).reshape(shape)
 
-        return [("", call, call)]
+        calls = [on(*arrays) for arrays in sets(case)]
+        return [("", calls, calls[0])]
 
     def attend(self, case: Case, q: np.ndarray, k_t: np.ndarray, v: np.ndarray) -> np.ndarray:
         hidden = None
         if case.causal or case.window or case.kv_lengths:
-            low, high = limits(case)
+            low, high = case.limits()
             keys = np.arange(case.kv_len)
             hidden = (keys < low[..., None]) | (keys >= high[..., None])
         return softmax_values(q, k_t, v, case.dim**-0.5, None if hidden is None else hidden[:, None, None])
@@ -103,7 +94,7 @@ class ChunkedNumPy(NumPy):
 
     def attend(self, case: Case, q: np.ndarray, k_t: np.ndarray, v: np.ndarray) -> np.ndarray:
         out = np.empty((*q.shape[:-1], v.shape[-1]), q.dtype)
-        low, high = limits(case)
+        low, high = case.limits()
         for start in range(0, case.q_len, 128):
             rows = slice(start, start + 128)
             first, last = int(low[:, rows].min()), int(high[:, rows].max())
@@ -146,14 +137,14 @@ class Torch:
 
     def prepare(self, case: Case) -> list[Way]:
         refuse(case, float64=True, groups=True, top_left=True)
-        q, k, v = (self.torch.from_numpy(a) for a in head_first(case))
         attend = self.torch.nn.functional.scaled_dot_product_attention
         options = {"is_causal": case.causal, "enable_gqa": case.heads != case.kv_heads}
 
-        def call():
-            return attend(q, k, v, **options)
+        def on(q, k, v):
+            return lambda: attend(q, k, v, **options)
 
-        return [("SDPA", call, lambda: call().numpy())]
+        calls = [on(*map(self.torch.from_numpy, arrays)) for arrays in sets(case)]
+        return [("SDPA", calls, lambda: calls[0]().numpy())]
 
 
 class OnnxRuntime:
@@ -177,89 +168,104 @@ class OnnxRuntime:
         refuse(case, groups=True)
         if case.causal and case.q_len != case.kv_len:
             raise Refused("causal only for as many queries as keys")
-        q, k, v = head_first(case)
-        flat = [np.ascontiguousarray(a.swapaxes(1, 2)).reshape(case.batch, a.shape[2], -1) for a in (q, k, v)]
-        flat = dict(zip(("query", "key", "value"), flat, strict=True))
+        found = sets(case)
         ways = []
         if case.kv_heads == case.heads:
             attributes = {"num_heads": case.heads, "unidirectional": int(case.causal)}
-            ways.append(self.way(case, "MultiHeadAttention", "com.microsoft", flat, attributes))
-        if case.causal and case.dim == case.value_dim:
+            inputs = [self.flat(case, arrays) for arrays in found]
+            ways.append(self.way(case, "MultiHeadAttention", "com.microsoft", inputs, attributes))
+        decode = case.q_len == 1 < case.kv_len
+        if (case.causal or decode) and case.dim == case.value_dim:
             attributes = {"num_heads": case.heads, "kv_num_heads": case.kv_heads}
-            inputs = {
-                **flat,
-                "past_key": None,
-                "past_value": None,
-                "seqlens_k": np.full(case.batch, case.kv_len - 1, np.int32),
-                "total_sequence_length": np.array(case.kv_len, np.int32),
-            }
+            inputs = [self.cached(case, arrays, decode) for arrays in found]
             ways.append(self.way(case, "GroupQueryAttention", "com.microsoft", inputs, attributes))
         attributes = {"is_causal": int(case.causal)}
-        ways.append(self.way(case, "Attention", "", {"Q": q, "K": k, "V": v}, attributes))
+        inputs = [dict(zip("QKV", arrays, strict=True)) for arrays in found]
+        ways.append(self.way(case, "Attention", "", inputs, attributes))
         return ways
 
-    def way(self, case: Case, op: str, domain: str, inputs: dict, attributes: dict) -> Way:
-        onnx, helper = self.onnx, self.onnx.helper
-        elements = {np.dtype(np.float32): onnx.TensorProto.FLOAT, np.dtype(np.int32): onnx.TensorProto.INT32}
-        given = {name: a for name, a in inputs.items() if a is not None}
-        outputs = ["out"]
-        head_first_output = op == "Attention"
-        out_shape = (case.batch, case.heads, case.q_len, case.value_dim)
-        if not head_first_output:
-            out_shape = (case.batch, case.q_len, case.heads * case.value_dim)
-        shapes = {"out": out_shape}
+    @staticmethod
+    def flat(case: Case, arrays: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
+        """Inputs as (batch, length, heads * dim)."""
+        rows = [np.ascontiguousarray(a.swapaxes(1, 2)).reshape(case.batch, a.shape[2], -1) for a in arrays]
+        return dict(zip(("query", "key", "value"), rows, strict=True))
+
+    @classmethod
+    def cached(cls, case: Case, arrays: tuple[np.ndarray, ...], decode: bool) -> dict[str, np.ndarray | None]:
+        """Inputs of GroupQueryAttention; a decode call puts the last key into the cache and attends to all."""
+        q, k, v = arrays
+        new = (q, k[:, :, -1:], v[:, :, -1:]) if decode else arrays
+        return cls.flat(case, new) | {
+            "past_key": k if decode else None,
+            "past_value": v if decode else None,
+            "seqlens_k": np.full(case.batch, case.kv_len - 1, np.int32),
+            "total_sequence_length": np.array(case.kv_len, np.int32),
+        }
+
+    def way(self, case: Case, op: str, domain: str, inputs: list[dict], attributes: dict) -> Way:
+        """An operator as a model of one node; its inputs, and the outputs, bound once per set."""
+        outputs = {"out": (case.batch, case.q_len, case.heads * case.value_dim)}
+        if op == "Attention":
+            outputs = {"out": (case.batch, case.heads, case.q_len, case.value_dim)}
         if op == "GroupQueryAttention":  # the cache that it returns has to be named
-            for cache, dim in (("present_key", case.dim), ("present_value", case.value_dim)):
-                outputs.append(cache)
-                shapes[cache] = (case.batch, case.kv_heads, case.kv_len, dim)
-        node = helper.make_node(
-            op,
-            [name if a is not None else "" for name, a in inputs.items()],
-            outputs,
-            domain=domain,
-            **attributes,
-        )
-        graph = helper.make_graph(
-            [node],
-            "attention",
-            [helper.make_tensor_value_info(n, elements[a.dtype], a.shape) for n, a in given.items()],
-            [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, shapes[n]) for n in outputs],
-        )
-        opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
-        model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-        options = self.ort.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
-        options.log_severity_level = 3
-        serialized = model.SerializeToString()
+            for name, dim in (("present_key", case.dim), ("present_value", case.value_dim)):
+                outputs[name] = (case.batch, case.kv_heads, case.kv_len, dim)
+        model = self.model(op, domain, inputs[0], outputs, attributes)
+        session, bindings = None, []
+
+        def bind(given: dict):
+            values = {n: self.ort.OrtValue.ortvalue_from_numpy(a) for n, a in given.items() if a is not None}
+            bound = session.io_binding()
+            for name, value in values.items():
+                bound.bind_ortvalue_input(name, value)
+            for name, shape in outputs.items():
+                value = values.get(name.replace("present", "past"))  # a cache is extended where it lies
+                if value is None:
+                    value = self.ort.OrtValue.ortvalue_from_shape_and_type(shape, np.float32)
+                bound.bind_ortvalue_output(name, value)
+            return bound
 
         # Building is delayed: an operator that this version lacks must not take the others with it.
-        state: list = []
+        def start() -> None:
+            nonlocal session
+            options = self.ort.SessionOptions()
+            options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
+            options.log_severity_level = 3
+            session = self.ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            bindings.extend(map(bind, inputs))
 
-        def binding():
-            if not state:
-                session = self.ort.InferenceSession(serialized, options, providers=["CPUExecutionProvider"])
-                bound = session.io_binding()
-                for name, array in given.items():
-                    bound.bind_ortvalue_input(name, self.ort.OrtValue.ortvalue_from_numpy(array))
-                for name in outputs:
-                    bound.bind_ortvalue_output(
-                        name, self.ort.OrtValue.ortvalue_from_shape_and_type(shapes[name], np.float32)
-                    )
-                state.extend((session, bound))
-            return state
+        def on(index: int) -> Callable[[], None]:
+            def call() -> None:
+                if session is None:
+                    start()
+                session.run_with_iobinding(bindings[index])
 
-        def call():
-            session, bound = state or binding()
-            session.run_with_iobinding(bound)
+            return call
+
+        calls = [on(index) for index in range(len(inputs))]
 
         def fetch() -> np.ndarray:
-            call()
-            result = state[1].get_outputs()[0].numpy()
-            if head_first_output:
+            calls[0]()
+            result = bindings[0].get_outputs()[0].numpy()
+            if op == "Attention":
                 return result
             return result.reshape(case.batch, case.q_len, case.heads, case.value_dim).swapaxes(1, 2)
 
-        return op, call, fetch
+        return op, calls, fetch
+
+    def model(self, op: str, domain: str, inputs: dict, outputs: dict, attributes: dict) -> bytes:
+        onnx, helper = self.onnx, self.onnx.helper
+        elements = {np.dtype(np.float32): onnx.TensorProto.FLOAT, np.dtype(np.int32): onnx.TensorProto.INT32}
+        names = [name if a is not None else "" for name, a in inputs.items()]
+        given = {name: a for name, a in inputs.items() if a is not None}
+        graph = helper.make_graph(
+            [helper.make_node(op, names, list(outputs), domain=domain, **attributes)],
+            "attention",
+            [helper.make_tensor_value_info(n, elements[a.dtype], a.shape) for n, a in given.items()],
+            [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, shape) for n, shape in outputs.items()],
+        )
+        opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
 
 
 class OpenVINO:
@@ -280,8 +286,8 @@ class OpenVINO:
         from openvino import opset13
 
         refuse(case, top_left=True)
-        arrays = head_first(case)
-        q, k, v = (opset13.parameter(a.shape, np.float32) for a in arrays)
+        found = sets(case)
+        q, k, v = (opset13.parameter(a.shape, np.float32) for a in found[0])
         node = opset13.scaled_dot_product_attention(q, k, v, causal=case.causal)
         model = self.openvino.Model([node], [q, k, v])
         settings = {
@@ -289,19 +295,27 @@ class OpenVINO:
             "INFERENCE_NUM_THREADS": self.threads,
             "INFERENCE_PRECISION_HINT": "f32",
         }
-        request = self.core.compile_model(model, "CPU", settings).create_infer_request()
-        for index, array in enumerate(arrays):
-            request.set_input_tensor(index, self.openvino.Tensor(array, shared_memory=True))
+        compiled = self.core.compile_model(model, "CPU", settings)
+        self.threads = compiled.get_property("INFERENCE_NUM_THREADS")
+        requests = [compiled.create_infer_request() for _ in found]
+        for request, arrays in zip(requests, found, strict=True):
+            for index, array in enumerate(arrays):
+                request.set_input_tensor(index, self.openvino.Tensor(array, shared_memory=True))
 
-        def call():
-            request.infer(share_outputs=True)
-            return arrays  # which the request reads in place, so they have to live as long as this function
+        def on(request, arrays):
+            def call():
+                request.infer(share_outputs=True)
+                return arrays  # which the request reads in place, so they have to live as long as this function
+
+            return call
+
+        calls = [on(*pair) for pair in zip(requests, found, strict=True)]
 
         def fetch() -> np.ndarray:
-            call()
-            return np.array(request.get_output_tensor(0).data)
+            calls[0]()
+            return np.array(requests[0].get_output_tensor(0).data)
 
-        return [("SDPA", call, fetch)]
+        return [("SDPA", calls, fetch)]
 
 
 class Jax:
@@ -322,15 +336,16 @@ class Jax:
 
     def prepare(self, case: Case) -> list[Way]:
         refuse(case, float64=True, groups=True, top_left=True)
-        arrays = [self.jax.device_put(a.swapaxes(1, 2)) for a in head_first(case)]
-        attend = self.jax.jit(
-            lambda q, k, v: self.jax.nn.dot_product_attention(q, k, v, is_causal=case.causal)
-        )
+        found = [[self.jax.device_put(a.swapaxes(1, 2)) for a in arrays] for arrays in sets(case)]
+        attend = self.jax.jit(lambda q, k, v: self.jax.nn.dot_product_attention(q, k, v, is_causal=case.causal))
+        # Compiled here and not in the first call, whose memory may be what is measured.
+        attend = attend.lower(*found[0]).compile()
 
-        def call():
-            return attend(*arrays).block_until_ready()
+        def on(arrays):
+            return lambda: attend(*arrays).block_until_ready()
 
-        return [("dot_product_attention", call, lambda: np.asarray(call()).swapaxes(1, 2))]
+        calls = [on(arrays) for arrays in found]
+        return [("dot_product_attention", calls, lambda: np.asarray(calls[0]()).swapaxes(1, 2))]
 
 
 PEERS: dict[str, type] = {p.name: p for p in (Torch, OnnxRuntime, OpenVINO, Jax, NumPy, ChunkedNumPy)}

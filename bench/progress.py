@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 
-from .report import have_rich, seconds_text
+from .tables import have_rich, seconds_text
 
 
 class Progress:
@@ -48,10 +48,6 @@ class Progress:
             self.bar.update(self.task, completed=self.done, description=text, refresh=True)
         elif not self.quiet:
             elapsed = time.monotonic() - self.start
-            left = (
-                f", about {seconds_text(elapsed / self.done * (self.steps - self.done))} left"
-                if self.done
-                else ""
-            )
+            left = f", about {seconds_text(elapsed / self.done * (self.steps - self.done))} left" if self.done else ""
             print(f"[{self.done + 1}/{self.steps}{left}] {text}", file=sys.stderr, flush=True)
         self.done += 1

@@ -21,7 +21,9 @@ from .. import _runtime
 from . import machine
 from .cases import CASES, Case, case
 from .method import Local, Summary, describe, interleave
-from .runner import ours, threads_text
+from .ours import Ours, ours
+from .runner import threads_text
+from .worker import first_call_memory
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,7 @@ def measure_blhd(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]
         for n in threads:
             views = replace(contiguous, layout="blhd")
             found = ratio(ours(views, n), ours(contiguous, n), seconds / (2 * len(threads)))
-            yield Measured(
-                f'layout="blhd" {name}, {threads_text(n)}', found.median, "x", 1.05, spread=found.spread
-            )
+            yield Measured(f'layout="blhd" {name}, {threads_text(n)}', found.median, "x", 1.05, spread=found.spread)
 
 
 def measure_scaling(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]:
@@ -103,9 +103,7 @@ def measure_scaling(seconds: float, threads: tuple[int, ...]) -> Iterator[Measur
     for name in names:
         found = ratio(ours(find(name), 1), ours(find(name), 2), seconds / len(names))
         note = f"FMA peak {peak:.2f} x"
-        yield Measured(
-            f"2 threads, {name}", found.median, "x", 1.9, more=True, spread=found.spread, note=note
-        )
+        yield Measured(f"2 threads, {name}", found.median, "x", 1.9, more=True, spread=found.spread, note=note)
 
 
 def measure_subnormal(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]:
@@ -140,34 +138,16 @@ def measure_fork_join(seconds: float, threads: tuple[int, ...]) -> Iterator[Meas
     yield Measured(f"hot fork-join, {threads_text(n)}", found.median * 1e6, "µs", 3.0, spread=found.spread)
 
 
-MEMORY = """
-import sys
-import numpy as np
-import qkv_fast
-
-def status(key):
-    for line in open("/proc/self/status"):
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-
-rng = np.random.default_rng(0)
-q, k, v = (rng.standard_normal((1, 8, 16384, 64), dtype="float32") for _ in range(3))
-with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")  # the high-water mark starts again from here
-before = status("VmRSS")
-out = qkv_fast.attention(q, k, v, num_threads=int(sys.argv[1]))
-print(status("VmHWM") - before - out.nbytes)
-"""
-
-
 def measure_memory(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]:
     """Growth of a fresh process in one long call, beyond the output, per thread."""
-    if not os.path.exists("/proc/self/clear_refs"):
-        return
+    long = case("1x8x16384", 64)
+    output = long.heads * long.q_len * long.value_dim * np.dtype(long.dtype).itemsize
     for n in threads:
-        grown = int(child(MEMORY, str(n))) / 2**20
-        name = f"memory beyond the output per thread, 1x8x16384-d64, {threads_text(n)}"
-        yield Measured(name, grown / n, "MB", 2.0)
+        added = first_call_memory(Ours, replace(long, isa=qkv_fast.isa()), n)
+        if added is None:
+            return
+        name = f"memory beyond the output per thread, {long.name}, {threads_text(n)}"
+        yield Measured(name, (added - output) / n / 2**20, "MB", 2.0)
 
 
 IMPORT = """

@@ -1,159 +1,64 @@
-"""What people see: tables for a terminal (with rich or without), Markdown, and JSON.
-
-A `Table` is text cells with a style per row; the three renderings differ in nothing else.
-"""
+"""What the tables say: rows of a run, peers, errors and memory, properties, checks, limits."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
 
-from .method import WIDE_SPREAD, Summary
+from .method import WIDE_SPREAD
+from .ours import OURS
 from .peers import PEERS
 from .properties import Measured
-from .runner import OURS, Row
+from .runner import Goal, Row
 from .selfcheck import Check
-
-STYLES = {"aim": "green", "ok": "green", "floor": "yellow", "below": "red", "error": "red"}
-TINY_FLOPS = 1e7  # below, a row is about the cost of a call: its rate says nothing
+from .tables import Table, bytes_text, percent_text, ratio_text, seconds_text
 
 
-@dataclass
-class Table:
-    """`columns` are headings, the first one left-aligned; `styles` one of STYLES' keys (or "") per row."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[str]] = field(default_factory=list)
-    styles: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def add(self, cells: list[str], style: str = "") -> None:
-        self.rows.append(cells)
-        self.styles.append(style)
+def is_tiny(row: Row) -> bool:
+    """Whether the row is about the cost of a call: it has a time, but its rate says nothing."""
+    return row.job.case.limited_by == "calls"
 
 
-def have_rich() -> bool:
-    try:
-        import rich  # noqa: F401
-    except ImportError:
-        return False
-    return True
+def rate_text(row: Row, name: str) -> str:
+    """Work per second of a contestant, in GF/s (or GB/s: see `unit`)."""
+    return f"{row.rate(name) / 1e9:.3g}"
 
 
-def show(table: Table, write: Callable[[str], object] = print) -> None:
-    """Print a table: by rich where it is installed and the output is a terminal, else as aligned text."""
-    if not table.rows:
-        return
-    if write is print and sys.stdout.isatty() and have_rich():
-        _show_rich(table)
-    else:
-        write(as_text(table))
-
-
-def print_markdown(table: Table) -> None:
-    if table.rows:
-        print(as_markdown(table))
-
-
-def _show_rich(table: Table) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    grid = RichTable(
-        title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1)
-    )
-    for index, heading in enumerate(table.columns):
-        grid.add_column(heading, justify="right" if index else "left", no_wrap=not index)
-    for cells, style in zip(table.rows, table.styles, strict=True):
-        grid.add_row(*(Text(cell) for cell in cells), style=STYLES.get(style, ""))
-    console = Console()
-    console.print(grid)
-    for note in table.notes:
-        console.print(Text(note), style="dim")
-    console.print()
-
-
-def as_text(table: Table) -> str:
-    cells = [table.columns, *table.rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(table.columns))]
-
-    def line(row: list[str]) -> str:
-        first, *others = (
-            c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        )
-        return "  ".join([first, *others]).rstrip()
-
-    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-    return "\n".join([table.title, rule, line(table.columns), rule, *map(line, table.rows), *table.notes, ""])
-
-
-def as_markdown(table: Table) -> str:
-    def line(cells: list[str]) -> str:
-        return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
-
-    rule = "|" + "|".join("---:" if i else "---" for i in range(len(table.columns))) + "|"
-    notes = [f"\n{note}" for note in table.notes]
-    return "\n".join(
-        [f"**{table.title}**", "", line(table.columns), rule, *map(line, table.rows), *notes, ""]
-    )
-
-
-def seconds_text(seconds: float) -> str:
-    if math.isnan(seconds):
-        return "-"
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} µs"
-
-
-def spread_text(summary: Summary) -> str:
-    """Interquartile range in percent of the median; "!" flags a wide one."""
-    return f"{100 * summary.spread:.0f} %" + (" !" if summary.wide else "")
+def unit(row: Row) -> str:
+    return "GB/s" if row.job.case.stream else "GF/s"
 
 
 def speed_table(rows: list[Row], peers: list[str], title: str, goals: bool = True) -> Table:
-    """The benchmark's table: time, rate, share of peak, what was asked, and ours against the fastest peer."""
+    """The benchmark's table: time, rate, share of the limit, what was asked, and ours against the fastest peer."""
     goals = goals and any(row.goal for row in rows)
-    columns = ["workload", "threads", "time", "spread", "GF/s", "% peak"]
+    columns = ["workload", "thr", "time", "spread", "rate", "% limit"]
     columns += ["at least", "aim", "reached"] if goals else []
-    columns += [f"vs {peers[0]}" if len(peers) == 1 else "vs fastest peer"] if peers else []
+    columns += [f"vs {peers[0]}" if len(peers) == 1 else "vs fastest"] if peers else []
     table = Table(title, columns)
     for row in rows:
         cells = [row.job.case.name, str(row.job.threads)]
         if row.error:
-            table.add((cells + [row.error] + [""] * len(columns))[: len(columns)], "error")
+            table.add(cells + ["-"] * (len(columns) - 2), "error")
+            table.notes.append(f"{row.job}: {row.error}")
             continue
-        cells += [seconds_text(row.time.median), spread_text(row.time)]
-        tiny = row.job.case.flops() < TINY_FLOPS
-        cells += ["", ""] if tiny else [f"{row.rate / 1e9:.3g}", f"{100 * row.share.median:.1f}"]
+        cells += [seconds_text(row.time.median), percent_text(row.time.spread, row.time.wide)]
+        rate = f"{rate_text(row, OURS)} {unit(row)}"
+        cells += ["", ""] if is_tiny(row) else [rate, f"{100 * row.share.median:.1f}"]
         if goals:
-            cells += [*goal_text(row), row.verdict]
+            cells += [*goal_text(row.goal), row.verdict]
         if peers:
-            finished = {name: row.speedup(name) for name in row.ready if name not in row.failures}
-            name = min(finished, key=lambda name: finished[name].median, default=None)
-            cells.append(ratio_text(finished[name]) + (f" {name}" if len(peers) > 1 else "") if name else "-")
+            name = min(row.finished, key=lambda name: row.speedup(name).median, default=None)
+            cells.append(ratio_text(row.speedup(name)) + (f" {name}" if len(peers) > 1 else "") if name else "-")
         table.add(cells, row.verdict if goals else "")
     if any(row.rounds and row.time.wide for row in rows):
         table.notes.append("! wide spread: the interquartile range is more than 10 % of the median")
+    if any(row.job.case.stream for row in rows):
+        table.notes.append("GB/s: limited by the read bandwidth; the others by the peak of multiply-adds")
     if peers:
         table.notes.append(f"vs: a peer's time over {OURS}'s in the same round; above 1 {OURS} is faster")
     return table
 
 
-def ratio_text(ratio: Summary) -> str:
-    return f"{ratio.median:.2f}x" + (" !" if ratio.wide else "")
-
-
-def goal_text(row: Row) -> list[str]:
-    goal = row.goal
+def goal_text(goal: Goal | None) -> list[str]:
     if goal is None:
         return ["", ""]
     if goal.unit == "peak":
@@ -162,8 +67,8 @@ def goal_text(row: Row) -> list[str]:
 
 
 def peers_table(rows: list[Row], peers: list[str]) -> Table:
-    """Ours against each peer, with the peer's GF/s (its time where a row has hardly any work) in brackets."""
-    table = Table("Against each peer", ["workload", "threads", *peers])
+    """Ours against each peer, with the peer's rate (its time where a row has hardly any work) in brackets."""
+    table = Table("Against each peer", ["workload", "thr", *peers])
     reasons: dict[str, int] = {}
     titles: dict[str, str] = {}
     slower: list[str] = []
@@ -175,8 +80,7 @@ def peers_table(rows: list[Row], peers: list[str]) -> Table:
                 number = reasons.setdefault(f"{name}: {row.failures[name]}", len(reasons) + 1)
                 cells.append(f"({number})")
                 continue
-            seconds, flops = row.rounds.time(name).median, row.job.case.flops()
-            speed = seconds_text(seconds) if flops < TINY_FLOPS else f"{flops / seconds / 1e9:.3g}"
+            speed = seconds_text(row.rounds.time(name).median) if is_tiny(row) else rate_text(row, name)
             operator = f" {row.ready[name].label[:1]}" if name == "ort" else ""
             cells.append(f"{ratio_text(row.speedup(name))} ({speed}{operator})")
             titles[name] = f"{PEERS[name].title if name in PEERS else name} {row.ready[name].version}"
@@ -185,7 +89,9 @@ def peers_table(rows: list[Row], peers: list[str]) -> Table:
             slower.append(f"{row.job.case.name} ({row.job.threads}): {', '.join(faster)}")
         table.add(cells)
     table.notes = [f"({number}) {reason}" for reason, number in reasons.items()]
-    table.notes += [", ".join(titles.values()) + "; in brackets their GF/s or time"] if titles else []
+    if titles:
+        table.notes.append(", ".join(titles.values()) + "; in brackets their GF/s, GB/s or time")
+        table.notes.append("every peer on as many threads as ours (thr)")
     if any(row.ready.get("ort") for row in rows):
         table.notes.append("ort: the fastest of (M)ultiHeadAttention, (G)roupQueryAttention, (A)ttention")
     if slower:
@@ -193,15 +99,44 @@ def peers_table(rows: list[Row], peers: list[str]) -> Table:
     return table
 
 
+def exactness_table(rows: list[Row], peers: list[str]) -> Table:
+    """Error and memory of each contestant."""
+    table = Table("Largest error against float64, and memory", ["workload", "thr", OURS, *peers])
+    for row in (row for row in rows if not row.error):
+        errors = {OURS: row.our_error} | {name: row.ready[name].error for name in row.finished}
+        cells = []
+        for name in (OURS, *peers):
+            text = f"{errors[name]:.0e}" if name in errors else "-"
+            cells.append(f"{text}, {bytes_text(row.memory[name])}" if name in row.memory else text)
+        table.add([row.job.case.name, str(row.job.threads), *cells])
+    if any(row.memory for row in rows):
+        table.notes.append("memory: what a first call adds to a fresh process at its peak, the result included")
+    return table
+
+
+def limits_table(before: dict[int, dict[str, float]], after: dict[int, dict[str, float]]) -> Table:
+    """What the machine gave before and after the run."""
+    names = {"float32": "float32 GF/s", "float64": "float64 GF/s", "bfloat16": "bfloat16 GF/s", "read": "read GB/s"}
+    table = Table("Limits of the machine, before → after the run", ["threads", *names.values()], keys=1)
+    for threads, first in before.items():
+        last = after.get(threads, {})
+        cells = []
+        for name in names:
+            ends = [f"{rates[name] / 1e9:.3g}" for rates in (first, last) if rates.get(name)]
+            cells.append(" → ".join(ends) or "-")
+        table.add([str(threads), *cells])
+    return table
+
+
 def measured_table(measured: list[Measured]) -> Table:
     """Ratios, memory and import time against what is asked of them."""
-    table = Table("Properties", ["property", "value", "spread", "asked", "aim", "reached", "note"])
+    table = Table("Properties", ["property", "value", "spread", "asked", "aim", "reached", "note"], keys=1)
     for m in measured:
         if math.isnan(m.value):
             table.add([m.name, "-", "", "", "", "not measured", m.note], "error")
             continue
         sign = "≥" if m.more else "≤"
-        spread = f"{100 * m.spread:.0f} %" + (" !" if m.spread > WIDE_SPREAD else "") if m.spread else ""
+        spread = percent_text(m.spread, m.spread > WIDE_SPREAD) if m.spread else ""
         asked = f"{sign} {m.floor:g} {m.unit}"
         aim = "" if m.aim is None else f"{sign} {m.aim:g}"
         table.add([m.name, f"{m.value:.3g} {m.unit}", spread, asked, aim, m.verdict, m.note], m.verdict)
@@ -210,9 +145,7 @@ def measured_table(measured: list[Measured]) -> Table:
 
 def checks_table(checks: list[Check]) -> Table:
     """One row per path and type; failures are spelled out below."""
-    table = Table(
-        "Self-check against the reference", ["path", "type", "checks", "worst error / allowed", "result"]
-    )
+    table = Table("Self-check against the reference", ["path", "type", "checks", "worst error / allowed", "result"])
     groups: dict[tuple[str, str], list[Check]] = {}
     for check in checks:
         groups.setdefault((check.isa, check.dtype), []).append(check)
@@ -232,50 +165,6 @@ def machine_text(machine: dict) -> str:
             f"qkv_fast {machine['qkv_fast']}, Python {machine['python']}, NumPy {machine['numpy']}",
             f"{machine['cpu']}, {machine['cpus']} CPUs ({caches or 'caches unknown'}); {machine['system']}",
             f"CPU path {machine['isa']} (available: {', '.join(machine['available_isas'])}), "
-            f"{machine['threads']} threads by default",
+            f"{machine['threads']} threads by default; governor {machine['governor']}",
         ]
     )
-
-
-def row_data(row: Row) -> dict:
-    """A row as plain data, with every sample, so that a later run can be compared with it."""
-    data = {
-        "case": dataclasses.asdict(row.job.case),
-        "threads": row.job.threads,
-        "isa": row.isa,
-        "error": row.error,
-        "failures": row.failures,
-    }
-    if row.rounds:
-        data |= {
-            "flops": row.job.case.flops(),
-            "max_error": row.our_error,
-            "seconds": row.rounds.seconds,
-            "peaks": row.rounds.peaks,
-            "median_seconds": row.time.median,
-            "spread": row.time.spread,
-            "share_of_peak": row.share.median,
-            "verdict": row.verdict,
-            "peers": {name: dataclasses.asdict(ready) for name, ready in row.ready.items()},
-            "speedup": {n: row.speedup(n).median for n in row.ready if n not in row.failures},
-        }
-    return data
-
-
-def save(path: str, data: dict) -> None:
-    """Write JSON that any reader accepts: NaN, which JSON lacks, becomes null."""
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(_plain(data), file, indent=1, allow_nan=False)
-        file.write("\n")
-
-
-def _plain(value):
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if hasattr(value, "item"):
-        return _plain(value.item())
-    return value

@@ -11,19 +11,18 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
 import qkv_fast
 
 from .. import _runtime
+from . import limits, memory
+from .answers import Exact
 from .cases import Case, Goal
-from .method import Local, Refused, Rounds, Summary, describe, interleave
+from .method import MAX_ROUNDS, MIN_ROUNDS, Local, Refused, Rounds, Summary, describe, interleave
+from .ours import OURS, Ours, ours
 from .peers import PEERS
-from .worker import Ready, Worker, check
+from .worker import Ready, Worker, first_call_memory
 
-OURS = "qkv_fast"
 GOAL_ISA = "avx512"  # the path that goals without a path of their own are for
-PEAK_SECONDS = 0.02  # of each of the two peak measurements in a round
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,19 @@ def threads_text(count: int) -> str:
     return f"{count} thread{'s' * (count > 1)}"
 
 
+@dataclass(frozen=True)
+class How:
+    """How jobs are run: peers by name, seconds of timing for each job, CPU path, and whose memory is measured."""
+
+    peers: tuple[str, ...] = ()
+    seconds: float = 0.0
+    rounds: tuple[int, int] = (MIN_ROUNDS, MAX_ROUNDS)
+    isa: str | None = None
+    reuse_out: bool = False
+    peers_memory: bool = False
+    adapters: dict[str, type] = field(default_factory=lambda: PEERS)
+
+
 @dataclass
 class Row:
     """What is known of a job: `error` if it could not run, else `rounds`; by peer `ready` or `failures`."""
@@ -51,23 +63,34 @@ class Row:
     rounds: Rounds | None = None
     ready: dict[str, Ready] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)  # bytes that a first call adds, by contestant
 
     @property
     def time(self) -> Summary:
         return self.rounds.time(OURS)
 
     @property
-    def rate(self) -> float:
-        """Useful operations per second."""
-        return self.job.case.flops() / self.time.median
+    def amount(self) -> int:
+        """Work of a call in the unit of its limit."""
+        return self.job.case.amount
 
     @property
     def share(self) -> Summary:
-        return self.rounds.share_of_peak(OURS, self.job.case.flops())
+        """Rate over the case's limit."""
+        return self.rounds.share(OURS, self.amount)
+
+    def rate(self, name: str) -> float:
+        """Work per second of a contestant."""
+        return self.amount / self.rounds.time(name).median
 
     def speedup(self, peer: str) -> Summary:
         """How many times faster than a peer, both in the same round."""
         return self.rounds.ratio(peer, OURS)
+
+    @property
+    def finished(self) -> list[str]:
+        """Peers that were timed to the end."""
+        return [name for name in self.ready if name not in self.failures]
 
     @property
     def goal(self) -> Goal | None:
@@ -91,18 +114,8 @@ def plan(cases: Iterable[Case], default: Iterable[int], asked: Iterable[int] | N
     return sorted(jobs, key=lambda job: job.threads)
 
 
-def run(
-    jobs: list[Job],
-    peers: list[str],
-    *,
-    seconds: float,
-    isa: str | None = None,
-    reuse_out: bool = False,
-    adapters: dict[str, type] = PEERS,
-    rounds: tuple[int, int] | None = None,
-    started: Callable[[Job], None] = lambda job: None,
-) -> Iterator[Row]:
-    """Rows in the order of the jobs, each as soon as it is measured; `seconds` of timing for each job."""
+def run(jobs: list[Job], how: How, started: Callable[[Job], None] = lambda job: None) -> Iterator[Row]:
+    """Rows in the order of the jobs, each as soon as it is measured."""
     workers: dict[str, Worker] = {}
     threads = None
     try:
@@ -111,7 +124,7 @@ def run(
                 close(workers)
                 threads = job.threads
             started(job)
-            yield run_job(job, peers, workers, adapters, seconds, isa, reuse_out, rounds)
+            yield run_job(job, how, workers)
     finally:
         close(workers)
 
@@ -122,36 +135,18 @@ def close(workers: dict[str, Worker]) -> None:
     workers.clear()
 
 
-def run_job(job, peers, workers, adapters, seconds, isa, reuse_out, rounds) -> Row:
-    case = job.case if isa is None else replace(job.case, isa=isa)
-    path = case.isa or qkv_fast.isa()
-    row = Row(job, isa=path)
-    if path not in qkv_fast.available_isas():
-        row.error = f"path {path} is not available here"
+def run_job(job: Job, how: How, workers: dict[str, Worker]) -> Row:
+    case = job.case if how.isa is None else replace(job.case, isa=how.isa)
+    row = Row(job, isa=case.isa or qkv_fast.isa())
+    if row.isa not in qkv_fast.available_isas():
+        row.error = f"path {row.isa} is not available here"
         return row
     try:
-        with _runtime.force_isa(path) if case.isa else nullcontext():
-            call = ours(case, job.threads, reuse_out)
-            answer = head_first(case, call())
-            try:
-                row.our_error = check(case, answer)
-            except Refused:
-                row.wrong = True
-                raise
-            del answer  # or its memory could not be used again
-            contestants = [Local(OURS, call), *summon(case, job.threads, peers, workers, adapters, row)]
-            row.rounds = interleave(
-                contestants,
-                peak=lambda: _runtime.peak_flops(case.dtype, job.threads, PEAK_SECONDS),
-                budget=seconds,
-                **({"rounds": rounds} if rounds else {}),
-            )
-        row.failures.update(row.rounds.failures)
-        for name in row.rounds.failures:
-            if name in workers and not workers[name].process.is_alive():
-                workers.pop(name).close()
-    except MemoryError:
-        row.error = "out of memory"
+        check_memory(case)
+        with _runtime.force_isa(case.isa) if case.isa else nullcontext():
+            measure(row, case, how, workers)
+    except MemoryError as error:
+        row.error = f"out of memory: {error}" if str(error) else "out of memory"
     except Refused as refusal:
         row.error = str(refusal)
     except Exception as error:  # one bad case must not take the others' results with it
@@ -159,37 +154,69 @@ def run_job(job, peers, workers, adapters, seconds, isa, reuse_out, rounds) -> R
     return row
 
 
-def ours(case: Case, threads: int, reuse_out: bool = False) -> Callable[[], np.ndarray]:
-    """The call as a user writes it; with `reuse_out` into one output array."""
-    q, k, v = case.inputs()
-    options = dict(case.arguments(), num_threads=threads)
-    if case.layout != "bhld":
-        options["layout"] = case.layout
-    if case.kv_lengths:
-        options["kv_lengths"] = np.array(case.kv_lengths)
-    if reuse_out:
-        options["out"] = np.empty((*q.shape[:-1], case.value_dim), q.dtype)
-    attention = qkv_fast.attention
-    return lambda: attention(q, k, v, **options)
+def check_memory(case: Case) -> None:
+    """MemoryError where the system would have to kill someone: it promises more memory than it has."""
+    needed = case.bytes() * (case.copies() + 4)  # 4: the reference's float64 arrays
+    there = memory.left()
+    if there is not None and needed > there:
+        raise MemoryError(f"the case takes about {needed / 2**30:.3g} GB, {there / 2**30:.3g} GB are left")
 
 
-def head_first(case: Case, answer: np.ndarray) -> np.ndarray:
-    return answer.swapaxes(1, 2) if case.layout == "blhd" else answer
+def measure(row: Row, case: Case, how: How, workers: dict[str, Worker]) -> None:
+    """Fill the row: answers, memory, times."""
+    threads = row.job.threads
+    exact = Exact.of(case)
+    call = ours(case, threads, how.reuse_out)
+    try:
+        row.our_error = exact.error(case.work.head_first(case, call()))
+    except Refused:
+        row.wrong = True
+        raise
+    crew = summon(row, case, exact, how, workers)
+    measure_memory(row, case, how)
+    row.rounds = interleave(
+        [Local(OURS, call), *crew],
+        limit=limits.of_case(case, threads),
+        budget=how.seconds,
+        rounds=how.rounds,
+    )
+    row.failures.update(row.rounds.failures)
+    dismiss(row.rounds.failures, workers)
 
 
-def summon(case, threads, peers, workers, adapters, row: Row) -> list[Worker]:
+def summon(row: Row, case: Case, exact: Exact, how: How, workers: dict[str, Worker]) -> list[Worker]:
     """The peers that can do the case and do it right, ready to be timed; the others' reasons go to `row`."""
-    ready = []
-    for name in peers:
+    crew, threads = [], row.job.threads
+    for name in how.peers:
         try:
             if name not in workers:
-                workers[name] = Worker(adapters[name], threads)
-            row.ready[name] = workers[name].prepare(case)
-            if row.ready[name].threads != threads:
-                raise Refused(f"would use {row.ready[name].threads} threads, not {threads}")
-            ready.append(workers[name])
+                workers[name] = Worker(how.adapters[name], threads)
+            row.ready[name] = ready = workers[name].prepare(case, exact)
+            if ready.threads != threads:
+                raise Refused(f"would use {ready.threads} threads, not {threads}")
+            crew.append(workers[name])
         except Refused as refusal:
             row.failures[name] = str(refusal)
-            if name in workers and not workers[name].process.is_alive():
-                workers.pop(name).close()
-    return ready
+            dismiss([name], workers)
+    return crew
+
+
+def dismiss(names: Iterable[str], workers: dict[str, Worker]) -> None:
+    """Forget processes that are no more, so that the next case starts new ones."""
+    for name in names:
+        if name in workers and not workers[name].alive:
+            workers.pop(name).close()
+
+
+def measure_memory(row: Row, case: Case, how: How) -> None:
+    """What a first call adds, each in a process of its own."""
+    adapters = {OURS: (Ours, "")}
+    if how.peers_memory:
+        adapters |= {name: (how.adapters[name], row.ready[name].label) for name in row.finished}
+    for name, (adapter, label) in adapters.items():
+        try:
+            added = first_call_memory(adapter, case, row.job.threads, label)
+        except Refused:  # it stays unknown; whether the contestant can be timed is another question
+            continue
+        if added is not None:
+            row.memory[name] = added

@@ -20,7 +20,7 @@ import qkv_fast
 from .. import _runtime, reference
 from .cases import Case, case
 from .method import describe
-from .peers import limits, softmax_values
+from .peers import softmax_values
 
 # Odd lengths and dims meet every tail of a kernel; the masks meet skipped, full and partial tiles.
 SHAPES: tuple[Case, ...] = (
@@ -100,7 +100,7 @@ def plain_numpy(shape: Case, q, k, v) -> np.ndarray:
     if shape.layout == "blhd":
         q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))
     group = shape.heads // shape.kv_heads
-    low, high = limits(shape)
+    low, high = shape.limits()
     keys = np.arange(shape.kv_len)
     hidden = ((keys < low[..., None]) | (keys >= high[..., None]))[:, None]
     blind = hidden.all(axis=-1, keepdims=True)
@@ -115,7 +115,5 @@ def compare(isa: str, dtype: str, name: str, answer, exact, allowed: float) -> C
         return Check(isa, dtype, name, math.nan, f"{answer.dtype} {answer.shape}, not {dtype} {exact.shape}")
     error = float(np.abs(answer - exact).max(initial=0.0))
     share = error / allowed if allowed else 0.0
-    problem = (
-        "" if error <= allowed else f"error {error:.2e}, allowed {allowed:.2e}"
-    )  # a NaN is a problem too
+    problem = "" if error <= allowed else f"error {error:.2e}, allowed {allowed:.2e}"  # a NaN is a problem too
     return Check(isa, dtype, name, share, problem)

@@ -11,16 +11,18 @@ import multiprocessing
 import os
 import signal
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 
-import numpy as np
-
+from .. import _runtime
+from . import memory
+from .answers import Exact
 from .cases import Case
-from .method import Refused, describe, timed
+from .method import Refused, describe, rotate, timed
 
 PATIENCE = 300.0  # seconds without an answer after which a peer counts as hung
 SETTLE = 0.005  # a pool's threads spin for a while after a call, on a core that the next contestant needs
-TOLERANCE = {"float32": 2e-5, "float64": 1e-12}  # times max|v|: far above rounding, far below a narrower type
 
 
 @dataclass(frozen=True)
@@ -33,47 +35,21 @@ class Ready:
     error: float  # largest difference to the reference in the rows that were looked at
 
 
-def check(case: Case, answer: np.ndarray) -> float:
-    """Largest error of an answer (batch, heads, q_len, value_dim) against the reference; Refused if wrong.
-
-    The reference stores whole score matrices, so long cases are compared in three bands of queries.
-    """
-    from .. import reference
-
-    expected_shape = (case.batch, case.heads, case.q_len, case.value_dim)
-    if answer.shape != expected_shape:
-        raise Refused(f"wrong answer: shape {answer.shape}, not {expected_shape}")
-    if answer.dtype != case.dtype:
-        raise Refused(f"wrong answer: type {answer.dtype}, not {case.dtype}")
-    q, k, v = case.inputs()
-    if case.layout == "blhd":
-        q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))
-    length, band = case.q_len, 32
-    starts = [0] if length <= 3 * band else [0, length // 2, length - band]
-    worst = 0.0
-    for start in starts:
-        rows = slice(start, length if len(starts) == 1 else start + band)
-        arguments = case.arguments()
-        if case.causal or case.window:
-            lengths = np.array(case.kv_lengths or (case.kv_len,) * case.batch)
-            arguments["q_offset"] = lengths - length + start
-        exact = reference.attention(q[:, :, rows], k, v, **arguments)
-        difference = np.abs(answer[:, :, rows].astype(np.float64) - exact)
-        worst = max(worst, float(difference.max(initial=0.0)) if not np.isnan(difference).any() else np.inf)
-    allowed = TOLERANCE[case.dtype] * float(np.abs(v).max(initial=0.0))
-    if worst > allowed:
-        raise Refused(f"wrong answer: error {worst:.1e}, allowed {allowed:.1e}")
-    return worst
+def ways(peer, case: Case) -> list[tuple]:
+    if case.operation not in getattr(peer, "operations", ("attention",)):
+        raise Refused(f"no {case.operation}")
+    return peer.prepare(case)
 
 
-def best_way(peer, case: Case) -> tuple:
-    """(label, call, error) of the fastest way that gives the right answer."""
+def best_way(peer, case: Case, exact: Exact) -> tuple[str, Callable, float]:
+    """(label, call, error) of the fastest way that gives the right answer; calls take the sets of inputs in turn."""
     good, reasons = [], []
-    ways = peer.prepare(case)
-    for label, call, fetch in ways:
+    found = ways(peer, case)
+    for label, calls, fetch in found:
         try:
-            error = check(case, fetch())
-            seconds = min(timed(call, 1) for _ in range(3)) if len(ways) > 1 else 0.0
+            error = exact.error(fetch())
+            call = rotate(calls)
+            seconds = min(timed(call, 1) for _ in range(3)) if len(found) > 1 else 0.0
             good.append((seconds, label, call, error))
         except Exception as failure:  # one operator of several may be missing or wrong
             reasons.append(f"{label}: {describe(failure)}" if label else describe(failure))
@@ -83,27 +59,39 @@ def best_way(peer, case: Case) -> tuple:
     return label, call, error
 
 
+def first_call(peer, case: Case, label: str) -> Callable:
+    """The call of a way by its label, on one set of inputs."""
+    return next(calls[0] for name, calls, _ in ways(peer, replace(case, stream=False)) if name == label)
+
+
 def serve(pipe, adapter: type, threads: int) -> None:
-    """The process: answer ("prepare", case) and ("sample", repeats) until the pipe closes."""
+    """The process: answer "prepare" (case, exact), "sample" (repeats), "memory" (case, label) until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this process
+    memory.be_first_to_go()
     peer, call = None, None
     settle = 0.0
     while True:
         try:
-            request, argument = pipe.recv()
+            request, *arguments = pipe.recv()
         except (EOFError, OSError):  # the parent is done, or gone
             return
         try:
+            if request == "sample":
+                seconds = timed(call, *arguments)
+                time.sleep(settle)
+                pipe.send(seconds)
+                continue
+            call = None  # and with it the last case's inputs
+            peer = peer or adapter(threads)
+            case = arguments[0]
             if request == "prepare":
-                call = None
-                peer = peer or adapter(threads)
-                label, call, error = best_way(peer, argument)
+                label, call, error = best_way(peer, *arguments)
                 settle = 0.0 if threads == 1 else getattr(peer, "settle", SETTLE)
                 pipe.send(Ready(label, peer.version, peer.threads, error))
             else:
-                seconds = timed(call, argument)
-                time.sleep(settle)
-                pipe.send(seconds)
+                first = first_call(peer, *arguments)
+                with _runtime.force_isa(case.isa) if case.isa else nullcontext():
+                    pipe.send(memory.growth(first))
         except Exception as error:  # told to the parent, which decides
             pipe.send(Refused(describe(error)))
 
@@ -125,12 +113,20 @@ class Worker:
             os.environ.update(before)
         theirs.close()
 
-    def prepare(self, case: Case) -> Ready:
+    def prepare(self, case: Case, exact: Exact) -> Ready:
         """Load the case and check the answer; Refused says why the peer is refused."""
-        return self._ask("prepare", case)
+        return self._ask("prepare", case, exact)
 
     def sample(self, repeats: int) -> float:
         return self._ask("sample", repeats)
+
+    def memory(self, case: Case, label: str) -> int | None:
+        """Bytes that the first call of a way adds; to be asked of a process that has called nothing yet."""
+        return self._ask("memory", case, label)
+
+    @property
+    def alive(self) -> bool:
+        return self.process.is_alive()
 
     def close(self) -> None:
         """End the process."""
@@ -140,16 +136,26 @@ class Worker:
             self.process.kill()
             self.process.join()
 
-    def _ask(self, request: str, argument: object):
+    def _ask(self, *request):
         try:
-            self.pipe.send((request, argument))
+            self.pipe.send(request)
             if not self.pipe.poll(self.patience):
                 self.process.kill()
                 raise Refused(f"no answer in {self.patience:g} s")
             answer = self.pipe.recv()
         except (EOFError, OSError):
             self.process.join(1.0)
-            raise Refused(f"crashed (exit code {self.process.exitcode})") from None
+            code = self.process.exitcode
+            raise Refused("killed (out of memory?)" if code == -9 else f"crashed (exit code {code})") from None
         if isinstance(answer, Exception):
             raise answer
         return answer
+
+
+def first_call_memory(adapter: type, case: Case, threads: int, label: str = "") -> int | None:
+    """Bytes that a call adds to a fresh process, at its peak, the result included; None if the system can't say."""
+    worker = Worker(adapter, threads)
+    try:
+        return worker.memory(case, label)
+    finally:
+        worker.close()

@@ -267,21 +267,29 @@ def fma_rate(bint wide, int threads, double seconds, int isa):
     return rate
 
 
-def read_rate(int threads, size_t nbytes, double seconds):
+def pair_rate(int threads, double seconds):
     cdef double rate
     with nogil:
-        rate = qkv_read_rate(threads, nbytes, seconds)
-    if rate == 0:
-        raise_status(QKV_NO_MEMORY)
+        rate = qkv_pair_rate(threads, seconds)
     return rate
 
 
-def copy_rate(int threads, size_t nbytes, double seconds):
+def read_rate(cnp.ndarray data not None, int threads, double seconds):
+    cdef const void *start = cnp.PyArray_DATA(data)
+    cdef size_t nbytes = cnp.PyArray_NBYTES(data)
     cdef double rate
     with nogil:
-        rate = qkv_copy_rate(threads, nbytes, seconds)
-    if rate == 0:
-        raise_status(QKV_NO_MEMORY)
+        rate = qkv_read_rate(start, nbytes, threads, seconds)
+    return rate
+
+
+def copy_rate(cnp.ndarray to not None, cnp.ndarray data not None, int threads, double seconds):
+    cdef const void *start = cnp.PyArray_DATA(data)
+    cdef void *target = cnp.PyArray_DATA(to)
+    cdef size_t nbytes = cnp.PyArray_NBYTES(data)
+    cdef double rate
+    with nogil:
+        rate = qkv_copy_rate(target, start, nbytes, threads, seconds)
     return rate
 
 

@@ -262,19 +262,24 @@ def counters() -> Iterator[dict[str, int]]:
     result.update(zip(_core.COUNTERS, counts.tolist(), strict=True))
 
 
-def peak_flops(dtype: object = "float32", threads: int = 1, seconds: float = 0.1) -> float:
-    """Floating-point operations per second of multiply-adds that stay in registers, on the current CPU path."""
+def peak_flops(dtype: str = "float32", threads: int = 1, seconds: float = 0.1) -> float:
+    """Floating-point operations per second of multiply-adds that stay in registers, on the current CPU path.
+
+    "bfloat16" is the instruction that multiplies pairs, on any path: 0 where the CPU or the build lacks it.
+    """
+    if dtype == "bfloat16":
+        return _core.pair_rate(threads, seconds)
     return _core.fma_rate(np.dtype(dtype) == np.float64, threads, seconds, current()[1])
 
 
-def read_bandwidth(threads: int = 1, nbytes: int = 1 << 28, seconds: float = 0.2) -> float:
-    """Bytes per second read from an array of `nbytes`."""
-    return _core.read_rate(threads, nbytes, seconds)
+def read_bandwidth(data: np.ndarray, threads: int = 1, seconds: float = 0.1) -> float:
+    """Bytes per second at which threads read a contiguous array, each a part of its own, again and again."""
+    return _core.read_rate(data, threads, seconds)
 
 
-def copy_bandwidth(threads: int = 1, nbytes: int = 1 << 28, seconds: float = 0.2) -> float:
-    """Bytes per second copied from one array of `nbytes` to another: each is read once and written once."""
-    return _core.copy_rate(threads, nbytes, seconds)
+def copy_bandwidth(to: np.ndarray, data: np.ndarray, threads: int = 1, seconds: float = 0.1) -> float:
+    """Bytes per second, read once and written once, at which threads copy a contiguous array to another of its size."""
+    return _core.copy_rate(to, data, threads, seconds)
 
 
 def fork_join_seconds(threads: int, repeats: int = 10000) -> float:

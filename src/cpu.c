@@ -10,6 +10,7 @@
 #include "qkv.h"
 
 extern const qkv_isa qkv_avx512, qkv_avx2, qkv_portable;
+extern const qkv_pairs qkv_avx512bf16;
 
 static const qkv_isa *const built[] = {                /* best first */
 #ifdef QKV_HAVE_AVX512
@@ -19,6 +20,13 @@ static const qkv_isa *const built[] = {                /* best first */
     &qkv_avx2,
 #endif
     &qkv_portable,
+};
+
+static const qkv_pairs *const built_pairs[] = {
+#ifdef QKV_HAVE_AVX512BF16
+    &qkv_avx512bf16,
+#endif
+    NULL
 };
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -44,25 +52,27 @@ static uint64_t enabled_states(void)
 
 static uint32_t detect(void)
 {
-    enum { EBX = 1, ECX = 2 };
+    enum { EAX = 0, EBX = 1, ECX = 2 };
     enum { FMA = 1 << 12, OSXSAVE = 1 << 27, AVX = 1 << 28 };                         /* leaf 1, ecx */
     enum { AVX2 = 1 << 5, F = 1 << 16, DQ = 1 << 17, CD = 1 << 28, BW = 1 << 30 };    /* leaf 7, ebx */
+    enum { BF16 = 1 << 5 };                                                           /* leaf 7.1, eax */
     const uint32_t VL = 1u << 31;
     const uint64_t YMM = 0x6, ZMM = 0xe6;              /* register states that the system saves */
-    uint32_t one[4], seven[4], have = 0;
+    uint32_t one[4], seven[4], more[4], have = 0;
 
     cpuid(1, 0, one);
     if (!(one[ECX] & OSXSAVE) || !(one[ECX] & AVX))
         return 0;
     uint64_t states = enabled_states();
     cpuid(7, 0, seven);
+    cpuid(7, seven[EAX] >= 1, more);                   /* seven's eax is the last of its subleaves */
     if ((states & YMM) == YMM) {
         have |= one[ECX] & FMA ? QKV_CPU_FMA : 0;
         have |= seven[EBX] & AVX2 ? QKV_CPU_AVX2 : 0;
     }
     const uint32_t all = F | DQ | CD | BW | VL;
     if ((states & ZMM) == ZMM && (seven[EBX] & all) == all)
-        have |= QKV_CPU_AVX512;
+        have |= QKV_CPU_AVX512 | (seven[EAX] >= 1 && more[EAX] & BF16 ? QKV_CPU_AVX512BF16 : 0);
     return have;
 }
 
@@ -90,6 +100,12 @@ const qkv_isa *qkv_isa_at(int index)
         if ((have & built[i]->needs) == built[i]->needs && index-- == 0)
             return built[i];
     return NULL;
+}
+
+const qkv_pairs *qkv_pairs_here(void)
+{
+    const qkv_pairs *pairs = built_pairs[0];
+    return pairs && (features() & pairs->needs) == pairs->needs ? pairs : NULL;
 }
 
 const char *qkv_isa_name(int index)

@@ -1,10 +1,8 @@
 /* For tests and benchmarks: one primitive on its own, and the machine's limits. Nothing here is used by a call. */
 #include <stdatomic.h>
 #include <stdint.h>
-#include <string.h>
 
 #include "cpu.h"
-#include "memory.h"
 #include "qkv.h"
 #include "threads.h"
 
@@ -17,14 +15,15 @@ int qkv_exp2(int isa, qkv_type type, const void *x, void *y, int64_t n)
     return 1;
 }
 
-enum { MOST = 256, APART = 16 };      /* threads measured; doubles between two threads' results */
+enum { MOST = 256 };                  /* threads measured */
 
 typedef struct {
-    const qkv_kernels *kernels;
-    uint64_t *data;                   /* (threads, words) */
+    double (*fma)(int64_t rounds, double *flops);
+    const uint64_t *data;             /* (threads, words) */
+    uint64_t *to;                     /* the same, for copies */
     size_t words;
     double seconds;
-    double rate[MOST * APART];
+    double rate[MOST];                /* each written once */
 } measurement;
 
 /* The mean over the whole stretch: what slows a shared machine down slows calls measured beside it by as much. */
@@ -34,11 +33,11 @@ static void measure_fma(void *context, int64_t task, int worker)
     double begin = qkv_clock(), now, flops, sum = 0;
     (void)worker;
     do {
-        m->kernels->fma(2000, &flops);
+        m->fma(2000, &flops);
         sum += flops;
         now = qkv_clock();
     } while (now - begin < m->seconds);
-    m->rate[task * APART] = sum / (now - begin);
+    m->rate[task] = sum / (now - begin);
 }
 
 static void measure_read(void *context, int64_t task, int worker)
@@ -58,66 +57,58 @@ static void measure_read(void *context, int64_t task, int worker)
         rounds++;
         now = qkv_clock();
     } while (now - begin < m->seconds);
-    m->rate[task * APART] = (double)(rounds * m->words) * sizeof(uint64_t) / (now - begin);
+    m->rate[task] = (double)(rounds * m->words) * sizeof(uint64_t) / (now - begin);
 }
 
-/* Copies of the C library, which go past the caches for blocks this large. */
+/* Copies of the C library, which go past the caches if the blocks are large. */
 static void measure_copy(void *context, int64_t task, int worker)
 {
     measurement *m = context;
-    char *data = (char *)(m->data + (size_t)task * m->words);
-    size_t half = m->words / 2 * sizeof(uint64_t), rounds = 0;
+    size_t bytes = m->words * sizeof(uint64_t), rounds = 0;
     double begin = qkv_clock(), now;
     (void)worker;
     do {
-        memcpy(rounds % 2 ? data : data + half, rounds % 2 ? data + half : data, half);
+        memcpy(m->to + (size_t)task * m->words, m->data + (size_t)task * m->words, bytes);
         rounds++;
         now = qkv_clock();
     } while (now - begin < m->seconds);
-    m->rate[task * APART] = (double)(rounds * half) / (now - begin);
+    m->rate[task] = (double)(rounds * bytes) / (now - begin);
 }
 
 /* One task on each of `threads` workers; the sum of their rates. */
-static double measure(qkv_task function, measurement *m, int threads)
+static double measure(qkv_task function, measurement m, int threads)
 {
-    int n = qkv_pool_acquire(threads);
-    qkv_pool_run(n, n, function, m, NULL, NULL);
+    int n = qkv_pool_acquire(threads < MOST ? threads : MOST);
+    qkv_pool_run(n, n, function, &m, NULL, NULL);
     qkv_pool_release(n);
     double sum = 0;
     for (int i = 0; i < n; i++)
-        sum += m->rate[i * APART];
+        sum += m.rate[i];
     return sum;
 }
 
 double qkv_fma_rate(int isa, qkv_type type, int threads, double seconds)
 {
     const qkv_isa *path = qkv_isa_at(isa);
-    measurement *m = path ? qkv_scratch_take(sizeof *m, 0) : NULL;
-    if (!m)
-        return 0;
-    m->kernels = path->type[type];
-    m->seconds = seconds;
-    double rate = measure(measure_fma, m, threads < MOST ? threads : MOST);
-    qkv_scratch_put(m, 0);
-    return rate;
+    return path ? measure(measure_fma, (measurement){.fma = path->type[type]->fma, .seconds = seconds}, threads) : 0;
 }
 
-static double memory_rate(qkv_task function, int threads, size_t bytes, double seconds)
+double qkv_pair_rate(int threads, double seconds)
 {
-    double rate = 0;
-    measurement *m = qkv_scratch_take(sizeof *m, 0);
-    uint64_t *data = qkv_scratch_take(bytes, 1);
-    if (m && data) {
-        threads = threads < MOST ? threads : MOST;
-        memset(data, 1, bytes);
-        m->data = data;
-        m->words = bytes / sizeof *data / (size_t)threads;
-        m->seconds = seconds;
-        rate = measure(function, m, threads);
-    }
-    qkv_scratch_put(data, 1);
-    qkv_scratch_put(m, 0);
-    return rate;
+    const qkv_pairs *pairs = qkv_pairs_here();
+    return pairs ? measure(measure_fma, (measurement){.fma = pairs->fma, .seconds = seconds}, threads) : 0;
+}
+
+double qkv_read_rate(const void *data, size_t bytes, int threads, double seconds)
+{
+    size_t words = bytes / sizeof(uint64_t) / (size_t)threads;
+    return measure(measure_read, (measurement){.data = data, .words = words, .seconds = seconds}, threads);
+}
+
+double qkv_copy_rate(void *to, const void *data, size_t bytes, int threads, double seconds)
+{
+    size_t words = bytes / sizeof(uint64_t) / (size_t)threads;
+    return measure(measure_copy, (measurement){.data = data, .to = to, .words = words, .seconds = seconds}, threads);
 }
 
 double qkv_read_rate(int threads, size_t bytes, double seconds)

@@ -158,9 +158,11 @@ void qkv_pool_stop(void);             /* join the workers unless the pool is bus
 void qkv_fail_allocation(int64_t k);  /* the k-th allocation from now fails (0 is the next one); -1: none does */
 int64_t qkv_allocations(void);        /* allocations since qkv_fail_allocation was last called */
 int qkv_exp2(int isa, qkv_type type, const void *x, void *y, int64_t n);
+/* Rates are those of all threads together, at most 256. */
 double qkv_fma_rate(int isa, qkv_type type, int threads, double seconds);     /* floating-point operations per second */
-double qkv_read_rate(int threads, size_t bytes, double seconds);              /* bytes per second; 0: no memory */
-double qkv_copy_rate(int threads, size_t bytes, double seconds);              /* bytes copied per second, large blocks */
+double qkv_pair_rate(int threads, double seconds);    /* the same for bfloat16 pairs; 0 where the CPU or the build has none */
+double qkv_read_rate(const void *data, size_t bytes, int threads, double seconds);      /* bytes read per second */
+double qkv_copy_rate(void *to, const void *data, size_t bytes, int threads, double seconds);    /* bytes copied per second */
 double qkv_fork_join(int threads, int repeats);                               /* seconds per empty parallel call */
 
 #endif

@@ -5,13 +5,14 @@ import math
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import qkv_fast
 from qkv_fast import reference
-from qkv_fast.bench import cases, cli, machine, method, report, runner, selfcheck
+from qkv_fast.bench import cases, cli, limits, machine, method, operations, record, runner, selfcheck, tables
 from qkv_fast.bench.cases import case
 from qkv_fast.bench.method import Refused, Rounds, Summary
 
@@ -72,6 +73,43 @@ def test_inputs_are_the_same_every_time_and_in_the_case_s_layout_and_type():
         assert first[0].shape == ((2, 9, 4, 8) if c.layout == "blhd" else (2, 4, 9, 8))
 
 
+def test_limits_are_of_the_visible_keys():
+    low, high = case("2x1x3", 4, kv_len=8, causal=True, window=(2, 0), kv_lengths=(8, 4)).limits()
+    assert low.tolist() == [[3, 4, 5], [0, 0, 1]] and high.tolist() == [[6, 7, 8], [2, 3, 4]]
+
+
+def test_bytes_are_what_has_to_be_read_and_written():
+    q, k, v = SMALL.inputs()
+    assert SMALL.bytes() == q.nbytes + k.nbytes + v.nbytes + q.nbytes
+    assert case("1x2x1", 4, kv_len=10, kv_lengths=(3,)).bytes() == 4 * (2 * 4 * 2 + 2 * 2 * 3 * 4)
+
+
+def test_streaming_cases_have_more_inputs_than_a_cache_holds():
+    streams = [c for c in cases.CASES if c.stream]
+    assert streams == cases.select("decode")
+    for c in streams:
+        assert c.copies() * c.bytes() >= 256 * 2**20 and c.limited_by == "read" and c.amount == c.bytes()
+    few = replace(SMALL, stream=True)
+    first, second, *_ = few.sets()
+    for a, b in zip(first, second, strict=True):
+        assert np.array_equal(a, b) and not np.shares_memory(a, b)
+    assert len(SMALL.sets()) == 1
+
+
+def test_what_limits_a_case_goes_by_its_work():
+    assert (SMALL.limited_by, SMALL.amount) == ("calls", 1)
+    large = case("1x12x2048", 64, dtype="float64")
+    assert (large.limited_by, large.amount) == ("float64", large.flops())
+
+
+def test_every_operation_of_a_case_is_known():
+    assert {c.operation for c in cases.CASES} <= set(operations.OPERATIONS)
+
+
+def test_fixed_work_over_length():
+    assert len({c.flops() for c in cases.select("scaling")}) == 1
+
+
 def test_select_by_name_part_and_pattern():
     assert [c.name for c in cases.select("foundation", ["1x12x2048-d64"])] == ["1x12x2048-d64"]
     assert len(cases.select("foundation", ["1x12x2048"])) > 1
@@ -106,14 +144,14 @@ class Fake:
         return self.seconds
 
 
-def test_rounds_are_interleaved_with_the_peak_around_the_first():
+def test_rounds_are_interleaved_with_the_limit_around_the_first():
     log = []
     contestants = [Fake(name, 0.1, log) for name in "ABC"]
-    rounds = method.interleave(contestants, peak=lambda: log.append("peak") or 100.0, budget=0, rounds=(3, 9))
+    rounds = method.interleave(contestants, limit=lambda: log.append("limit") or 100.0, budget=0, rounds=(3, 9))
     warm_up, timed = log[:3], log[3:]
     assert warm_up == ["A", "B", "C"]
-    assert timed == ["peak", "A", "peak", "B", "C"] * 3
-    assert len(rounds.peaks) == 3
+    assert timed == ["limit", "A", "limit", "B", "C"] * 3
+    assert len(rounds.limits) == 3
 
 
 def test_rounds_fill_the_budget_between_the_least_and_the_most():
@@ -134,7 +172,7 @@ def test_ratios_and_shares_are_formed_within_a_round():
         [(8.0, 12.0), (5.0, 5.0), (2.5, 2.5)],
     )
     assert rounds.ratio("peer", "ours") == Summary(2.0, 2.0, 2.0, 3)
-    assert rounds.share_of_peak("ours", 5.0) == Summary(0.5, 0.5, 0.5, 3)
+    assert rounds.share("ours", 5.0) == Summary(0.5, 0.5, 0.5, 3)
 
 
 def test_a_contestant_that_fails_keeps_its_place_and_the_others_go_on():
@@ -156,6 +194,26 @@ def test_short_calls_are_repeated_and_long_ones_are_not():
     calls.clear()
     method.timed(lambda: calls.append(0), 1)
     assert len(calls) == 1
+
+
+def test_copies_of_inputs_are_taken_in_turn():
+    seen = []
+    call = method.rotate([lambda i=i: seen.append(i) for i in range(3)])
+    for _ in range(7):
+        call()
+    assert seen == [0, 1, 2, 0, 1, 2, 0]
+    only = seen.clear
+    assert method.rotate([only]) == only  # nothing between the clock and the call
+
+
+def test_limits_of_the_machine_are_rates():
+    for name in limits.RATES:
+        assert limits.rate(name, 1, 1e-3) > 0 or name == "bfloat16"
+    flags = machine.read("/proc/cpuinfo")
+    if flags and "avx512_bf16" not in flags:
+        assert limits.rate("bfloat16", 1, 1e-3) == 0
+    assert limits.call_rate(1e-3) > 0
+    assert limits.memory().nbytes >= 256 * 2**20
 
 
 # Commands
@@ -196,6 +254,16 @@ def test_bad_thread_counts_are_usage_errors(threads, capsys):
     assert "--threads" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "x", ""])
+@pytest.mark.parametrize("command", [[], ["bench"]], ids=["main", "bench"])
+def test_no_time_is_a_usage_error(command, seconds, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command, "--seconds", seconds])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert "--seconds" in message and repr(seconds) in message
+
+
 def test_list_names_cases_and_properties(capsys):
     assert cli.main(["bench", "--list", "--suite", "foundation"]) == 0
     listed = capsys.readouterr().out
@@ -204,7 +272,7 @@ def test_list_names_cases_and_properties(capsys):
 
 def test_bench_prints_a_table_and_its_json_says_the_same(tmp_path, capsys):
     path = tmp_path / "run.json"
-    arguments = ["--case", "1x8x1-d64,1x1x64-d64", "--peers", "numpy", "--threads", "1", "--seconds", "0"]
+    arguments = ["--case", "1x8x1-d64,1x1x64-d64", "--peers", "numpy", "--threads", "1", "--seconds", "0.01"]
     assert cli.main(["bench", *arguments, "--json", str(path)]) == 0
     printed = capsys.readouterr().out
     run = json.loads(path.read_text())
@@ -212,24 +280,37 @@ def test_bench_prints_a_table_and_its_json_says_the_same(tmp_path, capsys):
     assert [row["case"]["name"] for row in run["rows"]] == ["1x8x1-d64", "1x1x64-d64"]
     for row in run["rows"]:
         assert row["case"]["name"] in printed
-        rounds = Rounds(row["seconds"], [tuple(pair) for pair in row["peaks"]])
+        rounds = Rounds(row["seconds"], [tuple(pair) for pair in row["limits"]])
         assert rounds.time("qkv_fast").median == row["median_seconds"]
-        assert rounds.share_of_peak("qkv_fast", row["flops"]).median == row["share_of_peak"]
+        assert rounds.share("qkv_fast", row["amount"]).median == row["share_of_limit"]
         assert rounds.ratio("numpy", "qkv_fast").median == row["speedup"]["numpy"]
         assert row["peers"]["numpy"]["version"] == np.__version__
 
 
+def test_a_table_too_wide_for_the_terminal_is_printed_in_parts():
+    table = tables.Table("t", ["workload", "thr", "aaaa", "bbbb", "cccc"], notes=["note"])
+    table.add(["w", "1", "a", "b", "c"])
+    parts = tables.fit(table, width=28)
+    assert [part.columns for part in parts] == [["workload", "thr", "aaaa", "bbbb"], ["workload", "thr", "cccc"]]
+    assert [part.rows for part in parts] == [[["w", "1", "a", "b"]], [["w", "1", "c"]]]
+    assert [part.notes for part in parts] == [[], ["note"]]
+    assert all(len(line) <= 28 for part in parts for line in tables.as_text(part).splitlines())
+    assert len(tables.fit(table, width=200)) == 1
+    assert len(tables.fit(table, width=1)) == 3  # a column at least
+
+
 def test_markdown_is_a_table(capsys):
-    arguments = ["--case", "1x8x1-d64", "--peers", "none", "--seconds", "0", "--markdown"]
+    arguments = ["--case", "1x8x1-d64", "--peers", "none", "--seconds", "0.01", "--markdown"]
     assert cli.main(["bench", *arguments]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(lines) == 3
-    assert len({line.count("|") for line in lines}) == 1
+    printed = [block.splitlines() for block in capsys.readouterr().out.split("\n\n") if block.startswith("|")]
+    assert [len(lines) for lines in printed] == [3, 3, 3]  # speed, errors and memory, limits: heading, rule, row
+    for lines in printed:
+        assert len({line.count("|") for line in lines}) == 1
 
 
 def test_json_has_no_nan(tmp_path):
     path = tmp_path / "x.json"
-    report.save(str(path), {"a": [math.nan, 1.5, np.float32(2), np.int64(3)], "b": (math.inf, None, "µ")})
+    record.save(str(path), {"a": [math.nan, 1.5, np.float32(2), np.int64(3)], "b": (math.inf, None, "µ")})
     assert json.loads(path.read_text(encoding="utf-8")) == {"a": [None, 1.5, 2.0, 3], "b": [None, None, "µ"]}
 
 
@@ -251,7 +332,7 @@ def test_ctrl_c_prints_what_is_finished(monkeypatch, capsys):
         return real(*args)
 
     monkeypatch.setattr(runner, "run_job", interrupted)
-    assert cli.main(["bench", "--case", "1x8x1-d64,1x1x64-d64", "--peers", "none", "--seconds", "0"]) == 130
+    assert cli.main(["bench", "--case", "1x8x1-d64,1x1x64-d64", "--peers", "none", "--seconds", "0.01"]) == 130
     output = capsys.readouterr()
     assert "1x8x1-d64" in output.out and "1x1x64-d64" not in output.out
     assert "interrupted" in output.err
@@ -259,7 +340,7 @@ def test_ctrl_c_prints_what_is_finished(monkeypatch, capsys):
 
 def test_the_command_exits_0_and_saves_what_it_found(tmp_path):
     path = tmp_path / "run.json"
-    command = [sys.executable, "-P", "-m", "qkv_fast", "--seconds", "0", "--json", str(path)]
+    command = [sys.executable, "-P", "-m", "qkv_fast", "--seconds", "0.01", "--json", str(path)]
     done = subprocess.run(
         command, capture_output=True, text=True, encoding="utf-8", cwd=tmp_path, timeout=120
     )
@@ -267,7 +348,7 @@ def test_the_command_exits_0_and_saves_what_it_found(tmp_path):
     run = json.loads(path.read_text(encoding="utf-8"))
     assert {check["isa"] for check in run["checks"]} == set(qkv_fast.available_isas())
     assert not any(check["problem"] for check in run["checks"])
-    assert run["rows"] and run["left_out"]
+    assert {row["case"]["name"] for row in run["rows"]} == {c.name for c in cases.select("main")}  # none left out
     for isa in qkv_fast.available_isas():
         assert isa in done.stdout
     assert qkv_fast.__version__ in done.stdout and machine.cpu_model() in done.stdout
@@ -276,7 +357,7 @@ def test_the_command_exits_0_and_saves_what_it_found(tmp_path):
 def test_the_command_exits_1_when_a_check_fails(monkeypatch, capsys):
     real = qkv_fast.attention
     monkeypatch.setattr(qkv_fast, "attention", lambda *a, **k: real(*a, **k) * np.float32(1.0001))
-    assert cli.main(["--seconds", "0"]) == 1
+    assert cli.main(["--seconds", "0.01"]) == 1
     assert "FAILED" in capsys.readouterr().out
 
 
@@ -293,7 +374,7 @@ def test_importing_the_package_does_not_import_the_benchmark():
     code = textwrap.dedent("""
         import sys
         import qkv_fast
-        unwanted = ("qkv_fast.bench", "multiprocessing", "rich")
+        unwanted = ("qkv_fast.bench", "multiprocessing", "rich", "matplotlib")
         print([name for name in sys.modules if name.startswith(unwanted)])
     """)
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)

@@ -1,36 +1,39 @@
 """The benchmark's peers: answers are checked, refusals have reasons, a crash is a note under the table."""
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import qkv_fast
 from qkv_fast import reference
-from qkv_fast.bench import peers, report, runner, worker
+from qkv_fast.bench import memory, operations, peers, report, runner, tables, worker
+from qkv_fast.bench.answers import Exact
 from qkv_fast.bench.cases import case
 from qkv_fast.bench.method import Refused
 
 SMALL = case("2x4x9", 8, causal=True)
+ONCE = runner.How(rounds=(1, 1))
 
 
 def test_answers_are_checked_against_the_reference():
     for shape in (SMALL, case("1x2x150", 8, kv_len=200, causal=True), case("2x4x9", 8, layout="blhd")):
-        q, k, v = shape.inputs()
-        exact = reference.attention(q, k, v, layout=shape.layout, **shape.arguments()).astype("float32")
-        answer = runner.head_first(shape, exact)
-        assert worker.check(shape, answer) < 1e-6
+        exact = Exact.of(shape)
+        right = reference.attention(*shape.inputs(), layout=shape.layout, **shape.arguments()).astype("float32")
+        answer = shape.work.head_first(shape, right)
+        assert exact.error(answer) < 1e-6
         wrong = answer.copy()
         wrong[0, 0, -1, 0] += 1e-3
         with pytest.raises(Refused, match="wrong answer: error"):
-            worker.check(shape, wrong)
+            exact.error(wrong)
         wrong[0, 0, -1, 0] = np.nan
         with pytest.raises(Refused, match="wrong answer"):
-            worker.check(shape, wrong)
+            exact.error(wrong)
     with pytest.raises(Refused, match="shape"):
-        worker.check(SMALL, np.zeros((1, 2, 3, 4), "float32"))
+        Exact.of(SMALL).error(np.zeros((1, 2, 3, 4), "float32"))
     with pytest.raises(Refused, match="type"):
-        worker.check(SMALL, np.zeros((2, 4, 9, 8), "float64"))
+        Exact.of(SMALL).error(np.zeros((2, 4, 9, 8), "float64"))
 
 
 @pytest.mark.parametrize("adapter", [peers.NumPy, peers.ChunkedNumPy], ids=lambda peer: peer.name)
@@ -46,7 +49,7 @@ def test_answers_are_checked_against_the_reference():
 )
 def test_plain_numpy_is_right(adapter, shape):
     ((_, _, fetch),) = adapter(1).prepare(shape)
-    worker.check(shape, fetch())
+    Exact.of(shape).error(fetch())
 
 
 PEERS_MODULE = """
@@ -67,7 +70,7 @@ class Wrong:
 
         answer = reference.attention(*case.inputs(), **case.arguments()).astype(case.dtype) + self.shift
         answer = answer.astype(case.dtype)
-        return [("way", lambda: answer, lambda: answer)]
+        return [("way", [lambda: answer] * case.copies(), lambda: answer)]
 
 
 class Right(Wrong):
@@ -111,7 +114,7 @@ def strange_peers(tmp_path, monkeypatch):
 
 def test_peers_are_refused_with_the_reason_and_the_run_goes_on(strange_peers):
     jobs = runner.plan([SMALL, case("1x1x4", 4)], [1])
-    rows = list(runner.run(jobs, list(strange_peers), seconds=0, adapters=strange_peers, rounds=(1, 1)))
+    rows = list(runner.run(jobs, runner.How(tuple(strange_peers), rounds=(1, 1), adapters=strange_peers)))
     assert [row.error for row in rows] == ["", ""]
     for row in rows:
         assert set(row.failures) == {"wrong", "crashing", "missing", "stubborn"}
@@ -121,7 +124,7 @@ def test_peers_are_refused_with_the_reason_and_the_run_goes_on(strange_peers):
         assert row.failures["stubborn"] == "would use 17 threads, not 1"
         assert row.speedup("right").count == 1
         assert row.ready["right"].threads == 1
-    text = report.as_text(report.peers_table(rows, list(strange_peers)))
+    text = tables.as_text(report.peers_table(rows, list(strange_peers)))
     assert "crashed (exit code 7)" in text and "a_module_that_nobody_has" in text
 
 
@@ -129,7 +132,7 @@ def test_a_peer_that_hangs_is_given_up(strange_peers):
     hung = worker.Worker(strange_peers["right"], 1, patience=0.0)
     try:
         with pytest.raises(Refused, match="no answer in 0 s"):
-            hung.prepare(SMALL)
+            hung.prepare(SMALL, Exact.of(SMALL))
     finally:
         hung.close()
     assert not hung.process.is_alive()
@@ -137,7 +140,7 @@ def test_a_peer_that_hangs_is_given_up(strange_peers):
 
 def test_an_answer_of_ours_that_is_wrong_is_an_error_and_not_a_time(monkeypatch):
     monkeypatch.setattr(qkv_fast, "attention", lambda q, k, v, **_: np.zeros_like(q))
-    (row,) = runner.run(runner.plan([SMALL], [1]), [], seconds=0)
+    (row,) = runner.run(runner.plan([SMALL], [1]), ONCE)
     assert row.wrong and "wrong answer" in row.error and row.rounds is None
 
 
@@ -145,8 +148,74 @@ def test_no_memory_and_no_path_are_rows_too(monkeypatch):
     def fail(*args, **kwargs):
         raise MemoryError
 
-    (row,) = runner.run(runner.plan([case("1x1x4", 4, isa="no-such-path")], [1]), [], seconds=0)
+    (row,) = runner.run(runner.plan([case("1x1x4", 4, isa="no-such-path")], [1]), ONCE)
     assert row.error == "path no-such-path is not available here"
     monkeypatch.setattr(qkv_fast, "attention", fail)
-    (row,) = runner.run(runner.plan([SMALL], [1]), [], seconds=0)
+    (row,) = runner.run(runner.plan([SMALL], [1]), ONCE)
     assert row.error == "out of memory"
+
+
+def test_a_case_too_large_for_the_memory_is_a_row_that_says_so(monkeypatch):
+    monkeypatch.setattr(memory, "left", lambda: 1000)
+    (row,) = runner.run(runner.plan([SMALL], [1]), ONCE)
+    assert row.error.startswith("out of memory: the case takes about") and row.rounds is None
+    text = tables.as_text(report.speed_table([row], [], "title"))
+    assert SMALL.name in text and row.error in text
+
+
+@pytest.mark.skipif(memory.growth(int) is None, reason="the system does not tell a process's memory at its peak")
+def test_memory_is_what_a_first_call_adds_to_a_process_of_its_own(strange_peers):
+    size = 1 << 26
+
+    def call():
+        block = np.ones(size, np.uint8)
+        return len(block)  # freed before the call ends, but it was there
+
+    grown = [memory.growth(call) for _ in range(3)]
+    assert all(abs(count - size) < 2**20 for count in grown)  # the system adds its CPUs' counts of pages up late
+    how = runner.How(("right", "wrong"), rounds=(1, 1), adapters=strange_peers, peers_memory=True)
+    (row,) = runner.run(runner.plan([SMALL], [1]), how)
+    assert set(row.memory) == {"qkv_fast", "right"}  # who gives wrong answers is asked for nothing else
+
+
+def test_memory_left_is_none_or_positive():
+    assert memory.left() is None or memory.left() > 0
+
+
+def test_a_case_may_be_about_another_operation(strange_peers, monkeypatch):
+    """An operation is one class: rows, checks and refusals follow from it."""
+
+    class Doubling(operations.Attention):
+        @staticmethod
+        def call(case, arrays, threads, reuse_out):
+            return lambda: arrays[0] * 2
+
+        @staticmethod
+        def exact(case, arrays, rows):
+            return arrays[0][:, :, rows].astype("float64") * 2
+
+    monkeypatch.setitem(operations.OPERATIONS, "doubling", Doubling)
+    how = runner.How(("right",), rounds=(1, 1), adapters=strange_peers)
+    (row,) = runner.run(runner.plan([case("1x1x4", 4, operation="doubling")], [1]), how)
+    assert not row.error and row.our_error == 0
+    assert row.failures == {"right": "no doubling"}
+
+
+def test_streaming_cases_rotate_among_copies(monkeypatch):
+    """Ours and the peers' calls take all sets of inputs in turn: seen by what they were called on."""
+    seen = []
+
+    class Watching(operations.Attention):
+        @staticmethod
+        def call(case, arrays, threads, reuse_out):
+            return lambda: seen.append(id(arrays[1])) or arrays[0]
+
+    shape = case("1x64x1", 128, kv_len=2048, stream=True)  # 128 MB: 2 or 3 copies
+    assert shape.copies() > 1
+    _, calls, _ = worker.ways(peers.ChunkedNumPy(1), shape)[0]
+    assert len(calls) == shape.copies()
+    monkeypatch.setitem(operations.OPERATIONS, "watching", Watching)
+    call = runner.ours(replace(shape, operation="watching"), 1)
+    for _ in range(2 * shape.copies()):
+        call()
+    assert len(set(seen)) == shape.copies() and seen[: shape.copies()] == seen[shape.copies() :]

@@ -120,6 +120,13 @@ typedef struct {
     const qkv_kernels *type[2];       /* by qkv_type: float32, float64 */
 } qkv_isa;
 
+/* The multiply-add of bfloat16 pairs, which some CPUs have beside their path. */
+typedef struct {
+    uint32_t needs;
+    double (*fma)(int64_t rounds, double *flops);             /* as in qkv_kernels */
+} qkv_pairs;
+
 enum { QKV_CPU_AVX2 = 1, QKV_CPU_FMA = 2, QKV_CPU_AVX512 = 4 };      /* AVX512 is F, VL, DQ, BW and CD together */
+enum { QKV_CPU_AVX512BF16 = 8 };
 
 #endif

@@ -1,5 +1,5 @@
 /* As many independent multiply-adds as the product keeps in registers, and nothing else: the rate that the benchmark
- * calls the peak. x and y are chosen so that the sums stay small and the compiler cannot know them. */
+ * calls the peak. x and y are chosen so that the sums stay finite and the compiler cannot know them. */
 static double X(fma_rounds)(int64_t rounds, double *flops)
 {
     QKV_ALIGN REAL lane[W];
@@ -17,7 +17,7 @@ static double X(fma_rounds)(int64_t rounds, double *flops)
         for (int i = 0; i < ROW_TILE; i++) {
             QKV_UNROLL
             for (int j = 0; j < LANE_VECTORS; j++)
-                c[i][j] = X(fma)(c[i][j], x, y);
+                c[i][j] = X(fma)(x, y, c[i][j]);
         }
     }
     VEC sum = X(set1)(0);

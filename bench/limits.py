@@ -1,0 +1,57 @@
+"""The machine's limits, measured by loops in our own C core: multiply-adds in registers, reading from memory.
+
+A case with hardly any work is limited by how fast Python makes a call, which gets a measure too.
+They are taken beside every sample of ours (what a row's share of the limit refers to), and before and after the whole
+run, so that a reader sees whether the machine was the same throughout.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from .. import _runtime
+from .cases import STREAM_BYTES, Case
+
+BESIDE_SECONDS = 0.02  # of each of the two measurements around a sample
+RUN_SECONDS = 0.05
+RATES = ("float32", "float64", "bfloat16", "read")  # what a run notes; a case may also be limited by "calls"
+
+
+@functools.cache
+def memory() -> np.ndarray:
+    """What is read: too large for any cache."""
+    return np.ones(STREAM_BYTES, np.uint8)
+
+
+def of_case(case: Case, threads: int) -> Callable[[], float]:
+    """What limits a case, measured anew at each call."""
+    return lambda: rate(case.limited_by, threads, BESIDE_SECONDS)
+
+
+def rate(name: str, threads: int, seconds: float) -> float:
+    """Bytes, calls or operations per second; 0 where the CPU or the build lacks the instruction."""
+    if name == "read":
+        return _runtime.read_bandwidth(memory(), threads, seconds)
+    if name == "calls":
+        return call_rate(seconds)
+    return _runtime.peak_flops(name, threads, seconds)
+
+
+def call_rate(seconds: float) -> float:
+    """Calls per second of a NumPy function on next to nothing: how fast Python is at the moment."""
+    x, add = np.zeros(8), np.add
+    done, begin = 0, time.perf_counter()
+    while (now := time.perf_counter()) - begin < seconds:
+        for _ in range(100):
+            add(x, x, x)
+        done += 100
+    return done / (now - begin)
+
+
+def measure(threads: Iterable[int], seconds: float = RUN_SECONDS) -> dict[int, dict[str, float]]:
+    """Every rate at every thread count."""
+    return {n: {name: rate(name, n, seconds) for name in RATES} for n in sorted(set(threads))}

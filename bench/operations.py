@@ -1,0 +1,88 @@
+"""What a case may time: one class for each function of the library, by the name that `Case.operation` gives.
+
+An operation draws a case's inputs, says how much work they are, calls the library, and knows the exact answer. It has
+
+- `inputs(case, rng)`: the arrays, in the case's layout;
+- `flops(case)`: useful operations; `bytes(case)`: bytes of inputs that are looked at, and of the output, once each;
+- `call(case, arrays, threads, reuse_out)`: the call that is timed, as a function without arguments;
+- `head_first(case, answer)`: what that function gives, as (batch, heads, queries, last);
+- `exact(case, arrays, rows)`: the same for a slice of the queries, in float64;
+- `tolerance(case, arrays)`: the largest error that is not a wrong answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+import qkv_fast
+
+if TYPE_CHECKING:
+    from .cases import Case
+
+TOLERANCE = {"float32": 2e-5, "float64": 1e-12}  # times max|v|: far above rounding, far below a narrower type
+
+
+class Attention:
+    """q (batch, heads, q_len, dim), k (batch, kv_heads, kv_len, dim), v (..., kv_len, value_dim)."""
+
+    @staticmethod
+    def inputs(case: Case, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+        def draw(heads: int, length: int, dim: int) -> np.ndarray:
+            shape = (case.batch, heads, length, dim)
+            if case.layout == "blhd":
+                shape = (case.batch, length, heads, dim)
+            return rng.standard_normal(shape, dtype=case.dtype)
+
+        return (
+            draw(case.heads, case.q_len, case.dim),
+            draw(case.kv_heads, case.kv_len, case.dim),
+            draw(case.kv_heads, case.kv_len, case.value_dim),
+        )
+
+    @staticmethod
+    def flops(case: Case) -> int:
+        """Two per multiply-add of both products, over the visible pairs only."""
+        return 2 * case.heads * case.visible_pairs() * (case.dim + case.value_dim)
+
+    @staticmethod
+    def bytes(case: Case) -> int:
+        low, high = case.limits()
+        keys = int(np.maximum(high.max(axis=1) - low.min(axis=1), 0).sum()) if case.q_len else 0
+        rows = case.batch * case.q_len * case.heads + keys * case.kv_heads
+        return rows * (case.dim + case.value_dim) * np.dtype(case.dtype).itemsize
+
+    @staticmethod
+    def call(case: Case, arrays: tuple[np.ndarray, ...], threads: int, reuse_out: bool) -> Callable[[], np.ndarray]:
+        q, k, v = arrays
+        options = dict(case.arguments(), num_threads=threads)
+        if case.layout != "bhld":
+            options["layout"] = case.layout
+        if case.kv_lengths:
+            options["kv_lengths"] = np.array(case.kv_lengths)
+        if reuse_out:
+            options["out"] = np.empty((*q.shape[:-1], case.value_dim), q.dtype)
+        attention = qkv_fast.attention
+        return lambda: attention(q, k, v, **options)
+
+    @staticmethod
+    def head_first(case: Case, answer: np.ndarray) -> np.ndarray:
+        return answer.swapaxes(1, 2) if case.layout == "blhd" else answer
+
+    @staticmethod
+    def exact(case: Case, arrays: tuple[np.ndarray, ...], rows: slice) -> np.ndarray:
+        q, k, v = (Attention.head_first(case, a) for a in arrays)
+        arguments = case.arguments()
+        if case.causal or case.window:
+            lengths = np.array(case.kv_lengths or (case.kv_len,) * case.batch)
+            arguments["q_offset"] = lengths - case.q_len + rows.start
+        return qkv_fast.reference.attention(q[:, :, rows], k, v, **arguments)
+
+    @staticmethod
+    def tolerance(case: Case, arrays: tuple[np.ndarray, ...]) -> float:
+        return TOLERANCE[case.dtype] * float(np.abs(arrays[2]).max(initial=0.0))
+
+
+OPERATIONS: dict[str, type] = {"attention": Attention}

@@ -1,0 +1,185 @@
+"""Pictures of a run, from its plain data: roofline, bars against the peers, scaling. matplotlib is imported late."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from .method import Rounds
+from .ours import OURS
+
+COLOURS = {OURS: "#c8102e"}  # ours is red in every picture; the peers take the following in turn
+OTHERS = ("#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#8c8c8c", "#bcbd22", "#17becf", "#e377c2")
+
+
+def draw(run: dict, folder: str) -> Iterator[Path]:
+    """Write the pictures that the run has data for; yields their files."""
+    rows = [row for row in run["rows"] if not row["error"] and row["limited_by"] != "calls"]
+    machine = run["machine"]
+    about = f"{machine['cpu']}, {machine['cpus']} CPUs, path {machine['isa']}; qkv_fast {machine['qkv_fast']}"
+    pictures: dict[str, Callable] = {"roofline": roofline, "peers": bars, "scaling": scaling}
+    for name, picture in pictures.items():
+        figure = picture(run, rows, about)
+        if figure is not None:
+            path = Path(folder, f"{name}.png")
+            figure.savefig(path, dpi=120)
+            yield path
+
+
+def figure_of(width: float, height: float, panels: int = 1):
+    """A figure without pyplot: no window system, no state of the process."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    for ax in axes:
+        ax.grid(True, which="major", color="#dddddd", linewidth=0.6)
+        ax.set_axisbelow(True)
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def rounds(row: dict) -> Rounds:
+    """The samples; null stands for a round that a contestant had left."""
+    seconds = {n: [math.nan if s is None else s for s in values] for n, values in row["seconds"].items()}
+    return Rounds(seconds, [tuple(pair) for pair in row["limits"]])
+
+
+def contestants(rows: list[dict]) -> dict[str, str]:
+    """Everyone who was timed, with a colour."""
+    names = dict.fromkeys(name for row in rows for name in (OURS, *row["speedup"]))
+    others = iter(OTHERS * len(names))
+    return {name: COLOURS.get(name) or next(others) for name in names}
+
+
+def label(row: dict, with_threads: bool) -> str:
+    path = "" if not row["case"]["isa"] else f" ({row['isa']})"
+    return row["case"]["name"] + (f", {row['threads']} thr" if with_threads else "") + path
+
+
+def roofline(run: dict, rows: list[dict], about: str):
+    """Useful operations per second over operations per byte, below what the machine allows."""
+    counts = [n for n in sorted({row["threads"] for row in rows}) if str(n) in run["limits"].get("before", {})]
+    if not counts:
+        return None
+    counts = counts if len(counts) <= 2 else [counts[0], counts[-1]]
+    most = max(sum(row["threads"] == n for row in rows) for n in counts)
+    figure, axes = figure_of(1 + 7.5 * len(counts), max(5.5, 2 + 0.16 * most), len(counts))
+    for ax, n in zip(axes, counts, strict=True):
+        here = [row for row in rows if row["threads"] == n]
+        ends = [run["limits"][end][str(n)] for end in ("before", "after") if end in run["limits"]]
+        limits = {name: max(rates[name] for rates in ends) for name in ends[0]}
+        reach = [row["flops"] / row["bytes"] for row in here]
+        left, right = min(0.3, *reach, 1e9) / 2, max(100.0, *reach, 0) * 2
+        for dtype, style in (("float32", "-"), ("float64", "--")):
+            if dtype != "float32" and dtype not in {row["case"]["dtype"] for row in here}:
+                continue
+            peak, bandwidth = limits[dtype] / 1e9, limits["read"] / 1e9
+            ridge = peak / bandwidth
+            ax.plot([left, ridge, right], [left * bandwidth, peak, peak], style, color="black", linewidth=1.4)
+            ax.text(right, peak * 1.03, f"{dtype} FMA peak {peak:.0f} GF/s", ha="right", va="bottom", fontsize=8)
+        middle = math.sqrt(left * ridge)
+        ax.text(middle, middle * bandwidth * 1.25, f"read {bandwidth:.0f} GB/s", fontsize=8, ha="right", va="bottom")
+        for number, row in enumerate(here, 1):
+            x, y = row["flops"] / row["bytes"], row["flops"] / row["median_seconds"] / 1e9
+            ax.plot(x, y, "o", color=COLOURS[OURS], markersize=5, label=f"{number:2}  {label(row, False)}")
+            ax.annotate(str(number), (x, y), xytext=(3, -9), textcoords="offset points", fontsize=7)
+        ax.set(xscale="log", yscale="log", xlim=(left, right))
+        ax.set_xlabel("operations per byte of inputs and output (flop/B)")
+        ax.set_ylabel("useful operations (GF/s)")
+        ax.set_title(f"{n} thread{'s' * (n > 1)}", fontsize=10, loc="left")
+        ax.legend(fontsize=6.5, loc="lower right", handlelength=0, markerscale=0, framealpha=0.9)
+    figure.suptitle(f"Roofline\n{about}", fontsize=10)
+    return figure
+
+
+def bars(run: dict, rows: list[dict], about: str):
+    """Everyone's share of the limit, row by row."""
+    names = contestants(rows)
+    if len(names) < 2:
+        return None
+    several = len({row["threads"] for row in rows}) > 1
+    shown = [[name for name in names if name == OURS or name in row["speedup"]] for row in rows]
+    total = sum(map(len, shown)) + 0.8 * len(rows)
+    figure, (ax,) = figure_of(9, 1.6 + 0.15 * total)
+    at, ticks = 0.0, []
+    for row, present in zip(rows, shown, strict=True):
+        found = rounds(row)
+        begin = at
+        for name in present:
+            share = 100 * found.share(name, row["amount"]).median
+            ax.barh(at, share, 0.9, color=names[name])
+            ax.text(share, at, f" {share:.0f}", va="center", fontsize=6)
+            at += 1
+        ticks.append((begin + at - 1) / 2)
+        at += 0.8
+    ax.set_yticks(ticks, [label(row, several) for row in rows], fontsize=8)
+    ax.set_ylim(at, -1)
+    ax.set_xlabel("% of the limit: FMA peak of the type (cases named decode: read bandwidth), more is better")
+    machine = {name: ready for row in rows for name, ready in row["peers"].items()}
+    for name, colour in names.items():
+        version = run["machine"]["qkv_fast"] if name == OURS else machine[name]["version"]
+        ax.barh([0], [0], color=colour, label=f"{name} {version}")
+    ax.legend(fontsize=7, ncols=4, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
+    figure.suptitle(f"Against the peers, equal thread counts\n{about}", fontsize=10)
+    return figure
+
+
+def scaling(run: dict, rows: list[dict], about: str):
+    """Speed over threads; share of the limit over length, at fixed work."""
+    counts = sorted({row["threads"] for row in rows})
+    fixed = [row for row in rows if "scaling" in row["case"]["suites"] and row["threads"] == counts[-1]]
+    by_case: dict[str, dict[int, float]] = {}
+    for row in rows:
+        by_case.setdefault(label(row, False), {})[row["threads"]] = row["median_seconds"]
+    by_case = {name: times for name, times in by_case.items() if len(times) > 1 and counts[0] in times}
+    panels = bool(by_case) + (len(fixed) > 1)
+    if not panels:
+        return None
+    figure, axes = figure_of(1 + 6.5 * panels, 5.5, panels)
+    remaining = list(axes)
+    if by_case:
+        over_threads(remaining.pop(0), by_case, run)
+    if len(fixed) > 1:
+        over_length(remaining.pop(0), fixed)
+    figure.suptitle(f"Scaling\n{about}", fontsize=10)
+    return figure
+
+
+def over_threads(ax, by_case: dict[str, dict[int, float]], run: dict) -> None:
+    for name, times in by_case.items():
+        first = min(times)
+        ax.plot(list(times), [first * times[first] / t for t in times.values()], "o-", markersize=4, label=name)
+    peaks = {int(n): rates["float32"] for n, rates in run["limits"].get("before", {}).items()}
+    if len(peaks) > 1:
+        first = min(peaks)
+        gain = [first * peak / peaks[first] for peak in peaks.values()]
+        ax.plot(list(peaks), gain, "k--", label="FMA peak, float32")
+    ax.set_xticks(sorted({n for times in by_case.values() for n in times}))
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel("threads")
+    ax.set_ylabel("speed, × one thread")
+    ax.legend(fontsize=7)
+
+
+def over_length(ax, fixed: list[dict]) -> None:
+    fixed = sorted(fixed, key=lambda row: row["case"]["kv_len"])
+    for name, colour in contestants(fixed).items():
+        shares = [
+            (row["case"]["kv_len"], rounds(row).share(name, row["amount"]).median)
+            for row in fixed
+            if name in row["seconds"]
+        ]
+        ax.plot([n for n, _ in shares], [100 * s for _, s in shares], "o-", color=colour, markersize=4, label=name)
+    ax.set_xscale("log", base=2)
+    lengths = [row["case"]["kv_len"] for row in fixed]
+    ax.set_xticks(lengths, [str(n) for n in lengths])
+    ax.minorticks_off()
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel("sequence length (queries = keys), batch × heads × length² fixed")
+    threads = fixed[0]["threads"]
+    ax.set_ylabel(f"% of the FMA peak, {threads} thread{'s' * (threads > 1)}")
+    ax.legend(fontsize=7)
