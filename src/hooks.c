@@ -1,6 +1,7 @@
 /* For tests and benchmarks: one primitive on its own, and the machine's limits. Nothing here is used by a call. */
 #include <stdatomic.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "cpu.h"
 #include "qkv.h"
@@ -109,16 +110,6 @@ double qkv_copy_rate(void *to, const void *data, size_t bytes, int threads, doub
 {
     size_t words = bytes / sizeof(uint64_t) / (size_t)threads;
     return measure(measure_copy, (measurement){.data = data, .to = to, .words = words, .seconds = seconds}, threads);
-}
-
-double qkv_read_rate(int threads, size_t bytes, double seconds)
-{
-    return memory_rate(measure_read, threads, bytes, seconds);
-}
-
-double qkv_copy_rate(int threads, size_t bytes, double seconds)
-{
-    return memory_rate(measure_copy, threads, 2 * bytes, seconds);
 }
 
 /* Each of n tasks waits until all have begun, so that every worker takes one: the caller alone would be quicker. */
