@@ -63,6 +63,16 @@ cdef int64_t stride_of(cnp.ndarray x, int axis) noexcept:
     return cnp.PyArray_STRIDE(x, n - axis)
 
 
+cdef int fill_axes(int64_t *axes, cnp.ndarray out) noexcept:
+    """The leading axes of a result that have more than one entry, or none; returns how many there are."""
+    cdef int i, n = 0
+    for i in range(cnp.PyArray_NDIM(out) - 3):
+        if cnp.PyArray_DIM(out, i) != 1:
+            axes[n] = cnp.PyArray_DIM(out, i)
+            n += 1
+    return n
+
+
 cdef void fill_strides(qkv_strides *at, cnp.ndarray x, bint heads_first, cnp.ndarray out) noexcept:
     cdef int i, n = 0, axes = cnp.PyArray_NDIM(out) - 3
     at.dim = stride_of(x, 1)
@@ -94,7 +104,7 @@ def forward(cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not No
     cdef int64_t *offsets = NULL
     cdef int64_t *lengths = NULL
     cdef qkv_status status
-    cdef int i, axes = cnp.PyArray_NDIM(out) - 3
+    cdef int axes = cnp.PyArray_NDIM(out) - 3
     cdef int row = 2 if heads_first else 3, head = 5 - row
 
     p.type = type_of(q)
@@ -104,11 +114,7 @@ def forward(cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not No
     p.swapped_v = cnp.PyArray_ISBYTESWAPPED(v)
     p.swapped_out = cnp.PyArray_ISBYTESWAPPED(out)
 
-    p.n_axes = 0
-    for i in range(axes):
-        if cnp.PyArray_DIM(out, i) != 1:
-            p.axes[p.n_axes] = cnp.PyArray_DIM(out, i)
-            p.n_axes += 1
+    p.n_axes = fill_axes(p.axes, out)
     if axes < 0:                                # 2-D
         heads_first = True
         row = 2
@@ -162,13 +168,8 @@ def product(cnp.ndarray a not None, cnp.ndarray b not None, cnp.ndarray c not No
     (..., rows, heads, dim). 2-D arrays have no heads."""
     cdef qkv_product_problem p
     cdef qkv_status status
-    cdef int i, axes = cnp.PyArray_NDIM(c) - 3
-    p.n_axes = 0
-    for i in range(axes):
-        if cnp.PyArray_DIM(c, i) != 1:
-            p.axes[p.n_axes] = cnp.PyArray_DIM(c, i)
-            p.n_axes += 1
-    if axes < 0:                                # 2-D
+    p.n_axes = fill_axes(p.axes, c)
+    if cnp.PyArray_NDIM(c) < 3:                                # 2-D
         a_heads_first = b_heads_first = c_heads_first = True
         p.heads = p.heads_b = 1
     else:

@@ -1,17 +1,13 @@
-"""scores, softmax and weighted_values: right on every CPU path, wherever arrays lie, and the same bits each time.
-
-The error rule is attention's (_util): with `exact` the reference in the next wider type, at most twice the error of
-plain NumPy in the same type, plus 4 eps times the size of the result's terms.
-"""
+"""scores, softmax and weighted_values: right on every CPU path, wherever arrays lie, and the same bits each time."""
 
 import itertools
 import sys
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 from _fence import Fence
 from _patterns import PATTERNS
+from _stages import check_scores, check_softmax, check_values, stages
 from _util import TYPES, general_product, no_change, normal, pairs, qkv, same_bits
 
 import qkv_fast
@@ -20,75 +16,6 @@ from qkv_fast import _runtime, reference
 pytestmark = pytest.mark.usefixtures("isa")
 dtypes = pytest.mark.parametrize("dtype", TYPES)
 layouts = pytest.mark.parametrize("layout", ["bhld", "blhd"])
-
-
-@dataclass
-class Stage:
-    """One function with arguments for it."""
-
-    name: str
-    arrays: list
-    options: dict
-
-    def __call__(self, *arrays, **more):
-        given = {**self.options, **more}
-        if self.name == "softmax" and len(arrays or self.arrays) == 2:
-            x, given["mask"] = arrays or self.arrays
-            return qkv_fast.softmax(x, **given)
-        return getattr(qkv_fast, self.name)(*(arrays or self.arrays), **given)
-
-
-def stages(seed, dtype, *, batch=(2,), heads=(4, 2), lengths=(21, 130), dims=(12, 10)):
-    """The three of them, on random arrays of these shapes; softmax along every axis, and with a mask."""
-    q, k, v = qkv(seed, dtype, batch=batch, heads=heads, lengths=lengths, dims=dims)
-    x = normal(np.random.default_rng(seed), (*batch, heads[0], *lengths), dtype) * 3
-    mask = np.random.default_rng(seed).random(x.shape) < 0.7
-    p = reference.softmax(x).astype(dtype)
-    yield Stage("scores", [q, k], {})
-    yield Stage("weighted_values", [p, v], {})
-    for axis in range(-x.ndim, 0):
-        yield Stage("softmax", [x], dict(axis=axis))
-    yield Stage("softmax", [x, mask], dict(axis=-1))
-    yield Stage("softmax", [x, mask], dict(axis=-2))
-
-
-def plain_softmax(x, axis, mask):
-    x = x if mask is None else np.where(mask, x, x.dtype.type(-np.inf))
-    top = x.max(axis=axis, keepdims=True, initial=-np.inf)
-    p = np.exp(x - np.where(top == -np.inf, x.dtype.type(0), top))
-    total = p.sum(axis=axis, keepdims=True)
-    return p / np.where(total == 0, x.dtype.type(1), total)
-
-
-def within(got, exact, usual, size):
-    """The error rule."""
-    assert got.shape == exact.shape and got.dtype == usual.dtype
-    error = np.abs(got - exact).max(initial=0)
-    bound = 2 * np.abs(usual - exact).max(initial=0) + 4 * np.finfo(got.dtype).eps * size
-    assert error <= bound, f"error {error:.3g} exceeds {bound:.3g}"
-
-
-def check_scores(q, k, **options):
-    got = qkv_fast.scores(q, k, **options)
-    group = q.shape[-3] // k.shape[-3]
-    usual = general_product(q, np.repeat(k, group, -3).swapaxes(-1, -2))
-    usual = usual * q.dtype.type(options.get("scale", q.shape[-1] ** -0.5 if q.shape[-1] else 1))
-    exact = reference.scores(q, k, **options)
-    within(got, exact, usual, np.abs(exact).max(initial=0))
-    return got
-
-
-def check_values(p, v):
-    got = qkv_fast.weighted_values(p, v)
-    usual = general_product(p, np.repeat(v, p.shape[-3] // v.shape[-3], -3))
-    within(got, reference.weighted_values(p, v), usual, np.abs(v).max(initial=0))
-    return got
-
-
-def check_softmax(x, axis=-1, mask=None):
-    got = qkv_fast.softmax(x, axis, mask=mask)
-    within(got, reference.softmax(x, axis, mask=mask), plain_softmax(x, axis, mask), 1)
-    return got
 
 
 @dtypes
@@ -298,60 +225,6 @@ def test_softmax_bits_along_any_axis(dtype):
                 got = qkv_fast.softmax(turned, order.index(2), mask=hidden)
                 assert got.flags.c_contiguous
                 same_bits(np.ascontiguousarray(got.transpose(np.argsort(order))), expected)
-
-
-@dtypes
-@pytest.mark.parametrize("axis", [-1, -2])
-def test_masks(dtype, axis):
-    """What is hidden never matters; nothing visible, be it hidden or -inf, is 0; every broadcast of a mask."""
-    rng = np.random.default_rng(11)
-    x = normal(rng, (3, 50, 70), dtype)
-    mask = rng.random(x.shape) < 0.6
-    mask[0, 4], mask[1, :, 7] = False, False
-    x[2, 5], x[2, :, 9] = -np.inf, -np.inf
-    clean = check_softmax(x, axis, mask)
-    assert not clean[~mask].any() and np.isfinite(clean).all()
-    for poison in (np.nan, np.inf, -np.inf, np.finfo(dtype).max):
-        same_bits(qkv_fast.softmax(np.where(mask, x, x.dtype.type(poison)), axis, mask=mask), clean)
-    for shape in ((1, 50, 70), (3, 1, 70), (3, 50, 1), (70,), (50, 1), (1, 1, 1), ()):
-        part = rng.random(shape) < 0.5
-        got = check_softmax(x, axis, part)
-        same_bits(got, qkv_fast.softmax(x, axis, mask=np.broadcast_to(part, x.shape).copy()))
-    assert not qkv_fast.softmax(x, axis, mask=False).any()
-    same_bits(qkv_fast.softmax(x, axis, mask=True), qkv_fast.softmax(x, axis))
-
-
-@dtypes
-@pytest.mark.parametrize("axis", [-1, -2])
-@pytest.mark.parametrize("poison", [np.nan, np.inf])
-def test_softmax_of_nan_and_inf(dtype, axis, poison):
-    """NaN, or +inf by inf - inf, makes all along its axis NaN, wherever it stands, and nothing else."""
-    x = normal(np.random.default_rng(12), (70, 70), dtype)
-    clean = qkv_fast.softmax(x, axis)
-    for at in (0, 3, 15, 16, 63, 64, 69):
-        bad = x.copy()
-        bad[at, at] = poison
-        got = qkv_fast.softmax(bad, axis)
-        across = np.moveaxis(got, axis, -1)
-        assert np.isnan(across[at]).all() and np.isnan(reference.softmax(bad, axis)).sum() == 70
-        same_bits(np.delete(across, at, 0), np.delete(np.moveaxis(clean, axis, -1), at, 0))
-
-
-@dtypes
-def test_products_of_nan_and_inf(dtype):
-    """IEEE arithmetic: only the rows, or columns, of what is not finite, and 0 * NaN is NaN."""
-    for n, stage in enumerate(s for s in stages(13, dtype, heads=(1, 1)) if s.name != "softmax"):
-        clean = stage()
-        a, b = (x.copy() for x in stage.arrays)
-        a[0, 0, 3, 5], a[1, 0, 4, 6] = np.nan, np.inf
-        got = stage(a, b)
-        assert np.isnan(got[0, 0, 3]).all() and not np.isfinite(got[1, 0, 4]).any()
-        same_bits(np.delete(got, (3, 4), 2), np.delete(clean, (3, 4), 2))
-        a, b = (x.copy() for x in stage.arrays)
-        b[0, 0, 7, 2], a[0, 0, :, 7 if n else 2] = np.nan, 0
-        got = stage(a, b)
-        row_or_column = got[0, 0, :, 2 if n else 7]
-        assert np.isnan(row_or_column).all() and np.isnan(got).sum() == row_or_column.size
 
 
 @dtypes
