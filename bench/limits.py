@@ -1,4 +1,4 @@
-"""The machine's limits, measured by loops in our own C core: multiply-adds in registers, reading from memory.
+"""The machine's limits, measured by loops in our own C core: multiply-adds in registers, reading and copying memory.
 
 A case with hardly any work is limited by how fast Python makes a call, which gets a measure too.
 They are taken beside every sample of ours (what a row's share of the limit refers to), and before and after the whole
