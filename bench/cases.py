@@ -110,13 +110,16 @@ class Case:
 
     @property
     def limited_by(self) -> str:
-        """What a call can at best be as fast as: "read" (memory), "calls" (Python), or the FMA peak of a type."""
+        """What a call can at best be as fast as: "read" or "copy" (memory), "calls" (Python), or a type's FMA peak."""
+        if self.operation == "softmax":
+            return "copy"
         return "read" if self.stream else "calls" if self.flops() < TINY_FLOPS else self.dtype
 
     @property
     def amount(self) -> int:
         """Work of a call in the unit of its limit: bytes, calls or operations."""
-        return {"read": self.bytes, "calls": lambda: 1}.get(self.limited_by, self.flops)()
+        other = {"read": self.bytes, "copy": lambda: self.bytes() // 2, "calls": lambda: 1}
+        return other.get(self.limited_by, self.flops)()
 
 
 def case(
@@ -222,6 +225,14 @@ CASES: tuple[Case, ...] = (
     case("2x8x1024", 64, label="scaling", suites=("scaling",)),
     case("1x4x2048", 64, label="scaling", suites=("scaling",)),
     case("1x1x4096", 64, label="scaling", suites=("scaling",)),
+    # The stages on their own.
+    case("1x12x512", 64, label="scores", operation="scores", suites=("stages",), goal=_peak(80, 90)),
+    case("1x8x2048", 64, label="scores", operation="scores", suites=("stages",), goal=_peak(75, 85)),
+    case("1x12x512", 64, label="values", operation="weighted_values", suites=("stages",), goal=_peak(80, 90)),
+    case("1x8x2048", 64, label="values", operation="weighted_values", suites=("stages",), goal=_peak(75, 85)),
+    case("1x8x2048", 64, label="softmax", operation="softmax", suites=("stages",), goal=_peak(80, 95)),
+    case("1x1x4096", 64, label="softmax", operation="softmax", suites=("stages",), goal=_peak(80, 95)),
+    case("1x12x512", 64, label="softmax", operation="softmax", suites=("stages",), goal=_micros(944, 750)),
     # What a call adds to a process, as sequences grow.
     case("1x8x1024", 64, suites=("memory",)),
     case("1x8x4096", 64, suites=("memory",)),
@@ -230,7 +241,7 @@ CASES: tuple[Case, ...] = (
 )
 
 SUITES: tuple[str, ...] = (
-    *("foundation", "quick", "prefill", "decode", "small", "masks", "memory", "scaling"),
+    *("foundation", "quick", "prefill", "decode", "small", "masks", "stages", "memory", "scaling"),
     "all",
 )
 

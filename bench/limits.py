@@ -1,4 +1,4 @@
-"""The machine's limits, measured by loops in our own C core: multiply-adds in registers, reading from memory.
+"""The machine's limits, measured by loops in our own C core: multiply-adds in registers, reading and copying memory.
 
 A case with hardly any work is limited by how fast Python makes a call, which gets a measure too.
 They are taken beside every sample of ours (what a row's share of the limit refers to), and before and after the whole
@@ -18,13 +18,19 @@ from .cases import STREAM_BYTES, Case
 
 BESIDE_SECONDS = 0.02  # of each of the two measurements around a sample
 RUN_SECONDS = 0.05
-RATES = ("float32", "float64", "bfloat16", "read")  # what a run notes; a case may also be limited by "calls"
+RATES = ("float32", "float64", "bfloat16", "read", "copy")  # what a run notes; a case may also be limited by "calls"
 
 
 @functools.cache
 def memory() -> np.ndarray:
     """What is read: too large for any cache."""
     return np.ones(STREAM_BYTES, np.uint8)
+
+
+@functools.cache
+def copied() -> np.ndarray:
+    """Where a copy of it goes."""
+    return np.zeros_like(memory())
 
 
 def of_case(case: Case, threads: int) -> Callable[[], float]:
@@ -36,6 +42,8 @@ def rate(name: str, threads: int, seconds: float) -> float:
     """Bytes, calls or operations per second; 0 where the CPU or the build lacks the instruction."""
     if name == "read":
         return _runtime.read_bandwidth(memory(), threads, seconds)
+    if name == "copy":
+        return _runtime.copy_bandwidth(copied(), memory(), threads, seconds)
     if name == "calls":
         return call_rate(seconds)
     return _runtime.peak_flops(name, threads, seconds)

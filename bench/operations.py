@@ -85,4 +85,79 @@ class Attention:
         return TOLERANCE[case.dtype] * float(np.abs(arrays[2]).max(initial=0.0))
 
 
-OPERATIONS: dict[str, type] = {"attention": Attention}
+class Stage:
+    """What scores, weighted values and softmax share: (batch, heads, q_len, ...) in and out. Always into one output
+    array: new memory for a matrix would time the system's pages."""
+
+    @classmethod
+    def call(
+        cls, case: Case, arrays: tuple[np.ndarray, ...], threads: int, reuse_out: bool
+    ) -> Callable[[], np.ndarray]:
+        function = getattr(qkv_fast, case.operation)
+        out = cls.output(case)
+        return lambda: function(*arrays, out=out, num_threads=threads)
+
+    @staticmethod
+    def output(case: Case) -> np.ndarray:
+        last = case.value_dim if case.operation == "weighted_values" else case.kv_len
+        return np.zeros((case.batch, case.heads, case.q_len, last), case.dtype)
+
+    @staticmethod
+    def flops(case: Case) -> int:
+        return 2 * case.batch * case.heads * case.q_len * case.kv_len * case.dim
+
+    @classmethod
+    def bytes(cls, case: Case) -> int:
+        out = cls.output(case)
+        return out.nbytes + sum(a.nbytes for a in cls.inputs(case, np.random.default_rng(0)))
+
+    @staticmethod
+    def head_first(case: Case, answer: np.ndarray) -> np.ndarray:
+        return answer
+
+    @staticmethod
+    def exact(case: Case, arrays: tuple[np.ndarray, ...], rows: slice) -> np.ndarray:
+        first, *others = arrays
+        return getattr(qkv_fast.reference, case.operation)(first[:, :, rows], *others)
+
+    @staticmethod
+    def tolerance(case: Case, arrays: tuple[np.ndarray, ...]) -> float:
+        return TOLERANCE[case.dtype] * float(np.abs(arrays[-1]).max(initial=1.0))
+
+
+class Scores(Stage):
+    """q (batch, heads, q_len, dim), k (batch, kv_heads, kv_len, dim)."""
+
+    @staticmethod
+    def inputs(case: Case, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+        return Attention.inputs(case, rng)[:2]
+
+
+class WeightedValues(Stage):
+    """p (batch, heads, q_len, kv_len), whose rows sum to about 1, and v (batch, kv_heads, kv_len, value_dim)."""
+
+    @staticmethod
+    def inputs(case: Case, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+        p = rng.random((case.batch, case.heads, case.q_len, case.kv_len), dtype=case.dtype)
+        p *= p.dtype.type(2 / case.kv_len)
+        return p, Attention.inputs(case, rng)[2]
+
+
+class Softmax(Stage):
+    """x (batch, heads, q_len, kv_len), along the last axis."""
+
+    @staticmethod
+    def inputs(case: Case, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+        return (rng.standard_normal((case.batch, case.heads, case.q_len, case.kv_len), dtype=case.dtype),)
+
+    @staticmethod
+    def tolerance(case: Case, arrays: tuple[np.ndarray, ...]) -> float:
+        return TOLERANCE[case.dtype]
+
+
+OPERATIONS: dict[str, type] = {
+    "attention": Attention,
+    "scores": Scores,
+    "weighted_values": WeightedValues,
+    "softmax": Softmax,
+}

@@ -51,6 +51,7 @@ class NumPy:
     name, title = "numpy", "NumPy"
     requires = ("numpy",)
     settle = 0.04  # OpenBLAS threads spin for 2^26 clock ticks after a product
+    operations = ("attention", "scores", "weighted_values", "softmax")
 
     def __init__(self, threads: int) -> None:
         self.version = np.__version__
@@ -67,6 +68,8 @@ class NumPy:
         return dict.fromkeys(names, str(threads))
 
     def prepare(self, case: Case) -> list[Way]:
+        if case.operation != "attention":
+            return self.prepare_stage(case)
         group = case.heads // case.kv_heads
         grouped = (case.batch, case.kv_heads, group, case.q_len, case.dim)
         shape = (case.batch, case.heads, case.q_len, case.value_dim)
@@ -74,6 +77,21 @@ class NumPy:
         def on(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> Callable[[], np.ndarray]:
             q, k_t, v = q.reshape(grouped), k.swapaxes(-1, -2)[:, :, None], v[:, :, None]
             return lambda: self.attend(case, q, k_t, v).reshape(shape)
+
+        calls = [on(*arrays) for arrays in sets(case)]
+        return [("", calls, calls[0])]
+
+    def prepare_stage(self, case: Case) -> list[Way]:
+        refuse(case, float64=True)
+        out, scale = case.work.output(case), np.dtype(case.dtype).type(case.dim**-0.5)
+
+        def on(a: np.ndarray, b: np.ndarray | None = None) -> Callable[[], np.ndarray]:
+            if case.operation == "scores":
+                scaled, b = a * scale, b.swapaxes(-1, -2)  # not timed: what is compared is the product
+                return lambda: np.matmul(scaled, b, out=out)
+            if case.operation == "weighted_values":
+                return lambda: np.matmul(a, b, out=out)
+            return lambda: softmax_into(out, a)
 
         calls = [on(*arrays) for arrays in sets(case)]
         return [("", calls, calls[0])]
@@ -91,6 +109,7 @@ class ChunkedNumPy(NumPy):
     """The same, 128 queries at a time and only over the keys that they see: as a careful user writes it."""
 
     name, title = "numpy-chunked", "NumPy, chunked"
+    operations = ("attention",)
 
     def attend(self, case: Case, q: np.ndarray, k_t: np.ndarray, v: np.ndarray) -> np.ndarray:
         out = np.empty((*q.shape[:-1], v.shape[-1]), q.dtype)
@@ -114,15 +133,20 @@ def softmax_values(
     s *= s.dtype.type(scale)
     if hidden is not None:
         np.copyto(s, -np.inf, where=hidden)
-    s -= s.max(axis=-1, keepdims=True)
-    np.exp(s, out=s)
-    s /= s.sum(axis=-1, keepdims=True)
-    return np.matmul(s, v)
+    return np.matmul(softmax_into(s, s), v)
+
+
+def softmax_into(out: np.ndarray, s: np.ndarray) -> np.ndarray:
+    np.subtract(s, s.max(axis=-1, keepdims=True), out=out)
+    np.exp(out, out=out)
+    out /= out.sum(axis=-1, keepdims=True)
+    return out
 
 
 class Torch:
     name, title = "torch", "PyTorch"
     requires = ("torch",)
+    operations = ("attention", "softmax")
 
     def __init__(self, threads: int) -> None:
         import torch
@@ -137,6 +161,11 @@ class Torch:
 
     def prepare(self, case: Case) -> list[Way]:
         refuse(case, float64=True, groups=True, top_left=True)
+        if case.operation == "softmax":
+            (x,) = map(self.torch.from_numpy, case.inputs())
+            out = self.torch.zeros_like(x)
+            calls = [lambda: self.torch.softmax(x, -1, out=out)]
+            return [("softmax", calls, lambda: calls[0]().numpy())]
         attend = self.torch.nn.functional.scaled_dot_product_attention
         options = {"is_causal": case.causal, "enable_gqa": case.heads != case.kv_heads}
 

@@ -24,7 +24,7 @@ def rate_text(row: Row, name: str) -> str:
 
 
 def unit(row: Row) -> str:
-    return "GB/s" if row.job.case.stream else "GF/s"
+    return "GB/s" if row.job.case.limited_by in ("read", "copy") else "GF/s"
 
 
 def speed_table(rows: list[Row], peers: list[str], title: str, goals: bool = True) -> Table:
@@ -51,8 +51,10 @@ def speed_table(rows: list[Row], peers: list[str], title: str, goals: bool = Tru
         table.add(cells, row.verdict if goals else "")
     if any(row.rounds and row.time.wide for row in rows):
         table.notes.append("! wide spread: the interquartile range is more than 10 % of the median")
-    if any(row.job.case.stream for row in rows):
-        table.notes.append("GB/s: limited by the read bandwidth; the others by the peak of multiply-adds")
+    if any(unit(row) == "GB/s" for row in rows):
+        table.notes.append(
+            "GB/s: limited by the bandwidth of reads, or for softmax of copies; the others by the peak of multiply-adds"
+        )
     if peers:
         table.notes.append(f"vs: a peer's time over {OURS}'s in the same round; above 1 {OURS} is faster")
     return table
@@ -117,6 +119,7 @@ def exactness_table(rows: list[Row], peers: list[str]) -> Table:
 def limits_table(before: dict[int, dict[str, float]], after: dict[int, dict[str, float]]) -> Table:
     """What the machine gave before and after the run."""
     names = {"float32": "float32 GF/s", "float64": "float64 GF/s", "bfloat16": "bfloat16 GF/s", "read": "read GB/s"}
+    names["copy"] = "copy GB/s"
     table = Table("Limits of the machine, before → after the run", ["threads", *names.values()], keys=1)
     for threads, first in before.items():
         last = after.get(threads, {})

@@ -20,6 +20,7 @@ from ._attention import attention, merge_partials
 from ._config import show_config
 from ._explain import explain
 from ._runtime import available_isas, get_num_threads, isa, num_threads, set_num_threads
+from ._stages import scores, softmax, weighted_values
 
 if hasattr(_sys.modules.get("threadpoolctl"), "register"):  # loaded, and new enough (3.2)
     from . import _threadpoolctl  # noqa: F401 (it registers itself)
@@ -34,6 +35,9 @@ __all__ = [
     "merge_partials",
     "num_threads",
     "reference",
+    "scores",
     "set_num_threads",
     "show_config",
+    "softmax",
+    "weighted_values",
 ]

@@ -140,13 +140,7 @@ def attention(
     else:
         batch = q_shape[:-3]
         if not batch == k_shape[:-3] == v_shape[:-3]:
-            try:
-                batch = np.broadcast_shapes(batch, k_shape[:-3], v_shape[:-3])
-            except (ValueError, RuntimeError) as error:  # RuntimeError: more axes than NumPy broadcasts
-                if "too large" in str(error):
-                    shapes = f"q.shape={q_shape}, k.shape={k_shape}, v.shape={v_shape}"
-                    raise OverflowError(f"attention: too many sequences ({shapes})") from None
-                _fail("the axes left of the heads do not broadcast", q, k, v)
+            batch = _broadcast("attention", q=q, k=k, v=v)
         if heads_first:
             q_heads, len_q = q_shape[-3:-1]
             k_heads, len_k = k_shape[-3:-1]
@@ -292,16 +286,31 @@ def _list_arrays(name: str, xs: Any) -> list[Array]:
     return [_as_array(f"{name}[{i}]", x, "merge_partials") for i, x in enumerate(xs)]
 
 
-def _empty(shape: tuple[int, ...], char: str) -> Array:
+def _empty(shape: tuple[int, ...], char: str, where: str = "attention", like: Array | None = None) -> Array:
+    """With the axes in memory as those of `like`, if given."""
     try:
-        return np.empty(shape, _TYPES[char])
+        return np.empty(shape, _TYPES[char]) if like is None else np.empty_like(like, _TYPES[char], subok=False)
     except ValueError:
-        raise OverflowError(f"attention: a result of shape {shape} is too large for any array") from None
+        raise OverflowError(f"{where}: a result of shape {shape} is too large for any array") from None
 
 
 def _fail(what: str, q: Array, k: Array, v: Array) -> NoReturn:
-    shapes = f"q.shape={q.shape}, k.shape={k.shape}, v.shape={v.shape}"
-    raise ValueError(f"attention: {what} ({shapes})")
+    _fail_shapes("attention", what, q=q, k=k, v=v)
+
+
+def _fail_shapes(where: str, what: str, error: type[Exception] = ValueError, **arrays: Array) -> NoReturn:
+    shapes = ", ".join(f"{name}.shape={x.shape}" for name, x in arrays.items())
+    raise error(f"{where}: {what} ({shapes})")
+
+
+def _broadcast(where: str, **arrays: Array) -> tuple[int, ...]:
+    """The axes left of the heads."""
+    try:
+        return np.broadcast_shapes(*(x.shape[:-3] for x in arrays.values()))
+    except (ValueError, RuntimeError) as error:  # RuntimeError: more axes than NumPy broadcasts
+        if "too large" in str(error):
+            _fail_shapes(where, "too many sequences", OverflowError, **arrays)
+        _fail_shapes(where, "the axes left of the heads do not broadcast", **arrays)
 
 
 def _as_array(name: str, x: Any, where: str = "attention") -> Array:
@@ -323,26 +332,30 @@ def _check_layout(layout: Any, where: str) -> bool:
     return layout == "bhld"
 
 
+def _check_type(where: str, name: str, x: Array) -> None:
+    if x.dtype.char not in _WIDTHS:
+        way_out = f"; pass {name}.astype('float32')" if x.dtype.kind in "biuf" else ""
+        raise TypeError(f"{where}: {name} must be float32 or float64, got {x.dtype}{way_out}")
+
+
 def _check_types(q: Array, k: Array, v: Array) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dtype.char not in _WIDTHS:
-            way_out = f"; pass {name}.astype('float32')" if x.dtype.kind in "biuf" else ""
-            raise TypeError(f"attention: {name} must be float32 or float64, got {x.dtype}{way_out}")
+        _check_type("attention", name, x)
     if k.dtype.char != v.dtype.char:
         raise TypeError(f"attention: k and v must have one type, got {k.dtype} and {v.dtype}")
     if _WIDTHS[k.dtype.char] > _WIDTHS[q.dtype.char]:
         raise TypeError(f"attention: k and v must have q's type or a narrower one, got {k.dtype} for q's {q.dtype}")
 
 
-def _check_scale(scale: Any) -> float:
+def _check_scale(scale: Any, where: str = "attention") -> float:
     if isinstance(scale, (bool, np.bool_)) or not isinstance(scale, (int, float, np.integer, np.floating)):
-        raise TypeError(f"attention: scale must be a real number, got {scale!r}")
+        raise TypeError(f"{where}: scale must be a real number, got {scale!r}")
     try:
         value = float(scale)
     except OverflowError:
-        raise OverflowError(f"attention: scale does not fit in a float, got {scale!r}") from None
+        raise OverflowError(f"{where}: scale does not fit in a float, got {scale!r}") from None
     if not math.isfinite(value):
-        raise ValueError(f"attention: scale must be finite, got {scale!r}")
+        raise ValueError(f"{where}: scale must be finite, got {scale!r}")
     return value
 
 
@@ -416,19 +429,21 @@ def _check_lengths(lengths: Array, len_q: int, len_k: int, ambiguous: bool) -> N
         )
 
 
-def _check_out(out: Any, shape: tuple[int, ...], char: str) -> Array:
+def _check_out(out: Any, shape: tuple[int, ...], char: str, where: str = "attention", like: str = "q") -> Array:
     if not isinstance(out, np.ndarray) or isinstance(out, (np.ma.MaskedArray, np.matrix)):
-        raise TypeError(f"attention: out must be a plain numpy.ndarray, got {type(out).__name__}")
+        raise TypeError(f"{where}: out must be a plain numpy.ndarray, got {type(out).__name__}")
     if out.dtype.char != char:
-        raise TypeError(f"attention: out must have q's type {_TYPES[char]}, got {out.dtype}")
+        raise TypeError(f"{where}: out must have {like}'s type {_TYPES[char]}, got {out.dtype}")
     if out.shape != shape:
-        raise ValueError(f"attention: out must have the shape {shape}, got out.shape={out.shape}")
+        raise ValueError(f"{where}: out must have the shape {shape}, got out.shape={out.shape}")
     if not out.flags.writeable:
-        raise ValueError("attention: out is not writable")
+        raise ValueError(f"{where}: out is not writable")
+    if not out.size:
+        return out
     reach = out.itemsize  # of the axes with smaller strides
     for step, n in sorted((abs(step), n) for step, n in zip(out.strides, out.shape, strict=True) if n > 1):
         if step < reach:
             given = f"out.strides={out.strides}, out.shape={out.shape}"
-            raise ValueError(f"attention: out has overlapping elements ({given})")
+            raise ValueError(f"{where}: out has overlapping elements ({given})")
         reach += step * (n - 1)
     return out

@@ -99,6 +99,16 @@ cdef int64_t stride_of(cnp.ndarray x, int axis) noexcept:
     return cnp.PyArray_STRIDE(x, n - axis)
 
 
+cdef int fill_axes(int64_t *axes, cnp.ndarray out) noexcept:
+    """The leading axes of a result that have more than one entry, or none; returns how many there are."""
+    cdef int i, n = 0
+    for i in range(cnp.PyArray_NDIM(out) - 3):
+        if cnp.PyArray_DIM(out, i) != 1:
+            axes[n] = cnp.PyArray_DIM(out, i)
+            n += 1
+    return n
+
+
 cdef void fill_strides(qkv_strides *at, cnp.ndarray x, bint heads_first, cnp.ndarray out) noexcept:
     cdef int i, n = 0, axes = cnp.PyArray_NDIM(out) - 3
     at.dim = stride_of(x, 1)
@@ -132,7 +142,7 @@ def forward(cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not No
     cdef int64_t *offsets = NULL
     cdef int64_t *lengths = NULL
     cdef qkv_status status
-    cdef int i, axes = cnp.PyArray_NDIM(out) - 3
+    cdef int axes = cnp.PyArray_NDIM(out) - 3
     cdef int row = 2 if heads_first else 3, head = 5 - row
 
     p.type = type_of(q)
@@ -142,11 +152,7 @@ def forward(cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not No
     p.swapped_v = cnp.PyArray_ISBYTESWAPPED(v)
     p.swapped_out = cnp.PyArray_ISBYTESWAPPED(out)
 
-    p.n_axes = 0
-    for i in range(axes):
-        if cnp.PyArray_DIM(out, i) != 1:
-            p.axes[p.n_axes] = cnp.PyArray_DIM(out, i)
-            p.n_axes += 1
+    p.n_axes = fill_axes(p.axes, out)
     if axes < 0:                                # 2-D
         heads_first = True
         row = 2
@@ -201,6 +207,80 @@ def forward(cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not No
     raise_status(status)
 
 
+def product(cnp.ndarray a not None, cnp.ndarray b not None, cnp.ndarray c not None, bint transposed, bint a_heads_first,
+            bint b_heads_first, bint c_heads_first, double scale, int threads, int isa, cnp.ndarray counters):
+    """c = scale * a @ b, or scale * a @ b.T with `transposed`; each (..., heads, rows, dim) or, without its heads first,
+    (..., rows, heads, dim). 2-D arrays have no heads."""
+    cdef qkv_product_problem p
+    cdef qkv_status status
+    p.n_axes = fill_axes(p.axes, c)
+    if cnp.PyArray_NDIM(c) < 3:                                # 2-D
+        a_heads_first = b_heads_first = c_heads_first = True
+        p.heads = p.heads_b = 1
+    else:
+        p.heads = cnp.PyArray_DIM(a, cnp.PyArray_NDIM(a) - (3 if a_heads_first else 2))
+        p.heads_b = cnp.PyArray_DIM(b, cnp.PyArray_NDIM(b) - (3 if b_heads_first else 2))
+    p.type = type_of(a)
+    p.b_type = type_of(b)
+    p.swapped_a = cnp.PyArray_ISBYTESWAPPED(a)
+    p.swapped_b = cnp.PyArray_ISBYTESWAPPED(b)
+    p.swapped_c = cnp.PyArray_ISBYTESWAPPED(c)
+    p.transposed = transposed
+    p.rows = cnp.PyArray_DIM(c, cnp.PyArray_NDIM(c) - (2 if c_heads_first else 3))
+    p.columns = cnp.PyArray_DIM(c, cnp.PyArray_NDIM(c) - 1)
+    p.terms = cnp.PyArray_DIM(a, cnp.PyArray_NDIM(a) - 1)
+    p.a = <const char *>cnp.PyArray_DATA(a)
+    p.b = <const char *>cnp.PyArray_DATA(b)
+    p.c = <char *>cnp.PyArray_DATA(c)
+    fill_strides(&p.a_at, a, a_heads_first, c)
+    fill_strides(&p.b_at, b, b_heads_first, c)
+    fill_strides(&p.c_at, c, c_heads_first, c)
+    p.scale = scale
+    p.threads = threads
+    p.isa = isa
+    p.counters = NULL if counters is None else <qkv_counters *>cnp.PyArray_DATA(counters)
+    p.interrupted = check_signals
+    p.interrupted_arg = NULL
+    with nogil:
+        status = qkv_product(&p)
+    raise_status(status)
+
+
+def softmax(cnp.ndarray x not None, cnp.ndarray mask, cnp.ndarray out not None, int axis, int threads, int isa,
+            cnp.ndarray counters):
+    """out = softmax of x along `axis` (not negative), where the bool `mask` of the same shape, if any, is True."""
+    cdef qkv_softmax_problem p
+    cdef qkv_status status
+    cdef int i, at, n = cnp.PyArray_NDIM(x)
+    p.type = type_of(x)
+    p.swapped_x = cnp.PyArray_ISBYTESWAPPED(x)
+    p.swapped_out = cnp.PyArray_ISBYTESWAPPED(out)
+    p.n_axes = n - 1
+    for i in range(n - 1):
+        at = i if i < axis else i + 1
+        p.axes[i] = cnp.PyArray_DIM(x, at)
+        p.x_at[i] = cnp.PyArray_STRIDE(x, at)
+        p.mask_at[i] = 0 if mask is None else cnp.PyArray_STRIDE(mask, at)
+        p.out_at[i] = cnp.PyArray_STRIDE(out, at)
+    p.n = cnp.PyArray_DIM(x, axis)
+    p.x_step = stride_of(x, n - axis) if p.n > 1 else cnp.PyArray_ITEMSIZE(x)
+    p.mask_step = 0 if mask is None else stride_of(mask, n - axis)
+    p.out_step = stride_of(out, n - axis) if p.n > 1 else cnp.PyArray_ITEMSIZE(out)
+    p.x = <const char *>cnp.PyArray_DATA(x)
+    p.mask = NULL
+    if mask is not None:
+        p.mask = <const char *>cnp.PyArray_DATA(mask)
+    p.out = <char *>cnp.PyArray_DATA(out)
+    p.threads = threads
+    p.isa = isa
+    p.counters = NULL if counters is None else <qkv_counters *>cnp.PyArray_DATA(counters)
+    p.interrupted = check_signals
+    p.interrupted_arg = NULL
+    with nogil:
+        status = qkv_softmax(&p)
+    raise_status(status)
+
+
 def pool_threads():
     return qkv_pool_threads()
 
@@ -247,6 +327,16 @@ def read_rate(cnp.ndarray data not None, int threads, double seconds):
     cdef double rate
     with nogil:
         rate = qkv_read_rate(start, nbytes, threads, seconds)
+    return rate
+
+
+def copy_rate(cnp.ndarray to not None, cnp.ndarray data not None, int threads, double seconds):
+    cdef const void *start = cnp.PyArray_DATA(data)
+    cdef void *target = cnp.PyArray_DATA(to)
+    cdef size_t nbytes = cnp.PyArray_NBYTES(data)
+    cdef double rate
+    with nogil:
+        rate = qkv_copy_rate(target, start, nbytes, threads, seconds)
     return rate
 
 

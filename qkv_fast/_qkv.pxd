@@ -85,6 +85,45 @@ cdef extern from "qkv.h" nogil:
 
     qkv_status qkv_explain(const qkv_problem *problem, qkv_report *report)
 
+    ctypedef struct qkv_product_problem:
+        qkv_type type, b_type
+        int swapped_a, swapped_b, swapped_c
+        int transposed
+        int n_axes
+        int64_t axes[64]
+        int64_t heads, heads_b
+        int64_t rows, terms, columns
+        const char *a
+        const char *b
+        char *c
+        qkv_strides a_at, b_at, c_at
+        double scale
+        int threads, isa
+        qkv_counters *counters
+        int (*interrupted)(void *) noexcept nogil
+        void *interrupted_arg
+
+    qkv_status qkv_product(const qkv_product_problem *problem)
+
+    ctypedef struct qkv_softmax_problem:
+        qkv_type type
+        int swapped_x, swapped_out
+        int n_axes
+        int64_t axes[64]
+        int64_t x_at[64]
+        int64_t mask_at[64]
+        int64_t out_at[64]
+        int64_t n, x_step, mask_step, out_step
+        const char *x
+        const char *mask
+        char *out
+        int threads, isa
+        qkv_counters *counters
+        int (*interrupted)(void *) noexcept nogil
+        void *interrupted_arg
+
+    qkv_status qkv_softmax(const qkv_softmax_problem *problem)
+
     const char *qkv_isa_name(int isa)
 
     const char *qkv_built_name(int path)
@@ -106,4 +145,5 @@ cdef extern from "qkv.h" nogil:
     double qkv_fma_rate(int isa, qkv_type type, int threads, double seconds)
     double qkv_pair_rate(int threads, double seconds)
     double qkv_read_rate(const void *data, size_t bytes, int threads, double seconds)
+    double qkv_copy_rate(void *to, const void *data, size_t bytes, int threads, double seconds)
     double qkv_fork_join(int threads, int repeats)

@@ -336,6 +336,11 @@ def read_bandwidth(data: np.ndarray[Any, Any], threads: int = 1, seconds: float 
     return _core.read_rate(data, threads, seconds)
 
 
+def copy_bandwidth(to: np.ndarray, data: np.ndarray, threads: int = 1, seconds: float = 0.1) -> float:
+    """Bytes per second, read once and written once, at which threads copy a contiguous array to another of its size."""
+    return _core.copy_rate(to, data, threads, seconds)
+
+
 def fork_join_seconds(threads: int, repeats: int = 10000) -> float:
     """Time of an empty parallel call while the workers are awake."""
     return _core.fork_join(threads, repeats)

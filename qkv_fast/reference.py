@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["attention"]
+__all__ = ["attention", "scores", "softmax", "weighted_values"]
 
 
 def attention(
@@ -106,9 +106,8 @@ def attention(
     """
     q, k, v = np.asarray(q), np.asarray(k), np.asarray(v)
     shapes = f"q.shape={q.shape}, k.shape={k.shape}, v.shape={v.shape}"
-    wide = np.longdouble if q.dtype.kind == "f" and q.dtype.itemsize == 8 else np.float64
-    with np.errstate(invalid="ignore"):  # a signalling NaN
-        q, k, v = q.astype(wide), k.astype(wide), v.astype(wide)
+    q, k, v = _widened(q, k, v)
+    wide = q.dtype.type
 
     no_heads = q.ndim == k.ndim == v.ndim == 2
     if no_heads:
@@ -151,6 +150,82 @@ def attention(
     elif layout == "blhd":
         out = np.swapaxes(out, -3, -2)
     return (out.copy(), lse.copy()) if return_lse else out.copy()
+
+
+def scores(q, k, *, scale=None, layout="bhld"):
+    """Scores of every query with every key, ``scale * q @ k.T``: (..., Hq, Lq, Lk), head-first in either layout.
+
+    See `qkv_fast.scores` for the parameters; types as in `attention`.
+
+    Examples
+    --------
+    >>> from qkv_fast import reference
+    >>> reference.scores([[1.0, 2.0]], [[3.0, 4.0], [5.0, 6.0]], scale=1).astype("float64")
+    array([[11., 17.]])
+    """
+    q, k = _widened(q, k)
+    if layout == "blhd" and q.ndim > 2:
+        q, k = np.swapaxes(q, -3, -2), np.swapaxes(k, -3, -2)
+    if scale is None:
+        scale = 1 / np.sqrt(q.dtype.type(q.shape[-1])) if q.shape[-1] else 1
+    with np.errstate(all="ignore"):
+        return q @ np.swapaxes(_for_each_head(k, q), -1, -2) * q.dtype.type(scale)
+
+
+def softmax(x, axis=-1, *, mask=None):
+    """Softmax along an axis, ``exp(x) / exp(x).sum(axis)``, of the elements whose mask is True.
+
+    Where nothing takes part the result is 0. An element that takes no part never matters; NaN or +inf in one that
+    does makes all along the axis NaN.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from qkv_fast import reference
+    >>> reference.softmax(np.log([1.0, 3.0]), mask=[True, False]).astype("float64")
+    array([1., 0.])
+    """
+    (x,) = _widened(x)
+    if mask is not None:
+        x = np.where(np.broadcast_to(mask, x.shape), x, -np.inf)
+    with np.errstate(all="ignore"):
+        largest = np.max(x, axis=axis, keepdims=True, initial=-np.inf)
+        p = np.exp(x - np.where(largest == -np.inf, 0, largest))
+        total = np.sum(p, axis=axis, keepdims=True)
+        return p / np.where(total == 0, 1, total)
+
+
+def weighted_values(p, v, *, layout="bhld"):
+    """Sums of the values with given weights, ``p @ v``; p is head-first in either layout, (..., Hq, Lq, Lk).
+
+    See `qkv_fast.weighted_values` for the parameters; types as in `attention`.
+
+    Examples
+    --------
+    >>> from qkv_fast import reference
+    >>> reference.weighted_values([[0.5, 0.5]], [[1.0, 2.0], [3.0, 6.0]]).astype("float64")
+    array([[2., 4.]])
+    """
+    p, v = _widened(p, v)
+    swapped = layout == "blhd" and p.ndim > 2
+    if swapped:
+        v = np.swapaxes(v, -3, -2)
+    with np.errstate(all="ignore"):
+        out = p @ _for_each_head(v, p)
+    return np.swapaxes(out, -3, -2) if swapped else out
+
+
+def _widened(*arrays):
+    """All in the type that results are computed in, which follows from the first."""
+    arrays = [np.asarray(x) for x in arrays]
+    wide = np.longdouble if arrays[0].dtype.kind == "f" and arrays[0].dtype.itemsize == 8 else np.float64
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        return [x.astype(wide) for x in arrays]
+
+
+def _for_each_head(x, like):
+    """Key or value heads repeated for the query heads of their groups; 2-D arrays have none."""
+    return x if x.ndim == 2 else np.repeat(x, like.shape[-3] // max(x.shape[-3], 1), axis=-3)
 
 
 def _weigh(p: Any, v: Any, visible: Any) -> Any:

@@ -1,6 +1,7 @@
 /* For tests and benchmarks: one primitive on its own, and the machine's limits. Nothing here is used by a call. */
 #include <stdatomic.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "cpu.h"
 #include "qkv.h"
@@ -20,6 +21,7 @@ enum { MOST = 256 };                  /* threads measured */
 typedef struct {
     double (*fma)(int64_t rounds, double *flops);
     const uint64_t *data;             /* (threads, words) */
+    uint64_t *to;                     /* the same, for copies */
     size_t words;
     double seconds;
     double rate[MOST];                /* each written once */
@@ -59,6 +61,21 @@ static void measure_read(void *context, int64_t task, int worker)
     m->rate[task] = (double)(rounds * m->words) * sizeof(uint64_t) / (now - begin);
 }
 
+/* Copies of the C library, which go past the caches if the blocks are large. */
+static void measure_copy(void *context, int64_t task, int worker)
+{
+    measurement *m = context;
+    size_t bytes = m->words * sizeof(uint64_t), rounds = 0;
+    double begin = qkv_clock(), now;
+    (void)worker;
+    do {
+        memcpy(m->to + (size_t)task * m->words, m->data + (size_t)task * m->words, bytes);
+        rounds++;
+        now = qkv_clock();
+    } while (now - begin < m->seconds);
+    m->rate[task] = (double)(rounds * bytes) / (now - begin);
+}
+
 /* One task on each of `threads` workers; the sum of their rates. */
 static double measure(qkv_task function, measurement m, int threads)
 {
@@ -87,6 +104,12 @@ double qkv_read_rate(const void *data, size_t bytes, int threads, double seconds
 {
     size_t words = bytes / sizeof(uint64_t) / (size_t)threads;
     return measure(measure_read, (measurement){.data = data, .words = words, .seconds = seconds}, threads);
+}
+
+double qkv_copy_rate(void *to, const void *data, size_t bytes, int threads, double seconds)
+{
+    size_t words = bytes / sizeof(uint64_t) / (size_t)threads;
+    return measure(measure_copy, (measurement){.data = data, .to = to, .words = words, .seconds = seconds}, threads);
 }
 
 /* Each of n tasks waits until all have begun, so that every worker takes one: the caller alone would be quicker. */

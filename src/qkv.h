@@ -118,6 +118,56 @@ typedef struct {
 
 qkv_status qkv_explain(const qkv_problem *problem, qkv_report *report);
 
+/* The stages on their own: C = scale * A B for every sequence and head, and the softmax of an axis. The same trust, memory,
+ * threads and interruption as above. */
+
+/* Scores are Q K^T with A = Q, B = K by its columns; weighted values are P V. */
+typedef struct {
+    qkv_type type, b_type;            /* of a and c, and of b: the same or narrower */
+    int swapped_a, swapped_b, swapped_c;
+    int transposed;                   /* b is given by its columns: (axes..., heads_b, columns, terms) */
+
+    int n_axes;
+    int64_t axes[QKV_MAX_AXES];
+    int64_t heads, heads_b;           /* heads is a multiple of heads_b */
+    int64_t rows, terms, columns;
+
+    const char *a;                    /* (axes..., heads, rows, terms) */
+    const char *b;                    /* (axes..., heads_b, terms, columns), unless transposed */
+    char *c;                          /* (axes..., heads, rows, columns); overlaps no input */
+    qkv_strides a_at, b_at, c_at;     /* `dim` is the stride along the last axis */
+
+    double scale;                     /* any finite number; within the type unless transposed */
+    int threads, isa;
+    qkv_counters *counters;           /* or NULL: tiles_copied, tasks and threads */
+    int (*interrupted)(void *);       /* or NULL */
+    void *interrupted_arg;
+} qkv_product_problem;
+
+qkv_status qkv_product(const qkv_product_problem *problem);
+
+/* out <- softmax of x along one axis, over the elements whose mask is not 0. */
+typedef struct {
+    qkv_type type;
+    int swapped_x, swapped_out;
+
+    int n_axes;                       /* the others; strides are in bytes */
+    int64_t axes[QKV_MAX_AXES];
+    int64_t x_at[QKV_MAX_AXES], mask_at[QKV_MAX_AXES], out_at[QKV_MAX_AXES];
+    int64_t n, x_step, mask_step, out_step;             /* the axis */
+
+    const char *x;
+    const char *mask;                 /* bytes, or NULL: all */
+    char *out;                        /* x itself, or overlaps neither */
+
+    int threads, isa;
+    qkv_counters *counters;           /* or NULL: tiles_copied, tasks and threads */
+    int (*interrupted)(void *);       /* or NULL */
+    void *interrupted_arg;
+} qkv_softmax_problem;
+
+qkv_status qkv_softmax(const qkv_softmax_problem *problem);
+
 /* The CPU paths that this build has and this CPU runs, best first; NULL past the end. */
 const char *qkv_isa_name(int isa);
 
@@ -145,6 +195,7 @@ int qkv_exp2(int isa, qkv_type type, const void *x, void *y, int64_t n);
 double qkv_fma_rate(int isa, qkv_type type, int threads, double seconds);     /* floating-point operations per second */
 double qkv_pair_rate(int threads, double seconds);    /* the same for bfloat16 pairs; 0 where the CPU or the build has none */
 double qkv_read_rate(const void *data, size_t bytes, int threads, double seconds);      /* bytes read per second */
+double qkv_copy_rate(void *to, const void *data, size_t bytes, int threads, double seconds);    /* bytes copied per second */
 double qkv_fork_join(int threads, int repeats);                               /* seconds per empty parallel call */
 
 #endif

@@ -29,6 +29,7 @@ HEADERS = {
     "tile.[ch]": "plan.h mask.h",
     "forward.c": "tile.h plan.h mask.h threads.h memory.h",
     "explain.c": "plan.h mask.h",
+    "stages.c": "plan.h mask.h threads.h memory.h",
     "hooks.c": "*",
 }
 

@@ -21,6 +21,10 @@ static inline __m256i first_f32(int n)
 
 static inline vec_f32 load_f32(const float *p) { return _mm256_load_ps(p); }
 static inline void store_f32(float *p, vec_f32 x) { _mm256_store_ps(p, x); }
+static inline vec_f32 loadu_f32(const float *p) { return _mm256_loadu_ps(p); }
+static inline void storeu_f32(float *p, vec_f32 x) { _mm256_storeu_ps(p, x); }
+static inline void stream_f32(float *p, vec_f32 x) { _mm256_stream_ps(p, x); }
+static inline void fence_f32(void) { _mm_sfence(); }
 static inline vec_f32 load_part_f32(const float *p, int n) { return _mm256_maskload_ps(p, first_f32(n)); }
 static inline void store_part_f32(float *p, vec_f32 x, int n) { _mm256_maskstore_ps(p, first_f32(n), x); }
 static inline vec_f32 set1_f32(float a) { return _mm256_set1_ps(a); }
@@ -94,6 +98,10 @@ static inline __m256i first_f64(int n)
 
 static inline vec_f64 load_f64(const double *p) { return _mm256_load_pd(p); }
 static inline void store_f64(double *p, vec_f64 x) { _mm256_store_pd(p, x); }
+static inline vec_f64 loadu_f64(const double *p) { return _mm256_loadu_pd(p); }
+static inline void storeu_f64(double *p, vec_f64 x) { _mm256_storeu_pd(p, x); }
+static inline void stream_f64(double *p, vec_f64 x) { _mm256_stream_pd(p, x); }
+static inline void fence_f64(void) { _mm_sfence(); }
 static inline vec_f64 load_part_f64(const double *p, int n) { return _mm256_maskload_pd(p, first_f64(n)); }
 static inline void store_part_f64(double *p, vec_f64 x, int n) { _mm256_maskstore_pd(p, first_f64(n), x); }
 static inline vec_f64 set1_f64(double a) { return _mm256_set1_pd(a); }

@@ -15,6 +15,10 @@ enum { width_f32 = 16 };
 static inline __mmask16 first_f32(int n) { return (__mmask16)((1u << n) - 1); }
 static inline vec_f32 load_f32(const float *p) { return _mm512_load_ps(p); }
 static inline void store_f32(float *p, vec_f32 x) { _mm512_store_ps(p, x); }
+static inline vec_f32 loadu_f32(const float *p) { return _mm512_loadu_ps(p); }
+static inline void storeu_f32(float *p, vec_f32 x) { _mm512_storeu_ps(p, x); }
+static inline void stream_f32(float *p, vec_f32 x) { _mm512_stream_ps(p, x); }
+static inline void fence_f32(void) { _mm_sfence(); }
 static inline vec_f32 load_part_f32(const float *p, int n) { return _mm512_maskz_loadu_ps(first_f32(n), p); }
 static inline void store_part_f32(float *p, vec_f32 x, int n) { _mm512_mask_storeu_ps(p, first_f32(n), x); }
 static inline vec_f32 set1_f32(float a) { return _mm512_set1_ps(a); }
@@ -89,6 +93,10 @@ enum { width_f64 = 8 };
 static inline __mmask8 first_f64(int n) { return (__mmask8)((1u << n) - 1); }
 static inline vec_f64 load_f64(const double *p) { return _mm512_load_pd(p); }
 static inline void store_f64(double *p, vec_f64 x) { _mm512_store_pd(p, x); }
+static inline vec_f64 loadu_f64(const double *p) { return _mm512_loadu_pd(p); }
+static inline void storeu_f64(double *p, vec_f64 x) { _mm512_storeu_pd(p, x); }
+static inline void stream_f64(double *p, vec_f64 x) { _mm512_stream_pd(p, x); }
+static inline void fence_f64(void) { _mm_sfence(); }
 static inline vec_f64 load_part_f64(const double *p, int n) { return _mm512_maskz_loadu_pd(first_f64(n), p); }
 static inline void store_part_f64(double *p, vec_f64 x, int n) { _mm512_mask_storeu_pd(p, first_f64(n), x); }
 static inline vec_f64 set1_f64(double a) { return _mm512_set1_pd(a); }

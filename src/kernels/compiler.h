@@ -9,18 +9,21 @@
 #define QKV_UNROLL _Pragma("GCC unroll 16")
 #define QKV_UNROLL_2 _Pragma("GCC unroll 2")
 #define QKV_PREFETCH(p) __builtin_prefetch(p)
+#define QKV_PREFETCH_WRITE(p) __builtin_prefetch(p, 1)
 #elif defined(_MSC_VER)
 #define QKV_INLINE __forceinline
 #define QKV_NOINLINE __declspec(noinline)
 #define QKV_UNROLL
 #define QKV_UNROLL_2
 #define QKV_PREFETCH(p) ((void)(p))
+#define QKV_PREFETCH_WRITE(p) ((void)(p))
 #else
 #define QKV_INLINE inline
 #define QKV_NOINLINE
 #define QKV_UNROLL
 #define QKV_UNROLL_2
 #define QKV_PREFETCH(p) ((void)(p))
+#define QKV_PREFETCH_WRITE(p) ((void)(p))
 #endif
 
 #define QKV_ALIGN _Alignas(64)

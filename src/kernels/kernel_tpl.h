@@ -10,6 +10,8 @@
  *   real, vec, mask          the element, the vector, the result of a comparison (types)
  *   width                    w, an enum constant
  *   load(p) store(p, x)      aligned to a vector
+ *   loadu(p) storeu(p, x)    any alignment
+ *   stream(p, x) fence()     aligned, past the caches where the CPU can; visible to other threads after the fence
  *   load_part(p, n) store_part(p, x, n)      the first n <= w elements, any alignment; nothing past them is touched
  *   set1(a)  add sub mul div(x, y)  fma(x, y, z) = x * y + z
  *   min max(x, y)            y where either is NaN
@@ -34,6 +36,8 @@
 #include "exp2_tpl.h"
 #include "attend_tpl.h"
 #include "rows_tpl.h"
+#include "product_tpl.h"
+#include "softmax_tpl.h"
 #include "peak_tpl.h"
 
 #define KERNELS { \
@@ -41,6 +45,7 @@
     .attend = X(attend), .reset = X(reset), .merge = X(merge), \
     .pack = X(pack), .expect = X(expect), .finish = X(finish), .finite = X(finite), \
     .gather = X(gather), .scatter = X(scatter), \
+    .multiply = X(multiply), .softmax_rows = X(softmax_rows), .softmax_columns = X(softmax_columns), \
     .exp2 = X(exp2_array), .fma = X(fma_rounds) }
 
 static const qkv_kernels X(kernels) = KERNELS;

@@ -36,6 +36,33 @@ typedef struct {
     int careful;                      /* take nothing from V where the lane's key is excluded, even NaN; nv is 1 */
 } qkv_tile;
 
+/* A block of a matrix product: C <- factor * A B, or C + factor * A B. Pointers are to the table's element type and aligned
+ * to it, B to a vector. What an element of C becomes depends on its row of A, its column of B and the bounds of n alone. */
+typedef struct {
+    const void *a;                    /* (m, n), unit stride along n */
+    const void *b;                    /* (n, lanes), from pack or gather: columns up to the next vector are read */
+    void *c;                          /* (m, columns), unit stride along columns; columns <= lanes */
+    ptrdiff_t a_row, c_row;           /* strides in elements */
+    double factor;
+    int m, n, columns;
+    int add;                          /* to what C holds */
+} qkv_product_tile;
+
+/* Softmax of `count` rows of n elements, or of `count` columns of n elements. x may be e or out, and e may be out for one
+ * row. All but `mask` are of the table's element type and aligned to it, e and state to a vector. */
+typedef struct {
+    const void *x;                    /* rows: (count, n); columns: (n, count); unit stride along the last */
+    void *out;                        /* the same */
+    ptrdiff_t x_row, out_row;         /* strides in elements */
+    const uint8_t *mask;              /* 0: the element takes no part, and has weight 0; NULL: all do */
+    ptrdiff_t mask_axis, mask_run;    /* strides in bytes: along n, along count */
+    void *e;                          /* scratch, rows: (n); columns: (n, strip) */
+    void *state;                      /* scratch, columns: (3 * vector + 1, strip) */
+    int64_t n, count;
+    int64_t strip;                    /* columns that are worked on together, whole vectors */
+    int stream;                       /* write past the caches */
+} qkv_softmax_tile;
+
 /* A run of rows anywhere in memory, for copies: element (i, j) lies at data + i * row + j * col bytes. */
 typedef struct {
     char *data;
@@ -78,6 +105,13 @@ typedef struct {
      * type is the table's. */
     void (*gather)(void *to, ptrdiff_t to_row, const qkv_rows *from, int n, int d);
     void (*scatter)(const qkv_rows *to, const void *from, ptrdiff_t from_row, int n, int d);
+
+    void (*multiply)(const qkv_product_tile *tile);
+
+    /* Of an axis in memory order, and of one across it. The same bits either way; all 0 where nothing takes part, NaN in
+     * every element where an element that takes part is NaN or +inf. */
+    void (*softmax_rows)(const qkv_softmax_tile *tile);
+    void (*softmax_columns)(const qkv_softmax_tile *tile);
 
     void (*exp2)(const void *x, void *y, int64_t n);          /* elementwise, for tests */
     double (*fma)(int64_t rounds, double *flops);             /* keeps the FMA units busy; for the benchmark */

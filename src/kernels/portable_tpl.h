@@ -23,6 +23,11 @@ enum { P(width) = sizeof(P(vec)) / sizeof(P(real)) };
 static inline P(vec) P(load)(const P(real) *p) { P(vec) x; memcpy(&x, p, sizeof x); return x; }
 static inline void P(store)(P(real) *p, P(vec) x) { memcpy(p, &x, sizeof x); }
 
+static inline P(vec) P(loadu)(const P(real) *p) { return P(load)(p); }
+static inline void P(storeu)(P(real) *p, P(vec) x) { P(store)(p, x); }
+static inline void P(stream)(P(real) *p, P(vec) x) { P(store)(p, x); }
+static inline void P(fence)(void) {}
+
 static inline P(vec) P(load_part)(const P(real) *p, int n)
 {
     P(real) all[P(width)] = {0};

@@ -1,66 +1,6 @@
-/* Problems for the core's own tests: random arrays, each a block of exactly its size, and three plain loops that say
- * what is right. One test program includes it. */
-#include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-
-#include "qkv.h"
-
-static long checks;
-
-#define CHECK(condition, ...) \
-    do { \
-        checks++; \
-        if (!(condition)) { \
-            fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-            fprintf(stderr, __VA_ARGS__); \
-            fprintf(stderr, "\n"); \
-            exit(1); \
-        } \
-    } while (0)
-
-static uint64_t state = 88172645463325252u;
-
-static uint64_t draw(void)                              /* xorshift64 */
-{
-    state ^= state << 13;
-    state ^= state >> 7;
-    return state ^= state << 17;
-}
-
-static int64_t between(int64_t low, int64_t high) { return low + (int64_t)(draw() % (uint64_t)(high - low + 1)); }
-
-static void *block(int64_t bytes)
-{
-    void *memory = malloc(bytes > 0 ? (size_t)bytes : 1);
-    if (!memory)
-        abort();
-    return memory;
-}
-
-static double load(qkv_type type, const void *data, int64_t i)
-{
-    return type == QKV_F32 ? (double)((const float *)data)[i] : ((const double *)data)[i];
-}
-
-static void store(qkv_type type, void *data, int64_t i, double x)
-{
-    if (type == QKV_F32)
-        ((float *)data)[i] = (float)x;
-    else
-        ((double *)data)[i] = x;
-}
-
-static int64_t size_of(qkv_type type) { return type == QKV_F32 ? 4 : 8; }
-
-static void *uniform(qkv_type type, int64_t n)
-{
-    void *data = block(n * size_of(type));
-    for (int64_t i = 0; i < n; i++)
-        store(type, data, i, (double)between(-1000, 1000) / 1000);
-    return data;
-}
+/* Problems for the core's own tests: random arrays, and three plain loops that say what is right. One test program includes
+ * it. */
+#include "check.h"
 
 /* A problem with contiguous arrays (sequences, heads, rows, dim), and what it owns. */
 typedef struct {

@@ -1,0 +1,323 @@
+"""The stages of attention on their own, for those who want the matrix: scores, softmax, weighted values."""
+
+import operator
+from typing import Any
+
+import numpy as np
+
+from . import _core, _runtime
+from ._attention import (
+    _WIDTHS,
+    Array,
+    _as_array,
+    _broadcast,
+    _check_layout,
+    _check_out,
+    _check_scale,
+    _check_type,
+    _empty,
+    _fail_shapes,
+)
+
+
+def scores(
+    q: Any,
+    k: Any,
+    *,
+    scale: float | None = None,
+    layout: str = "bhld",
+    out: Array | None = None,
+    num_threads: int | None = None,
+) -> Array:
+    """Scores of every query with every key, ``scale * q @ k.T``.
+
+    Parameters
+    ----------
+    q : array_like, shape (..., Hq, Lq, D)
+        Queries, float32 or float64. Or (Lq, D), if k is 2-D as well.
+    k : array_like, shape (..., Hkv, Lk, D)
+        Keys, of q's type or a narrower one. ``Hq`` is a multiple of ``Hkv``; query head h reads key head
+        ``h // (Hq // Hkv)``. The axes left of the heads broadcast.
+    scale : float, optional
+        Any finite number; ``1 / sqrt(D)`` by default (1 for D = 0).
+    layout : {"bhld", "blhd"}, default "bhld"
+        ``"blhd"`` swaps the head and length axes of q and k. The scores are head-first in either.
+    out : ndarray, optional
+        Where to write the result: its exact shape, q's type, any strides. It may overlap an input.
+    num_threads : int, optional
+        Threads for this call; see `get_num_threads` for the default.
+
+    Returns
+    -------
+    ndarray, shape (..., Hq, Lq, Lk)
+        In q's type and native byte order; `out` itself where given.
+
+    Raises
+    ------
+    TypeError
+        An argument of the wrong kind: element types other than float32 and float64, masked arrays, `np.matrix`.
+    ValueError
+        Shapes that do not fit, a scale that is not finite, an unknown layout.
+    OverflowError
+        A size too large for 63 bits.
+    MemoryError
+        No memory for the result or for scratch space.
+
+    See Also
+    --------
+    softmax, weighted_values : The other stages.
+    attention : All three at once, without storing the matrix.
+
+    Notes
+    -----
+    This is the matrix in the definition of attention by A. Vaswani et al., "Attention Is All You Need", 2017, section
+    3.2.1. The bits of a score depend on its query, its key and the CPU path alone.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import qkv_fast
+    >>> q = np.array([[1.0, 0.0], [0.0, 2.0]])
+    >>> k = np.array([[1.0, 1.0], [3.0, 0.0], [0.0, 5.0]])
+    >>> qkv_fast.scores(q, k, scale=1)
+    array([[ 1.,  3.,  0.],
+           [ 2.,  0., 10.]])
+    """
+    where = "scores"
+    q, k = _matrices(where, q=q, k=k)
+    heads_first = _check_layout(layout, where)
+    if q.shape[-1] != k.shape[-1]:
+        _fail_shapes(where, f"k has dimension {k.shape[-1]}, q has {q.shape[-1]}", q=q, k=k)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5 if q.shape[-1] else 1.0
+    else:
+        scale = _check_scale(scale, where)
+    if q.ndim == 2:
+        shape: tuple[int, ...] = (q.shape[0], k.shape[0])
+    else:
+        heads, length = (-3, -2) if heads_first else (-2, -3)
+        _check_heads(where, q.shape[heads], k.shape[heads], q=q, k=k)
+        shape = (*_broadcast(where, q=q, k=k), q.shape[heads], q.shape[length], k.shape[length])
+    return _product(where, q, k, shape, (heads_first, heads_first, True), scale, out, num_threads, like="q")
+
+
+def weighted_values(
+    p: Any,
+    v: Any,
+    *,
+    layout: str = "bhld",
+    out: Array | None = None,
+    num_threads: int | None = None,
+) -> Array:
+    """Sums of the values with given weights, ``p @ v``.
+
+    Parameters
+    ----------
+    p : array_like, shape (..., Hq, Lq, Lk)
+        Weights, float32 or float64, as from `softmax`. Or (Lq, Lk), if v is 2-D as well.
+    v : array_like, shape (..., Hkv, Lk, Dv)
+        Values, of p's type or a narrower one. ``Hq`` is a multiple of ``Hkv``; weight head h reads value head
+        ``h // (Hq // Hkv)``. The axes left of the heads broadcast.
+    layout : {"bhld", "blhd"}, default "bhld"
+        ``"blhd"`` swaps the head and length axes of v and of the result. The weights are head-first in either.
+    out : ndarray, optional
+        Where to write the result: its exact shape, p's type, any strides. It may overlap an input.
+    num_threads : int, optional
+        Threads for this call; see `get_num_threads` for the default.
+
+    Returns
+    -------
+    ndarray, shape (..., Hq, Lq, Dv)
+        In p's type and native byte order; `out` itself where given.
+
+    Raises
+    ------
+    TypeError
+        An argument of the wrong kind: element types other than float32 and float64, masked arrays, `np.matrix`.
+    ValueError
+        Shapes that do not fit, an unknown layout.
+    OverflowError
+        A size too large for 63 bits.
+    MemoryError
+        No memory for the result or for scratch space.
+
+    See Also
+    --------
+    scores, softmax : The other stages.
+    attention : All three at once, without storing the matrix.
+
+    Notes
+    -----
+    A plain product (A. Vaswani et al., "Attention Is All You Need", 2017, section 3.2.1): unlike in `attention`, a
+    weight of 0 does not hide a NaN in its value, since 0 * NaN is NaN. Sums run over blocks of keys, each from zero.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import qkv_fast
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v = rng.standard_normal((3, 4, 50, 16))
+    >>> weights = qkv_fast.softmax(qkv_fast.scores(q, k))
+    >>> np.allclose(qkv_fast.weighted_values(weights, v), qkv_fast.attention(q, k, v))
+    True
+    """
+    where = "weighted_values"
+    p, v = _matrices(where, p=p, v=v)
+    heads_first = _check_layout(layout, where)
+    two = p.ndim == 2
+    heads, length = (-3, -2) if heads_first or two else (-2, -3)
+    if v.shape[length] != p.shape[-1]:
+        _fail_shapes(where, f"v has length {v.shape[length]}, p weighs {p.shape[-1]} keys", p=p, v=v)
+    if two:
+        shape: tuple[int, ...] = (p.shape[0], v.shape[1])
+    else:
+        _check_heads(where, p.shape[-3], v.shape[heads], p=p, v=v)
+        rows = p.shape[-3:-1] if heads_first else p.shape[-2:-4:-1]
+        shape = (*_broadcast(where, p=p, v=v), *rows, v.shape[-1])
+    return _product(where, p, v, shape, (True, heads_first, heads_first), 1.0, out, num_threads, like="p")
+
+
+def softmax(
+    x: Any, axis: int = -1, *, mask: Any = None, out: Array | None = None, num_threads: int | None = None
+) -> Array:
+    """Softmax along one axis, ``exp(x) / exp(x).sum(axis)``, of what the mask lets take part.
+
+    Parameters
+    ----------
+    x : array_like
+        float32 or float64, of any shape with at least one axis.
+    axis : int, default -1
+        The axis whose elements sum to 1.
+    mask : array_like of bool, optional
+        Broadcasts to x's shape. True: the element takes part; False: its weight is 0, whatever it is.
+    out : ndarray, optional
+        Where to write the result: x's shape and type, any strides. It may be x itself, or overlap an input.
+    num_threads : int, optional
+        Threads for this call; see `get_num_threads` for the default.
+
+    Returns
+    -------
+    ndarray
+        Of x's shape and type, in native byte order and x's order of axes in memory; `out` itself where given. All 0
+        along the axis where nothing takes part, be it hidden or -inf.
+
+    Raises
+    ------
+    TypeError
+        An argument of the wrong kind: element types other than float32 and float64, a mask that is not bool.
+    ValueError
+        No axis, a mask that does not broadcast to x, an `out` that does not fit.
+    numpy.exceptions.AxisError
+        An axis that x does not have.
+    OverflowError
+        A size too large for 63 bits.
+    MemoryError
+        No memory for the result or for scratch space.
+
+    See Also
+    --------
+    scores, weighted_values : The other stages.
+    attention : All three at once, without storing the matrix.
+
+    Notes
+    -----
+    The maximum is subtracted first, as in M. Milakov and N. Gimelshein, "Online normalizer calculation for softmax",
+    2018, section 2 ("safe softmax"). NaN or +inf in an element that takes part makes all along its axis NaN. What would
+    fall below the smallest normal number is 0 before the division. The bits are the same for any axis, strides and
+    number of threads.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import qkv_fast
+    >>> x = np.log([[1.0, 3.0], [4.0, 4.0]])
+    >>> np.round(qkv_fast.softmax(x), 3)
+    array([[0.25, 0.75],
+           [0.5 , 0.5 ]])
+    >>> qkv_fast.softmax(x, mask=[[True, False], [False, False]])
+    array([[1., 0.],
+           [0., 0.]])
+    """
+    where = "softmax"
+    x = _as_array("x", x, where)
+    _check_type(where, "x", x)
+    if x.ndim == 0:
+        _fail_shapes(where, "x needs an axis", x=x)
+    try:
+        axis = operator.index(axis)
+    except TypeError:
+        raise TypeError(f"softmax: axis must be an integer, got {axis!r}") from None
+    if not -x.ndim <= axis < x.ndim:
+        raise np.exceptions.AxisError(axis, x.ndim, f"softmax: x.shape={x.shape}")
+    if mask is not None:
+        given = _as_array("mask", mask, where)
+        if given.dtype != bool:
+            raise TypeError(f"softmax: mask must be bool, True where an element takes part, got {given.dtype}")
+        try:
+            mask = np.broadcast_to(given, x.shape)
+        except ValueError:
+            _fail_shapes(where, "mask does not broadcast to x", x=x, mask=given)
+    threads, isa, counters = _runtime.current()
+    if num_threads is not None:
+        threads = _runtime.check_threads(num_threads, "softmax: num_threads")
+    if out is None:
+        result = target = _empty(x.shape, x.dtype.char, where, like=x)
+    else:
+        result = target = _check_out(out, x.shape, x.dtype.char, where, "x")
+        in_place = _same_memory(out, x)
+        if any(np.may_share_memory(out, y) for y in (x, mask) if y is not None and not (y is x and in_place)):
+            target = _empty(x.shape, x.dtype.char, where)
+    _core.softmax(x, mask, target, axis % x.ndim, threads, isa, counters)
+    if target is not result:
+        result[...] = target
+    return result
+
+
+def _matrices(where: str, **given: Any) -> tuple[Array, Array]:
+    """Both as arrays of types and numbers of axes that go together."""
+    (name, a), (other, b) = ((name, _as_array(name, x, where)) for name, x in given.items())
+    _check_type(where, name, a)
+    _check_type(where, other, b)
+    if _WIDTHS[b.dtype.char] > _WIDTHS[a.dtype.char]:
+        raise TypeError(f"{where}: {other} must have {name}'s type or a narrower one, got {b.dtype} for {a.dtype}")
+    if not a.ndim == b.ndim == 2 and min(a.ndim, b.ndim) < 3:
+        _fail_shapes(where, f"{name}, {other} must have 3 or more axes each, or 2 each", **{name: a, other: b})
+    return a, b
+
+
+def _check_heads(where: str, many: int, few: int, **arrays: Array) -> None:
+    if many != few and (few == 0 or many % few):
+        name, other = arrays
+        _fail_shapes(where, f"{other} has {few} heads, which does not divide {name}'s {many}", **arrays)
+
+
+def _product(
+    where: str,
+    a: Array,
+    b: Array,
+    shape: tuple[int, ...],
+    heads_first: tuple[bool, bool, bool],
+    scale: float,
+    out: Array | None,
+    num_threads: int | None,
+    like: str,
+) -> Array:
+    """scale * a @ b, of b's transpose for scores, into a new array or `out`."""
+    threads, isa, counters = _runtime.current()
+    if num_threads is not None:
+        threads = _runtime.check_threads(num_threads, f"{where}: num_threads")
+    if out is None:
+        result = target = _empty(shape, a.dtype.char, where)
+    else:
+        result = target = _check_out(out, shape, a.dtype.char, where, like)
+        if np.may_share_memory(out, a) or np.may_share_memory(out, b):
+            target = _empty(shape, a.dtype.char, where)
+    _core.product(a, b, target, where == "scores", *heads_first, scale, threads, isa, counters)
+    if target is not result:
+        result[...] = target
+    return result
+
+
+def _same_memory(a: Array, b: Array) -> bool:
+    """Whether each element of one is that of the other."""
+    return a.strides == b.strides and a.ctypes.data == b.ctypes.data and a.dtype == b.dtype

@@ -1,0 +1,251 @@
+/* The stages of attention on their own: products (scores, weighted values) and softmax, each a grid of like tasks.
+ *
+ * A product's task is a tile of rows against a tile of columns. B becomes panels in scratch, a pass of terms at a time; rows
+ * of A are used where they lie, or copied a few at a time, and meet every panel while they are in L1.
+ * A softmax's task is some rows, or a strip of columns.
+ */
+#include <string.h>
+
+#include "mask.h"
+#include "memory.h"
+#include "plan.h"
+#include "threads.h"
+
+typedef struct {
+    const void *problem, *plan;
+    char *scratch[QKV_MAX_THREADS];   /* of each worker, behind its counters */
+} stage;
+
+_Static_assert(sizeof(qkv_counters) % 64 == 0, "counters misalign scratch");
+
+static qkv_counters *counters_of(const stage *job, int worker) { return (qkv_counters *)job->scratch[worker]; }
+
+static int64_t offset_of(int64_t index, int n_axes, const int64_t *axes, const int64_t *at)
+{
+    int64_t offset = 0;
+    for (int i = n_axes; i-- > 0;) {
+        offset += index % axes[i] * at[i];
+        index /= axes[i];
+    }
+    return offset;
+}
+
+static qkv_status run_stage(stage *job, qkv_task task, int64_t tasks, int threads, size_t scratch_bytes,
+                            qkv_counters *counters, int (*interrupted)(void *), void *arg)
+{
+    int workers = qkv_pool_acquire((int)qkv_min(threads, QKV_MAX_THREADS)), taken = 0;
+    qkv_status status = QKV_NO_MEMORY;
+    for (; taken < workers; taken++) {
+        job->scratch[taken] = qkv_scratch_take(sizeof(qkv_counters) + scratch_bytes, taken);
+        if (!job->scratch[taken])
+            break;
+        counters_of(job, taken)->tiles_copied = 0;
+    }
+    if (taken == workers) {
+        status = qkv_pool_run(workers, tasks, task, job, interrupted, arg) ? QKV_INTERRUPTED : QKV_OK;
+        for (int i = 0; i < workers && counters; i++)
+            counters->tiles_copied += counters_of(job, i)->tiles_copied;
+        if (counters) {
+            counters->tasks += tasks;
+            counters->threads = qkv_max(counters->threads, workers);
+        }
+    }
+    while (taken-- > 0)
+        qkv_scratch_put(job->scratch[taken], taken);
+    qkv_pool_release(workers);
+    return status;
+}
+
+/* Columns of the panel that begins here. Four vectors are two panels of two: one by itself loads more than it adds. */
+static int panel_width(const qkv_kernels *kernels, int64_t left)
+{
+    int most = kernels->lanes, w = kernels->vector;
+    if (left > most && left <= most + w)
+        most = (most / w + 1) / 2 * w;
+    return (int)qkv_min(most, left);
+}
+
+/* B (n, width) from term `first` and column `column` on, as a panel. */
+static void prepare_panel(const qkv_product_problem *p, const qkv_product_plan *plan, const char *b, char *panel,
+                          char *scratch, int64_t first, int n, int64_t column, int width)
+{
+    const qkv_kernels *kernels = plan->kernels;
+    int size = kernels->size;
+    int64_t across = p->transposed ? p->b_at.row : p->b_at.dim, along = p->transposed ? p->b_at.dim : p->b_at.row;
+    qkv_rows from = {(char *)b + first * along + column * across, (ptrdiff_t)p->b_at.row, (ptrdiff_t)p->b_at.dim,
+                     p->b_type == QKV_F32 ? 4 : 8, p->swapped_b};
+    if (!p->transposed) {
+        if (width % kernels->vector)                    /* lanes behind the last column are multiplied, too */
+            memset(panel, 0, (size_t)n * (size_t)kernels->lanes * (size_t)size);
+        kernels->gather(panel, kernels->lanes, &from, n, width);
+        return;
+    }
+    const void **rows = (const void **)(scratch + plan->at_rows);
+    if (!plan->direct_b)
+        kernels->gather(scratch + plan->at_columns, (ptrdiff_t)plan->copy_row_b, &from, width, n);
+    for (int j = 0; j < width; j++)
+        rows[j] = plan->direct_b ? from.data + j * p->b_at.row : scratch + plan->at_columns + j * plan->copy_row_b * size;
+    kernels->pack(panel, rows, width, n, plan->b_factor);
+}
+
+static void product_task(void *context, int64_t task, int worker)
+{
+    const stage *job = context;
+    const qkv_product_problem *p = job->problem;
+    const qkv_product_plan *plan = job->plan;
+    const qkv_kernels *kernels = plan->kernels;
+    int64_t size = kernels->size, lanes = kernels->lanes;
+    char *scratch = job->scratch[worker] + sizeof(qkv_counters), *panels = scratch + plan->at_b;
+
+    int64_t column = task % plan->column_tiles * plan->tile_columns, rest = task / plan->column_tiles;
+    int64_t row = rest % plan->row_tiles * plan->tile_rows, head = rest / plan->row_tiles % p->heads_b;
+    int64_t sequence = rest / plan->row_tiles / p->heads_b;
+    int64_t last_row = qkv_min(row + plan->tile_rows, plan->group * plan->length);
+    int64_t last_column = qkv_min(column + plan->tile_columns, p->columns);
+    int64_t per_head = p->heads / p->heads_b;
+    const char *a = p->a + offset_of(sequence, p->n_axes, p->axes, p->a_at.axis) + head * per_head * p->a_at.head;
+    const char *b = p->b + offset_of(sequence, p->n_axes, p->axes, p->b_at.axis) + head * p->b_at.head;
+    char *c = p->c + offset_of(sequence, p->n_axes, p->axes, p->c_at.axis) + head * per_head * p->c_at.head;
+
+    int64_t first = 0;
+    do {
+        int n = (int)qkv_min(plan->pass, p->terms - first), width;
+        for (int64_t j = column, at = 0; j < last_column; j += width, at++) {
+            width = panel_width(kernels, last_column - j);
+            prepare_panel(p, plan, b, panels + at * plan->pass * lanes * size, scratch, first, n, j, width);
+        }
+        counters_of(job, worker)->tiles_copied += !plan->direct_b;
+        for (int64_t r = row, m; r < last_row; r += m) {
+            int64_t in_head = r % plan->length;
+            m = qkv_min(qkv_min(plan->group_rows, last_row - r), plan->length - in_head);
+            const char *from = a + r / plan->length * plan->a_head + in_head * plan->a_row + first * p->a_at.dim;
+            char *to = c + r / plan->length * plan->c_head + in_head * plan->c_row;
+            qkv_product_tile tile = {
+                .a = from, .a_row = (ptrdiff_t)(plan->a_row / size), .c_row = (ptrdiff_t)(plan->c_row / size),
+                .factor = plan->factor, .m = (int)m, .n = n, .add = first > 0,
+            };
+            if (!plan->direct_a) {
+                qkv_rows rows = {(char *)from, (ptrdiff_t)plan->a_row, (ptrdiff_t)p->a_at.dim, (int)size, p->swapped_a};
+                kernels->gather(scratch + plan->at_a, (ptrdiff_t)plan->copy_row_a, &rows, (int)m, n);
+                tile.a = scratch + plan->at_a;
+                tile.a_row = (ptrdiff_t)plan->copy_row_a;
+                counters_of(job, worker)->tiles_copied++;
+            }
+            char *block = to + column * p->c_at.dim;
+            if (!plan->direct_c) {
+                block = scratch + plan->at_c + (r - row) * plan->tile_columns * size;
+                tile.c_row = (ptrdiff_t)plan->tile_columns;
+            }
+            for (int64_t j = column, at = 0; j < last_column; j += tile.columns, at++) {
+                tile.columns = panel_width(kernels, last_column - j);
+                tile.b = panels + at * plan->pass * lanes * size;
+                tile.c = block + (j - column) * size;
+                kernels->multiply(&tile);
+            }
+            if (!plan->direct_c && first + n == p->terms) {
+                qkv_rows rows = {to + column * p->c_at.dim, (ptrdiff_t)plan->c_row, (ptrdiff_t)p->c_at.dim, (int)size,
+                                 p->swapped_c};
+                kernels->scatter(&rows, block, (ptrdiff_t)plan->tile_columns, (int)m, (int)(last_column - column));
+            }
+        }
+        first += n;
+    } while (first < p->terms);
+}
+
+qkv_status qkv_product(const qkv_product_problem *p)
+{
+    qkv_product_plan plan;
+    qkv_status status = qkv_plan_product(p, &plan);
+    if (status != QKV_OK || plan.tasks == 0)
+        return status;
+    stage job = {.problem = p, .plan = &plan};
+    return run_stage(&job, product_task, plan.tasks, plan.threads, plan.scratch_bytes, p->counters, p->interrupted,
+                     p->interrupted_arg);
+}
+
+/* Copies take an int of elements at a time. */
+enum { COPY_AT_ONCE = 1 << 20 };
+
+static void copy_row(const qkv_kernels *kernels, int into_scratch, qkv_rows row, char *scratch, int64_t n)
+{
+    for (int64_t i = 0; i < n; i += COPY_AT_ONCE) {
+        int count = (int)qkv_min(COPY_AT_ONCE, n - i);
+        char *at = scratch + i * row.size;
+        if (into_scratch)
+            kernels->gather(at, 0, &row, 1, count);
+        else
+            kernels->scatter(&row, at, 0, 1, count);
+        row.data += count * row.col;
+    }
+}
+
+/* One row of which one end or both cannot be used where they lie, or that is too long for a buffer. */
+static void softmax_row(const qkv_softmax_problem *p, const qkv_softmax_plan *plan, qkv_softmax_tile tile, char *e)
+{
+    const qkv_kernels *kernels = plan->kernels;
+    char *out = tile.out;
+    tile.e = e = plan->in_out ? out : e;
+    tile.count = 1;
+    if (!plan->direct_x) {
+        qkv_rows from = {(char *)tile.x, 0, (ptrdiff_t)p->x_step, kernels->size, p->swapped_x};
+        copy_row(kernels, 1, from, e, p->n);
+        tile.x = e;
+    }
+    if (!plan->direct_out)
+        tile.out = e;
+    kernels->softmax_rows(&tile);
+    if (!plan->direct_out) {
+        qkv_rows to = {out, 0, (ptrdiff_t)p->out_step, kernels->size, p->swapped_out};
+        copy_row(kernels, 0, to, e, p->n);
+    }
+}
+
+static void softmax_task(void *context, int64_t task, int worker)
+{
+    const stage *job = context;
+    const qkv_softmax_problem *p = job->problem;
+    const qkv_softmax_plan *plan = job->plan;
+    const qkv_kernels *kernels = plan->kernels;
+    char *scratch = job->scratch[worker] + sizeof(qkv_counters);
+    int64_t outer = task / plan->pieces, piece = task % plan->pieces;
+    int64_t first = piece * plan->piece, last = qkv_min(plan->run, first + plan->piece);
+    int64_t mask_at = offset_of(outer, plan->n_axes, plan->axes, plan->mask_at) + first * plan->mask_run;
+    qkv_softmax_tile tile = {
+        .x = p->x + offset_of(outer, plan->n_axes, plan->axes, plan->x_at) + first * plan->x_run,
+        .out = p->out + offset_of(outer, plan->n_axes, plan->axes, plan->out_at) + first * plan->out_run,
+        .mask = p->mask ? (const uint8_t *)p->mask + mask_at : NULL,
+        .mask_axis = (ptrdiff_t)p->mask_step, .mask_run = (ptrdiff_t)plan->mask_run,
+        .e = scratch, .state = scratch + plan->at_state,
+        .n = p->n, .count = last - first, .strip = plan->strip, .stream = plan->stream,
+    };
+    if (plan->across) {
+        tile.x_row = (ptrdiff_t)(p->x_step / kernels->size);
+        tile.out_row = (ptrdiff_t)(p->out_step / kernels->size);
+        kernels->softmax_columns(&tile);
+        return;
+    }
+    if (plan->direct_x && plan->direct_out && !plan->in_out) {
+        tile.x_row = (ptrdiff_t)(plan->x_run / kernels->size);
+        tile.out_row = (ptrdiff_t)(plan->out_run / kernels->size);
+        kernels->softmax_rows(&tile);
+        return;
+    }
+    for (int64_t i = first; i < last; i++) {
+        softmax_row(p, plan, tile, scratch);
+        tile.x = (const char *)tile.x + plan->x_run;
+        tile.out = (char *)tile.out + plan->out_run;
+        tile.mask = tile.mask ? tile.mask + plan->mask_run : NULL;
+        counters_of(job, worker)->tiles_copied += !plan->direct_x;
+    }
+}
+
+qkv_status qkv_softmax(const qkv_softmax_problem *p)
+{
+    qkv_softmax_plan plan;
+    qkv_status status = qkv_plan_softmax(p, &plan);
+    if (status != QKV_OK || plan.tasks == 0)
+        return status;
+    stage job = {.problem = p, .plan = &plan};
+    return run_stage(&job, softmax_task, plan.tasks, plan.threads, plan.scratch_bytes, p->counters, p->interrupted,
+                     p->interrupted_arg);
+}

@@ -1,0 +1,142 @@
+/* The stages in every CPU path, against plain loops in double: products and softmax of random shapes and strides, one thread
+ * against three, an interrupt, failing allocations. Run under the sanitizers: every array is a block of exactly its size. */
+#include "check.h"
+
+static double tolerance(qkv_type type) { return type == QKV_F32 ? 1e-5 : 1e-13; }
+
+/* A (heads, rows, terms) * B (heads_b, terms, columns) or its transpose, with random gaps between rows of A. */
+static void test_product(int isa, qkv_type type, int64_t heads_b, int64_t group, int64_t rows, int64_t terms, int64_t columns,
+                         int transposed)
+{
+    int64_t size = size_of(type), gap = between(0, 3), heads = heads_b * group, n = heads * rows * columns;
+    int64_t a_row = terms + gap, b_rows = transposed ? columns : terms, b_dim = transposed ? terms : columns;
+    void *a = uniform(type, heads * rows * a_row), *b = uniform(type, heads_b * b_rows * b_dim), *c = block(n * size);
+    void *again = block(n * size);
+    qkv_counters counters = {0};
+    qkv_product_problem p = {
+        .type = type, .b_type = type, .transposed = transposed, .heads = heads, .heads_b = heads_b, .rows = rows,
+        .terms = terms, .columns = columns, .a = a, .b = b, .c = c, .scale = -0.5, .threads = 1, .isa = isa,
+        .a_at = {.head = rows * a_row * size, .row = a_row * size, .dim = size},
+        .b_at = {.head = b_rows * b_dim * size, .row = b_dim * size, .dim = size},
+        .c_at = {.head = rows * columns * size, .row = columns * size, .dim = size}, .counters = &counters,
+    };
+    CHECK(qkv_product(&p) == QKV_OK, "product");
+    for (int64_t i = 0; i < n; i++) {
+        int64_t column = i % columns, row = i / columns % rows, head = i / columns / rows;
+        double sum = 0;
+        for (int64_t e = 0; e < terms; e++) {
+            int64_t at = head / group * b_rows * b_dim + (transposed ? column * b_dim + e : e * b_dim + column);
+            sum += load(type, a, (head * rows + row) * a_row + e) * load(type, b, at);
+        }
+        double error = fabs(load(type, c, i) + 0.5 * sum);
+        CHECK(error <= tolerance(type) * (double)(terms + 1), "element %lld is off by %g", (long long)i, error);
+    }
+    p.threads = 3;
+    p.c = again;
+    CHECK(qkv_product(&p) == QKV_OK && !memcmp(c, again, (size_t)(n * size)), "three threads: other bits");
+    CHECK(counters.tiles_copied == 0, "rows with gaps were copied");
+    free(a);
+    free(b);
+    free(c);
+    free(again);
+}
+
+/* The middle axis of (outer, n, inner), with a mask, or without and in place. */
+static void test_softmax(int isa, qkv_type type, int64_t outer, int64_t n, int64_t inner, int masked)
+{
+    int64_t size = size_of(type), total = outer * n * inner;
+    void *x = uniform(type, total), *out = masked ? block(total * size) : x, *before = block(total * size);
+    char *mask = block(total);
+    memcpy(before, x, (size_t)(total * size));
+    for (int64_t i = 0; i < total; i++)
+        mask[i] = masked ? (char)between(0, 1) : 1;
+    qkv_softmax_problem p = {
+        .type = type, .n_axes = 2, .axes = {outer, inner}, .x_at = {n * inner * size, size}, .mask_at = {n * inner, 1},
+        .out_at = {n * inner * size, size}, .n = n, .x_step = inner * size, .mask_step = inner, .out_step = inner * size,
+        .x = x, .mask = masked ? mask : NULL, .out = out, .threads = 1, .isa = isa,
+    };
+    CHECK(qkv_softmax(&p) == QKV_OK, "softmax");
+    for (int64_t i = 0; i < total; i++) {
+        int64_t first = i / inner / n * n * inner + i % inner;
+        double sum = 0;
+        for (int64_t e = 0; e < n; e++)
+            sum += mask[first + e * inner] ? exp(load(type, before, first + e * inner)) : 0;
+        double error = fabs(load(type, out, i) - (mask[i] ? exp(load(type, before, i)) / sum : 0));
+        CHECK(error <= tolerance(type), "element %lld is off by %g", (long long)i, error);
+    }
+    void *again = block(total * size);
+    p.x = before;
+    p.out = again;
+    p.threads = 3;
+    CHECK(qkv_softmax(&p) == QKV_OK && !memcmp(out, again, (size_t)(total * size)), "three threads: other bits");
+    if (masked)
+        free(out);
+    free(x);
+    free(before);
+    free(again);
+    free(mask);
+}
+
+static void test_random(int isa, qkv_type type)
+{
+    for (int i = 0; i < 60; i++) {
+        test_product(isa, type, between(1, 2), between(1, 3), between(1, 40), between(0, 40), between(1, 110), i % 2);
+        test_softmax(isa, type, between(1, 3), between(1, 70), between(1, 70), i % 2);
+        test_softmax(isa, type, between(1, 20), between(1, 150), 1, i % 2);
+    }
+    for (int transposed = 0; transposed < 2; transposed++)
+        test_product(isa, type, 3, 1, 90, 1100, 130, transposed);
+    test_softmax(isa, type, 1, 2100, 20, 0);
+}
+
+static int interrupt(void *count) { return ++*(int *)count >= 2; }
+
+static void test_interrupt(void)
+{
+    int64_t n = 4096;
+    int count = 0, isa = 0;
+    while (qkv_isa_name(isa + 1))
+        isa++;                                          /* the slowest: long enough for two looks */
+    void *a = uniform(QKV_F64, n * n), *c = block(n * n * 8);
+    qkv_product_problem p = {
+        .type = QKV_F64, .b_type = QKV_F64, .heads = 1, .heads_b = 1, .rows = n, .terms = n, .columns = n, .a = a, .b = a,
+        .c = c, .scale = 1, .threads = 2, .isa = isa, .interrupted = interrupt, .interrupted_arg = &count,
+        .a_at = {.row = n * 8, .dim = 8}, .b_at = {.row = n * 8, .dim = 8}, .c_at = {.row = n * 8, .dim = 8},
+    };
+    CHECK(qkv_product(&p) == QKV_INTERRUPTED && count == 2, "%d looks", count);
+    free(a);
+    free(c);
+}
+
+static void test_failing_allocations(void)
+{
+    void *x = uniform(QKV_F32, 400 * 400);
+    qkv_softmax_problem p = {
+        .type = QKV_F32, .n_axes = 1, .axes = {400}, .x_at = {1600}, .out_at = {1600}, .n = 400, .x_step = 4, .out_step = 4,
+        .x = x, .out = x, .threads = 3,
+    };
+    qkv_status status = QKV_NO_MEMORY;
+    int64_t k = 0;
+    for (; status != QKV_OK; k++) {
+        qkv_trim();
+        qkv_fail_allocation(k);
+        status = qkv_softmax(&p);
+        CHECK(status == (qkv_allocations() > k ? QKV_NO_MEMORY : QKV_OK), "allocation %lld: %d", (long long)k, status);
+    }
+    CHECK(k >= 4, "three workers: %lld allocations", (long long)k - 1);
+    qkv_fail_allocation(-1);
+    free(x);
+}
+
+int main(void)
+{
+    for (int isa = 0; qkv_isa_name(isa); isa++)
+        for (qkv_type type = QKV_F32; type <= QKV_F64; type++)
+            test_random(isa, type);
+    test_interrupt();
+    test_failing_allocations();
+    qkv_pool_stop();
+    qkv_trim();
+    printf("test_stages: %ld checks passed\n", checks);
+    return 0;
+}
