@@ -258,8 +258,8 @@ def test_units():
 
 def test_identical_sequences():
     x = np.ones((50, 1, 200, 8), "float32")
-    one = qkv_fast.explain(x[:1], x[:1], x[:1], kv_lengths=150, causal=True, q_offset=0)
+    one = qkv_fast.explain(x[:1], x[:1], x[:1], kv_lengths=150, causal=True, q_offset=0, num_threads=1)
     for lengths in (150, np.full(50, 150)):
-        plan = qkv_fast.explain(x, x, x, kv_lengths=lengths, causal=True, q_offset=0)
+        plan = qkv_fast.explain(x, x, x, kv_lengths=lengths, causal=True, q_offset=0, num_threads=1)
         for name in ("tiles_full", "tiles_partial", "tiles_skipped", "pairs"):
             assert getattr(plan, name) == 50 * getattr(one, name) > 0
