@@ -298,7 +298,7 @@ def _fail(what: str, q: Array, k: Array, v: Array) -> NoReturn:
     _fail_shapes("attention", what, q=q, k=k, v=v)
 
 
-def _fail_shapes(where: str, what: str, error: type[Exception] = ValueError, **arrays: Array) -> NoReturn:
+def _fail_shapes(where: str, what: str, error: type[Exception] = ValueError, /, **arrays: Array) -> NoReturn:
     shapes = ", ".join(f"{name}.shape={x.shape}" for name, x in arrays.items())
     raise error(f"{where}: {what} ({shapes})")
 

@@ -336,7 +336,9 @@ def read_bandwidth(data: np.ndarray[Any, Any], threads: int = 1, seconds: float 
     return _core.read_rate(data, threads, seconds)
 
 
-def copy_bandwidth(to: np.ndarray, data: np.ndarray, threads: int = 1, seconds: float = 0.1) -> float:
+def copy_bandwidth(
+    to: np.ndarray[Any, Any], data: np.ndarray[Any, Any], threads: int = 1, seconds: float = 0.1
+) -> float:
     """Bytes per second, read once and written once, at which threads copy a contiguous array to another of its size."""
     return _core.copy_rate(to, data, threads, seconds)
 

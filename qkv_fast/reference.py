@@ -152,7 +152,7 @@ def attention(
     return (out.copy(), lse.copy()) if return_lse else out.copy()
 
 
-def scores(q, k, *, scale=None, layout="bhld"):
+def scores(q: Any, k: Any, *, scale: float | None = None, layout: str = "bhld") -> Any:
     """Scores of every query with every key, ``scale * q @ k.T``: (..., Hq, Lq, Lk), head-first in either layout.
 
     See `qkv_fast.scores` for the parameters; types as in `attention`.
@@ -172,7 +172,7 @@ def scores(q, k, *, scale=None, layout="bhld"):
         return q @ np.swapaxes(_for_each_head(k, q), -1, -2) * q.dtype.type(scale)
 
 
-def softmax(x, axis=-1, *, mask=None):
+def softmax(x: Any, axis: int = -1, *, mask: Any = None) -> Any:
     """Softmax along an axis, ``exp(x) / exp(x).sum(axis)``, of the elements whose mask is True.
 
     Where nothing takes part the result is 0. An element that takes no part never matters; NaN or +inf in one that
@@ -195,7 +195,7 @@ def softmax(x, axis=-1, *, mask=None):
         return p / np.where(total == 0, 1, total)
 
 
-def weighted_values(p, v, *, layout="bhld"):
+def weighted_values(p: Any, v: Any, *, layout: str = "bhld") -> Any:
     """Sums of the values with given weights, ``p @ v``; p is head-first in either layout, (..., Hq, Lq, Lk).
 
     See `qkv_fast.weighted_values` for the parameters; types as in `attention`.
@@ -215,15 +215,15 @@ def weighted_values(p, v, *, layout="bhld"):
     return np.swapaxes(out, -3, -2) if swapped else out
 
 
-def _widened(*arrays):
+def _widened(*given: Any) -> list[Any]:
     """All in the type that results are computed in, which follows from the first."""
-    arrays = [np.asarray(x) for x in arrays]
+    arrays = [np.asarray(x) for x in given]
     wide = np.longdouble if arrays[0].dtype.kind == "f" and arrays[0].dtype.itemsize == 8 else np.float64
     with np.errstate(invalid="ignore"):  # a signalling NaN
         return [x.astype(wide) for x in arrays]
 
 
-def _for_each_head(x, like):
+def _for_each_head(x: Any, like: Any) -> Any:
     """Key or value heads repeated for the query heads of their groups; 2-D arrays have none."""
     return x if x.ndim == 2 else np.repeat(x, like.shape[-3] // max(x.shape[-3], 1), axis=-3)
 
