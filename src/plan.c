@@ -1,5 +1,5 @@
 /* Problem -> plan. Every tuning number of the driver is in this file; those inside a kernel (its register tile, P_LIMIT,
- * DEPTH) stand where they are used, in kernels/, and those of the pool in threads.c.
+ * QKV_TERMS) stand where they are used, in kernels/, and those of the pool in threads.c.
  *
  * Two kinds of choice are kept apart. What changes arithmetic (block, chunk) depends only on types and dimensions, so
  * that results are the same bits for any batch, heads, strides and threads. What changes only who does what when (query
@@ -40,6 +40,7 @@ enum {
     STRIP_ROWS = 32768,               /* longer columns are copied one by one */
     ROW_BYTES = 512 << 10,            /* exponentials of a longer row leave L2 anyway */
     SOFTMAX_TASK = 64 << 10,          /* elements of a task: about 20 us */
+    STREAM_C_BYTES = 4 << 20,         /* a larger product is written without being read first: 0.72 -> 0.85 of the peak */
     STREAM_BYTES = 32 << 20,          /* a larger result would only push other data out of L3 */
     ALIGNMENT = 64
 };
@@ -224,6 +225,11 @@ qkv_status qkv_plan_product(const qkv_product_problem *p, qkv_product_plan *plan
     plan->direct_c = !obstacles(p->c, p->n_axes, &p->c_at, p->swapped_c, (int)size);
 
     plan->pass = qkv_max(1, qkv_min(p->terms, TERMS_PASS));
+    int64_t vector = kernels->vector * size, at_vectors = p->c_at.head | p->c_at.row;
+    for (int i = 0; i < p->n_axes; i++)
+        at_vectors |= p->c_at.axis[i];
+    double bytes = (double)plan->sequences * (double)p->heads * (double)p->rows * (double)p->columns * (double)size;
+    plan->stream = plan->direct_c && at_vectors % vector == 0 && p->terms <= QKV_TERMS && bytes >= STREAM_C_BYTES;
     plan->tile_columns = qkv_max(1, B_BYTES / (plan->pass * lanes * size)) * lanes;
     plan->tile_columns = qkv_min(plan->tile_columns, ceil_div(p->columns, lanes) * lanes);
     plan->column_tiles = ceil_div(p->columns, plan->tile_columns);
@@ -247,6 +253,7 @@ qkv_status qkv_plan_product(const qkv_product_problem *p, qkv_product_plan *plan
     size_t at = 0, panels = (size_t)(plan->tile_columns / lanes), pass = (size_t)plan->pass;
     plan->copy_row_a = plan->copy_row_b = plan->pass + COPY_PAD;
 #define TAKE(field, bytes) (plan->field = at, at += align(bytes))
+    panels += plan->stream;           /* a narrow one before the first that is aligned */
     TAKE(at_b, panels * pass * (size_t)(lanes * size));
     TAKE(at_rows, (size_t)lanes * sizeof(void *));
     TAKE(at_columns, p->transposed && !plan->direct_b ? (size_t)(lanes * plan->copy_row_b * size) : 0);

@@ -52,6 +52,7 @@ typedef struct {
     int64_t tile_rows, row_tiles, tile_columns, column_tiles;
     int64_t pass, group_rows;
     int direct_a, direct_b, direct_c;                   /* rows can be used where they lie */
+    int stream;                       /* C is written past the caches */
     int64_t tasks;
     int threads;
     size_t at_b, at_rows, at_columns, at_a, at_c;       /* scratch of one worker */

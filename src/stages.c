@@ -56,10 +56,14 @@ static qkv_status run_stage(stage *job, qkv_task task, int64_t tasks, int thread
     return status;
 }
 
-/* Columns of the panel that begins here. Four vectors are two panels of two: one by itself loads more than it adds. */
-static int panel_width(const qkv_kernels *kernels, int64_t left)
+/* Columns of the panel that begins here. Four vectors are two panels of two: one by itself loads more than it adds. Where C
+ * at `to` is streamed, a narrow panel comes before the first that is aligned. */
+static int panel_width(const qkv_product_plan *plan, const char *to, int64_t left)
 {
-    int most = kernels->lanes, w = kernels->vector;
+    int most = plan->kernels->lanes, w = plan->kernels->vector;
+    size_t bytes = (size_t)(w * plan->kernels->size), over = (uintptr_t)to % bytes;
+    if (plan->stream && over)
+        return (int)qkv_min(left, (int64_t)(bytes - over) / plan->kernels->size);
     if (left > most && left <= most + w)
         most = (most / w + 1) / 2 * w;
     return (int)qkv_min(most, left);
@@ -111,7 +115,7 @@ static void product_task(void *context, int64_t task, int worker)
     do {
         int n = (int)qkv_min(plan->pass, p->terms - first), width;
         for (int64_t j = column, at = 0; j < last_column; j += width, at++) {
-            width = panel_width(kernels, last_column - j);
+            width = panel_width(plan, c + j * p->c_at.dim, last_column - j);
             prepare_panel(p, plan, b, panels + at * plan->pass * lanes * size, scratch, first, n, j, width);
         }
         counters_of(job, worker)->tiles_copied += !plan->direct_b;
@@ -122,7 +126,7 @@ static void product_task(void *context, int64_t task, int worker)
             char *to = c + r / plan->length * plan->c_head + in_head * plan->c_row;
             qkv_product_tile tile = {
                 .a = from, .a_row = (ptrdiff_t)(plan->a_row / size), .c_row = (ptrdiff_t)(plan->c_row / size),
-                .factor = plan->factor, .m = (int)m, .n = n, .add = first > 0,
+                .factor = plan->factor, .m = (int)m, .n = n, .add = first > 0, .stream = plan->stream,
             };
             if (!plan->direct_a) {
                 qkv_rows rows = {(char *)from, (ptrdiff_t)plan->a_row, (ptrdiff_t)p->a_at.dim, (int)size, p->swapped_a};
@@ -137,7 +141,7 @@ static void product_task(void *context, int64_t task, int worker)
                 tile.c_row = (ptrdiff_t)plan->tile_columns;
             }
             for (int64_t j = column, at = 0; j < last_column; j += tile.columns, at++) {
-                tile.columns = panel_width(kernels, last_column - j);
+                tile.columns = panel_width(plan, c + j * p->c_at.dim, last_column - j);
                 tile.b = panels + at * plan->pass * lanes * size;
                 tile.c = block + (j - column) * size;
                 kernels->multiply(&tile);
@@ -150,6 +154,8 @@ static void product_task(void *context, int64_t task, int worker)
         }
         first += n;
     } while (first < p->terms);
+    if (plan->stream)
+        kernels->fence();
 }
 
 qkv_status qkv_product(const qkv_product_problem *p)

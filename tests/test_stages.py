@@ -73,6 +73,24 @@ def test_results_larger_than_the_caches(dtype):
 
 
 @dtypes
+@pytest.mark.parametrize("columns", [1024, 1040, 1023])  # rows a whole number of vectors apart, and not
+def test_large_scores_anywhere(dtype, columns):
+    """Beyond 4 MB rows are written past the caches, from their first aligned element on: same bits, nothing around."""
+    rows = (5 << 20) // (columns * np.dtype(dtype).itemsize)
+    q, k, _ = qkv(12, dtype, lengths=(rows, columns), dims=(17, 1))
+    expected = np.concatenate([qkv_fast.scores(q[:, i : i + 100], k) for i in range(0, rows, 100)], axis=1)
+    around = 16
+    memory = np.empty(rows * columns + 2 * around + 16, dtype)
+    for start in range(around, around + 16):
+        memory.fill(7)
+        out = memory[start : start + rows * columns].reshape(1, rows, columns)
+        for threads in (1, 2):
+            qkv_fast.scores(q, k, out=out, num_threads=threads)
+            same_bits(out.copy(), expected)
+        assert (memory[:start] == 7).all() and (memory[start + rows * columns :] == 7).all()
+
+
+@dtypes
 @layouts
 def test_stages_make_attention(dtype, layout):
     for heads, lengths, dims in (

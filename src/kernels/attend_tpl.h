@@ -16,9 +16,6 @@
  * strip by strip: equal ones would all be rounded the same way in one long sum. */
 #define STRIP 32
 
-/* Products in one sum. */
-#define DEPTH 256
-
 /* nr rows of C, all of it in registers: nr and nv are compile-time constants wherever this is inlined. */
 static QKV_INLINE void X(product)(const int nr, const int nv, const REAL *a, ptrdiff_t row, ptrdiff_t step,
                                   const REAL *b, int n, VEC c[ROW_TILE][LANE_VECTORS])
@@ -95,7 +92,7 @@ static QKV_INLINE void X(score_rows)(const int nr, const int nv, const qkv_tile 
     int e = 0;
     do {
         VEC c[ROW_TILE][LANE_VECTORS];
-        X(product)(nr, nv, k + e, t->k_row, 1, q + (ptrdiff_t)e * LANES, t->d - e < DEPTH ? t->d - e : DEPTH, c);
+        X(product)(nr, nv, k + e, t->k_row, 1, q + (ptrdiff_t)e * LANES, t->d - e < QKV_TERMS ? t->d - e : QKV_TERMS, c);
         QKV_UNROLL
         for (int r = 0; r < nr; r++) {
             QKV_UNROLL
@@ -104,7 +101,7 @@ static QKV_INLINE void X(score_rows)(const int nr, const int nv, const qkv_tile 
                 X(store)(at, e ? X(add)(X(load)(at), c[r][j]) : c[r][j]);
             }
         }
-        e += DEPTH;
+        e += QKV_TERMS;
     } while (e < t->d);
     if (i < limits->first || limits->last < i + nr)
         X(exclude_rows)(t, i, i + nr, limits);
@@ -362,6 +359,5 @@ static void X(merge)(void *o, void *m, void *l, const void *o2, const void *m2, 
     }
 }
 
-#undef DEPTH
 #undef STRIP
 #undef P_LIMIT

@@ -45,7 +45,7 @@
     .attend = X(attend), .reset = X(reset), .merge = X(merge), \
     .pack = X(pack), .expect = X(expect), .finish = X(finish), .finite = X(finite), \
     .gather = X(gather), .scatter = X(scatter), \
-    .multiply = X(multiply), .softmax_rows = X(softmax_rows), .softmax_columns = X(softmax_columns), \
+    .multiply = X(multiply), .fence = X(fence), .softmax_rows = X(softmax_rows), .softmax_columns = X(softmax_columns), \
     .exp2 = X(exp2_array), .fma = X(fma_rounds) }
 
 static const qkv_kernels X(kernels) = KERNELS;

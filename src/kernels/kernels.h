@@ -18,6 +18,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+enum { QKV_TERMS = 256 };             /* terms of one sum of a product: longer ones are sums of sums, as in a BLAS */
 enum { QKV_KEYS = 1024 };             /* most keys in one tile: key numbers are exact in any element type */
 
 /* One step of online softmax over nk keys for nv vectors of lanes. All pointers are to the table's element type and
@@ -46,6 +47,7 @@ typedef struct {
     double factor;
     int m, n, columns;
     int add;                          /* to what C holds */
+    int stream;                       /* write whole vectors past the caches: they are aligned, `fence` follows, no add */
 } qkv_product_tile;
 
 /* Softmax of `count` rows of n elements, or of `count` columns of n elements. x may be e or out, and e may be out for one
@@ -107,6 +109,7 @@ typedef struct {
     void (*scatter)(const qkv_rows *to, const void *from, ptrdiff_t from_row, int n, int d);
 
     void (*multiply)(const qkv_product_tile *tile);
+    void (*fence)(void);              /* other threads see what was streamed */
 
     /* Of an axis in memory order, and of one across it. The same bits either way; all 0 where nothing takes part, NaN in
      * every element where an element that takes part is NaN or +inf. */

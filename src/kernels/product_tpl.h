@@ -4,15 +4,12 @@
  * up to LANES columns, so the loop is `product` of attend_tpl.h and C leaves the registers as rows of the result.
  */
 
-/* Terms of one sum: longer ones are sums of such sums, as in a BLAS. */
-#define TERMS 256
-
 /* Rows i .. i + nr of C, terms e .. e + n. */
 static QKV_INLINE void X(product_rows)(const int nr, const int nv, const qkv_product_tile *t, int i, int e, int n)
 {
     /* Stores wait for their lines one after the other, so they are fetched together while the sums run. */
     REAL *to = (REAL *)t->c + i * t->c_row;
-    for (int r = 0; r < nr; r++)
+    for (int r = 0; r < nr && !t->stream; r++)
         for (int j = 0; j < t->columns; j += 64 / (int)sizeof(REAL))
             QKV_PREFETCH_WRITE(to + r * t->c_row + j);
     VEC c[ROW_TILE][LANE_VECTORS];
@@ -25,7 +22,9 @@ static QKV_INLINE void X(product_rows)(const int nr, const int nv, const qkv_pro
         QKV_UNROLL
         for (int j = 0; j < nv; j++) {
             REAL *at = to + r * t->c_row + j * W;
-            if (j + 1 < nv || part == W)
+            if (t->stream && (j + 1 < nv || part == W))
+                X(stream)(at, X(mul)(factor, c[r][j]));
+            else if (j + 1 < nv || part == W)
                 X(storeu)(at, add ? X(fma)(factor, c[r][j], X(loadu)(at)) : X(mul)(factor, c[r][j]));
             else
                 X(store_part)(at, add ? X(fma)(factor, c[r][j], X(load_part)(at, part)) : X(mul)(factor, c[r][j]),
@@ -38,14 +37,14 @@ static QKV_INLINE void X(product_vectors)(const int nv, const qkv_product_tile *
 {
     int e = 0;
     do {
-        int n = t->n - e < TERMS ? t->n - e : TERMS, i = 0;
+        int n = t->n - e < QKV_TERMS ? t->n - e : QKV_TERMS, i = 0;
         for (; i + ROW_TILE <= t->m; i += ROW_TILE)
             X(product_rows)(ROW_TILE, nv, t, i, e, n);
         for (; i + ROW_TILE / 2 <= t->m; i += ROW_TILE / 2)
             X(product_rows)(ROW_TILE / 2, nv, t, i, e, n);
         for (; i < t->m; i++)
             X(product_rows)(1, nv, t, i, e, n);
-        e += TERMS;
+        e += QKV_TERMS;
     } while (e < t->n);
 }
 
@@ -58,5 +57,3 @@ static void X(multiply)(const qkv_product_tile *t)
     else
         X(product_vectors)(LANE_VECTORS, t);
 }
-
-#undef TERMS
