@@ -98,6 +98,7 @@ def attention(
     -----
     Products are accumulated in q's type. An excluded key has no influence on the result, even if it or its value is
     NaN; NaN and infinity in visible keys do what IEEE arithmetic makes them do. A score of -inf excludes its key.
+    The division by the sum of weights comes last, so visible keys times max|v| must fit the type.
 
     The online softmax is from M. Milakov and N. Gimelshein, "Online normalizer calculation for softmax", 2018; the
     tiling and the log-sum-exp follow T. Dao et al., "FlashAttention", 2022, section 3.1.

@@ -132,4 +132,5 @@ def _text(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, tuple):
         return ", ".join(map(str, value)) or "none"
-    return "none" if value is None or value == {} else str(value)
+    # Variables may hold bytes that are no text.
+    return "none" if value is None or value == {} else str(value).encode("utf-8", "backslashreplace").decode()

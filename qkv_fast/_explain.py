@@ -188,7 +188,9 @@ def explain(
     'k: rows whose elements are not adjacent; copied a tile at a time (float32, strides (256000, 256, -4))'
     """
     given = {"q": q, "k": k, "v": v}
-    made = [_as_array(name, x) for name, x in given.items()]  # before: their own code may call attention
+    # Before: their own code may call attention.
+    made = [_as_array(name, x) for name, x in given.items()]
+    kv_lengths, q_offset = (np.asarray(x) if hasattr(x, "__array__") else x for x in (kv_lengths, q_offset))
     with _runtime.planning():
         report, *arrays = attention(
             *made, causal=causal, window=window, q_offset=q_offset, kv_lengths=kv_lengths, scale=scale, layout=layout,
@@ -258,7 +260,7 @@ def _notes(
     threads, tasks = report["counts"]["threads"], report["counts"]["tasks"]
     rows, vector = report["rows"], report["vector_rows"]
     lanes = -(-rows // vector) * vector
-    if 0 < lanes < report["panel_rows"]:
+    if report["operations"] and 0 < lanes < report["panel_rows"]:
         notes.append(
             f"queries: {_many(rows, 'row')} for each key head, of the {report['panel_rows']} that the kernel computes "
             f"side by side; they take {lanes} lanes"

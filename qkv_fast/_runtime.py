@@ -237,7 +237,9 @@ def ignored_variables() -> dict[str, str]:
 def _count(text: str) -> int:
     """The positive integer that a variable says, or 0."""
     first = text.split(",")[0].strip()  # OpenMP allows a list, one entry per level
-    return int(first) if first.isdecimal() else 0
+    if not (first.isascii() and first.isdecimal()):
+        return 0
+    return _core.MAX_THREADS if len(first.lstrip("0")) > 9 else int(first)
 
 
 def allowed_cpus() -> int:

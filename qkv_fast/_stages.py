@@ -1,5 +1,6 @@
 """The stages of attention on their own, for those who want the matrix: scores, softmax, weighted values."""
 
+import math
 import operator
 from typing import Any
 
@@ -222,8 +223,8 @@ def softmax(
     Notes
     -----
     The maximum is subtracted first, as in M. Milakov and N. Gimelshein, "Online normalizer calculation for softmax",
-    2018, section 2 ("safe softmax"). NaN or +inf in an element that takes part makes all along its axis NaN. What would
-    fall below the smallest normal number is 0 before the division. The bits are the same for any axis, strides and
+    2018, section 2 ("safe softmax"). NaN or +inf in an element that takes part makes all along its axis NaN. An
+    exponential below half the smallest normal number is 0; between, it is at most that number. The bits are the same for any axis, strides and
     number of threads.
 
     Examples
@@ -312,7 +313,16 @@ def _product(
         result = target = _check_out(out, shape, a.dtype.char, where, like)
         if np.may_share_memory(out, a) or np.may_share_memory(out, b):
             target = _empty(shape, a.dtype.char, where)
+    rest = 1.0
+    if a.dtype.itemsize == 4 and scale and not 2.0**-200 < abs(scale) < 2.0**200:
+        scale, rest = math.copysign(2.0 ** (200 if abs(scale) > 1 else -200), scale), abs(scale)
+        rest /= abs(scale)
     _core.product(a, b, target, where == "scores", *heads_first, scale, threads, isa, counters)
+    with np.errstate(all="ignore"):
+        while rest != 1:  # in steps within the type: 0 times infinity would be NaN
+            step = min(max(rest, 2.0**-100), 2.0**100)
+            np.multiply(target, target.dtype.type(step), out=target)
+            rest /= step
     if target is not result:
         result[...] = target
     return result

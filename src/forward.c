@@ -25,25 +25,8 @@ typedef struct {
     char *partials;                   /* (tasks / chunks, chunks, tile_panels) states, if split */
     _Atomic int64_t *pending;         /* (tasks / chunks): chunks not yet computed, if split */
     char **scratch;                   /* one per worker */
-    double asked;                     /* when worker 0 last asked whether to stop within a task */
-    atomic_int stop;                  /* the answer was yes */
+    qkv_stop stop;
 } call;
-
-/* The pool asks this between tasks, worker 0 also within a long one. */
-static int interrupted(void *context)
-{
-    call *job = context;
-    if (!atomic_load(&job->stop) && job->problem->interrupted(job->problem->interrupted_arg))
-        atomic_store(&job->stop, 1);
-    return atomic_load(&job->stop);
-}
-
-static int must_stop(call *job, int worker)
-{
-    if (worker == 0)
-        qkv_check(&job->asked, job->problem->interrupted ? interrupted : NULL, job);
-    return atomic_load_explicit(&job->stop, memory_order_relaxed);
-}
 
 /* The K and V of one pass. */
 typedef struct {
@@ -215,7 +198,7 @@ static int attend_tile(call *job, int worker, const qkv_query_tile *t, uint64_t 
         for (int i = 0; i < t->panels; i++)
             if (chosen >> i & 1)
                 merge(t, t->panel[i].total, t->panel[i].state, t->panel[i].nv);
-        if (chunk < last && must_stop(job, worker))
+        if (chunk < last && qkv_must_stop(&job->stop, worker))
             return 0;
     }
     return 1;
@@ -272,7 +255,7 @@ static void run_task(void *context, int64_t task, int worker)
     const qkv_plan *plan = job->plan;
     qkv_counters *counters = (qkv_counters *)job->scratch[worker];
     qkv_query_tile t;
-    if (atomic_load_explicit(&job->stop, memory_order_relaxed))
+    if (atomic_load_explicit(&job->stop.stop, memory_order_relaxed))
         return;
     counters->tasks++;
     qkv_open_tile(&t, job->problem, plan, plan->split ? task / plan->chunks : task,
@@ -302,7 +285,7 @@ qkv_status qkv_forward(const qkv_problem *p)
         return status;
 
     char *scratch[QKV_MAX_THREADS] = {0};
-    call job = {.problem = p, .plan = &plan, .scratch = scratch};
+    call job = {.problem = p, .plan = &plan, .scratch = scratch, .stop = {p->interrupted, p->interrupted_arg, 0, 0}};
     int64_t bases = plan.split ? plan.tasks / plan.chunks : 0;
     int workers = qkv_pool_acquire((int)qkv_min(plan.threads, QKV_MAX_THREADS));
     status = QKV_NO_MEMORY;
@@ -320,8 +303,8 @@ qkv_status qkv_forward(const qkv_problem *p)
         for (int64_t i = 0; i < bases; i++)
             atomic_init(&job.pending[i], plan.chunks);
     }
-    int stopped = qkv_pool_run(workers, plan.tasks, run_task, &job, p->interrupted ? interrupted : NULL, &job);
-    status = stopped || job.stop ? QKV_INTERRUPTED : QKV_OK;
+    int stopped = qkv_pool_run(workers, plan.tasks, run_task, &job, p->interrupted ? qkv_ask_to_stop : NULL, &job.stop);
+    status = stopped || job.stop.stop ? QKV_INTERRUPTED : QKV_OK;
     for (int i = 0; i < workers && p->counters; i++)
         add_counters(p->counters, (const qkv_counters *)scratch[i]);
     if (p->counters)

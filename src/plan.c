@@ -37,9 +37,10 @@ enum {
     STRIP_BYTES = 512 << 10,          /* exponentials of a strip of columns: half of L2, so that the next one's fit beside */
     STRIP_WIDTH = 512,                /* bytes of a row of a strip, at most: with 3 W sums each, in L2 */
     STRIP_LEAST = 256,                /* and at least, for memory's sake */
-    STRIP_ROWS = 32768,               /* longer columns are copied one by one */
+    STRIP_ROWS = 1 << 20,             /* longer columns are copied one by one, several times slower */
     ROW_BYTES = 512 << 10,            /* exponentials of a longer row leave L2 anyway */
     SOFTMAX_TASK = 64 << 10,          /* elements of a task: about 20 us */
+    STRIPS_TASK = 1 << 20,            /* of a task of strips, each of which fetches the next: 2 ms or more */
     STREAM_C_BYTES = 4 << 20,         /* a larger product is written without being read first: 0.72 -> 0.85 of the peak */
     STREAM_BYTES = 32 << 20,          /* a larger result would only push other data out of L3 */
     ALIGNMENT = 64
@@ -340,6 +341,7 @@ qkv_status qkv_plan_softmax(const qkv_softmax_problem *p, qkv_softmax_plan *plan
         int64_t most = qkv_max(STRIP_LEAST, qkv_min(STRIP_WIDTH, STRIP_BYTES / p->n)) / (w * size) * w;
         int64_t wanted = ceil_div(plan->run, ceil_div((int64_t)p->threads * TASKS_EACH, outer));
         plan->strip = qkv_max(w, qkv_min(most, ceil_div(plan->run, w) * w));
+        wanted = qkv_min(wanted, STRIPS_TASK / p->n);
         plan->piece = qkv_max(plan->strip, wanted / plan->strip * plan->strip);
         plan->pieces = ceil_div(plan->run, plan->piece);
         plan->at_state = align((size_t)(p->n * plan->strip * size));

@@ -137,7 +137,7 @@ typedef struct {
     char *c;                          /* (axes..., heads, rows, columns); overlaps no input */
     qkv_strides a_at, b_at, c_at;     /* `dim` is the stride along the last axis */
 
-    double scale;                     /* any finite number; within the type unless transposed */
+    double scale;                     /* within the type; in float32, if transposed, within 2^-240 .. 2^240 */
     int threads, isa;
     qkv_counters *counters;           /* or NULL: tiles_copied, tasks and threads */
     int (*interrupted)(void *);       /* or NULL */

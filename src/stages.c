@@ -14,6 +14,7 @@
 typedef struct {
     const void *problem, *plan;
     char *scratch[QKV_MAX_THREADS];   /* of each worker, behind its counters */
+    qkv_stop stop;
 } stage;
 
 _Static_assert(sizeof(qkv_counters) % 64 == 0, "counters misalign scratch");
@@ -42,7 +43,10 @@ static qkv_status run_stage(stage *job, qkv_task task, int64_t tasks, int thread
         counters_of(job, taken)->tiles_copied = 0;
     }
     if (taken == workers) {
-        status = qkv_pool_run(workers, tasks, task, job, interrupted, arg) ? QKV_INTERRUPTED : QKV_OK;
+        job->stop.check = interrupted;
+        job->stop.arg = arg;
+        int stopped = qkv_pool_run(workers, tasks, task, job, interrupted ? qkv_ask_to_stop : NULL, &job->stop);
+        status = stopped || job->stop.stop ? QKV_INTERRUPTED : QKV_OK;
         for (int i = 0; i < workers && counters; i++)
             counters->tiles_copied += counters_of(job, i)->tiles_copied;
         if (counters) {
@@ -94,7 +98,7 @@ static void prepare_panel(const qkv_product_problem *p, const qkv_product_plan *
 
 static void product_task(void *context, int64_t task, int worker)
 {
-    const stage *job = context;
+    stage *job = context;
     const qkv_product_problem *p = job->problem;
     const qkv_product_plan *plan = job->plan;
     const qkv_kernels *kernels = plan->kernels;
@@ -120,6 +124,8 @@ static void product_task(void *context, int64_t task, int worker)
         }
         counters_of(job, worker)->tiles_copied += !plan->direct_b;
         for (int64_t r = row, m; r < last_row; r += m) {
+            if (qkv_must_stop(&job->stop, worker))
+                return;
             int64_t in_head = r % plan->length;
             m = qkv_min(qkv_min(plan->group_rows, last_row - r), plan->length - in_head);
             const char *from = a + r / plan->length * plan->a_head + in_head * plan->a_row + first * p->a_at.dim;
@@ -208,7 +214,7 @@ static void softmax_row(const qkv_softmax_problem *p, const qkv_softmax_plan *pl
 
 static void softmax_task(void *context, int64_t task, int worker)
 {
-    const stage *job = context;
+    stage *job = context;
     const qkv_softmax_problem *p = job->problem;
     const qkv_softmax_plan *plan = job->plan;
     const qkv_kernels *kernels = plan->kernels;
@@ -236,7 +242,7 @@ static void softmax_task(void *context, int64_t task, int worker)
         kernels->softmax_rows(&tile);
         return;
     }
-    for (int64_t i = first; i < last; i++) {
+    for (int64_t i = first; i < last && !qkv_must_stop(&job->stop, worker); i++) {
         softmax_row(p, plan, tile, scratch);
         tile.x = (const char *)tile.x + plan->x_run;
         tile.out = (char *)tile.out + plan->out_run;

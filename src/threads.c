@@ -271,7 +271,7 @@ void qkv_pool_release(int n)
         atomic_store(&pool->busy, 0);
 }
 
-int qkv_check(double *last, int (*check)(void *), void *arg)
+static int check_in_time(double *last, int (*check)(void *), void *arg)
 {
     if (!check)
         return 0;
@@ -284,6 +284,21 @@ int qkv_check(double *last, int (*check)(void *), void *arg)
     return check(arg);
 }
 
+int qkv_ask_to_stop(void *arg)
+{
+    qkv_stop *stop = arg;
+    if (!atomic_load(&stop->stop) && stop->check && stop->check(stop->arg))
+        atomic_store(&stop->stop, 1);
+    return atomic_load(&stop->stop);
+}
+
+int qkv_must_stop(qkv_stop *stop, int worker)
+{
+    if (worker == 0)
+        check_in_time(&stop->asked, stop->check ? qkv_ask_to_stop : NULL, stop);
+    return atomic_load_explicit(&stop->stop, memory_order_relaxed);
+}
+
 /* The caller's share: tasks one by one, with a look at the clock in between. */
 static int draw_and_check(_Atomic int64_t *next, int64_t tasks, qkv_task function, void *context,
                           int (*check)(void *), void *arg)
@@ -292,7 +307,7 @@ static int draw_and_check(_Atomic int64_t *next, int64_t tasks, qkv_task functio
     double last = 0;
     while ((task = atomic_fetch_add_explicit(next, 1, memory_order_relaxed)) < tasks) {
         function(context, task, 0);
-        if (task + 1 < tasks && qkv_check(&last, check, arg)) {
+        if (task + 1 < tasks && check_in_time(&last, check, arg)) {
             atomic_store(next, tasks);
             return 1;
         }
@@ -322,7 +337,7 @@ static int await_workers(pool_state *pool, int joined, int (*check)(void *), voi
         }
         condition_wait_for(&pool->done, &pool->lock, CHECK_SECONDS / 4);
         mutex_unlock(&pool->lock);    /* `check` may take its time, or fork */
-        stopped = qkv_check(&last, check, arg);
+        stopped = check_in_time(&last, check, arg);
         if (atomic_load(&the_pool) != pool)
             return 1;
         mutex_lock(&pool->lock);

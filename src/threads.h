@@ -11,6 +11,7 @@
 #ifndef QKV_THREADS_H
 #define QKV_THREADS_H
 
+#include <stdatomic.h>
 #include <stdint.h>
 
 typedef void (*qkv_task)(void *context, int64_t task, int worker);      /* 0 <= worker < n */
@@ -22,9 +23,19 @@ void qkv_pool_release(int n);
  * 50 to 100 ms, between its tasks and while it waits for those of others. */
 int qkv_pool_run(int n, int64_t tasks, qkv_task function, void *context, int (*check)(void *), void *arg);
 
-/* Asks `check` (may be NULL) if it is time, and returns its answer; else 0. For worker 0 in a long task; `last`, from 0
- * on, holds when it was asked. */
-int qkv_check(double *last, int (*check)(void *), void *arg);
+/* Whether a call is to be given up, for tasks that take long themselves. */
+typedef struct {
+    int (*check)(void *);             /* or NULL */
+    void *arg;
+    double asked;                     /* when worker 0 last asked within a task */
+    atomic_int stop;                  /* the answer was yes */
+} qkv_stop;
+
+/* Worker 0 asks if it is time, the others look whether it was told to stop. */
+int qkv_must_stop(qkv_stop *stop, int worker);
+
+/* The `check` of such a call's qkv_pool_run, `arg` being the qkv_stop. */
+int qkv_ask_to_stop(void *stop);
 
 double qkv_clock(void);                                /* seconds from a fixed moment */
 

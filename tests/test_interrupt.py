@@ -2,8 +2,12 @@
 
 import os
 
+import numpy as np
 import pytest
 from _util import child_says
+
+import qkv_fast
+from qkv_fast import _runtime
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="sends itself a signal as POSIX has them")
 
@@ -16,6 +20,12 @@ small = rng.standard_normal((8, 300, 64)).astype("float32")
 expected = qkv_fast.attention(small, small, small, num_threads=1)
 q = np.broadcast_to(rng.standard_normal((1, 1, 64)).astype("float32"), (HEADS, LQ, 64))
 k = np.broadcast_to(rng.standard_normal(64).astype("float32"), (HEADS, LK, 64))
+if "STAGE" == "scores":
+    call = lambda: qkv_fast.scores(k.swapaxes(-1, -2)[:, :LQ], k.swapaxes(-1, -2)[:, :LQ], num_threads=THREADS)
+elif "STAGE" == "weighted_values":
+    call = lambda: qkv_fast.weighted_values(np.broadcast_to(np.float32(1), (HEADS, LQ, LK)), k, num_threads=THREADS)
+else:
+    call = lambda: qkv_fast.attention(q, k, k, num_threads=THREADS)
 waited = []
 for i in range(10):
     sent = []
@@ -26,7 +36,7 @@ for i in range(10):
     thread = threading.Thread(target=send)
     thread.start()
     try:
-        qkv_fast.attention(q, k, k, num_threads=THREADS)
+        call()
         raise SystemExit("the call ended by itself")
     except KeyboardInterrupt:
         waited.append(time.monotonic() - sent[0])
@@ -36,8 +46,8 @@ print(max(waited))
 """
 
 
-def longest_wait(heads, lq, lk, threads, **environment):
-    code = INTERRUPTED
+def longest_wait(heads, lq, lk, threads, stage="attention", **environment):
+    code = INTERRUPTED.replace("STAGE", stage)
     for name, n in dict(HEADS=heads, LQ=lq, LK=lk, THREADS=threads).items():
         code = code.replace(name, str(n))
     return float(child_says(code, **environment))
@@ -55,6 +65,22 @@ def longest_wait(heads, lq, lk, threads, **environment):
 )
 def test_ten_signals(heads, lq, lk, threads):
     assert longest_wait(heads, lq, lk, threads) < 0.2
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("stage, lq, lk", [("scores", 48, 2**28), ("weighted_values", 512, 2**25)])
+def test_ten_signals_to_a_stage(stage, lq, lk, threads):
+    """One task of seconds: the looks are between groups of rows and passes of terms."""
+    assert longest_wait(1, lq, lk, threads, stage) < 0.2
+
+
+def test_softmax_looks_every_few_milliseconds():
+    """Between tasks, which are no more than 2 ** 20 elements but where a single strip is more."""
+    x = np.zeros((64, 2**17), "float32")
+    for axis in (0, 1):
+        with _runtime.counters() as counts:
+            qkv_fast.softmax(x, axis, num_threads=1)
+        assert counts["tasks"] >= x.size // 2**20
 
 
 def test_ten_signals_on_the_slowest_path():

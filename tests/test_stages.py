@@ -109,6 +109,15 @@ def test_stages_make_attention(dtype, layout):
 
 
 @dtypes
+def test_huge_scales_of_zeros(dtype):
+    """A scale beyond the type times a product of 0 is 0, and below it times infinity is infinity."""
+    x = np.ones((3, 5), dtype)
+    for scale in (1e75, 1e300, -1e300):
+        assert (qkv_fast.scores(0 * x, x, scale=scale) == 0).all()
+    assert np.isposinf(qkv_fast.scores(x, np.inf * x, scale=1e-300)).all()
+
+
+@dtypes
 @pytest.mark.parametrize("scale", [0, -1, 3, -0.125, 1e-30, 1e30, 1e-300, 1e300])
 def test_scales(dtype, scale):
     q, k, _ = qkv(4, dtype, lengths=(5, 50), dims=(20, 1))

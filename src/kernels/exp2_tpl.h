@@ -2,7 +2,7 @@
  * is a short polynomial whose constant term is exactly 1: exp2(0) == 1.
  *
  * Adding ROUND, 1.5 * 2^mantissa / EXP2_STEPS, does the rounding and leaves n in the low bits, where power finds it. The
- * sum goes back as ROUND - (n + ROUND), and the fraction c x - n loses nothing: c x is not rounded on its way.
+ * sum goes back as ROUND - (n + ROUND), and where fma is one operation the fraction c x - n loses nothing: c x is not rounded on its way.
  *
  * Weights below the smallest normal number would slow every product they enter: at c x <= LOWEST they are exactly 0, and
  * in the one octave above that they are anything below that smallest number. What is too large is infinity or NaN. NaN
