@@ -91,8 +91,8 @@ class Case:
         low, high = self.limits()
         return int(np.maximum(high - low, 0).sum())
 
-    def flops(self) -> int:
-        """Useful operations of a call."""
+    def flops(self) -> int | None:
+        """Useful operations of a call; None where they are not what its time goes to."""
         return self.work.flops(self)
 
     def bytes(self) -> int:
@@ -111,9 +111,10 @@ class Case:
     @property
     def limited_by(self) -> str:
         """What a call can at best be as fast as: "read" or "copy" (memory), "calls" (Python), or a type's FMA peak."""
-        if self.operation == "softmax":
+        flops = self.flops()
+        if flops is None:
             return "copy"
-        return "read" if self.stream else "calls" if self.flops() < TINY_FLOPS else self.dtype
+        return "read" if self.stream else "calls" if flops < TINY_FLOPS else self.dtype
 
     @property
     def amount(self) -> int:
@@ -232,7 +233,9 @@ CASES: tuple[Case, ...] = (
     case("1x8x2048", 64, label="values", operation="weighted_values", suites=("stages",), goal=_peak(75, 85)),
     case("1x8x2048", 64, label="softmax", operation="softmax", suites=("stages",), goal=_peak(80, 95)),
     case("1x1x4096", 64, label="softmax", operation="softmax", suites=("stages",), goal=_peak(80, 95)),
-    case("1x12x512", 64, label="softmax", operation="softmax", suites=("stages",), goal=_micros(944, 750)),
+    case(
+        "1x12x512", 64, label="softmax", operation="softmax", threads=(2,), suites=("stages",), goal=_micros(944, 750)
+    ),
     # What a call adds to a process, as sequences grow.
     case("1x8x1024", 64, suites=("memory",)),
     case("1x8x4096", 64, suites=("memory",)),

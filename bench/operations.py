@@ -2,8 +2,10 @@
 
 An operation draws a case's inputs, says how much work they are, calls the library, and knows the exact answer. It has
 
-- `inputs(case, rng)`: the arrays, in the case's layout;
-- `flops(case)`: useful operations; `bytes(case)`: bytes of inputs that are looked at, and of the output, once each;
+- `shapes(case)`: those of the arrays, in the case's layout; `inputs(case, rng)`: the arrays;
+- `flops(case)`: useful multiply-adds, counted as two; None where the operation is not made of them;
+- `bytes(case)`: bytes of inputs that are looked at, and of the output, once each. From shapes alone: it is asked before
+  there is known to be room for the arrays;
 - `call(case, arrays, threads, reuse_out)`: the call that is timed, as a function without arguments;
 - `head_first(case, answer)`: what that function gives, as (batch, heads, queries, last);
 - `exact(case, arrays, rows)`: the same for a slice of the queries, in float64;
@@ -12,6 +14,7 @@ An operation draws a case's inputs, says how much work they are, calls the libra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -25,22 +28,26 @@ if TYPE_CHECKING:
 TOLERANCE = {"float32": 2e-5, "float64": 1e-12}  # times max|v|: far above rounding, far below a narrower type
 
 
+def normal(shapes: tuple[tuple[int, ...], ...], case: Case, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+    return tuple(rng.standard_normal(shape, dtype=case.dtype) for shape in shapes)
+
+
 class Attention:
     """q (batch, heads, q_len, dim), k (batch, kv_heads, kv_len, dim), v (..., kv_len, value_dim)."""
 
     @staticmethod
-    def inputs(case: Case, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-        def draw(heads: int, length: int, dim: int) -> np.ndarray:
-            shape = (case.batch, heads, length, dim)
-            if case.layout == "blhd":
-                shape = (case.batch, length, heads, dim)
-            return rng.standard_normal(shape, dtype=case.dtype)
-
-        return (
-            draw(case.heads, case.q_len, case.dim),
-            draw(case.kv_heads, case.kv_len, case.dim),
-            draw(case.kv_heads, case.kv_len, case.value_dim),
+    def shapes(case: Case) -> tuple[tuple[int, ...], ...]:
+        given = (
+            (case.heads, case.q_len, case.dim),
+            (case.kv_heads, case.kv_len, case.dim),
+            (case.kv_heads, case.kv_len, case.value_dim),
         )
+        blhd = case.layout == "blhd"
+        return tuple((case.batch, n, h, d) if blhd else (case.batch, h, n, d) for h, n, d in given)
+
+    @staticmethod
+    def inputs(case: Case, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+        return normal(Attention.shapes(case), case, rng)
 
     @staticmethod
     def flops(case: Case) -> int:
@@ -90,26 +97,26 @@ class Stage:
     array: new memory for a matrix would time the system's pages."""
 
     @classmethod
+    def inputs(cls, case: Case, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+        return normal(cls.shapes(case), case, rng)
+
+    @classmethod
     def call(
         cls, case: Case, arrays: tuple[np.ndarray, ...], threads: int, reuse_out: bool
     ) -> Callable[[], np.ndarray]:
         function = getattr(qkv_fast, case.operation)
-        out = cls.output(case)
+        out = np.zeros(cls.output(case), case.dtype)
         return lambda: function(*arrays, out=out, num_threads=threads)
 
     @staticmethod
-    def output(case: Case) -> np.ndarray:
-        last = case.value_dim if case.operation == "weighted_values" else case.kv_len
-        return np.zeros((case.batch, case.heads, case.q_len, last), case.dtype)
-
-    @staticmethod
-    def flops(case: Case) -> int:
-        return 2 * case.batch * case.heads * case.q_len * case.kv_len * case.dim
+    def output(case: Case) -> tuple[int, ...]:
+        """Shape of the result: here a matrix for each head."""
+        return case.batch, case.heads, case.q_len, case.kv_len
 
     @classmethod
     def bytes(cls, case: Case) -> int:
-        out = cls.output(case)
-        return out.nbytes + sum(a.nbytes for a in cls.inputs(case, np.random.default_rng(0)))
+        elements = sum(math.prod(shape) for shape in (*cls.shapes(case), cls.output(case)))
+        return elements * np.dtype(case.dtype).itemsize
 
     @staticmethod
     def head_first(case: Case, answer: np.ndarray) -> np.ndarray:
@@ -129,26 +136,48 @@ class Scores(Stage):
     """q (batch, heads, q_len, dim), k (batch, kv_heads, kv_len, dim)."""
 
     @staticmethod
-    def inputs(case: Case, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-        return Attention.inputs(case, rng)[:2]
+    def shapes(case: Case) -> tuple[tuple[int, ...], ...]:
+        return Attention.shapes(case)[:2]
+
+    @staticmethod
+    def flops(case: Case) -> int:
+        return 2 * math.prod(Scores.output(case)) * case.dim
 
 
 class WeightedValues(Stage):
     """p (batch, heads, q_len, kv_len), whose rows sum to about 1, and v (batch, kv_heads, kv_len, value_dim)."""
 
     @staticmethod
+    def shapes(case: Case) -> tuple[tuple[int, ...], ...]:
+        return Stage.output(case), Attention.shapes(case)[2]
+
+    @staticmethod
+    def output(case: Case) -> tuple[int, ...]:
+        return case.batch, case.heads, case.q_len, case.value_dim
+
+    @staticmethod
     def inputs(case: Case, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-        p = rng.random((case.batch, case.heads, case.q_len, case.kv_len), dtype=case.dtype)
+        weights, values = WeightedValues.shapes(case)
+        p = rng.random(weights, dtype=case.dtype)
         p *= p.dtype.type(2 / case.kv_len)
-        return p, Attention.inputs(case, rng)[2]
+        return p, *normal((values,), case, rng)
+
+    @staticmethod
+    def flops(case: Case) -> int:
+        return 2 * math.prod(WeightedValues.output(case)) * case.kv_len
 
 
 class Softmax(Stage):
     """x (batch, heads, q_len, kv_len), along the last axis."""
 
     @staticmethod
-    def inputs(case: Case, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-        return (rng.standard_normal((case.batch, case.heads, case.q_len, case.kv_len), dtype=case.dtype),)
+    def shapes(case: Case) -> tuple[tuple[int, ...], ...]:
+        return (Softmax.output(case),)
+
+    @staticmethod
+    def flops(case: Case) -> None:
+        """A copy with exponentials on the way: the memory sets its pace."""
+        return None
 
     @staticmethod
     def tolerance(case: Case, arrays: tuple[np.ndarray, ...]) -> float:

@@ -60,7 +60,8 @@ def label(row: dict, with_threads: bool) -> str:
 
 
 def roofline(run: dict, rows: list[dict], about: str):
-    """Useful operations per second over operations per byte, below what the machine allows."""
+    """Useful operations per second over operations per byte, below what the machine allows; copies have none."""
+    rows = [row for row in rows if row["limited_by"] != "copy"]
     counts = [n for n in sorted({row["threads"] for row in rows}) if str(n) in run["limits"].get("before", {})]
     if not counts:
         return None
@@ -122,7 +123,8 @@ def bars(run: dict, rows: list[dict], about: str):
         at += 0.8
     ax.set_yticks(ticks, [label(row, several) for row in rows], fontsize=8)
     ax.set_ylim(at, -1)
-    ax.set_xlabel("% of the limit: FMA peak of the type (cases named decode: read bandwidth), more is better")
+    limits = "FMA peak of the type (cases named decode: read bandwidth; softmax: copy bandwidth)"
+    ax.set_xlabel(f"% of the limit, more is better\n{limits}")
     machine = {name: ready for row in rows for name, ready in row["peers"].items()}
     for name, colour in names.items():
         version = run["machine"]["qkv_fast"] if name == OURS else machine[name]["version"]

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -128,6 +129,30 @@ def measure_subnormal(seconds: float, threads: tuple[int, ...]) -> Iterator[Meas
         yield Measured(f"subnormal {name}, {usual.name}", found.median, "x", 1.2, spread=found.spread)
 
 
+ACROSS = (((8, 2048, 2048), 1), ((4096, 4096), 0), ((12, 512, 512), 1))  # (shape, axis), as long as the last axis
+
+
+def measure_softmax_axis(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]:
+    """Softmax down columns against along rows: the same number of equally long sums, other strides."""
+    for shape, axis in ACROSS:
+        x = np.random.default_rng(0).standard_normal(shape, dtype="float32")
+        out = np.zeros_like(x)
+        for n in threads:
+            last = partial(qkv_fast.softmax, x, out=out, num_threads=n)
+            found = ratio(partial(last, axis=axis), last, seconds / (len(ACROSS) * len(threads)))
+            name = f"softmax {'x'.join(map(str, shape))}, axis {axis} over last, {threads_text(n)}"
+            yield Measured(name, found.median, "x", 1.3, spread=found.spread)
+
+
+def measure_explain(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]:
+    """What it takes to plan a call, which is all that `explain` does before it is printed."""
+    usual = find("1x12x2048-d64-causal")
+    q, k, v = usual.inputs()
+    call = Local("explain", partial(qkv_fast.explain, q, k, v, **usual.arguments()))
+    found = interleave([call], budget=seconds).time(call.name)
+    yield Measured(f"explain {usual.name}", found.median * 1e6, "µs", 50.0, spread=found.spread)
+
+
 def measure_fork_join(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]:
     """An empty parallel loop, over and over, on the largest thread count."""
     n = max(threads)
@@ -186,6 +211,8 @@ PROPERTIES: tuple[Property, ...] = (
     Property("blhd", ("foundation", "prefill"), measure_blhd),
     Property("scaling", ("foundation", "prefill"), measure_scaling),
     Property("subnormal", ("foundation", "prefill"), measure_subnormal),
+    Property("softmax-axis", ("stages",), measure_softmax_axis),
+    Property("explain", ("stages",), measure_explain),
     Property("fork-join", ("foundation", "small"), measure_fork_join),
     Property("memory", ("foundation", "prefill"), measure_memory),
     Property("import", ("foundation", "small"), measure_import),

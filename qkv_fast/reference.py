@@ -153,9 +153,28 @@ def attention(
 
 
 def scores(q: Any, k: Any, *, scale: float | None = None, layout: str = "bhld") -> Any:
-    """Scores of every query with every key, ``scale * q @ k.T``: (..., Hq, Lq, Lk), head-first in either layout.
+    """Scores of every query with every key, ``scale * q @ k.T``.
 
-    See `qkv_fast.scores` for the parameters; types as in `attention`.
+    Parameters
+    ----------
+    q : array_like, shape (..., Hq, Lq, D)
+        Queries; or both arrays are 2-D, without heads.
+    k : array_like, shape (..., Hkv, Lk, D)
+        Keys. Each head serves ``Hq // Hkv`` query heads that follow one another.
+    scale : float, optional
+        Factor of the products; ``1 / sqrt(D)`` by default, and 1 for D = 0.
+    layout : "bhld" or "blhd", default "bhld"
+        "blhd" swaps the head and length axes of q and k.
+
+    Returns
+    -------
+    ndarray, shape (..., Hq, Lq, Lk)
+        Head-first in either layout, of the type that `attention` returns for q.
+
+    Raises
+    ------
+    ValueError
+        Lengths, heads or batch axes that NumPy's product finds not to fit; there is no other check.
 
     Examples
     --------
@@ -175,8 +194,25 @@ def scores(q: Any, k: Any, *, scale: float | None = None, layout: str = "bhld") 
 def softmax(x: Any, axis: int = -1, *, mask: Any = None) -> Any:
     """Softmax along an axis, ``exp(x) / exp(x).sum(axis)``, of the elements whose mask is True.
 
-    Where nothing takes part the result is 0. An element that takes no part never matters; NaN or +inf in one that
-    does makes all along the axis NaN.
+    Parameters
+    ----------
+    x : array_like
+        Numbers, with at least one axis.
+    axis : int, default -1
+        Along which the result sums to 1.
+    mask : array_like of bool, optional
+        Broadcasts to x. Where it is False an element takes no part, so that its weight is 0, even if it is NaN.
+
+    Returns
+    -------
+    ndarray
+        Of x's shape and the type that `attention` returns for x. 0 where nothing along the axis takes part; NaN where
+        an element that does is NaN or +inf.
+
+    Raises
+    ------
+    ValueError
+        A mask that does not broadcast to x, an axis that x does not have.
 
     Examples
     --------
@@ -196,9 +232,26 @@ def softmax(x: Any, axis: int = -1, *, mask: Any = None) -> Any:
 
 
 def weighted_values(p: Any, v: Any, *, layout: str = "bhld") -> Any:
-    """Sums of the values with given weights, ``p @ v``; p is head-first in either layout, (..., Hq, Lq, Lk).
+    """Sums of the values with given weights, ``p @ v``.
 
-    See `qkv_fast.weighted_values` for the parameters; types as in `attention`.
+    Parameters
+    ----------
+    p : array_like, shape (..., Hq, Lq, Lk)
+        Weights, head-first in either layout; or both arrays are 2-D, without heads.
+    v : array_like, shape (..., Hkv, Lk, Dv)
+        Values. Each head serves ``Hq // Hkv`` heads of p that follow one another.
+    layout : "bhld" or "blhd", default "bhld"
+        "blhd" swaps the head and length axes of v and of the result.
+
+    Returns
+    -------
+    ndarray, shape (..., Hq, Lq, Dv)
+        Of the type that `attention` returns for p. A weight of 0 times NaN or infinity is NaN.
+
+    Raises
+    ------
+    ValueError
+        Lengths, heads or batch axes that NumPy's product finds not to fit; there is no other check.
 
     Examples
     --------

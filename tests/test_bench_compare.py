@@ -14,6 +14,7 @@ from qkv_fast.bench.worker import Ready
 
 CASES = [case(f"1x8x{length}", 64, suites=("scaling",)) for length in (256, 512, 1024, 2048, 4096)]
 MACHINE = machine.identify()
+COPY = case("1x8x512", 64, label="softmax", operation="softmax", suites=("stages",))
 STREAM = case("1x8x1", 64, kv_len=4096, stream=True, suites=("decode",))
 
 
@@ -200,7 +201,7 @@ def test_pictures_are_drawn(tmp_path):
 
     run = made_up_run(11)
     rng = np.random.default_rng(12)
-    run["rows"] += [record.row_data(made_up_row(rng, shape, threads=2)) for shape in (*CASES, STREAM)]
+    run["rows"] += [record.row_data(made_up_row(rng, shape, threads=2)) for shape in (*CASES, COPY, STREAM)]
     run["rows"].append(record.row_data(Row(Job(STREAM, 1), error="out of memory")))
     drawn = list(plots.draw(run, str(tmp_path)))
     assert [path.name for path in drawn] == ["roofline.png", "peers.png", "scaling.png"]
@@ -208,8 +209,22 @@ def test_pictures_are_drawn(tmp_path):
         assert path.read_bytes().startswith(b"\x89PNG")
     figure = plots.roofline(run, [row for row in run["rows"] if not row["error"]], "the machine")
     assert "the machine" in figure.get_suptitle()
+    key = figure.axes[-1].texts[-1].get_text()
+    assert STREAM.name in key and COPY.name not in key  # it has no operations to be placed by
     for axes in figure.axes:
         assert "flop/B" in axes.get_xlabel() and "GF/s" in axes.get_ylabel()
+    (axes,) = plots.bars(run, [row for row in run["rows"] if not row["error"]], "the machine").axes
+    assert "copy" in axes.get_xlabel() and f"{COPY.name}, 2 thr" in [tick.get_text() for tick in axes.get_yticklabels()]
+
+
+def test_a_run_of_copies_has_no_roofline(tmp_path):
+    pytest.importorskip("matplotlib")
+    from qkv_fast.bench import plots
+
+    run = made_up_run(13)
+    run["rows"] = [record.row_data(made_up_row(np.random.default_rng(14), COPY))]
+    assert run["rows"][0]["flops"] is None
+    assert [path.name for path in plots.draw(run, str(tmp_path))] == ["peers.png"]
 
 
 def test_a_run_without_rows_has_no_pictures(tmp_path):

@@ -12,7 +12,7 @@ import qkv_fast
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 FUNCTIONS = {name: getattr(qkv_fast, name) for name in qkv_fast.__all__ if callable(getattr(qkv_fast, name))}
-FUNCTIONS["reference.attention"] = qkv_fast.reference.attention
+FUNCTIONS |= {f"reference.{name}": getattr(qkv_fast.reference, name) for name in qkv_fast.reference.__all__}
 
 
 def run(test):

@@ -1,0 +1,40 @@
+"""What the benchmark knows of scores, softmax and weighted values on their own. Nothing here depends on speed."""
+
+from dataclasses import replace
+
+import pytest
+
+from qkv_fast.bench import cli, properties
+from qkv_fast.bench.cases import case
+
+STAGES = [case("2x4x9", 8, kv_heads=2, kv_len=11, operation=name) for name in ("scores", "weighted_values", "softmax")]
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda c: c.operation)
+def test_bytes_of_a_stage_are_its_arrays_and_known_without_them(stage):
+    arrays = stage.inputs()
+    out = stage.work.call(stage, arrays, 1, False)()
+    assert stage.bytes() == sum(a.nbytes for a in arrays) + out.nbytes
+    assert replace(stage, q_len=10**8, kv_len=10**8).bytes() > 4 * 10**16  # more than can be addressed
+
+
+def test_a_stage_s_operations_are_its_share_of_attention_s():
+    scores, values, softmax = STAGES
+    assert scores.flops() + values.flops() == replace(scores, operation="attention").flops()
+    assert softmax.flops() is None and softmax.limited_by == "copy" and softmax.amount == 4 * 2 * 4 * 9 * 11
+
+
+def test_properties_of_the_stages(monkeypatch, capsys):
+    assert cli.main(["bench", "--list", "--suite", "stages"]) == 0
+    listed = capsys.readouterr().out
+    assert "softmax-axis" in listed and "explain" in listed
+    monkeypatch.setattr(properties, "ACROSS", (((2, 30, 30), 1), ((40, 40), 0)))
+    across = list(properties.measure_softmax_axis(1e-3, (1, 2)))
+    (explain,) = properties.measure_explain(1e-3, (1, 2))
+    assert [m.name for m in across] == [
+        "softmax 2x30x30, axis 1 over last, 1 thread",
+        "softmax 2x30x30, axis 1 over last, 2 threads",
+        "softmax 40x40, axis 0 over last, 1 thread",
+        "softmax 40x40, axis 0 over last, 2 threads",
+    ]
+    assert all(m.value > 0 for m in (*across, explain)) and explain.unit == "µs"
