@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from contextlib import nullcontext
 
 import qkv_fast
 
-from .. import _runtime
+from .. import _core, _runtime
 from . import cases, compare, limits, machine, options, peers, plots, properties, record, report, runner
 from .checkup import check_and_time
 from .method import MAX_ROUNDS, MIN_ROUNDS
@@ -27,8 +28,13 @@ def bench(argv: list[str]) -> int:
         chosen, asked = choose(args.suite, args.case, args.dtype)
         names = peers.choose(args.peers)
         options.check_isa(args.isa)
+        threads = args.threads or default_threads(args.suite)
+        check_threads(threads)
+        jobs = runner.plan(chosen, threads, args.threads)
         options.check_comparison(args.compare, args.fail_over)
-        old = record.load(args.compare) if args.compare else None
+        old = compare.load(args.compare) if args.compare else None
+        if old:
+            compare.check_common(old, planned(jobs, args.isa), args.compare)
         options.check_plots(args.plot)
         options.check_writable(args.json)
     except ValueError as error:
@@ -40,7 +46,7 @@ def bench(argv: list[str]) -> int:
         return 0
     outcome = Outcome(["bench", *argv])
     print(report.machine_text(outcome.machine), end="\n\n", flush=True)
-    measure(outcome, args, chosen, asked, names)
+    measure(outcome, args, threads, jobs, asked, names)
     present(outcome, args, names)
     data = outcome.data()
     if args.json:
@@ -50,6 +56,11 @@ def bench(argv: list[str]) -> int:
             print(f"drawn: {path}")
     status = outcome.status()
     if old:
+        try:
+            compare.check_common(old, compare.finished(data), args.compare)
+        except ValueError as error:  # what was to be compared could not be run
+            print(f"qkv-fast bench: {error}", file=sys.stderr)
+            return status or EXIT_USAGE
         found = compare.changes(old, data)
         (print_markdown if args.markdown else show)(compare.table(old, data, found, args.compare))
         if args.fail_over is not None and compare.regressions(found, args.fail_over):
@@ -68,7 +79,26 @@ def choose(suite: str, patterns: list[str] | None, dtypes: list[str] | None):
             return [], asked
     elif dtypes:
         asked = []
-    return cases.select(suite, patterns, dtypes), asked
+    chosen = cases.select(suite, patterns, dtypes)
+    if not chosen:
+        kind = " or ".join(dtypes or [])
+        named = f" that matches {', '.join(map(repr, patterns))}" if patterns else ""
+        there = cases.select("all", patterns, dtypes)
+        suites = [s for s in cases.SUITES if there and (s == "all" or any(s in c.suites for c in there))]
+        having = ", ".join(suites) or "none"
+        raise ValueError(f"suite {suite!r} has no {kind} case{named}; suites that have one: {having}")
+    return chosen, asked
+
+
+def check_threads(counts: Iterable[int]) -> None:
+    """The library would use fewer than it is asked for, and the rows would say otherwise."""
+    if max(counts) > _core.MAX_THREADS:
+        raise ValueError(f"--threads: {max(counts)} is above the library's maximum, {_core.MAX_THREADS}")
+
+
+def planned(jobs: Iterable[runner.Job], isa: str | None) -> list[compare.Key]:
+    """What the rows of jobs will be compared by."""
+    return [(job.case.name, job.threads, isa or job.case.isa or qkv_fast.isa()) for job in jobs]
 
 
 def default_threads(suite: str) -> list[int]:
@@ -81,10 +111,8 @@ def default_threads(suite: str) -> list[int]:
     return [qkv_fast.get_num_threads()]
 
 
-def measure(outcome: Outcome, args, chosen, asked, names: list[str]) -> None:
+def measure(outcome: Outcome, args, threads: list[int], jobs: list[runner.Job], asked, names: list[str]) -> None:
     """Fill the outcome, as far as Ctrl-C lets it."""
-    threads = args.threads or default_threads(args.suite)
-    jobs = runner.plan(chosen, threads, args.threads)
     counts = {*threads, *(job.threads for job in jobs)}
     steps = len(jobs) + len(asked)
     hurry = args.seconds is not None or args.suite == "quick"

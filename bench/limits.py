@@ -2,7 +2,8 @@
 
 A case with hardly any work is limited by how fast Python makes a call, which gets a measure too.
 They are taken beside every sample of ours (what a row's share of the limit refers to), and before and after the whole
-run, so that a reader sees whether the machine was the same throughout.
+run, so that a reader sees whether the machine was the same throughout. More threads than CPUs add nothing to what a
+machine can do, and would upset the loops, each of which expects a CPU of its own: they run on as many as there are.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from .. import _runtime
+from . import machine
 from .cases import STREAM_BYTES, Case
 
 BESIDE_SECONDS = 0.02  # of each of the two measurements around a sample
@@ -40,6 +42,7 @@ def of_case(case: Case, threads: int) -> Callable[[], float]:
 
 def rate(name: str, threads: int, seconds: float) -> float:
     """Bytes, calls or operations per second; 0 where the CPU or the build lacks the instruction."""
+    threads = min(threads, machine.cpu_count())
     if name == "read":
         return _runtime.read_bandwidth(memory(), threads, seconds)
     if name == "copy":

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import qkv_fast
-from qkv_fast import reference
+from qkv_fast import _core, _runtime, reference
 from qkv_fast.bench import cases, cli, limits, machine, method, operations, record, runner, selfcheck, tables
 from qkv_fast.bench.cases import case
 from qkv_fast.bench.method import Refused, Rounds, Summary
@@ -216,6 +216,18 @@ def test_limits_of_the_machine_are_rates():
     assert limits.memory().nbytes >= 256 * 2**20
 
 
+def test_limits_are_of_the_cpus_that_there_are(monkeypatch):
+    """More threads than CPUs share them, and each measures as if its CPU were its own."""
+    asked = []
+    monkeypatch.setattr(machine, "cpu_count", lambda: 2)
+    for name in ("peak_flops", "read_bandwidth", "copy_bandwidth"):
+        monkeypatch.setattr(_runtime, name, lambda *args: asked.append(args[-2]) or 1.0)
+    found = limits.measure([1, 2, 5])
+    assert list(found) == [1, 2, 5] and asked == [n for n in (1, 2, 2) for _ in limits.RATES]
+    limits.of_case(case("1x12x2048", 64), 3)()
+    assert asked[-1] == 2
+
+
 # Commands
 
 
@@ -252,6 +264,33 @@ def test_bad_thread_counts_are_usage_errors(threads, capsys):
         cli.main(["bench", "--threads", threads])
     assert stop.value.code == 2
     assert "--threads" in capsys.readouterr().err
+
+
+def test_more_threads_than_the_library_has_are_refused(capsys):
+    most = _core.MAX_THREADS
+    assert cli.main(["bench", "--threads", f"1,{most + 1}"]) == 2
+    output = capsys.readouterr()
+    assert f"--threads: {most + 1} is above the library's maximum, {most}" in output.err and not output.out
+    assert cli.main(["bench", "--threads", str(most), "--list"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--dtype", "float64"], "'quick' has no float64 case; suites that have one: foundation, prefill, all"),
+        (["--case", "sd:", "--dtype", "float64"], "no float64 case that matches 'sd:'; suites that have one: none"),
+        (
+            ["--suite", "quick", "--case", "2048", "--dtype", "float64"],
+            "'quick' has no float64 case that matches '2048'; suites that have one: foundation, prefill, all",
+        ),
+        (["--case", "fork-join,sd:", "--dtype", "float64"], "'all' has no float64 case that matches 'sd:'"),
+    ],
+    ids=lambda a: " ".join(a) if isinstance(a, list) else "",
+)
+def test_a_selection_without_a_case_says_where_there_is_one(arguments, complaint, capsys):
+    assert cli.main(["bench", *arguments]) == 2
+    output = capsys.readouterr()
+    assert complaint in output.err and not output.out
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "x", ""])

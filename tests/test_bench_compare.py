@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+import qkv_fast
 from qkv_fast.bench import cli, compare, machine, record, runner
 from qkv_fast.bench.cases import case
 from qkv_fast.bench.method import Rounds
@@ -23,7 +24,7 @@ def made_up_row(rng, shape, threads=1, slow_down=1.0, noise=0.02, rounds=7, mach
     limit = 100e9 * machine * np.exp(rng.normal(0, 0.1, rounds))
     seconds = slow_down * shape.amount / (0.8 * limit) * np.exp(rng.normal(0, noise, rounds))
     peer = 1.5 * seconds * np.exp(rng.normal(0, noise, rounds))
-    row = Row(Job(shape, threads), isa="avx512", our_error=1e-7, memory={"qkv_fast": 1 << 20})
+    row = Row(Job(shape, threads), isa=qkv_fast.isa(), our_error=1e-7, memory={"qkv_fast": 1 << 20})
     row.rounds = Rounds({"qkv_fast": seconds.tolist(), "torch": peer.tolist()}, [(x, x) for x in limit.tolist()])
     row.ready["torch"] = Ready("SDPA", "2.13", threads, 2e-7)
     return row
@@ -88,6 +89,47 @@ def test_a_file_that_is_no_run_is_told_before_anything_is_timed(text, complaint,
     assert complaint in output.err and str(path) in output.err and not output.out
 
 
+TIMES = ("rows", 0, "seconds", "qkv_fast")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "complaint"),
+    [
+        (("machine",), 5, "machine is 5"),
+        (("rows",), 5, "rows is 5"),
+        (("rows", 0), None, "rows[0]"),
+        (("rows", 1, "case"), {}, "rows[1]: KeyError: 'name'"),
+        (("rows", 0, "threads"), [1], "case, threads and isa"),
+        (("rows", 0, "seconds"), {}, "KeyError: 'qkv_fast'"),
+        (TIMES, [], "0 times and 7 limits"),
+        (TIMES, [1e-3], "1 times and 7 limits"),
+        ((*TIMES, 0), 0, "time 0 is not"),
+        ((*TIMES, 6), -1e-3, "time -0.001 is not"),
+        ((*TIMES, 0), "1", "time '1' is not"),
+        ((*TIMES, 0), None, "time None is not"),
+        ((*TIMES, 0), True, "time True is not"),
+        ((*TIMES, 0), float("nan"), "time nan is not"),
+        ((*TIMES, 0), float("inf"), "time inf is not"),
+        ((*TIMES, 0), 10**400, "time 1000"),
+        (("rows", 0, "limits", 3), [1e11], "not enough values"),
+        (("rows", 0, "limits", 3, 1), 0, "limit 0 is not"),
+        (("rows", 0, "amount"), 0, "amount 0 is not"),
+    ],
+)
+def test_a_damaged_run_is_told_before_anything_is_timed(path, value, complaint, tmp_path, capsys):
+    run = made_up_run(0)
+    *way, last = path
+    place = run
+    for step in way:
+        place = place[step]
+    place[last] = value
+    file = tmp_path / "old.json"
+    file.write_text(json.dumps(run))  # record.save would not write a NaN
+    assert cli.main(["bench", "--compare", str(file)]) == 2
+    output = capsys.readouterr()
+    assert f"{file}: damaged: " in output.err and complaint in output.err and not output.out
+
+
 # The comparison
 
 
@@ -141,7 +183,27 @@ def test_scatter_is_two_standard_deviations_and_ignores_a_few_that_changed():
     ratios = np.random.default_rng(0).normal(1, 0.05, 10001)
     assert compare.scatter(ratios.tolist()) == pytest.approx(0.1, rel=0.05)
     assert compare.scatter([1.0, 1.0, 1.0, 1.0, 1.3]) == 0
-    assert compare.scatter([1.15]) == 0
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_row_or_two_change_only_far_outside(count):
+    """Noise between runs, here 8 %, does not show in so few; it must not be taken for a change, nor twice the time be
+    taken for noise, wherever the rows' own noise lies."""
+
+    def few(seed, slow_down):
+        run = made_up_run(seed, slow_down, which=(0,), noise=0.01)
+        return run | {"rows": run["rows"][:count]}
+
+    drifted, doubled = [], []
+    for seed in range(50):
+        old = few(seed, 1.0)
+        drifted += compare.changes(old, few(1000 + seed, 1.08))[:1]
+        doubled += compare.changes(old, few(1000 + seed, 2.0))[:1]
+    assert {change.verdict for change in drifted} == {"too few rows to tell"}
+    assert not compare.regressions(drifted, 1)
+    assert len(compare.regressions(doubled, 10)) == len(doubled)
+    notes = "\n".join(compare.table(old, few(1000, 1.0), drifted[:1], "old.json").notes)
+    assert "fewer than 3 rows" in notes and "1 too few rows to tell" in notes
 
 
 def test_regressions_are_beyond_the_percentage_and_the_noise():
@@ -155,16 +217,25 @@ def test_regressions_are_beyond_the_percentage_and_the_noise():
     assert [change.name for change in compare.regressions(changes, 10)] == ["large"]
 
 
+def test_what_has_no_figure_is_a_regression():
+    changes = [compare.Change("ratio", 1, float("nan"), 0.1), compare.Change("band", 1, 1.0, float("nan"))]
+    assert [change.verdict for change in changes] == ["unknown", "unknown"]
+    assert compare.regressions(changes, 1e6) == changes
+
+
 def test_rows_are_matched_by_case_threads_and_path():
     old, new = made_up_run(7), made_up_run(8)
     old["rows"][0]["threads"] = 2
-    old["rows"][1]["isa"] = "avx2"
+    old["rows"][1]["isa"] = "another"
     old["rows"][2]["error"] = "out of memory"
     old["machine"]["cpu"] = "another"
     changes = compare.changes(old, new)
     assert [change.name for change in changes] == [c.name for c in CASES[3:]]
     notes = "\n".join(compare.table(old, new, changes, "old.json").notes)
-    assert f"not in the old run: {', '.join(c.name for c in CASES[:3])}" in notes
+    here = f"1 thread, {qkv_fast.isa()}"
+    old_only = f"{CASES[0].name} (2 threads, {qkv_fast.isa()}), {CASES[1].name} (1 thread, another)"
+    assert f"finished in the old run only: {old_only}\n" in notes
+    assert f"finished in this run only: {', '.join(f'{c.name} ({here})' for c in CASES[:3])}\n" in notes
     assert "another cpu: another then" in notes
 
 
@@ -185,6 +256,46 @@ def test_exit_status_1_only_with_fail_over(slow_down, options, status, tmp_path,
     _, comparison = printed.split(f"Compared with {path}")
     slower = [line for line in comparison.splitlines() if line.startswith("1x8x") and line.endswith("slower")]
     assert len(slower) == (len(CASES) if slow_down > 1 else 0)
+
+
+def test_long_lists_of_rows_are_cut_and_say_so():
+    keys = [(f"row{i}", 1, "avx2") for i in range(5)]
+    assert compare.names(keys, most=2) == "row0 (1 thread, avx2), row1 (1 thread, avx2), and 3 more"
+    assert compare.names([]) == "none"
+
+
+@pytest.mark.parametrize("options", [[], ["--fail-over", "10"]], ids=["compare", "fail-over"])
+@pytest.mark.parametrize("change", ["path", "no rows", "errors"])
+def test_nothing_in_common_is_told_before_anything_is_timed(change, options, tmp_path, monkeypatch, capsys):
+    old = made_up_run(9)
+    for row in old["rows"]:
+        row |= {"path": {"isa": "another"}, "errors": {"error": "out of memory"}}.get(change, {})
+    if change == "no rows":
+        old["rows"] = []
+    path = tmp_path / "old.json"
+    record.save(str(path), old)
+    monkeypatch.setattr(cli, "choose", lambda *_: (CASES, []))
+    assert cli.main(["bench", "--threads", "1", "--compare", str(path), *options]) == 2
+    output = capsys.readouterr()
+    assert f"no row in common with {path}" in output.err and not output.out
+    assert f"its rows: {f'{CASES[0].name} (1 thread, another)' if change == 'path' else 'none'}" in output.err
+    assert f"rows of this run: {CASES[0].name} (1 thread, {qkv_fast.isa()})" in output.err
+
+
+@pytest.mark.parametrize(("stops", "status"), [(False, 2), (True, 130)], ids=["errors", "Ctrl-C"])
+def test_nothing_in_common_in_the_end_is_told_too(stops, status, tmp_path, monkeypatch, capsys):
+    def run_job(job, *_):
+        if stops:
+            raise KeyboardInterrupt
+        return Row(job, isa=qkv_fast.isa(), error="out of memory")
+
+    path = tmp_path / "old.json"
+    record.save(str(path), made_up_run(9))
+    monkeypatch.setattr(runner, "run_job", run_job)
+    monkeypatch.setattr(cli, "choose", lambda *_: (CASES, []))
+    assert cli.main(["bench", "--threads", "1", "--compare", str(path), "--fail-over", "10"]) == status
+    output = capsys.readouterr()
+    assert f"no row in common with {path}" in output.err and "rows of this run: none" in output.err
 
 
 def test_fail_over_needs_something_to_compare_with(capsys):
