@@ -8,7 +8,7 @@ from contextlib import nullcontext
 
 import qkv_fast
 
-from .. import _core, _runtime
+from .. import _runtime
 from . import cases, compare, limits, machine, options, peers, plots, properties, record, report, runner
 from .checkup import check_and_time
 from .method import MAX_ROUNDS, MIN_ROUNDS
@@ -92,8 +92,8 @@ def choose(suite: str, patterns: list[str] | None, dtypes: list[str] | None):
 
 def check_threads(counts: Iterable[int]) -> None:
     """The library would use fewer than it is asked for, and the rows would say otherwise."""
-    if max(counts) > _core.MAX_THREADS:
-        raise ValueError(f"--threads: {max(counts)} is above the library's maximum, {_core.MAX_THREADS}")
+    if max(counts) > _runtime.MAX_THREADS:
+        raise ValueError(f"--threads: {max(counts)} is above the library's maximum, {_runtime.MAX_THREADS}")
 
 
 def planned(jobs: Iterable[runner.Job], isa: str | None) -> list[compare.Key]:

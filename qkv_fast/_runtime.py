@@ -26,6 +26,7 @@ _settings: contextvars.ContextVar[Settings | None] = contextvars.ContextVar("qkv
 _process_threads: int | None = None  # set_num_threads
 _default_threads: int | None = None  # once it has been needed
 _default_source = ""  # where that came from
+MAX_THREADS = _core.MAX_THREADS
 _VARIABLES = ("QKV_FAST_NUM_THREADS", "OMP_NUM_THREADS")
 
 
@@ -106,7 +107,7 @@ def check_threads(n: object, name: str) -> int:
         raise TypeError(f"{name} must be an integer of at least 1, got {n!r}") from None
     if count < 1:
         raise ValueError(f"{name} must be at least 1, got {count}")
-    return min(count, _core.MAX_THREADS)
+    return min(count, MAX_THREADS)
 
 
 def get_num_threads() -> int:
@@ -221,7 +222,7 @@ def default_num_threads() -> tuple[int, str]:
     """What get_num_threads says before anything is set, and why; looks at the environment and the system each time."""
     for name in _VARIABLES:
         if count := _count(os.environ.get(name, "")):
-            return min(count, _core.MAX_THREADS), name
+            return min(count, MAX_THREADS), name
     cpus, quota = allowed_cpus(), cpu_quota()
     if quota is not None and int(quota) < cpus:
         return max(1, int(quota)), "control group's quota"
@@ -239,7 +240,7 @@ def _count(text: str) -> int:
     first = text.split(",")[0].strip()  # OpenMP allows a list, one entry per level
     if not (first.isascii() and first.isdecimal()):
         return 0
-    return _core.MAX_THREADS if len(first.lstrip("0")) > 9 else int(first)
+    return MAX_THREADS if len(first.lstrip("0")) > 9 else int(first)
 
 
 def allowed_cpus() -> int:

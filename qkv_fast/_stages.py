@@ -222,10 +222,10 @@ def softmax(
 
     Notes
     -----
-    The maximum is subtracted first, as in M. Milakov and N. Gimelshein, "Online normalizer calculation for softmax",
-    2018, section 2 ("safe softmax"). NaN or +inf in an element that takes part makes all along its axis NaN. An
-    exponential below half the smallest normal number is 0; between, it is at most that number. The bits are the same for any axis, strides and
-    number of threads.
+    The maximum is subtracted first, as in M. Milakov and N. Gimelshein, "Online normalizer calculation for
+    softmax", 2018, section 2 ("safe softmax"). NaN or +inf in an element that takes part makes all along its axis
+    NaN. An exponential below half the smallest normal number is 0; between, it is at most that number. The bits are
+    the same for any axis, strides and number of threads.
 
     Examples
     --------

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import qkv_fast
-from qkv_fast import _core, _runtime, reference
+from qkv_fast import _runtime, reference
 from qkv_fast.bench import cases, cli, limits, machine, method, operations, record, runner, selfcheck, tables
 from qkv_fast.bench.cases import case
 from qkv_fast.bench.method import Refused, Rounds, Summary
@@ -267,7 +267,7 @@ def test_bad_thread_counts_are_usage_errors(threads, capsys):
 
 
 def test_more_threads_than_the_library_has_are_refused(capsys):
-    most = _core.MAX_THREADS
+    most = _runtime.MAX_THREADS
     assert cli.main(["bench", "--threads", f"1,{most + 1}"]) == 2
     output = capsys.readouterr()
     assert f"--threads: {most + 1} is above the library's maximum, {most}" in output.err and not output.out
