@@ -83,7 +83,7 @@ class NumPy:
 
     def prepare_stage(self, case: Case) -> list[Way]:
         refuse(case, float64=True)
-        out, scale = case.work.output(case), np.dtype(case.dtype).type(case.dim**-0.5)
+        out, scale = np.zeros(case.work.output(case), case.dtype), np.dtype(case.dtype).type(case.dim**-0.5)
 
         def on(a: np.ndarray, b: np.ndarray | None = None) -> Callable[[], np.ndarray]:
             if case.operation == "scores":

@@ -2,9 +2,10 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from qkv_fast.bench import cli, properties
+from qkv_fast.bench import cli, peers, properties
 from qkv_fast.bench.cases import case
 
 STAGES = [case("2x4x9", 8, kv_heads=2, kv_len=11, operation=name) for name in ("scores", "weighted_values", "softmax")]
@@ -38,3 +39,14 @@ def test_properties_of_the_stages(monkeypatch, capsys):
         "softmax 40x40, axis 0 over last, 2 threads",
     ]
     assert all(m.value > 0 for m in (*across, explain)) and explain.unit == "µs"
+
+
+@pytest.mark.parametrize("name", ["2x4x9", "1x2x5"])
+@pytest.mark.parametrize("operation", ["scores", "weighted_values", "softmax"])
+def test_numpy_does_the_stages(operation, name):
+    """The peer that is always there gives the right answer, into an array of its own."""
+    small = case(name, 8, kv_len=11, operation=operation)
+    ((_, calls, fetch),) = peers.NumPy(1).prepare(small)
+    calls[0]()
+    expected = small.work.call(small, small.inputs(), 1, True)()
+    np.testing.assert_allclose(fetch(), expected, rtol=1e-5, atol=1e-6)
