@@ -103,6 +103,7 @@ static void attend_block(const qkv_query_tile *t, const qkv_panel *x, const pass
         whole.k = kv->k + (first - origin) * kv->k_row * (int64_t)size;
         whole.v = kv->v + (first - origin) * kv->v_row * (int64_t)size;
         whole.nk = (int)(last - first);
+        whole.skew = (int)(first - block_first);
         t->counters->tiles_full += x->nv;
         kernels->attend(&whole);
         return;
@@ -133,6 +134,7 @@ static void attend_block(const qkv_query_tile *t, const qkv_panel *x, const pass
         one.l = (char *)whole.l + shift;
         one.nv = 1;
         one.nk = (int)(last - first);
+        one.skew = (int)(first - block_first);
         one.k = kv->k + (first - origin) * kv->k_row * (int64_t)size;
         one.v = kv->v + (first - origin) * kv->v_row * (int64_t)size;
         if (kind == QKV_PARTIAL) {

@@ -4,12 +4,13 @@ Every choice that changes arithmetic depends on one sequence's own shape. The co
 cut into chunks and merged, where a test is about that.
 """
 
+import itertools
 import threading
 from contextvars import copy_context
 
 import numpy as np
 import pytest
-from _util import TYPES, qkv, same_bits
+from _util import TYPES, normal, qkv, same_bits
 
 import qkv_fast
 from qkv_fast import _runtime
@@ -156,6 +157,19 @@ def test_padded_queries_equal_themselves_alone(dtype):
     same_bits(
         qkv_fast.attention(changed, k, v, causal=True, kv_lengths=100, q_offset=0)[:, :100], out[:, :100]
     )
+
+
+@dtypes
+def test_padded_queries_of_a_window_equal_themselves_alone(dtype):
+    """A window cuts tiles to what the rows of a vector see, padded ones too: sums do not begin where the tile does."""
+    rng = np.random.default_rng(21)
+    for lq, left, offset in itertools.product((1, 2, 17, 33, 49), (60, 100, 127, 255), (0, 37, 101, 333)):
+        q, k, v = (normal(rng, (1, n, d), dtype) for n, d in ((lq + 13, 8), (500, 8), (500, 16)))
+        options = dict(window=(left, 0), q_offset=offset, return_lse=True)
+        out, lse = qkv_fast.attention(q, k, v, **options)
+        alone, lse_alone = qkv_fast.attention(q[:, :lq], k, v, **options)
+        same_bits(out[:, :lq].copy(), alone)
+        same_bits(lse[:, :lq].copy(), lse_alone)
 
 
 @dtypes

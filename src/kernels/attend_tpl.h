@@ -13,7 +13,8 @@
 #define P_LIMIT 8192
 
 /* Keys scored before their weights are taken: the call is shared, and their scores are still in L1. Weights are summed
- * strip by strip: equal ones would all be rounded the same way in one long sum. */
+ * strip by strip: equal ones would all be rounded the same way in one long sum. Strips begin at multiples of this in the
+ * block, wherever the tile does. */
 #define STRIP 32
 
 /* nr rows of C, all of it in registers: nr and nv are compile-time constants wherever this is inlined. */
@@ -203,6 +204,13 @@ static QKV_NOINLINE void X(prefetch_tile)(const qkv_tile *t, int i)
     X(prefetch_rows)((const REAL *)t->v + i * t->v_row, t->v_row, n, t->dv);
 }
 
+/* First row behind the strip that row i is in. */
+static inline int X(strip_end)(const qkv_tile *t, int i)
+{
+    int end = (i + t->skew) / STRIP * STRIP + STRIP - t->skew;
+    return end < t->nk ? end : t->nk;
+}
+
 /* All scores, ROW_TILE keys at a time. Every STRIP of them is finished while it is still in L1: with `weigh` it becomes
  * weights, else only its maximum is taken. */
 static QKV_INLINE void X(score)(const int nv, const int weigh, const int careful, const qkv_tile *t,
@@ -218,13 +226,12 @@ static QKV_INLINE void X(score)(const int nv, const int weigh, const int careful
             X(score_rows)(nr = ROW_TILE / 2, nv, t, i, limits);
         else
             X(score_rows)(nr = 1, nv, t, i, limits);
-        if (i + nr < t->nk && i + nr - strip < STRIP)
-            continue;
-        if (weigh)
-            X(weigh_rows)(nv, careful, t, strip, i + nr, lanes->shift, lanes->sum);
-        else
-            X(top_rows)(nv, t, strip, i + nr, lanes->top);
-        strip = i + nr;
+        for (int end; strip < i + nr && (end = X(strip_end)(t, strip)) <= i + nr; strip = end) {
+            if (weigh)
+                X(weigh_rows)(nv, careful, t, strip, end, lanes->shift, lanes->sum);
+            else
+                X(top_rows)(nv, t, strip, end, lanes->top);
+        }
     }
 }
 
@@ -273,8 +280,8 @@ static QKV_INLINE void X(weigh)(const int nv, const int careful, const qkv_tile 
     if (fresh | raise) {
         X(score)(nv, 0, careful, t, &limits, lanes);
         X(raise_maxima)(nv, t, lanes);
-        for (int i = 0; i < t->nk; i += STRIP)
-            X(weigh_rows)(nv, careful, t, i, t->nk - i < STRIP ? t->nk : i + STRIP, lanes->shift, lanes->sum);
+        for (int i = 0, end; i < t->nk; i = end)
+            X(weigh_rows)(nv, careful, t, i, end = X(strip_end)(t, i), lanes->shift, lanes->sum);
     }
     for (int j = 0; j < nv * W; j += W) {
         REAL *l = (REAL *)t->l + j;

@@ -33,6 +33,7 @@ typedef struct {
     const int32_t *lo, *hi;           /* (lanes): lane j sees the keys lo[j] <= i < hi[j] of the tile; NULL: all */
     double c;                         /* log2(e) * what of the scale is not in Q^T; positive */
     int nk, d, dv, nv;                /* nk <= QKV_KEYS */
+    int skew;                         /* keys of the block before the first: sums do not depend on where a tile is cut */
     int cold;                         /* fetch k and v ahead: they are not in a near cache yet, and fit into it */
     int careful;                      /* take nothing from V where the lane's key is excluded, even NaN; nv is 1 */
 } qkv_tile;
