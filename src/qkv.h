@@ -79,8 +79,28 @@ typedef struct {
     const int64_t *offset;            /* one per sequence, |offset| <= 2^60; NULL: length_b - len_q */
     const int64_t *length;            /* one per sequence, 0..len_k; NULL: len_k */
     int64_t left, right;              /* distances up to 2^61, or QKV_OPEN */
+    /* Segments. spans: (sequences, len_q, 2): of the keys, query i sees only lo <= j < hi; or NULL. With ids as well, only
+     * those whose id equals the query's: for ids in an order in which a span does not say it all. */
+    const int64_t *spans;
+    const int64_t *q_ids, *k_ids;     /* (sequences, len_q), (sequences, len_k), or both NULL */
 
+    /* What becomes of a score: scale, softcap, ALiBi and bias, exclusion. By element are (axes..., heads_q, len_q, len_k), an
+     * axis that is broadcast having stride 0; `dim` is the stride along keys. */
     double scale;                     /* any finite number */
+    double softcap;                   /* scaled scores s become softcap * tanh(s / softcap); 0: they do not */
+    const double *slopes;             /* ALiBi: -slope * |position - key| is added; one per query head, or NULL */
+    const char *bias;                 /* is added; -inf excludes; or NULL */
+    const char *mask;                 /* bytes; 0 excludes; or NULL */
+    qkv_type bias_type;
+    int swapped_bias;
+    qkv_strides bias_at, mask_at;
+    const double *sinks;              /* the logit of one more key, without a value; finite or -inf; one per query head, or NULL */
+
+    /* Ragged batches, or NULL. There is one axis of sequences, whose strides are not looked at. Sequence b has the rows
+     * q_starts[b] .. q_starts[b + 1] of q, out, lse (heads_q, all rows), spans and q_ids, len_q being the longest; and of
+     * k_ids those from k_starts[b]. Its keys are the length_b of its runs, len_k being the most. */
+    const int64_t *q_starts, *k_starts;
+
     int threads;                      /* at most this many */
     int isa;                          /* index into the available CPU paths */
 
