@@ -13,6 +13,10 @@ cnp.import_array()
 cdef extern from "Python.h":
     void *PyErr_Occurred()
     int PyErr_CheckSignals() nogil              # declared here without `except`: the error stays set for raise_status
+    ctypedef struct PyThreadState
+    PyThreadState *PyThreadState_Get()
+    void PyEval_RestoreThread(PyThreadState *thread) nogil
+    PyThreadState *PyEval_SaveThread() nogil
 
 
 cdef extern from *:
@@ -85,9 +89,14 @@ cdef int raise_status(qkv_status status) except -1:
     return propagate()                          # the signal handler's exception
 
 
-cdef int check_signals(void *unused) noexcept nogil:
-    with gil:
-        return PyErr_CheckSignals()
+cdef int check_signals(void *thread) noexcept nogil:
+    # The calling thread's own state, as at the end of `with nogil`: PyGILState_Ensure, which `with gil` means, looks for an
+    # interpreter that is gone where a daemon thread is still at work while the process ends.
+    cdef int pending
+    PyEval_RestoreThread(<PyThreadState *>thread)
+    pending = PyErr_CheckSignals()
+    PyEval_SaveThread()
+    return pending
 
 
 cdef int64_t stride_of(cnp.ndarray x, int axis) noexcept:
@@ -201,7 +210,7 @@ def forward(cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not No
             return report, q, k, v, out
         p.counters = <qkv_counters *>cnp.PyArray_DATA(counters)
     p.interrupted = check_signals
-    p.interrupted_arg = NULL
+    p.interrupted_arg = PyThreadState_Get()
     with nogil:
         status = qkv_forward(&p)
     raise_status(status)
@@ -240,7 +249,7 @@ def product(cnp.ndarray a not None, cnp.ndarray b not None, cnp.ndarray c not No
     p.isa = isa
     p.counters = NULL if counters is None else <qkv_counters *>cnp.PyArray_DATA(counters)
     p.interrupted = check_signals
-    p.interrupted_arg = NULL
+    p.interrupted_arg = PyThreadState_Get()
     with nogil:
         status = qkv_product(&p)
     raise_status(status)
@@ -275,7 +284,7 @@ def softmax(cnp.ndarray x not None, cnp.ndarray mask, cnp.ndarray out not None, 
     p.isa = isa
     p.counters = NULL if counters is None else <qkv_counters *>cnp.PyArray_DATA(counters)
     p.interrupted = check_signals
-    p.interrupted_arg = NULL
+    p.interrupted_arg = PyThreadState_Get()
     with nogil:
         status = qkv_softmax(&p)
     raise_status(status)

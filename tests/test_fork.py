@@ -159,6 +159,26 @@ assert compute() == expected
     assert child_says(code, timeout=120) == "True"
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="on_exit is glibc's")
+def test_a_daemon_thread_outlives_the_interpreter():
+    """It looks for signals between tasks, also when there is no interpreter left to ask. The process sleeps as many
+    seconds as its exit status says between the interpreter's end and its own."""
+    code = """
+import ctypes, threading, time
+import numpy as np, qkv_fast
+libc = ctypes.CDLL(None)
+libc.on_exit(ctypes.cast(libc.sleep, ctypes.c_void_p), None)
+x = np.random.default_rng(1).standard_normal((8, 8000, 64)).astype("float32")
+thread = threading.Thread(target=qkv_fast.attention, args=(x, x, x), kwargs={"num_threads": 1}, daemon=True)
+thread.start()
+time.sleep(0.1)
+assert thread.is_alive()
+raise SystemExit(1)
+"""
+    done = child(code, timeout=60)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 EXITS = {
     "idle": "",
     "daemon threads calling": """
