@@ -1,14 +1,16 @@
-/* What a call would do, from its plan: nothing is computed, and the arrays are not looked at.
+/* What a call would do, from its plan: nothing is computed, and of the arrays only masks are looked at.
  *
  * Tiles are counted as the driver will count them, in closed form for each vector of query rows: the keys that the rows
  * of a vector see are an interval that moves to the right with the position, so its first and last row say which
  * blocks it skips, which it sees whole and which in part. Sequences with the same limits are counted once.
+ * With masks, segments or ragged batches that is not so simple: then the driver walks its tiles with kernels that do nothing.
  */
 #include <math.h>
 #include <string.h>
 
 #include "mask.h"
 #include "plan.h"
+#include "tile.h"
 
 /* Rows [first, last] of one key head. Rows that see nothing lie before or after all that see something. */
 static qkv_limits limits_of(const qkv_problem *p, int64_t group, int64_t sequence, int64_t first, int64_t last)
@@ -64,7 +66,7 @@ static void count_tiles(const qkv_problem *p, const qkv_plan *plan, int64_t sequ
 {
     int64_t lanes = plan->kernels->lanes, vector = plan->kernels->vector, rows = plan->tile_panels * lanes;
     int copies = (plan->copy_k != 0) + (plan->copy_v != 0);
-    int same = p->left == QKV_OPEN && p->right == QKV_OPEN;
+    int same = qkv_all_alike(p);
     for (int64_t tile = 0; tile < plan->tiles; tile++) {
         int64_t first = tile * rows, end = qkv_min(first + rows, plan->rows);
         qkv_limits limits = limits_of(p, plan->group, sequence, first, end - 1);
@@ -110,6 +112,112 @@ static double count_pairs(const qkv_problem *p, int64_t sequence, double *keys)
     return pairs - sum(turn, end, (double)(offset - p->left));
 }
 
+static void no_attend(const qkv_tile *tile) { (void)tile; }
+static void no_reset(void *o, void *m, void *l, int nv, int dv) { (void)o, (void)m, (void)l, (void)nv, (void)dv; }
+
+static void no_merge(void *o, void *m, void *l, const void *o2, const void *m2, const void *l2, int nv, int dv, double c)
+{
+    (void)o, (void)m, (void)l, (void)o2, (void)m2, (void)l2, (void)nv, (void)dv, (void)c;
+}
+
+static void no_pack(void *qt, const void *const *rows, int n, int d, double factor)
+{
+    (void)qt, (void)rows, (void)n, (void)d, (void)factor;
+}
+
+static void no_expect(void *const *rows, int n, int dv) { (void)rows, (void)n, (void)dv; }
+
+static void no_finish(void *const *rows, const void *o, const void *l, int n, int dv)
+{
+    (void)rows, (void)o, (void)l, (void)n, (void)dv;
+}
+
+static int all_finite(const void *o, const void *l, int nv, int dv) { return (void)o, (void)l, (void)nv, (void)dv, 1; }
+
+static void no_gather(void *to, ptrdiff_t to_row, const qkv_rows *from, int n, int d)
+{
+    (void)to, (void)to_row, (void)from, (void)n, (void)d;
+}
+
+static void no_scatter(const qkv_rows *to, const void *from, ptrdiff_t from_row, int n, int d)
+{
+    (void)to, (void)from, (void)from_row, (void)n, (void)d;
+}
+
+/* Counts what the call would count, by the driver itself. */
+static qkv_status walk(const qkv_problem *p, const qkv_plan *plan, qkv_counters *counters)
+{
+    qkv_kernels kernels = *plan->kernels;
+    kernels.attend = no_attend;
+    kernels.reset = no_reset;
+    kernels.merge = no_merge;
+    kernels.pack = no_pack;
+    kernels.expect = no_expect;
+    kernels.finish = no_finish;
+    kernels.finite = all_finite;
+    kernels.gather = no_gather;
+    kernels.scatter = no_scatter;
+    qkv_plan dry_plan = *plan;
+    dry_plan.kernels = &kernels;
+    qkv_problem dry = *p;
+    dry.lse = NULL;
+    dry.counters = counters;
+    dry.interrupted = NULL;
+    return qkv_run_plan(&dry, &dry_plan);
+}
+
+/* Pairs of all query heads of one sequence, and the keys that some query sees as far as positions say; row by row. */
+static double count_seen(const qkv_problem *p, const qkv_plan *plan, int64_t sequence, double *keys)
+{
+    int64_t heads = p->mask && p->mask_at.head ? p->heads_q : 1;       /* that see different keys */
+    double pairs = 0;
+    qkv_limits limits = qkv_no_limits();
+    for (int64_t i = 0; i < qkv_queries(p, sequence); i++) {
+        qkv_range row = qkv_visible(p, sequence, i);
+        qkv_add_row(&limits, row);
+        if (!plan->masked)
+            pairs += (double)(row.hi - row.lo);
+        for (int64_t head = 0; plan->masked && head < heads; head++)
+            pairs += (double)qkv_count_seen(p, sequence, head, i, row);
+    }
+    *keys = limits.any.lo < limits.any.hi ? (double)(limits.any.hi - limits.any.lo) : 0;
+    return pairs * (double)(p->heads_q / heads);
+}
+
+static qkv_status count_by_walking(const qkv_problem *p, const qkv_plan *plan, qkv_report *report, double *all_keys)
+{
+    for (int64_t b = 0; b < plan->sequences; b++) {
+        double keys;
+        report->pairs += count_seen(p, plan, b, &keys);
+        *all_keys += keys * (double)p->heads_kv;
+    }
+    return walk(p, plan, &report->counts);
+}
+
+static void count_in_closed_form(const qkv_problem *p, const qkv_plan *plan, qkv_report *report, double *all_keys)
+{
+    double keys = 0, pairs = 0;
+    qkv_counters one = {0};
+    int64_t alike = p->offset || p->length ? 1 : plan->sequences;
+    for (int64_t b = 0; b < plan->sequences; b += alike) {
+        int repeated = b > 0 && qkv_length(p, b) == qkv_length(p, b - 1) && qkv_offset(p, b) == qkv_offset(p, b - 1);
+        if (!repeated) {
+            one = (qkv_counters){0};
+            count_tiles(p, plan, b, &one);
+            pairs = count_pairs(p, b, &keys);
+        }
+        report->counts.tiles_full += one.tiles_full * alike * p->heads_kv;
+        report->counts.tiles_partial += one.tiles_partial * alike * p->heads_kv;
+        report->counts.tiles_skipped += one.tiles_skipped * alike * p->heads_kv;
+        report->counts.tiles_copied += one.tiles_copied * alike * p->heads_kv;
+        report->pairs += pairs * (double)alike * (double)p->heads_q;
+        *all_keys += keys * (double)alike * (double)p->heads_kv;
+    }
+    report->counts.splits = plan->split ? plan->tasks : 0;
+    report->counts.tasks = plan->tasks;
+    report->counts.threads = plan->threads;
+}
+
 qkv_status qkv_explain(const qkv_problem *p, qkv_report *report)
 {
     qkv_plan plan;
@@ -137,28 +245,16 @@ qkv_status qkv_explain(const qkv_problem *p, qkv_report *report)
         report->scratch_bytes += (double)plan.partial_bytes + (double)(plan.tasks / plan.chunks) * sizeof(int64_t);
 
     int64_t kv_size = p->kv_type == QKV_F32 ? 4 : 8;
-    double keys = 0, all_keys = 0, pairs = 0;
-    qkv_counters one = {0};
-    int64_t alike = p->offset || p->length ? 1 : plan.sequences;
-    for (int64_t b = 0; b < plan.sequences; b += alike) {
-        int repeated = b > 0 && qkv_length(p, b) == qkv_length(p, b - 1) && qkv_offset(p, b) == qkv_offset(p, b - 1);
-        if (!repeated) {
-            one = (qkv_counters){0};
-            count_tiles(p, &plan, b, &one);
-            pairs = count_pairs(p, b, &keys);
-        }
-        report->counts.tiles_full += one.tiles_full * alike * p->heads_kv;
-        report->counts.tiles_partial += one.tiles_partial * alike * p->heads_kv;
-        report->counts.tiles_skipped += one.tiles_skipped * alike * p->heads_kv;
-        report->counts.tiles_copied += one.tiles_copied * alike * p->heads_kv;
-        report->pairs += pairs * (double)alike * (double)p->heads_q;
-        all_keys += keys * (double)alike * (double)p->heads_kv;
+    double all_keys = 0;
+    if (p->q_starts || p->spans || plan.masked) {
+        status = count_by_walking(p, &plan, report, &all_keys);
+        if (status != QKV_OK)
+            return status;
+    } else {
+        count_in_closed_form(p, &plan, report, &all_keys);
     }
-    report->counts.splits = plan.split ? plan.tasks : 0;
-    report->counts.tasks = plan.tasks;
-    report->counts.threads = plan.threads;
     report->operations = 2 * report->pairs * (double)(p->dim + p->dim_v);
-    double rows = (double)plan.sequences * (double)p->heads_q * (double)p->len_q;
+    double rows = (double)p->heads_q * (double)qkv_query_index(p, plan.sequences, 0);
     report->bytes = rows * (double)(p->dim + p->dim_v + (p->lse != NULL)) * plan.kernels->size
                     + all_keys * (double)(p->dim + p->dim_v) * (double)kv_size;
     return QKV_OK;

@@ -24,13 +24,15 @@ typedef struct {
     const qkv_plan *plan;
     char *partials;                   /* (tasks / chunks, chunks, tile_panels) states, if split */
     _Atomic int64_t *pending;         /* (tasks / chunks): chunks not yet computed, if split */
+    const int64_t *first_tile;        /* (sequences + 1): query tiles before each sequence, or NULL: all have as many */
     char **scratch;                   /* one per worker */
     qkv_stop stop;
 } call;
 
-/* The K and V of one pass. */
+/* The keys [first, last) of one pass, and their K and V. */
 typedef struct {
-    const char *k, *v;
+    int64_t first, last;
+    const char *k, *v;                /* NULL: not yet needed */
     ptrdiff_t k_row, v_row;           /* elements */
 } pass_rows;
 
@@ -79,46 +81,63 @@ static const char *fetch(const qkv_query_tile *t, int values, int64_t first, int
     return copy;
 }
 
-/* One panel against the keys [first, last) of one block, at pass row first - origin. */
-static void attend_block(const qkv_query_tile *t, const qkv_panel *x, const pass_rows *kv, int64_t origin, int64_t first,
-                         int64_t last, int cold, int careful)
+/* The K and V of a pass, fetched when the first tile needs them: a mask may hide them all. */
+static void need(const qkv_query_tile *t, pass_rows *kv)
+{
+    if (!kv->k) {
+        kv->k = fetch(t, 0, kv->first, kv->last, &kv->k_row);
+        kv->v = fetch(t, 1, kv->first, kv->last, &kv->v_row);
+    }
+}
+
+/* One kernel call: `tile` against the keys [first, last) of a pass, in the block that begins at block_first. */
+static void attend_keys(const qkv_query_tile *t, pass_rows *kv, int64_t block_first, int64_t first, int64_t last,
+                        qkv_tile *tile)
+{
+    const qkv_kernels *kernels = t->plan->kernels;
+    need(t, kv);
+    tile->k_row = kv->k_row;
+    tile->v_row = kv->v_row;
+    tile->k = kv->k + (first - kv->first) * kv->k_row * (int64_t)kernels->size;
+    tile->v = kv->v + (first - kv->first) * kv->v_row * (int64_t)kernels->size;
+    tile->nk = (int)(last - first);
+    tile->skew = (int)(first - block_first);
+    kernels->attend(tile);
+}
+
+/* One panel against the keys [first, last) of one block. */
+static void attend_block(const qkv_query_tile *t, const qkv_panel *x, pass_rows *kv, int64_t first, int64_t last, int cold,
+                         int careful)
 {
     const qkv_problem *p = t->problem;
     const qkv_plan *plan = t->plan;
     const qkv_kernels *kernels = plan->kernels;
     size_t size = (size_t)kernels->size;
     int64_t block_first = first, block_last = last;
+    int w = kernels->vector;
+    qkv_tile whole = {
+        .q = x->q, .s = t->scratch + plan->at_s,
+        .o = x->state, .m = qkv_state_m(plan, x->state), .l = qkv_state_l(plan, x->state), .c = plan->c,
+        .d = (int)p->dim, .dv = (int)p->dim_v, .nv = x->nv, .cold = cold, .careful = careful,
+    };
     qkv_kind kind = qkv_cut(&x->limits[0], &first, &last);
+    if (kind == QKV_FULL && plan->adjust)
+        kind = qkv_set_elements(t, x, 0, x->nv * w, first, last, &whole);
     if (kind == QKV_SKIP) {
         t->counters->tiles_skipped += x->nv;
         return;
     }
-    qkv_tile whole = {
-        .q = x->q, .s = t->scratch + plan->at_s,
-        .o = x->state, .m = qkv_state_m(plan, x->state), .l = qkv_state_l(plan, x->state),
-        .k_row = kv->k_row, .v_row = kv->v_row, .c = plan->c,
-        .d = (int)p->dim, .dv = (int)p->dim_v, .nv = x->nv, .cold = cold, .careful = careful,
-    };
     if (kind == QKV_FULL && !careful) {
-        whole.k = kv->k + (first - origin) * kv->k_row * (int64_t)size;
-        whole.v = kv->v + (first - origin) * kv->v_row * (int64_t)size;
-        whole.nk = (int)(last - first);
-        whole.skew = (int)(first - block_first);
         t->counters->tiles_full += x->nv;
-        kernels->attend(&whole);
+        attend_keys(t, kv, block_first, first, last, &whole);
         return;
     }
     /* Rows of the panel see different keys: vector by vector, each cut down to its own, wastes least. */
-    int w = kernels->vector;
     int32_t lo[MAX_VECTOR], hi[MAX_VECTOR];
     for (int i = 0; i < x->nv; i++) {
         first = block_first;
         last = block_last;
         kind = qkv_cut(&x->limits[1 + i], &first, &last);
-        if (kind == QKV_SKIP) {
-            t->counters->tiles_skipped++;
-            continue;
-        }
         if (kind == QKV_PARTIAL) {
             /* Whole row tiles: a hidden key more is cheaper than a row by itself. */
             int64_t rows = kernels->row_tile;
@@ -126,6 +145,15 @@ static void attend_block(const qkv_query_tile *t, const qkv_panel *x, const pass
             last = qkv_min(block_last, last + (rows - (last - block_first) % rows) % rows);
         }
         qkv_tile one = whole;
+        int limited = kind == QKV_PARTIAL;
+        if (kind != QKV_SKIP && plan->adjust) {
+            qkv_kind elements = qkv_set_elements(t, x, i * w, w, first, last, &one);
+            kind = elements == QKV_FULL ? kind : elements;
+        }
+        if (kind == QKV_SKIP) {
+            t->counters->tiles_skipped++;
+            continue;
+        }
         size_t shift = (size_t)i * (size_t)w * size;
         one.q = (const char *)whole.q + shift;
         one.s = (char *)whole.s + shift;
@@ -133,23 +161,18 @@ static void attend_block(const qkv_query_tile *t, const qkv_panel *x, const pass
         one.m = (char *)whole.m + shift;
         one.l = (char *)whole.l + shift;
         one.nv = 1;
-        one.nk = (int)(last - first);
-        one.skew = (int)(first - block_first);
-        one.k = kv->k + (first - origin) * kv->k_row * (int64_t)size;
-        one.v = kv->v + (first - origin) * kv->v_row * (int64_t)size;
-        if (kind == QKV_PARTIAL) {
-            for (int j = 0; j < w; j++) {
-                qkv_range keys = x->rows[i * w + j];
-                lo[j] = (int32_t)(qkv_min(qkv_max(keys.lo, first), last) - first);
-                hi[j] = (int32_t)(qkv_min(qkv_max(keys.hi, first), last) - first);
-            }
-            one.lo = lo;
-            one.hi = hi;
-            t->counters->tiles_partial++;
-        } else {
-            t->counters->tiles_full++;
+        for (int j = 0; limited && j < w; j++) {
+            qkv_range keys = x->rows[i * w + j];
+            lo[j] = (int32_t)(qkv_min(qkv_max(keys.lo, first), last) - first);
+            hi[j] = (int32_t)(qkv_min(qkv_max(keys.hi, first), last) - first);
         }
-        kernels->attend(&one);
+        one.lo = limited ? lo : NULL;
+        one.hi = limited ? hi : NULL;
+        if (kind == QKV_PARTIAL)
+            t->counters->tiles_partial++;
+        else
+            t->counters->tiles_full++;
+        attend_keys(t, kv, block_first, first, last, &one);
     }
 }
 
@@ -165,9 +188,7 @@ static void attend_chunk(const qkv_query_tile *t, int64_t chunk, uint64_t chosen
     for (int64_t first = begin; first < end; first += plan->pass) {
         int64_t last = qkv_min(first + plan->pass, end);
         int cold = plan->cold;        /* for the first panel that walks this pass */
-        pass_rows kv;
-        kv.k = fetch(t, 0, first, last, &kv.k_row);
-        kv.v = fetch(t, 1, first, last, &kv.v_row);
+        pass_rows kv = {.first = first, .last = last};
         for (int i = 0; i < t->panels; i++) {
             if (!(chosen >> i & 1))
                 continue;
@@ -175,7 +196,7 @@ static void attend_chunk(const qkv_query_tile *t, int64_t chunk, uint64_t chosen
             if (last == t->any.hi)
                 qkv_expect_writing(t, x);
             for (int64_t key = first; key < last; key += plan->block)
-                attend_block(t, x, &kv, first, key, qkv_min(key + plan->block, last), cold, careful);
+                attend_block(t, x, &kv, key, qkv_min(key + plan->block, last), cold, careful);
             cold = 0;
         }
     }
@@ -185,13 +206,13 @@ static void attend_chunk(const qkv_query_tile *t, int64_t chunk, uint64_t chosen
 static int attend_tile(call *job, int worker, const qkv_query_tile *t, uint64_t chosen, int careful)
 {
     const qkv_plan *plan = t->plan;
-    if (plan->chunks == 1) {
+    if (!plan->merges) {
         attend_chunk(t, 0, chosen, careful);
         return 1;
     }
     for (int i = 0; i < t->panels; i++)
         if (chosen >> i & 1)
-            reset(t, t->panel[i].total, t->panel[i].nv);
+            qkv_begin_state(t, &t->panel[i], t->panel[i].total);
     if (t->any.lo >= t->any.hi)
         return 1;
     int64_t first = t->any.lo / plan->chunk, last = (t->any.hi - 1) / plan->chunk;
@@ -244,11 +265,35 @@ static void attend_split(call *job, int worker, const qkv_query_tile *t, int64_t
         return;
     for (int i = 0; i < t->panels; i++) {
         const qkv_panel *x = &t->panel[i];
-        reset(t, x->total, x->nv);
+        qkv_begin_state(t, x, x->total);
         for (int64_t c = 0; c < plan->chunks; c++)
             merge(t, x->total, mine + (size_t)c * chunk_bytes + (size_t)i * plan->state_bytes, x->nv);
     }
     conclude(job, worker, t);
+}
+
+/* Query tile number `index` of the grid: sequences x key heads x tiles, of which each sequence may have its own number. */
+static void open_tile(const call *job, int64_t index, char *scratch, qkv_counters *counters, qkv_query_tile *t)
+{
+    const qkv_problem *p = job->problem;
+    int64_t sequence, tiles = job->plan->tiles;
+    if (job->first_tile) {
+        int64_t past = job->plan->sequences;            /* first_tile[sequence] <= index < first_tile[past] */
+        for (sequence = 0; past - sequence > 1;) {
+            int64_t middle = (sequence + past) / 2;
+            if (job->first_tile[middle] <= index)
+                sequence = middle;
+            else
+                past = middle;
+        }
+        index -= job->first_tile[sequence];
+        tiles = (job->first_tile[sequence + 1] - job->first_tile[sequence]) / p->heads_kv;
+    } else {
+        sequence = index / tiles / p->heads_kv;
+        index -= sequence * p->heads_kv * tiles;
+    }
+    /* Late rows first: under a causal mask they are the heavy ones. */
+    qkv_open_tile(t, p, job->plan, sequence, index / tiles, tiles - 1 - index % tiles, scratch, counters);
 }
 
 static void run_task(void *context, int64_t task, int worker)
@@ -260,8 +305,7 @@ static void run_task(void *context, int64_t task, int worker)
     if (atomic_load_explicit(&job->stop.stop, memory_order_relaxed))
         return;
     counters->tasks++;
-    qkv_open_tile(&t, job->problem, plan, plan->split ? task / plan->chunks : task,
-                  job->scratch[worker] + sizeof(qkv_counters), counters);
+    open_tile(job, plan->split ? task / plan->chunks : task, job->scratch[worker] + sizeof(qkv_counters), counters, &t);
     if (plan->split)
         attend_split(job, worker, &t, task / plan->chunks, task % plan->chunks);
     else if (attend_tile(job, worker, &t, ~(uint64_t)0, 0))
@@ -279,33 +323,48 @@ static void add_counters(qkv_counters *to, const qkv_counters *from)
     to->tasks += from->tasks;
 }
 
-qkv_status qkv_forward(const qkv_problem *p)
+/* What all workers share: partial states and first tiles, in one block. Returns 0 without memory. */
+static int take_shared(call *job, int slot, char **block)
 {
-    qkv_plan plan;
-    qkv_status status = qkv_make_plan(p, &plan);
-    if (status != QKV_OK || plan.tasks == 0 || (p->dim_v == 0 && !p->lse))
-        return status;
+    const qkv_plan *plan = job->plan;
+    const qkv_problem *p = job->problem;
+    size_t bases = plan->split ? (size_t)(plan->tasks / plan->chunks) : 0;
+    size_t sequences = p->q_starts ? (size_t)plan->sequences + 1 : 0, partials = plan->split ? plan->partial_bytes : 0;
+    *block = NULL;
+    if (!plan->split && !p->q_starts)
+        return 1;
+    *block = qkv_scratch_take(partials + bases * sizeof *job->pending + sequences * sizeof(int64_t), slot);
+    if (!*block)
+        return 0;
+    job->partials = *block;
+    job->pending = (_Atomic int64_t *)(*block + partials);
+    for (size_t i = 0; i < bases; i++)
+        atomic_init(&job->pending[i], plan->chunks);
+    if (p->q_starts) {
+        int64_t *first = (int64_t *)(job->pending + bases);
+        job->first_tile = first;
+        first[0] = 0;
+        for (int64_t b = 0; b < plan->sequences; b++)
+            first[b + 1] = first[b] + p->heads_kv * qkv_tiles_of(p, plan, b);
+    }
+    return 1;
+}
 
-    char *scratch[QKV_MAX_THREADS] = {0};
-    call job = {.problem = p, .plan = &plan, .scratch = scratch, .stop = {p->interrupted, p->interrupted_arg, 0, 0}};
-    int64_t bases = plan.split ? plan.tasks / plan.chunks : 0;
-    int workers = qkv_pool_acquire((int)qkv_min(plan.threads, QKV_MAX_THREADS));
-    status = QKV_NO_MEMORY;
+qkv_status qkv_run_plan(const qkv_problem *p, const qkv_plan *plan)
+{
+    char *scratch[QKV_MAX_THREADS] = {0}, *shared = NULL;
+    call job = {.problem = p, .plan = plan, .scratch = scratch, .stop = {p->interrupted, p->interrupted_arg, 0, 0}};
+    int workers = qkv_pool_acquire((int)qkv_min(plan->threads, QKV_MAX_THREADS));
+    qkv_status status = QKV_NO_MEMORY;
     for (int i = 0; i < workers; i++) {
-        scratch[i] = qkv_scratch_take(sizeof(qkv_counters) + plan.scratch_bytes, i);
+        scratch[i] = qkv_scratch_take(sizeof(qkv_counters) + plan->scratch_bytes, i);
         if (!scratch[i])
             goto done;
         memset(scratch[i], 0, sizeof(qkv_counters));
     }
-    if (plan.split) {
-        job.partials = qkv_scratch_take(plan.partial_bytes + (size_t)bases * sizeof *job.pending, workers);
-        if (!job.partials)
-            goto done;
-        job.pending = (_Atomic int64_t *)(job.partials + plan.partial_bytes);
-        for (int64_t i = 0; i < bases; i++)
-            atomic_init(&job.pending[i], plan.chunks);
-    }
-    int stopped = qkv_pool_run(workers, plan.tasks, run_task, &job, p->interrupted ? qkv_ask_to_stop : NULL, &job.stop);
+    if (!take_shared(&job, workers, &shared))
+        goto done;
+    int stopped = qkv_pool_run(workers, plan->tasks, run_task, &job, p->interrupted ? qkv_ask_to_stop : NULL, &job.stop);
     status = stopped || job.stop.stop ? QKV_INTERRUPTED : QKV_OK;
     for (int i = 0; i < workers && p->counters; i++)
         add_counters(p->counters, (const qkv_counters *)scratch[i]);
@@ -315,7 +374,16 @@ qkv_status qkv_forward(const qkv_problem *p)
 done:
     for (int i = 0; i < workers; i++)
         qkv_scratch_put(scratch[i], i);
-    qkv_scratch_put(job.partials, workers);
+    qkv_scratch_put(shared, workers);
     qkv_pool_release(workers);
     return status;
+}
+
+qkv_status qkv_forward(const qkv_problem *p)
+{
+    qkv_plan plan;
+    qkv_status status = qkv_make_plan(p, &plan);
+    if (status != QKV_OK || plan.tasks == 0 || (p->dim_v == 0 && !p->lse))
+        return status;
+    return qkv_run_plan(p, &plan);
 }

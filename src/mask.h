@@ -1,4 +1,5 @@
-/* Which keys a query sees, from positions alone: causal order, windows, offsets and lengths are one interval per row.
+/* Which keys a query sees, from positions alone: causal order, windows, offsets, lengths and the spans of segments are one
+ * interval per row.
  *
  * Query i of sequence b sits at i + offset_b and sees the keys [position - left, position + right] that are below
  * length_b. Over a group of rows the intervals give two more: the keys that some row sees (union) and those that every
@@ -23,9 +24,20 @@ static inline int64_t qkv_length(const qkv_problem *p, int64_t sequence)
     return p->length ? p->length[sequence] : p->len_k;
 }
 
+static inline int64_t qkv_queries(const qkv_problem *p, int64_t sequence)
+{
+    return p->q_starts ? p->q_starts[sequence + 1] - p->q_starts[sequence] : p->len_q;
+}
+
+/* Where query i of a sequence stands in what has a row for each query of all sequences. */
+static inline int64_t qkv_query_index(const qkv_problem *p, int64_t sequence, int64_t i)
+{
+    return (p->q_starts ? p->q_starts[sequence] : sequence * p->len_q) + i;
+}
+
 static inline int64_t qkv_offset(const qkv_problem *p, int64_t sequence)
 {
-    return p->offset ? p->offset[sequence] : qkv_length(p, sequence) - p->len_q;
+    return p->offset ? p->offset[sequence] : qkv_length(p, sequence) - qkv_queries(p, sequence);
 }
 
 static inline qkv_range qkv_visible(const qkv_problem *p, int64_t sequence, int64_t i)
@@ -37,9 +49,20 @@ static inline qkv_range qkv_visible(const qkv_problem *p, int64_t sequence, int6
         keys.lo = qkv_max(0, position - p->left);
     if (p->right != QKV_OPEN)
         keys.hi = qkv_min(n, position + p->right + 1);
+    if (p->spans) {
+        const int64_t *span = p->spans + 2 * qkv_query_index(p, sequence, i);
+        keys.lo = qkv_max(keys.lo, span[0]);
+        keys.hi = qkv_min(keys.hi, span[1]);
+    }
     if (keys.lo >= keys.hi)
         keys.lo = keys.hi = 0;
     return keys;
+}
+
+/* Whether all queries of a sequence see the same keys, as far as positions say. */
+static inline int qkv_all_alike(const qkv_problem *p)
+{
+    return p->left == QKV_OPEN && p->right == QKV_OPEN && !p->spans;
 }
 
 static inline qkv_limits qkv_no_limits(void)

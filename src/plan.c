@@ -81,16 +81,21 @@ static void choose_copies(const qkv_problem *p, qkv_plan *plan)
     int widened = p->kv_type != p->type ? QKV_WIDENED : 0;
     /* A copy of scattered rows pays only if several panels share it. */
     int shared = plan->rows > 2 * plan->kernels->lanes;
+    int kv_axes = p->run_of ? 0 : p->n_axes;
     plan->copy_k = widened | (shared && is_scattered(&p->k_at, p->dim) ? QKV_SCATTERED : 0);
     plan->copy_v = widened | (shared && is_scattered(&p->v_at, p->dim_v) ? QKV_SCATTERED : 0);
     for (int64_t i = 0; i < p->n_runs; i++) {
-        plan->copy_k |= obstacles(p->runs[i].k, p->n_axes, &p->k_at, p->swapped_k, kv_size);
-        plan->copy_v |= obstacles(p->runs[i].v, p->n_axes, &p->v_at, p->swapped_v, kv_size);
+        plan->copy_k |= obstacles(p->runs[i].k, kv_axes, &p->k_at, p->swapped_k, kv_size);
+        plan->copy_v |= obstacles(p->runs[i].v, kv_axes, &p->v_at, p->swapped_v, kv_size);
     }
-    plan->obstacles_q = obstacles(p->q, p->n_axes, &p->q_at, p->swapped_q, size);
-    plan->obstacles_out = obstacles(p->out, p->n_axes, &p->out_at, p->swapped_out, size);
+    int row_axes = p->q_starts ? 0 : p->n_axes;
+    plan->obstacles_q = obstacles(p->q, row_axes, &p->q_at, p->swapped_q, size);
+    plan->obstacles_out = obstacles(p->out, row_axes, &p->out_at, p->swapped_out, size);
     plan->direct_q = !plan->obstacles_q;
     plan->direct_out = !plan->obstacles_out;
+    plan->direct_bias = p->bias && p->bias_type == p->type
+        && !obstacles(p->bias, p->n_axes, &p->bias_at, p->swapped_bias, size);
+    plan->direct_mask = p->mask && p->mask_at.dim == 1 && !p->q_ids;
 }
 
 static void lay_out_scratch(const qkv_problem *p, qkv_plan *plan)
@@ -107,11 +112,15 @@ static void lay_out_scratch(const qkv_problem *p, qkv_plan *plan)
     TAKE(at_rows, lanes * sizeof(void *));
     TAKE(at_q, panels * dim * lanes * size);
     TAKE(at_state, panels * plan->state_bytes);
-    TAKE(at_total, plan->chunks > 1 ? panels * plan->state_bytes : 0);
+    TAKE(at_total, plan->merges ? panels * plan->state_bytes : 0);
     TAKE(at_s, (size_t)plan->block * lanes * size);
     TAKE(at_k, plan->copy_k || p->n_runs > 1 ? (size_t)(plan->pass * plan->copy_row_k) * size : 0);
     TAKE(at_v, plan->copy_v || p->n_runs > 1 ? (size_t)(plan->pass * plan->copy_row_v) * size : 0);
     TAKE(at_tile, plan->direct_q && plan->direct_out ? 0 : lanes * (dim > dim_v ? dim : dim_v) * size);
+    TAKE(at_lanes, plan->adjust ? panels * lanes * QKV_LANE_BYTES : 0);
+    TAKE(at_pointers, plan->adjust ? 2 * lanes * sizeof(void *) : 0);
+    TAKE(at_bias, p->bias && !plan->direct_bias ? lanes * (size_t)plan->block * size : 0);
+    TAKE(at_mask, plan->masked && !plan->direct_mask ? lanes * (size_t)plan->block : 0);
 #undef TAKE
     plan->scratch_bytes = at;
 }
@@ -129,11 +138,65 @@ static void split_scale(double scale, int wide, double *factor, double *rest)
     *rest = scale == 0 ? 1 : ldexp(fabs(scale), -shift);
 }
 
+/* Whether a sink, as a score of the kernel, is outside the type. */
+static int sinks_are_far(const qkv_problem *p, const qkv_plan *plan)
+{
+    double most = plan->rest * (p->type == QKV_F64 ? 1e300 : 1e37);
+    for (int64_t h = 0; p->sinks && h < p->heads_q; h++)
+        if (isfinite(p->sinks[h]) && fabs(p->sinks[h]) > most)
+            return 1;
+    return 0;
+}
+
+/* Where something is added to scores they have to be in its unit, else softmax takes them as the products are. */
 static void choose_scale(const qkv_problem *p, qkv_plan *plan)
 {
     int wide = p->type == QKV_F64;
     split_scale(p->scale, wide, &plan->q_factor, &plan->rest);
+    plan->score_factor = 1;
+    plan->masked = p->mask || p->q_ids;
+    plan->adjust = plan->masked;
+    /* Scores are below 2^120: a cap beyond 2^132 does nothing that float32 could show. */
+    if (p->softcap != 0 && (wide || p->softcap < 0x1p132))
+        plan->softcap = fmin(fmax(p->softcap, wide ? 0x1p-1000 : 0x1p-120), wide ? 0x1p1000 : 0x1p126);
+    if (p->bias || p->slopes || plan->softcap != 0 || sinks_are_far(p, plan)) {
+        plan->adjust = 1;
+        plan->score_factor = plan->rest;
+        plan->rest = 1;
+    }
+    if (plan->softcap != 0)
+        plan->score_factor = fmin(plan->score_factor / plan->softcap, wide ? 0x1p1000 : 0x1p127);
     plan->c = fmin(fmax(plan->rest * 1.4426950408889634, wide ? 1e-305 : 4e-37), wide ? 1e305 : 3e37);
+}
+
+static int64_t panels_of(const qkv_problem *p, const qkv_plan *plan, int64_t sequence)
+{
+    return ceil_div(qkv_queries(p, sequence) * plan->group, plan->kernels->lanes);
+}
+
+int64_t qkv_tiles_of(const qkv_problem *p, const qkv_plan *plan, int64_t sequence)
+{
+    return ceil_div(panels_of(p, plan, sequence), plan->tile_panels);
+}
+
+/* Panels of all key heads, and floating-point operations if every query saw every key. */
+static int count_work(const qkv_problem *p, const qkv_plan *plan, int64_t *panels, double *flops)
+{
+    int64_t heads;
+    double pairs = (double)plan->sequences * (double)p->len_q * (double)p->len_k;
+    if (!multiply(plan->sequences, p->heads_kv, &heads)
+        || !multiply(heads, ceil_div(plan->rows, plan->kernels->lanes), panels))
+        return 0;
+    if (p->q_starts) {                /* less than that */
+        *panels = 0;
+        pairs = 0;
+        for (int64_t b = 0; b < plan->sequences; b++) {
+            *panels += p->heads_kv * panels_of(p, plan, b);
+            pairs += (double)qkv_queries(p, b) * (double)qkv_length(p, b);
+        }
+    }
+    *flops = 2.0 * (double)(p->dim + p->dim_v) * pairs * (double)p->heads_q;
+    return 1;
 }
 
 qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
@@ -155,6 +218,8 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     plan->cold = BLOCK * (p->dim + p->dim_v) * kernels->size <= COLD_BYTES;
     plan->chunk = CHUNK;
     plan->chunks = p->len_k > 0 ? ceil_div(p->len_k, CHUNK) : 1;
+    /* A sink is merged even with a single chunk: how many there are must not show in a sequence that has only one. */
+    plan->merges = plan->chunks > 1 || p->sinks;
     choose_copies(p, plan);
     /* Copies want many panels to share them, and leave them the room by being short. */
     int copies = (plan->copy_k | plan->copy_v) != 0;
@@ -162,19 +227,23 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     plan->pass = qkv_min(CHUNK, qkv_max(BLOCK, pass));
 
     /* Query tiles: as many panels as stay in cache together, but enough tiles for all threads. */
-    int64_t panels = ceil_div(plan->rows, kernels->lanes), heads, base;
+    int64_t panels = ceil_div(plan->rows, kernels->lanes), base;
+    double flops;
     int64_t panel_bytes = (p->dim + 2 * p->dim_v + 4) * kernels->lanes * kernels->size;
     int64_t most = qkv_min(TILE_PANELS, qkv_max(1, (copies ? COPY_STATE_BYTES : STATE_BYTES) / panel_bytes));
-    if (!multiply(plan->sequences, p->heads_kv, &heads) || !multiply(heads, panels, &base))
+    if (!count_work(p, plan, &base, &flops))
         return QKV_OVERFLOW;
     int64_t wanted = p->threads > 1 ? qkv_max(1, base / ((int64_t)p->threads * TASKS_PER_THREAD)) : most;
     double panel_flops = 2.0 * (double)(p->dim + p->dim_v) * (double)kernels->lanes * (double)p->len_k;
     most = qkv_min(most, (int64_t)(TASK_FLOPS / (panel_flops + 1)));
     plan->tile_panels = qkv_max(1, qkv_min(qkv_min(most, wanted), panels));
     plan->tiles = ceil_div(panels, plan->tile_panels);
-    plan->tasks = heads * plan->tiles;
-
-    double flops = 2.0 * (double)(p->dim + p->dim_v) * (double)plan->rows * (double)p->len_k * (double)heads;
+    plan->tasks = plan->sequences * p->heads_kv * plan->tiles;
+    if (p->q_starts) {
+        plan->tasks = 0;
+        for (int64_t b = 0; b < plan->sequences; b++)
+            plan->tasks += p->heads_kv * qkv_tiles_of(p, plan, b);
+    }
     plan->threads = flops < SERIAL_FLOPS ? 1 : p->threads;
     plan->partial_bytes = plan->state_bytes * (size_t)(plan->tasks * plan->tile_panels);
     if (plan->threads > 1 && plan->chunks > 1 && plan->tasks < 2 * plan->threads

@@ -5,11 +5,12 @@
  */
 #include "tile.h"
 
+#include <float.h>
 #include <math.h>
 
 _Static_assert(sizeof(qkv_panel) <= QKV_PANEL_BYTES, "panels overlap in scratch");
 
-static int64_t sequence_offset(const qkv_problem *p, const qkv_strides *at, int64_t sequence)
+int64_t qkv_sequence_offset(const qkv_problem *p, const qkv_strides *at, int64_t sequence)
 {
     int64_t offset = 0;
     for (int i = p->n_axes; i-- > 0;) {
@@ -19,24 +20,13 @@ static int64_t sequence_offset(const qkv_problem *p, const qkv_strides *at, int6
     return offset;
 }
 
-/* Rows of a panel in order: row r is position r / group, query head head * group + r % group. */
-typedef struct { int64_t position, head, group; } row_of;
-
-static row_of first_row(const qkv_query_tile *t, const qkv_panel *x)
+/* Where the rows of a sequence begin in q and out. */
+static int64_t rows_offset(const qkv_problem *p, const qkv_strides *at, int64_t sequence)
 {
-    int64_t group = t->plan->group;
-    return (row_of){x->row / group, x->row % group, group};
+    return p->q_starts ? p->q_starts[sequence] * at->row : qkv_sequence_offset(p, at, sequence);
 }
 
-static void next_row(row_of *r)
-{
-    if (++r->head == r->group) {
-        r->head = 0;
-        r->position++;
-    }
-}
-
-static int64_t row_offset(const row_of *r, const qkv_strides *at)
+static int64_t row_offset(const qkv_row *r, const qkv_strides *at)
 {
     return r->position * at->row + r->head * at->head;
 }
@@ -52,13 +42,18 @@ static void lay_out_panels(qkv_query_tile *t, int64_t first)
         qkv_panel *x = &t->panel[i];
         char *limits = t->scratch + plan->at_limits + (size_t)i * limits_bytes;
         x->row = (first + i) * (int64_t)lanes;
-        x->n = (int)qkv_min((int64_t)lanes, plan->rows - x->row);
+        x->n = (int)qkv_min((int64_t)lanes, t->rows - x->row);
         x->nv = (x->n + plan->kernels->vector - 1) / plan->kernels->vector;
         x->q = t->scratch + plan->at_q + (size_t)i * q_bytes;
         x->state = t->scratch + plan->at_state + (size_t)i * plan->state_bytes;
-        x->total = plan->chunks > 1 ? t->scratch + plan->at_total + (size_t)i * plan->state_bytes : x->state;
+        x->total = plan->merges ? t->scratch + plan->at_total + (size_t)i * plan->state_bytes : x->state;
         x->limits = (qkv_limits *)limits;
         x->rows = (qkv_range *)(limits + (vectors + 1) * sizeof(qkv_limits));
+        x->bias = (const char **)(t->scratch + plan->at_lanes + (size_t)i * lanes * QKV_LANE_BYTES);
+        x->mask = x->bias + lanes;
+        x->position = (int64_t *)(x->mask + lanes);
+        x->id = x->position + lanes;
+        x->slope = (double *)(x->id + lanes);
     }
 }
 
@@ -66,11 +61,11 @@ static void find_limits(qkv_query_tile *t)
 {
     const qkv_problem *p = t->problem;
     int w = t->plan->kernels->vector;
-    int same = p->left == QKV_OPEN && p->right == QKV_OPEN;        /* all rows of a sequence */
+    int same = qkv_all_alike(p);
     t->any = qkv_no_limits().any;
     for (int i = 0; i < t->panels; i++) {
         const qkv_panel *x = &t->panel[i];
-        row_of r = first_row(t, x);
+        qkv_row r = qkv_first_row(t, x);
         qkv_range keys = qkv_visible(p, t->sequence, r.position);
         for (int j = 0; j <= x->nv; j++)
             x->limits[j] = qkv_no_limits();
@@ -79,7 +74,7 @@ static void find_limits(qkv_query_tile *t)
         for (int j = 0; !same && j < x->nv * w; j++) {
             /* Lanes without a row repeat the last one, in Q as well. */
             if (j > 0 && j < x->n) {
-                next_row(&r);
+                qkv_next_row(&r);
                 keys = r.head ? keys : qkv_visible(p, t->sequence, r.position);
             }
             x->rows[j] = keys;
@@ -99,8 +94,8 @@ static void pack_queries(const qkv_query_tile *t)
     size_t row_bytes = (size_t)p->dim * (size_t)plan->kernels->size;
     for (int i = 0; i < t->panels; i++) {
         const qkv_panel *x = &t->panel[i];
-        row_of r = first_row(t, x);
-        for (int j = 0; j < x->n; j++, next_row(&r)) {
+        qkv_row r = qkv_first_row(t, x);
+        for (int j = 0; j < x->n; j++, qkv_next_row(&r)) {
             char *from = (char *)p->q + t->q_offset + row_offset(&r, &p->q_at);
             rows[j] = from;
             if (!plan->direct_q) {
@@ -114,23 +109,45 @@ static void pack_queries(const qkv_query_tile *t)
     }
 }
 
-void qkv_open_tile(qkv_query_tile *t, const qkv_problem *p, const qkv_plan *plan, int64_t index, char *scratch,
-                   qkv_counters *counters)
+void qkv_open_tile(qkv_query_tile *t, const qkv_problem *p, const qkv_plan *plan, int64_t sequence, int64_t head,
+                   int64_t index, char *scratch, qkv_counters *counters)
 {
-    int64_t head = index / plan->tiles, panels = (plan->rows + plan->kernels->lanes - 1) / plan->kernels->lanes;
-    /* Late rows first: under a causal mask they are the heavy ones. */
-    int64_t first_panel = (plan->tiles - 1 - index % plan->tiles) * plan->tile_panels;
+    int64_t lanes = plan->kernels->lanes, rows = qkv_queries(p, sequence) * plan->group, panels = (rows + lanes - 1) / lanes;
+    int64_t first_panel = index * plan->tile_panels;
     *t = (qkv_query_tile){
-        .problem = p, .plan = plan, .sequence = head / p->heads_kv, .head = head % p->heads_kv,
+        .problem = p, .plan = plan, .sequence = sequence, .head = head, .rows = rows,
         .panels = (int)qkv_min(plan->tile_panels, panels - first_panel), .scratch = scratch, .counters = counters,
     };
-    t->q_offset = sequence_offset(p, &p->q_at, t->sequence) + t->head * plan->group * p->q_at.head;
-    t->out_offset = sequence_offset(p, &p->out_at, t->sequence) + t->head * plan->group * p->out_at.head;
-    t->k_offset = t->head * p->k_at.head + (p->run_of ? 0 : sequence_offset(p, &p->k_at, t->sequence));
-    t->v_offset = t->head * p->v_at.head + (p->run_of ? 0 : sequence_offset(p, &p->v_at, t->sequence));
+    t->q_offset = rows_offset(p, &p->q_at, sequence) + head * plan->group * p->q_at.head;
+    t->out_offset = rows_offset(p, &p->out_at, sequence) + head * plan->group * p->out_at.head;
+    t->k_offset = head * p->k_at.head + (p->run_of ? 0 : qkv_sequence_offset(p, &p->k_at, sequence));
+    t->v_offset = head * p->v_at.head + (p->run_of ? 0 : qkv_sequence_offset(p, &p->v_at, sequence));
     lay_out_panels(t, first_panel);
     find_limits(t);
+    for (int i = 0; plan->adjust && i < t->panels; i++)
+        qkv_open_lanes(t, &t->panel[i]);
     pack_queries(t);
+}
+
+void qkv_begin_state(const qkv_query_tile *t, const qkv_panel *x, char *state)
+{
+    const qkv_problem *p = t->problem;
+    const qkv_plan *plan = t->plan;
+    void *m = qkv_state_m(plan, state), *l = qkv_state_l(plan, state);
+    plan->kernels->reset(state, m, l, x->nv, (int)p->dim_v);
+    qkv_row r = qkv_first_row(t, x);
+    for (int j = 0; p->sinks && j < x->n; j++, qkv_next_row(&r)) {
+        double sink = p->sinks[t->head * plan->group + r.head] / plan->rest;
+        if (sink == -INFINITY)
+            continue;
+        if (p->type == QKV_F64) {
+            ((double *)m)[j] = sink;
+            ((double *)l)[j] = 1;
+        } else {
+            ((float *)m)[j] = (float)fmin(fmax(sink, -FLT_MAX), FLT_MAX);
+            ((float *)l)[j] = 1;
+        }
+    }
 }
 
 static void write_lse(const qkv_query_tile *t, const qkv_panel *x)
@@ -138,10 +155,16 @@ static void write_lse(const qkv_query_tile *t, const qkv_panel *x)
     const qkv_problem *p = t->problem;
     const qkv_plan *plan = t->plan;
     const void *m = qkv_state_m(plan, x->total), *l = qkv_state_l(plan, x->total);
-    int64_t first_head = (t->sequence * p->heads_kv + t->head) * plan->group;
-    row_of r = first_row(t, x);
-    for (int j = 0; j < x->n; j++, next_row(&r)) {
-        int64_t at = (first_head + r.head) * p->len_q + r.position;
+    /* (sequences, heads, queries), or (heads, queries of all sequences) */
+    int64_t first_head = t->head * plan->group, queries = p->len_q;
+    if (p->q_starts)
+        queries = p->q_starts[plan->sequences];
+    else
+        first_head += t->sequence * p->heads_q;
+    int64_t first_query = p->q_starts ? p->q_starts[t->sequence] : 0;
+    qkv_row r = qkv_first_row(t, x);
+    for (int j = 0; j < x->n; j++, qkv_next_row(&r)) {
+        int64_t at = (first_head + r.head) * queries + first_query + r.position;
         int wide = p->type == QKV_F64;
         double top = wide ? ((const double *)m)[j] : ((const float *)m)[j];
         double sum = wide ? ((const double *)l)[j] : ((const float *)l)[j];
@@ -161,8 +184,8 @@ static void **output_rows(const qkv_query_tile *t, const qkv_panel *x)
     void **rows = (void **)(t->scratch + plan->at_rows);
     char *copies = t->scratch + plan->at_tile;
     size_t row_bytes = (size_t)p->dim_v * (size_t)plan->kernels->size;
-    row_of r = first_row(t, x);
-    for (int j = 0; j < x->n; j++, next_row(&r))
+    qkv_row r = qkv_first_row(t, x);
+    for (int j = 0; j < x->n; j++, qkv_next_row(&r))
         rows[j] = plan->direct_out ? p->out + t->out_offset + row_offset(&r, &p->out_at)
                                    : copies + (size_t)j * row_bytes;
     return rows;
@@ -182,8 +205,8 @@ void qkv_write_tile(const qkv_query_tile *t)
         const qkv_panel *x = &t->panel[i];
         void **rows = output_rows(t, x);
         plan->kernels->finish(rows, x->total, qkv_state_l(plan, x->total), x->n, (int)p->dim_v);
-        row_of r = first_row(t, x);
-        for (int j = 0; j < x->n && !plan->direct_out; j++, next_row(&r)) {
+        qkv_row r = qkv_first_row(t, x);
+        for (int j = 0; j < x->n && !plan->direct_out; j++, qkv_next_row(&r)) {
             qkv_rows to = {p->out + t->out_offset + row_offset(&r, &p->out_at), 0,
                            (ptrdiff_t)p->out_at.dim, plan->kernels->size, p->swapped_out};
             plan->kernels->scatter(&to, rows[j], 0, 1, (int)p->dim_v);

@@ -12,12 +12,18 @@ typedef struct {
     char *q, *state, *total;          /* Q^T; the state of one chunk; that of all so far */
     qkv_range *rows;                  /* (lanes): keys that each sees; not filled where all see the same */
     qkv_limits *limits;               /* of the whole panel, then of each vector */
+
+    /* (lanes), filled if scores are adjusted: its row of the bias and of the mask at key 0, position, id and slope. */
+    const char **bias, **mask;
+    int64_t *position, *id;
+    double *slope;
 } qkv_panel;
 
 typedef struct {
     const qkv_problem *problem;
     const qkv_plan *plan;
     int64_t sequence, head;           /* head: a key head */
+    int64_t rows;                     /* of this key head */
     int64_t q_offset, k_offset, v_offset, out_offset;   /* bytes to this sequence and key head */
     qkv_panel *panel;                 /* (panels) */
     int panels;
@@ -26,15 +32,51 @@ typedef struct {
     qkv_counters *counters;
 } qkv_query_tile;
 
-/* Lays out tile number `index` in scratch, finds its limits and packs its queries. */
-void qkv_open_tile(qkv_query_tile *tile, const qkv_problem *problem, const qkv_plan *plan, int64_t index, char *scratch,
-                   qkv_counters *counters);
+/* Rows of a panel in order: row r is query r / group of the sequence, head r % group of the group. */
+typedef struct { int64_t position, head, group; } qkv_row;
+
+static inline qkv_row qkv_first_row(const qkv_query_tile *t, const qkv_panel *x)
+{
+    int64_t group = t->plan->group;
+    return (qkv_row){x->row / group, x->row % group, group};
+}
+
+static inline void qkv_next_row(qkv_row *r)
+{
+    if (++r->head == r->group) {
+        r->head = 0;
+        r->position++;
+    }
+}
+
+/* Lays out tile number `index` of a key head in scratch, finds its limits and packs its queries. */
+void qkv_open_tile(qkv_query_tile *tile, const qkv_problem *problem, const qkv_plan *plan, int64_t sequence, int64_t head,
+                   int64_t index, char *scratch, qkv_counters *counters);
+
+/* Sets the state of a panel to that of no keys but the sinks. */
+void qkv_begin_state(const qkv_query_tile *tile, const qkv_panel *panel, char *state);
+
+/* Where a sequence begins, in bytes, by the strides of its axes. */
+int64_t qkv_sequence_offset(const qkv_problem *problem, const qkv_strides *at, int64_t sequence);
 
 /* Tells the memory that O of this panel is written soon. */
 void qkv_expect_writing(const qkv_query_tile *tile, const qkv_panel *panel);
 
 /* Writes O and the log-sum-exp of the panels' totals. */
 void qkv_write_tile(const qkv_query_tile *tile);
+
+/* elements.c: what scores meet by element. */
+
+/* Fills in the lanes of a panel. */
+void qkv_open_lanes(const qkv_query_tile *tile, const qkv_panel *panel);
+
+/* Points `to` at what adjusts the scores of the lanes [lane, lane + n) for the keys [first, last) of one block, and says
+ * whether the mask hides all of them (nothing else is then set), some or none: then there is no mask in `to`. */
+qkv_kind qkv_set_elements(const qkv_query_tile *tile, const qkv_panel *panel, int lane, int n, int64_t first, int64_t last,
+                          qkv_tile *to);
+
+/* Of these keys, those that mask and ids let query i of a head see. */
+int64_t qkv_count_seen(const qkv_problem *problem, int64_t sequence, int64_t head, int64_t i, qkv_range keys);
 
 static inline size_t qkv_lanes_bytes(const qkv_plan *plan)
 {

@@ -85,8 +85,8 @@ static QKV_INLINE void X(prefetch_rows)(const REAL *rows, ptrdiff_t row, int n, 
             QKV_PREFETCH(rows + i * row + e);
 }
 
-/* Rows i .. i + nr of S^T, excluded scores as -inf. Long scalar products are sums of shorter ones, as in a BLAS. */
-static QKV_INLINE void X(score_rows)(const int nr, const int nv, const qkv_tile *t, int i, const X(limits) *limits)
+/* Rows i .. i + nr of K Q^T. Long scalar products are sums of shorter ones, as in a BLAS. */
+static QKV_INLINE void X(score_rows)(const int nr, const int nv, const qkv_tile *t, int i)
 {
     const REAL *k = (const REAL *)t->k + i * t->k_row, *q = t->q;
     REAL *s = (REAL *)t->s + (ptrdiff_t)i * LANES;
@@ -104,8 +104,17 @@ static QKV_INLINE void X(score_rows)(const int nr, const int nv, const qkv_tile 
         }
         e += QKV_TERMS;
     } while (e < t->d);
-    if (i < limits->first || limits->last < i + nr)
-        X(exclude_rows)(t, i, i + nr, limits);
+}
+
+/* Rows first .. last of S^T, from products to what softmax takes. */
+static QKV_INLINE void X(settle_rows)(const qkv_tile *t, int first, int last, const X(limits) *limits)
+{
+    if (t->adjust)
+        X(adjust_rows)(t, first, last);
+    if (first < limits->first)
+        X(exclude_rows)(t, first, last < limits->first ? last : limits->first, limits);
+    if (limits->last < last)
+        X(exclude_rows)(t, first > limits->last ? first : limits->last, last, limits);
 }
 
 /* The maximum of rows first .. last of S^T in each lane, into top. */
@@ -221,12 +230,13 @@ static QKV_INLINE void X(score)(const int nv, const int weigh, const int careful
         if (t->cold)
             X(prefetch_tile)(t, i);
         if (i + ROW_TILE <= t->nk)
-            X(score_rows)(nr = ROW_TILE, nv, t, i, limits);
+            X(score_rows)(nr = ROW_TILE, nv, t, i);
         else if (i + ROW_TILE / 2 <= t->nk)
-            X(score_rows)(nr = ROW_TILE / 2, nv, t, i, limits);
+            X(score_rows)(nr = ROW_TILE / 2, nv, t, i);
         else
-            X(score_rows)(nr = 1, nv, t, i, limits);
+            X(score_rows)(nr = 1, nv, t, i);
         for (int end; strip < i + nr && (end = X(strip_end)(t, strip)) <= i + nr; strip = end) {
+            X(settle_rows)(t, strip, end, limits);
             if (weigh)
                 X(weigh_rows)(nv, careful, t, strip, end, lanes->shift, lanes->sum);
             else

@@ -2,6 +2,7 @@
  * and FMA, so nothing of this file may run before cpu.c has seen both. */
 #include <immintrin.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "kernels.h"
 #include "compiler.h"
@@ -27,6 +28,13 @@ static inline void stream_f32(float *p, vec_f32 x) { _mm256_stream_ps(p, x); }
 static inline void fence_f32(void) { _mm_sfence(); }
 static inline vec_f32 load_part_f32(const float *p, int n) { return _mm256_maskload_ps(p, first_f32(n)); }
 static inline void store_part_f32(float *p, vec_f32 x, int n) { _mm256_maskstore_ps(p, first_f32(n), x); }
+static inline mask_f32 seen_f32(const uint8_t *p, int n)
+{
+    uint64_t bytes = 0;
+    memcpy(&bytes, p, (size_t)n);
+    __m256i wide = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)bytes));
+    return _mm256_castsi256_ps(_mm256_cmpgt_epi32(wide, _mm256_setzero_si256()));
+}
 static inline vec_f32 set1_f32(float a) { return _mm256_set1_ps(a); }
 static inline vec_f32 add_f32(vec_f32 x, vec_f32 y) { return _mm256_add_ps(x, y); }
 static inline vec_f32 sub_f32(vec_f32 x, vec_f32 y) { return _mm256_sub_ps(x, y); }
@@ -104,6 +112,13 @@ static inline void stream_f64(double *p, vec_f64 x) { _mm256_stream_pd(p, x); }
 static inline void fence_f64(void) { _mm_sfence(); }
 static inline vec_f64 load_part_f64(const double *p, int n) { return _mm256_maskload_pd(p, first_f64(n)); }
 static inline void store_part_f64(double *p, vec_f64 x, int n) { _mm256_maskstore_pd(p, first_f64(n), x); }
+static inline mask_f64 seen_f64(const uint8_t *p, int n)
+{
+    uint32_t bytes = 0;
+    memcpy(&bytes, p, (size_t)n);
+    __m256i wide = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128((int32_t)bytes));
+    return _mm256_castsi256_pd(_mm256_cmpgt_epi64(wide, _mm256_setzero_si256()));
+}
 static inline vec_f64 set1_f64(double a) { return _mm256_set1_pd(a); }
 static inline vec_f64 add_f64(vec_f64 x, vec_f64 y) { return _mm256_add_pd(x, y); }
 static inline vec_f64 sub_f64(vec_f64 x, vec_f64 y) { return _mm256_sub_pd(x, y); }

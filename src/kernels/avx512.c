@@ -21,6 +21,11 @@ static inline void stream_f32(float *p, vec_f32 x) { _mm512_stream_ps(p, x); }
 static inline void fence_f32(void) { _mm_sfence(); }
 static inline vec_f32 load_part_f32(const float *p, int n) { return _mm512_maskz_loadu_ps(first_f32(n), p); }
 static inline void store_part_f32(float *p, vec_f32 x, int n) { _mm512_mask_storeu_ps(p, first_f32(n), x); }
+static inline mask_f32 seen_f32(const uint8_t *p, int n)
+{
+    __m128i bytes = _mm_maskz_loadu_epi8(first_f32(n), p);
+    return _mm_test_epi8_mask(bytes, bytes);
+}
 static inline vec_f32 set1_f32(float a) { return _mm512_set1_ps(a); }
 static inline vec_f32 add_f32(vec_f32 x, vec_f32 y) { return _mm512_add_ps(x, y); }
 static inline vec_f32 sub_f32(vec_f32 x, vec_f32 y) { return _mm512_sub_ps(x, y); }
@@ -99,6 +104,11 @@ static inline void stream_f64(double *p, vec_f64 x) { _mm512_stream_pd(p, x); }
 static inline void fence_f64(void) { _mm_sfence(); }
 static inline vec_f64 load_part_f64(const double *p, int n) { return _mm512_maskz_loadu_pd(first_f64(n), p); }
 static inline void store_part_f64(double *p, vec_f64 x, int n) { _mm512_mask_storeu_pd(p, first_f64(n), x); }
+static inline mask_f64 seen_f64(const uint8_t *p, int n)
+{
+    __m128i bytes = _mm_maskz_loadu_epi8(first_f64(n), p);
+    return (__mmask8)_mm_test_epi8_mask(bytes, bytes);
+}
 static inline vec_f64 set1_f64(double a) { return _mm512_set1_pd(a); }
 static inline vec_f64 add_f64(vec_f64 x, vec_f64 y) { return _mm512_add_pd(x, y); }
 static inline vec_f64 sub_f64(vec_f64 x, vec_f64 y) { return _mm512_sub_pd(x, y); }

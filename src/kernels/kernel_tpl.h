@@ -13,6 +13,7 @@
  *   loadu(p) storeu(p, x)    any alignment
  *   stream(p, x) fence()     aligned, past the caches where the CPU can; visible to other threads after the fence
  *   load_part(p, n) store_part(p, x, n)      the first n <= w elements, any alignment; nothing past them is touched
+ *   seen(p, n)               comparison: which of the first n <= w bytes at p are not 0; not those past them
  *   set1(a)  add sub mul div(x, y)  fma(x, y, z) = x * y + z
  *   min max(x, y)            y where either is NaN
  *   less(x, y)  equal(x, y)  beyond(x, y) = !(x <= y)      comparisons; select(mask, x, y) = mask ? x : y; any(mask)
@@ -24,6 +25,7 @@
 #include <string.h>
 
 #include "exp2_poly.h"
+#include "tanh_poly.h"
 
 #define QKV_JOIN2(a, b) a##_##b
 #define QKV_JOIN(a, b) QKV_JOIN2(a, b)
@@ -34,6 +36,7 @@
 #define LANES (LANE_VECTORS * W)
 
 #include "exp2_tpl.h"
+#include "adjust_tpl.h"
 #include "attend_tpl.h"
 #include "rows_tpl.h"
 #include "product_tpl.h"

@@ -36,6 +36,16 @@ static inline P(vec) P(load_part)(const P(real) *p, int n)
     return P(load)(all);
 }
 
+static inline P(mask) P(seen)(const uint8_t *p, int n)
+{
+    BITS_TYPE lanes[P(width)] = {0};
+    P(mask) seen;
+    for (int i = 0; i < n; i++)
+        lanes[i] = (BITS_TYPE)0 - (p[i] != 0);
+    memcpy(&seen, lanes, sizeof seen);
+    return seen;
+}
+
 static inline void P(store_part)(P(real) *p, P(vec) x, int n)
 {
     P(real) all[P(width)];

@@ -1,0 +1,151 @@
+/* What scores meet by element: rows of a bias and of a mask, and what follows from a row's position, id and head.
+ *
+ * A kernel wants a row of adjacent elements for every lane. Rows that lie so are used where they are; of others, and of
+ * segments in any order, the keys of a block are copied to scratch, once for lanes that share a row.
+ */
+#include "mask.h"
+#include "plan.h"
+#include "tile.h"
+
+_Static_assert(QKV_LANE_BYTES >= 2 * sizeof(char *) + 2 * sizeof(int64_t) + sizeof(double), "lanes overlap in scratch");
+
+static const char *row_at(const char *data, const qkv_strides *at, int64_t offset, const qkv_row *r)
+{
+    return data ? data + offset + r->head * at->head + r->position * at->row : NULL;
+}
+
+void qkv_open_lanes(const qkv_query_tile *t, const qkv_panel *x)
+{
+    const qkv_problem *p = t->problem;
+    int64_t head = t->head * t->plan->group;
+    int64_t bias_offset = p->bias ? qkv_sequence_offset(p, &p->bias_at, t->sequence) + head * p->bias_at.head : 0;
+    int64_t mask_offset = p->mask ? qkv_sequence_offset(p, &p->mask_at, t->sequence) + head * p->mask_at.head : 0;
+    int64_t position = qkv_offset(p, t->sequence), query = qkv_query_index(p, t->sequence, 0);
+    qkv_row r = qkv_first_row(t, x);
+    for (int j = 0; j < x->nv * t->plan->kernels->vector; j++) {
+        if (j > 0 && j < x->n)        /* lanes without a row repeat the last one, as in Q */
+            qkv_next_row(&r);
+        x->bias[j] = row_at(p->bias, &p->bias_at, bias_offset, &r);
+        x->mask[j] = row_at(p->mask, &p->mask_at, mask_offset, &r);
+        x->position[j] = r.position + position;
+        x->id[j] = p->q_ids ? p->q_ids[query + r.position] : 0;
+        x->slope[j] = p->slopes ? p->slopes[head + r.head] : 0;
+    }
+}
+
+/* Rows of the bias at key `first`, for n lanes. */
+static const void *const *bias_rows(const qkv_query_tile *t, const qkv_panel *x, int lane, int n, int64_t first,
+                                    int64_t last)
+{
+    const qkv_problem *p = t->problem;
+    const qkv_plan *plan = t->plan;
+    const void **rows = (const void **)(t->scratch + plan->at_pointers);
+    size_t row_bytes = (size_t)plan->block * (size_t)plan->kernels->size;
+    for (int j = 0; j < n; j++) {
+        char *from = (char *)x->bias[lane + j] + first * p->bias_at.dim;
+        if (plan->direct_bias) {
+            rows[j] = from;
+        } else if (j > 0 && x->bias[lane + j] == x->bias[lane + j - 1]) {
+            rows[j] = rows[j - 1];
+        } else {
+            char *copy = t->scratch + plan->at_bias + (size_t)j * row_bytes;
+            qkv_rows one = {from, 0, (ptrdiff_t)p->bias_at.dim, p->bias_type == QKV_F32 ? 4 : 8, p->swapped_bias};
+            plan->kernels->gather(copy, 0, &one, 1, (int)(last - first));
+            rows[j] = copy;
+        }
+    }
+    return rows;
+}
+
+/* The ids of a sequence's keys. */
+static const int64_t *key_ids(const qkv_problem *p, int64_t sequence)
+{
+    return p->k_ids + (p->k_starts ? p->k_starts[sequence] : sequence * p->len_k);
+}
+
+/* Which of the keys [first, last) a lane may see, as bytes. */
+static void copy_mask(const qkv_query_tile *t, const qkv_panel *x, int lane, int64_t first, int64_t last, uint8_t *to)
+{
+    const qkv_problem *p = t->problem;
+    for (int64_t i = first; i < last; i++)
+        to[i - first] = !p->mask || x->mask[lane][i * p->mask_at.dim];
+    if (!p->q_ids)
+        return;
+    const int64_t *ids = key_ids(p, t->sequence), id = x->id[lane];
+    for (int64_t i = first; i < last; i++)
+        to[i - first] &= ids[i] == id;
+}
+
+int64_t qkv_count_seen(const qkv_problem *p, int64_t sequence, int64_t head, int64_t i, qkv_range keys)
+{
+    const char *mask = p->mask;
+    const int64_t *ids = p->q_ids ? key_ids(p, sequence) : NULL;
+    int64_t id = p->q_ids ? p->q_ids[qkv_query_index(p, sequence, i)] : 0, seen = 0;
+    if (mask)
+        mask += qkv_sequence_offset(p, &p->mask_at, sequence) + head * p->mask_at.head + i * p->mask_at.row;
+    for (int64_t j = keys.lo; j < keys.hi; j++)
+        seen += (!mask || mask[j * p->mask_at.dim]) && (!ids || ids[j] == id);
+    return seen;
+}
+
+static const uint8_t *const *mask_rows(const qkv_query_tile *t, const qkv_panel *x, int lane, int n, int64_t first,
+                                       int64_t last)
+{
+    const qkv_plan *plan = t->plan;
+    const uint8_t **rows = (const uint8_t **)(t->scratch + plan->at_pointers) + plan->kernels->lanes;
+    for (int j = 0; j < n; j++) {
+        if (plan->direct_mask) {
+            rows[j] = (const uint8_t *)x->mask[lane + j] + first;
+        } else if (j > 0 && x->mask[lane + j] == x->mask[lane + j - 1] && x->id[lane + j] == x->id[lane + j - 1]) {
+            rows[j] = rows[j - 1];
+        } else {
+            uint8_t *copy = (uint8_t *)t->scratch + plan->at_mask + (size_t)j * (size_t)plan->block;
+            copy_mask(t, x, lane + j, first, last, copy);
+            rows[j] = copy;
+        }
+    }
+    return rows;
+}
+
+/* What rows of bytes make of a tile. Most masks say so in their first row. */
+static qkv_kind look(const uint8_t *const *rows, int n, int64_t keys)
+{
+    int hidden = 0, seen = 0;
+    for (int j = 0; j < n && !(hidden && seen); j++) {
+        if (j > 0 && rows[j] == rows[j - 1])
+            continue;
+        uint8_t zero = 0, any = 0;
+        for (int64_t i = 0; i < keys; i++) {
+            zero |= rows[j][i] == 0;
+            any |= rows[j][i];
+        }
+        hidden |= zero;
+        seen |= any;
+    }
+    return !seen ? QKV_SKIP : hidden ? QKV_PARTIAL : QKV_FULL;
+}
+
+qkv_kind qkv_set_elements(const qkv_query_tile *t, const qkv_panel *x, int lane, int n, int64_t first, int64_t last,
+                          qkv_tile *to)
+{
+    const qkv_plan *plan = t->plan;
+    qkv_kind kind = QKV_FULL;
+    if (plan->masked) {
+        const uint8_t *const *rows = mask_rows(t, x, lane, n, first, last);
+        kind = look(rows, n, last - first);
+        to->mask = kind == QKV_PARTIAL ? rows : NULL;
+        if (kind == QKV_SKIP)
+            return kind;
+    }
+    if (t->problem->bias)
+        to->bias = bias_rows(t, x, lane, n, first, last);
+    if (t->problem->slopes) {
+        to->slope = x->slope + lane;
+        to->position = x->position + lane;
+        to->key = first;
+    }
+    to->rest = plan->score_factor;
+    to->softcap = plan->softcap;
+    to->adjust = plan->score_factor != 1 || plan->softcap != 0 || to->mask || to->bias || to->slope;
+    return kind;
+}
