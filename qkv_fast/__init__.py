@@ -19,15 +19,19 @@ from . import reference
 from ._attention import attention, merge_partials
 from ._config import show_config
 from ._explain import explain
+from ._masks import alibi_slopes
 from ._runtime import available_isas, get_num_threads, isa, num_threads, set_num_threads
 from ._stages import scores, softmax, weighted_values
+from ._varlen import attention_varlen
 
 if hasattr(_sys.modules.get("threadpoolctl"), "register"):  # loaded, and new enough (3.2)
     from . import _threadpoolctl  # noqa: F401 (it registers itself)
 
 __all__ = [
     "__version__",
+    "alibi_slopes",
     "attention",
+    "attention_varlen",
     "available_isas",
     "explain",
     "get_num_threads",

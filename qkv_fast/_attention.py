@@ -1,20 +1,29 @@
 """attention(): the one validator. Names, types, broadcasting and layout; every error a user can make is raised here."""
 
-import math
-import operator
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
-from . import _core, _runtime
-
-Array = np.ndarray[Any, Any]
-
-_WIDTHS = {"f": 4, "d": 8}  # element types by dtype.char, and their bytes
-_TYPES: dict[str, np.dtype[Any]] = {"f": np.dtype(np.float32), "d": np.dtype(np.float64)}
-_FARTHEST_OFFSET = 2**60  # positions and distances below this cannot overflow 63 bits in the core
-_OPEN_DISTANCE = 2**61  # beyond every key from every position
+from . import _core, _masks, _runtime
+from ._checks import (
+    _TYPES,
+    _WIDTHS,
+    Array,
+    _as_array,
+    _broadcast,
+    _check_fit,
+    _check_layout,
+    _check_lengths,
+    _check_offsets,
+    _check_out,
+    _check_positions,
+    _check_scale,
+    _check_types,
+    _empty,
+    _fail_shapes,
+    _per_sequence,
+)
 
 
 def attention(
@@ -22,10 +31,16 @@ def attention(
     k: Any,
     v: Any,
     *,
+    mask: Any = None,
+    bias: Any = None,
     causal: bool | str = False,
     window: int | tuple[int | None, int | None] | None = None,
     q_offset: Any = None,
     kv_lengths: Any = None,
+    segments: tuple[Any, Any] | None = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    softcap: float | None = None,
     scale: float | None = None,
     layout: str = "bhld",
     return_lse: bool = False,
@@ -46,6 +61,13 @@ def attention(
         ``h // (Hq // Hkv)`` (grouped-query attention).
     v : array_like, shape (..., Hkv, Lk, Dv)
         Values, of k's type. The axes left of the heads broadcast among q, k and v.
+    mask : array_like of bool, optional
+        True where a query may attend to a key, False where not. Broadcasts from the right against (..., Hq, Lq, Lk), or
+        (Lq, Lk) for 2-D arrays, without enlarging it; any strides, never copied. Where a tile of keys is hidden from all
+        of its queries, keys and values are not even read.
+    bias : array_like, optional
+        float32 or float64, added to the scaled (and capped) scores; -inf excludes, as False in a mask does. Broadcasts
+        as `mask` does; any strides and byte order, never copied.
     causal : bool or "top-left", default False
         Exclude the keys after the query's position. ``"top-left"`` also sets `q_offset` to 0.
     window : int or (left, right), optional
@@ -57,8 +79,21 @@ def attention(
         ``i + n - Lq``, where n is the sequence's `kv_lengths` or Lk: the last query sees the last key.
     kv_lengths : int or array_like of int, optional
         Number of keys of each sequence, 0 to Lk; one for all, or one per sequence (it broadcasts to the axes left of
-        the heads). Keys and values at or past it are never read. With `causal` or `window` and fewer keys than queries,
-        say with `q_offset` where the queries sit (0 for right-padded ones): that call is a ValueError without it.
+        the heads). Keys and values at or past it are never read. With `causal`, `window` or `alibi_slopes` and fewer
+        keys than queries, say with `q_offset` where the queries sit (0 for right-padded ones): that call is a
+        ValueError without it.
+    segments : (q_ids, k_ids), optional
+        Integers of shapes (..., Lq) and (..., Lk), whose leading axes broadcast to those left of the heads. A query
+        attends only to keys with its own id: documents packed into one sequence, for example. In any order; whole tiles
+        of keys are skipped where equal ids follow one another.
+    alibi_slopes : array_like, shape (Hq,), optional
+        Per query head: adds ``-slope * abs(position - key)`` to the scaled scores, the position being that of `causal`.
+        The function `qkv_fast.alibi_slopes` has the usual slopes.
+    sinks : array_like, shape (Hq,), optional
+        Per query head: the logit of one more key that has no value, so that the weights of the keys sum to less than
+        1. Finite or -inf (none); neither scaled nor capped.
+    softcap : float, optional
+        Scaled scores s become ``softcap * tanh(s / softcap)``, before anything is added; greater than 0.
     scale : float, optional
         Factor of the scores, any finite number; ``1 / sqrt(D)`` by default (1 for D = 0).
     layout : {"bhld", "blhd"}, default "bhld"
@@ -76,12 +111,14 @@ def attention(
     out : ndarray, shape (..., Hq, Lq, Dv)
         In q's type and native byte order; `out` itself where given. A query that sees no key has the result 0.
     lse : ndarray, shape (..., Hq, Lq)
-        Only with ``return_lse=True``; float32 (float64 for float64), -inf for a query that sees no key.
+        Only with ``return_lse=True``; float32 (float64 for float64). It includes the sink. For a query that sees no key
+        it is -inf, or the sink.
 
     Raises
     ------
     TypeError
-        An argument of the wrong kind: element types other than float32 and float64, masked arrays, `np.matrix`.
+        An argument of the wrong kind: element types other than float32 and float64, a mask that is not bool, masked
+        arrays, `np.matrix`.
     ValueError
         Shapes that do not fit, values out of range, an unknown word.
     OverflowError
@@ -91,17 +128,25 @@ def attention(
 
     See Also
     --------
+    attention_varlen : The same for sequences of different lengths, packed one after another.
+    alibi_slopes : The usual slopes.
     merge_partials : Combine results over disjoint sets of keys.
     qkv_fast.reference.attention : The definition in plain NumPy.
 
     Notes
     -----
+    All arguments compose: a key counts where each of them allows it. A score passes through scale, softcap, ALiBi and
+    bias, exclusion, sink and softmax, in this order.
+
     Products are accumulated in q's type. An excluded key has no influence on the result, even if it or its value is
     NaN; NaN and infinity in visible keys do what IEEE arithmetic makes them do. A score of -inf excludes its key.
     The division by the sum of weights comes last, so visible keys times max|v| must fit the type.
 
     The online softmax is from M. Milakov and N. Gimelshein, "Online normalizer calculation for softmax", 2018; the
-    tiling and the log-sum-exp follow T. Dao et al., "FlashAttention", 2022, section 3.1.
+    tiling and the log-sum-exp follow T. Dao et al., "FlashAttention", 2022, section 3.1. ALiBi is from O. Press et al.,
+    "Train Short, Test Long", 2022, section 3. Sinks follow G. Xiao et al., "Efficient Streaming Language Models with
+    Attention Sinks", 2023, section 3.3, as one learned logit per head. The soft cap is from the Gemma team, "Gemma 2",
+    2024, section 2.
 
     Examples
     --------
@@ -112,6 +157,12 @@ def attention(
     >>> k, v = rng.standard_normal((2, 2, 2, 300, 64), dtype=np.float32)  # 2 key heads for 8 query heads
     >>> qkv_fast.attention(q, k, v, causal=True).shape
     (2, 8, 100, 64)
+
+    Two documents in one sequence, each causal, none seeing the other:
+
+    >>> ids = np.repeat([0, 1], 150)
+    >>> qkv_fast.attention(q, k, v, causal=True, segments=(ids[-100:], ids)).shape
+    (2, 8, 100, 64)
     """
     if type(q) is not np.ndarray:
         q = _as_array("q", q)
@@ -121,7 +172,7 @@ def attention(
         v = _as_array("v", v)
     char = q.dtype.char
     if not (char == k.dtype.char == v.dtype.char and char in _WIDTHS):
-        _check_types(q, k, v)
+        _check_types("attention", q, k, v)
 
     # Shapes: heads and lengths by layout, the axes left of them broadcast.
     q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
@@ -133,7 +184,7 @@ def attention(
         shape = q_shape
     elif len(q_shape) < 3 or len(k_shape) < 3 or len(v_shape) < 3:
         if not len(q_shape) == len(k_shape) == len(v_shape) == 2:
-            _fail("q, k, v must have 3 or more axes each, or 2 each", q, k, v)
+            _fail_shapes("attention", "q, k, v must have 3 or more axes each, or 2 each", q=q, k=k, v=v)
         batch = ()
         q_heads = k_heads = v_heads = 1
         len_q, len_k, len_v = q_shape[0], k_shape[0], v_shape[0]
@@ -153,16 +204,15 @@ def attention(
             len_v, v_heads = v_shape[-3:-1]
             shape = (*batch, len_q, q_heads, v_shape[-1])
     dim = q_shape[-1]
-    if k_shape[-1] != dim:
-        _fail(f"k has dimension {k_shape[-1]}, q has {dim}", q, k, v)
-    if len_v != len_k:
-        _fail(f"v has length {len_v}, k has {len_k}", q, k, v)
-    if k_heads != v_heads:
-        _fail(f"v has {v_heads} heads, k has {k_heads}", q, k, v)
-    if q_heads != k_heads and (k_heads == 0 or q_heads % k_heads):
-        _fail(f"k has {k_heads} heads, which does not divide q's {q_heads}", q, k, v)
-    if dim > _core.MAX_DIM or v_shape[-1] > _core.MAX_DIM:
-        _fail(f"D and Dv are at most {_core.MAX_DIM}", q, k, v)
+    dim_v = v_shape[-1]
+    if (
+        not q_heads == k_heads == v_heads
+        or len_v != len_k
+        or k_shape[-1] != dim
+        or dim > _core.MAX_DIM
+        or dim_v > _core.MAX_DIM
+    ):
+        _check_fit("attention", q, k, v, (q_heads, k_heads, v_heads), (len_k, len_v))
 
     if scale is None:
         scale = dim**-0.5 if dim else 1.0
@@ -172,19 +222,21 @@ def attention(
     # Key limits: one interval per query.
     left = right = offsets = lengths = None
     if causal is not False or window is not None:
-        causal, top_left = _check_causal(causal)
-        left, right = _check_window(window, causal)
-        if top_left:
-            if q_offset is not None:
-                raise ValueError("attention: causal='top-left' means q_offset=0; give one of the two")
-            q_offset = 0
+        left, right, q_offset = _check_positions("attention", causal, window, q_offset)
     if kv_lengths is not None:
-        lengths = _per_sequence("kv_lengths", kv_lengths, batch)
-        _check_lengths(lengths, len_q, len_k, q_offset is None and (left is not None or right is not None))
+        lengths = _per_sequence("attention", "kv_lengths", kv_lengths, batch)
+        positions = left is not None or right is not None or alibi_slopes is not None
+        _check_lengths("attention", lengths, len_q, len_k, positions and q_offset is None)
     if q_offset is not None:
-        offsets = _per_sequence("q_offset", q_offset, batch)
-        if offsets.size and max(-int(offsets.min()), int(offsets.max())) > _FARTHEST_OFFSET:
-            raise OverflowError(f"attention: q_offset must be within ±2**60, got {q_offset!r}")
+        offsets = _check_offsets("attention", q_offset, batch)
+
+    extras = None
+    if not (mask is bias is segments is alibi_slopes is sinks is softcap is None):
+        logits = (*batch, q_heads, len_q, len_k) if len(shape) > 2 else (len_q, len_k)
+        extras = _masks.check_extras("attention", logits, q_heads, mask, bias, alibi_slopes, sinks, softcap)
+        if segments is not None:
+            spans, q_ids, k_ids = _masks.check_segments("attention", segments, batch, len_q, len_k)
+            extras = extras._replace(spans=spans, q_ids=q_ids, k_ids=k_ids)
 
     threads, isa, counters = _runtime.current()
     if num_threads is not None:
@@ -194,12 +246,13 @@ def attention(
         result = target = _empty(shape, char)
     else:
         result = target = _check_out(out, shape, char)
-        if any(np.may_share_memory(out, x) for x in (q, k, v)):
+        if any(np.may_share_memory(out, x) for x in (q, k, v)) or (extras and extras.overlaps(out)):
             target = _empty(shape, char)
     lse = _empty((*batch, q_heads, len_q) if len(shape) > 2 else (len_q,), char) if return_lse else None
 
     plan = _core.forward(
-        q, k, v, target, lse, heads_first, scale, left, right, offsets, lengths, threads, isa, counters
+        q, k, v, target, lse, heads_first, scale, left, right, offsets, lengths, threads, isa, counters,
+        extras,
     )  # fmt: skip
     if plan is not None:  # inside _runtime.planning(): nothing has been computed
         return plan
@@ -285,166 +338,3 @@ def _list_arrays(name: str, xs: Any) -> list[Array]:
     if not hasattr(xs, "__iter__"):
         raise TypeError(f"merge_partials: {name} must be a sequence of arrays, got {xs!r}")
     return [_as_array(f"{name}[{i}]", x, "merge_partials") for i, x in enumerate(xs)]
-
-
-def _empty(shape: tuple[int, ...], char: str, where: str = "attention", like: Array | None = None) -> Array:
-    """With the axes in memory as those of `like`, if given."""
-    try:
-        return np.empty(shape, _TYPES[char]) if like is None else np.empty_like(like, _TYPES[char], subok=False)
-    except ValueError:
-        raise OverflowError(f"{where}: a result of shape {shape} is too large for any array") from None
-
-
-def _fail(what: str, q: Array, k: Array, v: Array) -> NoReturn:
-    _fail_shapes("attention", what, q=q, k=k, v=v)
-
-
-def _fail_shapes(where: str, what: str, error: type[Exception] = ValueError, /, **arrays: Array) -> NoReturn:
-    shapes = ", ".join(f"{name}.shape={x.shape}" for name, x in arrays.items())
-    raise error(f"{where}: {what} ({shapes})")
-
-
-def _broadcast(where: str, **arrays: Array) -> tuple[int, ...]:
-    """The axes left of the heads."""
-    try:
-        return np.broadcast_shapes(*(x.shape[:-3] for x in arrays.values()))
-    except (ValueError, RuntimeError) as error:  # RuntimeError: more axes than NumPy broadcasts
-        if "too large" in str(error):
-            _fail_shapes(where, "too many sequences", OverflowError, **arrays)
-        _fail_shapes(where, "the axes left of the heads do not broadcast", **arrays)
-
-
-def _as_array(name: str, x: Any, where: str = "attention") -> Array:
-    """x as an array; of the subclasses of ndarray only those that mean the same by multiplication and by a value."""
-    if isinstance(x, np.ma.MaskedArray):
-        raise TypeError(f"{where}: {name} is a masked array, whose mask would be lost; pass {name}.filled(0)")
-    if isinstance(x, np.matrix):
-        raise TypeError(f"{where}: {name} is a numpy.matrix; pass numpy.asarray({name})")
-    try:
-        return np.asarray(x)
-    except ValueError as error:
-        raise ValueError(f"{where}: {name} is no array: {error}") from None
-
-
-def _check_layout(layout: Any, where: str) -> bool:
-    """Whether heads come before lengths."""
-    if not isinstance(layout, str) or layout not in ("bhld", "blhd"):
-        raise ValueError(f"{where}: layout must be 'bhld' or 'blhd', got {layout!r}")
-    return layout == "bhld"
-
-
-def _check_type(where: str, name: str, x: Array) -> None:
-    if x.dtype.char not in _WIDTHS:
-        way_out = f"; pass {name}.astype('float32')" if x.dtype.kind in "biuf" else ""
-        raise TypeError(f"{where}: {name} must be float32 or float64, got {x.dtype}{way_out}")
-
-
-def _check_types(q: Array, k: Array, v: Array) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        _check_type("attention", name, x)
-    if k.dtype.char != v.dtype.char:
-        raise TypeError(f"attention: k and v must have one type, got {k.dtype} and {v.dtype}")
-    if _WIDTHS[k.dtype.char] > _WIDTHS[q.dtype.char]:
-        raise TypeError(f"attention: k and v must have q's type or a narrower one, got {k.dtype} for q's {q.dtype}")
-
-
-def _check_scale(scale: Any, where: str = "attention") -> float:
-    if isinstance(scale, (bool, np.bool_)) or not isinstance(scale, (int, float, np.integer, np.floating)):
-        raise TypeError(f"{where}: scale must be a real number, got {scale!r}")
-    try:
-        value = float(scale)
-    except OverflowError:
-        raise OverflowError(f"{where}: scale does not fit in a float, got {scale!r}") from None
-    if not math.isfinite(value):
-        raise ValueError(f"{where}: scale must be finite, got {scale!r}")
-    return value
-
-
-def _check_causal(causal: Any) -> tuple[bool, bool]:
-    if isinstance(causal, (bool, np.bool_)):
-        return bool(causal), False
-    if isinstance(causal, str):
-        if causal == "top-left":
-            return True, True
-        raise ValueError(f"attention: causal must be True, False or 'top-left', got {causal!r}")
-    raise TypeError(f"attention: causal must be True, False or 'top-left', got {causal!r}")
-
-
-def _check_window(window: Any, causal: bool) -> tuple[int | None, int | None]:
-    """Distances to the left and to the right; None is open."""
-    if window is None:
-        return None, 0 if causal else None
-    sides = window if isinstance(window, (tuple, list)) else (window, window)
-    if len(sides) != 2:
-        raise ValueError(f"attention: window must be an integer or (left, right), got {window!r}")
-    left, right = (_distance(side, window) for side in sides)
-    return left, 0 if causal else right
-
-
-def _distance(side: Any, window: Any) -> int | None:
-    if side is None:
-        return None
-    distance = None if isinstance(side, (bool, np.bool_)) else _index(side)
-    if distance is None:
-        raise TypeError(f"attention: window must be an integer or (left, right) of integers or None, got {window!r}")
-    if distance < 0:
-        raise ValueError(f"attention: window distances must not be negative, got {window!r}")
-    return min(distance, _OPEN_DISTANCE)
-
-
-def _index(x: Any) -> int | None:
-    try:
-        return operator.index(x)
-    except TypeError:
-        return None
-
-
-def _per_sequence(name: str, values: Any, batch: tuple[int, ...]) -> Array:
-    """int64, contiguous, of the shape of the batch: one integer for all, or an array that broadcasts to it."""
-    given = _as_array(name, values)
-    if given.dtype.kind not in "iu" and not (given.size == 0 and isinstance(values, (list, tuple))):
-        if isinstance(values, int) and not isinstance(values, bool):
-            raise OverflowError(f"attention: {name} does not fit in 63 bits, got {values!r}")
-        raise TypeError(f"attention: {name} must be an integer or an array of integers, got {values!r}")
-    if given.dtype.kind == "u" and given.size and int(given.max()) >= 2**63:
-        raise OverflowError(f"attention: {name} does not fit in 63 bits, got {values!r}")
-    try:
-        spread = np.broadcast_to(given.astype(np.int64), batch)
-    except ValueError:
-        raise ValueError(
-            f"attention: {name} must be one integer or one per sequence, got shape {given.shape} for the axes {batch}"
-        ) from None
-    return np.ascontiguousarray(spread)
-
-
-def _check_lengths(lengths: Array, len_q: int, len_k: int, ambiguous: bool) -> None:
-    if not lengths.size:
-        return
-    if lengths.min() < 0 or lengths.max() > len_k:
-        wrong = lengths[(lengths < 0) | (lengths > len_k)].flat[0]
-        raise ValueError(f"attention: kv_lengths must be in 0..{len_k} (k's length), got {wrong}")
-    if ambiguous and np.any(short := (lengths > 0) & (lengths < len_q)):
-        raise ValueError(
-            f"attention: kv_lengths of {lengths[short].flat[0]} with {len_q} queries leaves two readings of causal and "
-            "window: padded queries? pass q_offset=0. Positions that end at the last key? pass q_offset=kv_lengths - Lq"
-        )
-
-
-def _check_out(out: Any, shape: tuple[int, ...], char: str, where: str = "attention", like: str = "q") -> Array:
-    if not isinstance(out, np.ndarray) or isinstance(out, (np.ma.MaskedArray, np.matrix)):
-        raise TypeError(f"{where}: out must be a plain numpy.ndarray, got {type(out).__name__}")
-    if out.dtype.char != char:
-        raise TypeError(f"{where}: out must have {like}'s type {_TYPES[char]}, got {out.dtype}")
-    if out.shape != shape:
-        raise ValueError(f"{where}: out must have the shape {shape}, got out.shape={out.shape}")
-    if not out.flags.writeable:
-        raise ValueError(f"{where}: out is not writable")
-    if not out.size:
-        return out
-    reach = out.itemsize  # of the axes with smaller strides
-    for step, n in sorted((abs(step), n) for step, n in zip(out.strides, out.shape, strict=True) if n > 1):
-        if step < reach:
-            given = f"out.strides={out.strides}, out.shape={out.shape}"
-            raise ValueError(f"{where}: out has overlapping elements ({given})")
-        reach += step * (n - 1)
-    return out

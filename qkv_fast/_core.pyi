@@ -28,6 +28,7 @@ def forward(
     threads: int,
     isa: int,
     counters: object,
+    extras: object,
 ) -> Any: ...
 def product(
     a: _Array,

@@ -135,15 +135,82 @@ cdef qkv_type type_of(cnp.ndarray x) noexcept:
     return QKV_F32 if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT32 else QKV_F64
 
 
+cdef const int64_t *integers_of(cnp.ndarray x) noexcept:
+    return NULL if x is None else <const int64_t *>cnp.PyArray_DATA(x)
+
+
+cdef const double *doubles_of(cnp.ndarray x) noexcept:
+    return NULL if x is None else <const double *>cnp.PyArray_DATA(x)
+
+
+cdef void fill_logits(qkv_strides *at, cnp.ndarray x, cnp.ndarray out, bint ragged) noexcept:
+    """Strides of a mask or bias that broadcasts to (axes..., heads, queries, keys)."""
+    fill_strides(at, x, True, out)
+    at.dim = stride_of(x, 1)                    # 0 where one element is for all keys
+    if ragged:
+        at.axis[0] = stride_of(x, 4)
+
+
+cdef bytearray fill_extras(qkv_problem *p, extras, cnp.ndarray out):
+    """Pointers into the arrays of `extras`. Returns the runs of packed sequences, which are to be kept as long as p."""
+    cdef cnp.ndarray mask = extras.mask, bias = extras.bias, starts = extras.q_starts
+    cdef bytearray room = None
+    p.spans = integers_of(extras.spans)
+    p.q_ids = integers_of(extras.q_ids)
+    p.k_ids = integers_of(extras.k_ids)
+    p.slopes = doubles_of(extras.slopes)
+    p.sinks = doubles_of(extras.sinks)
+    p.softcap = extras.softcap
+    if mask is not None:
+        p.mask = <const char *>cnp.PyArray_DATA(mask)
+        fill_logits(&p.mask_at, mask, out, starts is not None)
+    if bias is not None:
+        p.bias = <const char *>cnp.PyArray_DATA(bias)
+        p.bias_type = type_of(bias)
+        p.swapped_bias = cnp.PyArray_ISBYTESWAPPED(bias)
+        fill_logits(&p.bias_at, bias, out, starts is not None)
+    if starts is not None:
+        p.q_starts = integers_of(starts)
+        p.k_starts = integers_of(extras.k_starts)
+        p.n_axes = 1
+        p.axes[0] = cnp.PyArray_DIM(starts, 0) - 1
+        p.len_q = extras.longest_q
+        p.len_k = extras.longest_k
+        p.q_at.axis[0] = p.k_at.axis[0] = p.v_at.axis[0] = p.out_at.axis[0] = 0
+        room = fill_runs(p, p.axes[0])
+    return room
+
+
+cdef bytearray fill_runs(qkv_problem *p, int64_t n):
+    """One run for each packed sequence, and their numbers after them, in memory that is to be kept as long as p."""
+    cdef bytearray room = bytearray(n * sizeof(qkv_run) + (n + 1) * sizeof(int64_t))
+    cdef qkv_run *runs = <qkv_run *><char *>room
+    cdef int64_t *run_of = <int64_t *>(runs + n)
+    cdef int64_t b
+    for b in range(n):
+        runs[b].k = p.runs[0].k + p.k_starts[b] * p.k_at.row
+        runs[b].v = p.runs[0].v + p.k_starts[b] * p.v_at.row
+        runs[b].first = 0
+        runs[b].count = p.k_starts[b + 1] - p.k_starts[b]
+        run_of[b] = b
+    run_of[n] = n
+    p.runs = runs
+    p.n_runs = n
+    p.run_of = run_of
+    return room
+
+
 def forward(cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not None, cnp.ndarray out not None,
             cnp.ndarray lse, bint heads_first, double scale, left, right, cnp.ndarray offset, cnp.ndarray length,
-            int threads, int isa, counters):
+            int threads, int isa, counters, extras):
     """Attention into `out`, and into `lse` unless it is None. With PLAN for counters nothing is computed: it returns what
     would be done, as a dict of qkv_report, and the arrays q, k, v and out that it would be done to.
 
     With heads_first, arrays are (..., heads, rows, dim), else (..., rows, heads, dim); 2-D arrays have no heads. `lse`
     (..., heads, rows) is contiguous. `offset` and `length` are contiguous int64, one per sequence, or None, `left` and
-    `right` distances or None, `counters` contiguous int64 in the order of COUNTERS, or None.
+    `right` distances or None, `counters` contiguous int64 in the order of COUNTERS, or None. `extras` is an Extras of
+    _masks.py, or None; with its starts the rows of all arrays are those of packed sequences, and `offset` and `length`
+    are given.
     """
     cdef qkv_problem p
     cdef qkv_run run
@@ -151,6 +218,7 @@ def forward(cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not No
     cdef int64_t *offsets = NULL
     cdef int64_t *lengths = NULL
     cdef qkv_status status
+    cdef bytearray runs = None                  # of packed sequences
     cdef int axes = cnp.PyArray_NDIM(out) - 3
     cdef int row = 2 if heads_first else 3, head = 5 - row
 
@@ -199,6 +267,12 @@ def forward(cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not No
     p.left = QKV_OPEN if left is None else left
     p.right = QKV_OPEN if right is None else right
     p.scale = scale
+    p.spans = p.q_ids = p.k_ids = p.q_starts = p.k_starts = NULL
+    p.slopes = p.sinks = NULL
+    p.mask = p.bias = NULL
+    p.softcap = 0
+    if extras is not None:
+        runs = fill_extras(&p, extras, out)
     p.threads = threads
     p.isa = isa
     p.counters = NULL

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _core, _runtime
-from ._attention import _TYPES, Array, _as_array, attention
+from ._attention import attention
+from ._checks import _TYPES, Array, _as_array
 
 
 class Plan(NamedTuple):
@@ -137,10 +138,16 @@ def explain(
     k: Any,
     v: Any,
     *,
+    mask: Any = None,
+    bias: Any = None,
     causal: bool | str = False,
     window: int | tuple[int | None, int | None] | None = None,
     q_offset: Any = None,
     kv_lengths: Any = None,
+    segments: tuple[Any, Any] | None = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    softcap: float | None = None,
     scale: float | None = None,
     layout: str = "bhld",
     return_lse: bool = False,
@@ -151,7 +158,8 @@ def explain(
 
     Parameters
     ----------
-    q, k, v, causal, window, q_offset, kv_lengths, scale, layout, return_lse, out, num_threads
+    q, k, v, mask, bias, causal, window, q_offset, kv_lengths, segments, alibi_slopes, sinks, softcap, scale, layout, \
+return_lse, out, num_threads
         What `attention` takes, with the same meaning. Elements are not looked at, and `out` is not written to.
 
     Returns
@@ -190,10 +198,14 @@ def explain(
     given = {"q": q, "k": k, "v": v}
     # Before: their own code may call attention.
     made = [_as_array(name, x) for name, x in given.items()]
-    kv_lengths, q_offset = (np.asarray(x) if hasattr(x, "__array__") else x for x in (kv_lengths, q_offset))
+    own = (mask, bias, q_offset, kv_lengths, alibi_slopes, sinks)
+    mask, bias, q_offset, kv_lengths, alibi_slopes, sinks = (_made(x) for x in own)
+    if isinstance(segments, (tuple, list)):
+        segments = tuple(_made(x) for x in segments)
     with _runtime.planning():
         report, *arrays = attention(
-            *made, causal=causal, window=window, q_offset=q_offset, kv_lengths=kv_lengths, scale=scale, layout=layout,
+            *made, mask=mask, bias=bias, causal=causal, window=window, q_offset=q_offset, kv_lengths=kv_lengths,
+            segments=segments, alibi_slopes=alibi_slopes, sinks=sinks, softcap=softcap, scale=scale, layout=layout,
             return_lse=return_lse, out=out, num_threads=num_threads,
         )  # fmt: skip
     used = dict(zip(("q", "k", "v", "out"), arrays, strict=True))
@@ -234,6 +246,11 @@ def explain(
         shapes={name: x.shape for name, x in used.items()},
         notes=tuple(_notes(report, given, used, out, asked, index)),
     )
+
+
+def _made(x: Any) -> Any:
+    """x, or what its own code makes of it; masked arrays and matrices are left to the checks."""
+    return np.asarray(x) if hasattr(x, "__array__") and not isinstance(x, np.ndarray) else x
 
 
 _COPIED = {

@@ -55,7 +55,20 @@ cdef extern from "qkv.h" nogil:
         const int64_t *offset
         const int64_t *length
         int64_t left, right
+        const int64_t *spans
+        const int64_t *q_ids
+        const int64_t *k_ids
         double scale
+        double softcap
+        const double *slopes
+        const char *bias
+        const char *mask
+        qkv_type bias_type
+        int swapped_bias
+        qkv_strides bias_at, mask_at
+        const double *sinks
+        const int64_t *q_starts
+        const int64_t *k_starts
         int threads
         int isa
         qkv_counters *counters

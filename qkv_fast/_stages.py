@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from . import _core, _runtime
-from ._attention import (
+from ._checks import (
     _WIDTHS,
     Array,
     _as_array,

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["attention", "scores", "softmax", "weighted_values"]
+from ._reference_stages import _widened, scores, softmax, weighted_values
+
+__all__ = ["attention", "attention_varlen", "scores", "softmax", "weighted_values"]
 
 
 def attention(
@@ -17,10 +19,16 @@ def attention(
     k: Any,
     v: Any,
     *,
+    mask: Any = None,
+    bias: Any = None,
     causal: bool | str = False,
     window: int | tuple[int | None, int | None] | None = None,
     q_offset: Any = None,
     kv_lengths: Any = None,
+    segments: tuple[Any, Any] | None = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    softcap: float | None = None,
     scale: float | None = None,
     layout: str = "bhld",
     return_lse: bool = False,
@@ -30,9 +38,11 @@ def attention(
     For query i and its visible keys j (all of them, unless an argument below excludes some)::
 
         s[i, j] = scale * sum_d q[i, d] * k[j, d]
-        p[i, j] = exp(s[i, j]) / sum_j exp(s[i, j])
-        out[i]  = sum_j p[i, j] * v[j]
-        lse[i]  = log(sum_j exp(s[i, j]))
+        s[i, j] = softcap * tanh(s[i, j] / softcap)                             (only with softcap)
+        s[i, j] = s[i, j] - alibi_slope * |position of i - j| + bias[i, j]      (where given)
+        total   = sum_j exp(s[i, j]) + exp(sink)                                (without sinks: the sum alone)
+        out[i]  = sum_j exp(s[i, j]) * v[j] / total
+        lse[i]  = log(total)
 
     Parameters
     ----------
@@ -43,6 +53,10 @@ def attention(
         queries).
     v : array_like, shape (..., Hkv, Lk, Dv)
         Values. The axes left of the heads broadcast among q, k and v; the head axis does not.
+    mask : array_like of bool, optional
+        True where a query may attend to a key. Broadcasts to (..., Hq, Lq, Lk), or (Lq, Lk) for 2-D arrays.
+    bias : array_like, optional
+        Added to the scores, after `scale` and `softcap`; -inf excludes. Broadcasts as `mask` does.
     causal : bool or "top-left", default False
         Exclude keys after the query's position. "top-left" also sets ``q_offset`` to 0.
     window : None, int or (left, right), optional
@@ -54,6 +68,15 @@ def attention(
         sees the last key.
     kv_lengths : int or array_like of int, optional
         Number of valid keys, one for all or one per sequence; later keys are excluded.
+    segments : (q_ids, k_ids), optional
+        Integers of shapes (..., Lq) and (..., Lk), with leading axes that broadcast to those left of the heads; a query
+        may attend to keys with its own id.
+    alibi_slopes : array_like, shape (Hq,), optional
+        Per query head: subtracts the slope times the distance of the key from the query's position.
+    sinks : array_like, shape (Hq,), optional
+        Per query head: one more logit in the sum, as of a key without a value; finite or -inf.
+    softcap : float, optional
+        Largest absolute score, before anything is added to it.
     scale : float, optional
         Factor of the scores; 1 / sqrt(D) by default, and 1 for D = 0.
     layout : "bhld" or "blhd", default "bhld"
@@ -67,25 +90,26 @@ def attention(
         Computed and returned in float64; where q is float64, in `numpy.longdouble` (which is 80 bits wide
         with most x86-64 compilers, and no wider than float64 on Windows and on Apple silicon).
     lse : ndarray, shape (..., Hq, Lq)
-        Natural log-sum-exp of the visible scores, of the same type. Only with ``return_lse=True``.
+        Natural log-sum-exp of the visible scores and the sink, of the same type. Only with ``return_lse=True``.
 
     Raises
     ------
     ValueError
         Shapes that do not fit, an unknown `causal` or `layout`, a negative window or a length outside 0..Lk,
         ``causal="top-left"`` with a `q_offset`, and the call with two readings: `kv_lengths` and positions
-        without `q_offset`, where a sequence has fewer keys than there are queries.
+        (of `causal`, `window` or `alibi_slopes`) without `q_offset`, where a sequence has fewer keys than there are
+        queries.
 
     Notes
     -----
     A key whose score is -inf is excluded, whatever made it so. Excluded keys and values never influence a
     result, not even by a NaN; an attended NaN or infinity has the effect that IEEE arithmetic gives it, in
     the rows (for v, the columns) that attend to it. A query without visible keys has the output 0 and the
-    log-sum-exp -inf. With D = 0 every score is 0, the output the mean of the visible values.
+    log-sum-exp -inf, or the sink. With D = 0 every score is 0, the output the mean of the visible values.
 
     The source is A. Vaswani et al., "Attention Is All You Need", 2017, section 3.2.1 (its "Mask (opt.)" is
-    what `causal`, `window` and `kv_lengths` make); grouped queries are from J. Ainslie et al., "GQA", 2023,
-    section 2.2.
+    what `mask`, `causal`, `window` and `kv_lengths` make); grouped queries are from J. Ainslie et al., "GQA", 2023,
+    section 2.2; `qkv_fast.attention` has the sources of the rest.
 
     Examples
     --------
@@ -131,15 +155,33 @@ def attention(
     if scale is None:
         scale = 1 / np.sqrt(wide(head_dim)) if head_dim else 1
 
-    visible = _visible(batch, q_count, key_count, causal, window, q_offset, kv_lengths)  # batch + (1, Lq, Lk)
+    positions = q_offset, kv_lengths
+    visible = _visible(batch, q_count, key_count, causal, window, *positions, segments)  # batch + (1, Lq, Lk)
+    logits = (q_count, key_count) if no_heads else (*batch, q_heads, q_count, key_count)
+    if mask is not None:
+        visible = visible & (np.broadcast_to(mask, logits) != 0)
     with np.errstate(all="ignore"):  # NaN and infinity are legal input, and excluded scores may be either
         scores = q @ np.swapaxes(k, -1, -2) * wide(scale)  # (..., Hq, Lq, Lk)
+        if softcap is not None:
+            scores = wide(softcap) * np.tanh(scores / wide(softcap))
+        if alibi_slopes is not None:
+            top_left = isinstance(causal, str)
+            distance = np.abs(_distances(batch, q_count, key_count, 0 if top_left else q_offset, kv_lengths))
+            scores = scores - _per_head("alibi_slopes", alibi_slopes, q_heads, wide) * distance
+        if bias is not None:
+            visible = visible & (np.broadcast_to(bias, logits) != -np.inf)  # also where the score is NaN
+            scores = scores + np.broadcast_to(bias, logits).astype(wide)
         scores = np.where(visible, scores, -np.inf)
         visible = scores != -np.inf  # a score of -inf excludes its key; NaN does not
         largest = np.max(scores, axis=-1, keepdims=True, initial=-np.inf)
+        if sinks is not None:
+            sinks = _per_head("sinks", sinks, q_heads, wide)
+            largest = np.maximum(largest, sinks)
         shift = np.where(largest == -np.inf, 0, largest)  # a row that sees nothing: -inf - -inf would be NaN
         p = np.exp(scores - shift)  # exactly 0 where excluded
         total = np.sum(p, axis=-1, keepdims=True)
+        if sinks is not None:
+            total = total + np.exp(sinks - shift)
         lse = np.squeeze(shift + np.log(total), -1)
         out = _weigh(p, v, visible) / np.where(total == 0, 1, total)
 
@@ -152,133 +194,66 @@ def attention(
     return (out.copy(), lse.copy()) if return_lse else out.copy()
 
 
-def scores(q: Any, k: Any, *, scale: float | None = None, layout: str = "bhld") -> Any:
-    """Scores of every query with every key, ``scale * q @ k.T``.
+def attention_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, **options: Any) -> Any:
+    """Attention of sequences of different lengths, packed one after another: `attention` of each alone.
 
     Parameters
     ----------
-    q : array_like, shape (..., Hq, Lq, D)
-        Queries; or both arrays are 2-D, without heads.
-    k : array_like, shape (..., Hkv, Lk, D)
-        Keys. Each head serves ``Hq // Hkv`` query heads that follow one another.
-    scale : float, optional
-        Factor of the products; ``1 / sqrt(D)`` by default, and 1 for D = 0.
-    layout : "bhld" or "blhd", default "bhld"
-        "blhd" swaps the head and length axes of q and k.
+    q : array_like, shape (Tq, Hq, D)
+        Queries of all sequences.
+    k : array_like, shape (Tk, Hkv, D)
+        Keys of all sequences.
+    v : array_like, shape (Tk, Hkv, Dv)
+        Values of all sequences.
+    cu_seqlens_q, cu_seqlens_k : array_like of int, shape (N + 1,)
+        Sequence b has the queries ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]``, exclusive, and keys likewise.
+    **options
+        Arguments of `attention`, without `layout`. `mask` and `bias` broadcast against (N, Hq, longest queries, longest
+        keys); `q_offset` and `kv_lengths` are one or one per sequence; the ids of `segments` have the shapes (Tq,) and
+        (Tk,).
 
     Returns
     -------
-    ndarray, shape (..., Hq, Lq, Lk)
-        Head-first in either layout, of the type that `attention` returns for q.
+    out : ndarray, shape (Tq, Hq, Dv)
+        Of the type that `attention` returns for q.
+    lse : ndarray, shape (Hq, Tq)
+        Only with ``return_lse=True``.
 
     Raises
     ------
     ValueError
-        Lengths, heads or batch axes that NumPy's product finds not to fit; there is no other check.
-
-    Examples
-    --------
-    >>> from qkv_fast import reference
-    >>> reference.scores([[1.0, 2.0]], [[3.0, 4.0], [5.0, 6.0]], scale=1).astype("float64")
-    array([[11., 17.]])
-    """
-    q, k = _widened(q, k)
-    if layout == "blhd" and q.ndim > 2:
-        q, k = np.swapaxes(q, -3, -2), np.swapaxes(k, -3, -2)
-    if scale is None:
-        scale = 1 / np.sqrt(q.dtype.type(q.shape[-1])) if q.shape[-1] else 1
-    with np.errstate(all="ignore"):
-        return q @ np.swapaxes(_for_each_head(k, q), -1, -2) * q.dtype.type(scale)
-
-
-def softmax(x: Any, axis: int = -1, *, mask: Any = None) -> Any:
-    """Softmax along an axis, ``exp(x) / exp(x).sum(axis)``, of the elements whose mask is True.
-
-    Parameters
-    ----------
-    x : array_like
-        Numbers, with at least one axis.
-    axis : int, default -1
-        Along which the result sums to 1.
-    mask : array_like of bool, optional
-        Broadcasts to x. Where it is False an element takes no part, so that its weight is 0, even if it is NaN.
-
-    Returns
-    -------
-    ndarray
-        Of x's shape and the type that `attention` returns for x. 0 where nothing along the axis takes part; NaN where
-        an element that does is NaN or +inf.
-
-    Raises
-    ------
-    ValueError
-        A mask that does not broadcast to x, an axis that x does not have.
+        As in `attention`.
 
     Examples
     --------
     >>> import numpy as np
     >>> from qkv_fast import reference
-    >>> reference.softmax(np.log([1.0, 3.0]), mask=[True, False]).astype("float64")
-    array([1., 0.])
+    >>> x = np.array([1.0, 3.0, 5.0, 5.0]).reshape(4, 1, 1)
+    >>> reference.attention_varlen(x, 0 * x, x, [0, 2, 4], [0, 2, 4]).astype("float64").ravel()
+    array([2., 2., 5., 5.])
     """
-    (x,) = _widened(x)
-    if mask is not None:
-        x = np.where(np.broadcast_to(mask, x.shape), x, -np.inf)
-    with np.errstate(all="ignore"):
-        largest = np.max(x, axis=axis, keepdims=True, initial=-np.inf)
-        p = np.exp(x - np.where(largest == -np.inf, 0, largest))
-        total = np.sum(p, axis=axis, keepdims=True)
-        return p / np.where(total == 0, 1, total)
-
-
-def weighted_values(p: Any, v: Any, *, layout: str = "bhld") -> Any:
-    """Sums of the values with given weights, ``p @ v``.
-
-    Parameters
-    ----------
-    p : array_like, shape (..., Hq, Lq, Lk)
-        Weights, head-first in either layout; or both arrays are 2-D, without heads.
-    v : array_like, shape (..., Hkv, Lk, Dv)
-        Values. Each head serves ``Hq // Hkv`` heads of p that follow one another.
-    layout : "bhld" or "blhd", default "bhld"
-        "blhd" swaps the head and length axes of v and of the result.
-
-    Returns
-    -------
-    ndarray, shape (..., Hq, Lq, Dv)
-        Of the type that `attention` returns for p. A weight of 0 times NaN or infinity is NaN.
-
-    Raises
-    ------
-    ValueError
-        Lengths, heads or batch axes that NumPy's product finds not to fit; there is no other check.
-
-    Examples
-    --------
-    >>> from qkv_fast import reference
-    >>> reference.weighted_values([[0.5, 0.5]], [[1.0, 2.0], [3.0, 6.0]]).astype("float64")
-    array([[2., 4.]])
-    """
-    p, v = _widened(p, v)
-    swapped = layout == "blhd" and p.ndim > 2
-    if swapped:
-        v = np.swapaxes(v, -3, -2)
-    with np.errstate(all="ignore"):
-        out = p @ _for_each_head(v, p)
-    return np.swapaxes(out, -3, -2) if swapped else out
-
-
-def _widened(*given: Any) -> list[Any]:
-    """All in the type that results are computed in, which follows from the first."""
-    arrays = [np.asarray(x) for x in given]
-    wide = np.longdouble if arrays[0].dtype.kind == "f" and arrays[0].dtype.itemsize == 8 else np.float64
-    with np.errstate(invalid="ignore"):  # a signalling NaN
-        return [x.astype(wide) for x in arrays]
-
-
-def _for_each_head(x: Any, like: Any) -> Any:
-    """Key or value heads repeated for the query heads of their groups; 2-D arrays have none."""
-    return x if x.ndim == 2 else np.repeat(x, like.shape[-3] // max(x.shape[-3], 1), axis=-3)
+    q, k, v = np.asarray(q), np.asarray(k), np.asarray(v)
+    wide = _widened(q[:0])[0].dtype
+    return_lse = options.pop("return_lse", False)
+    q_starts, k_starts = np.asarray(cu_seqlens_q), np.asarray(cu_seqlens_k)
+    q_count, key_count = np.diff(q_starts), np.diff(k_starts)
+    n = len(q_count)
+    logits = n, q.shape[1], q_count.max(initial=0), key_count.max(initial=0)
+    out, lse = np.zeros((*q.shape[:2], v.shape[-1]), wide), np.zeros((q.shape[1], q.shape[0]), wide)
+    for b in range(n):
+        own = dict(options)
+        rows, keys = slice(*q_starts[b : b + 2]), slice(*k_starts[b : b + 2])
+        for name in ("mask", "bias"):
+            if own.get(name) is not None:
+                own[name] = np.broadcast_to(own[name], logits)[b, :, : q_count[b], : key_count[b]]
+        for name in ("q_offset", "kv_lengths"):
+            if own.get(name) is not None:
+                own[name] = np.broadcast_to(own[name], (n,))[b]
+        if own.get("segments") is not None:
+            q_ids, k_ids = own["segments"]
+            own["segments"] = np.asarray(q_ids)[rows], np.asarray(k_ids)[keys]
+        out[rows], lse[:, rows] = attention(q[rows], k[keys], v[keys], layout="blhd", return_lse=True, **own)
+    return (out, lse) if return_lse else out
 
 
 def _weigh(p: Any, v: Any, visible: Any) -> Any:
@@ -300,7 +275,14 @@ def _weigh(p: Any, v: Any, visible: Any) -> Any:
 
 
 def _visible(
-    batch: tuple[int, ...], q_count: int, key_count: int, causal: Any, window: Any, q_offset: Any, kv_lengths: Any
+    batch: tuple[int, ...],
+    q_count: int,
+    key_count: int,
+    causal: Any,
+    window: Any,
+    q_offset: Any,
+    kv_lengths: Any,
+    segments: Any = None,
 ) -> Any:
     """Which keys each query may attend to: bool, batch + (1, Lq, Lk) or an array that broadcasts to it."""
     if isinstance(causal, str) and causal == "top-left":
@@ -327,9 +309,25 @@ def _visible(
             f"kv_lengths: expected lengths in 0..{key_count}, the number of keys, got {kv_lengths!r}"
         )
     visible = np.broadcast_to(keys < lengths, (*np.shape(lengths)[:-2], q_count, key_count))
+    if segments is not None:
+        q_ids, k_ids = (np.asarray(ids) for ids in segments)
+        for ids, count in ((q_ids, q_count), (k_ids, key_count)):
+            np.broadcast_to(ids, (*batch, count))  # ValueError if they do not
+        same = q_ids[..., :, np.newaxis] == k_ids[..., np.newaxis, :]
+        visible = visible & same[..., np.newaxis, :, :]
     if left is None and right is None:
         return visible
+    distance = _distances(batch, q_count, key_count, q_offset, kv_lengths)
+    if left is not None:
+        visible = visible & (distance >= -int(left))
+    if right is not None:
+        visible = visible & (distance <= int(right))
+    return visible
 
+
+def _distances(batch: tuple[int, ...], q_count: int, key_count: int, q_offset: Any, kv_lengths: Any) -> Any:
+    """Of each key from each query's position: int64, broadcasts to batch + (1, Lq, Lk)."""
+    lengths = key_count if kv_lengths is None else _per_sequence("kv_lengths", kv_lengths, batch)
     if q_offset is not None:
         offset = _per_sequence("q_offset", q_offset, batch)
     elif kv_lengths is not None and np.any((lengths > 0) & (lengths < q_count)):
@@ -339,15 +337,17 @@ def _visible(
         )
     else:
         offset = lengths - q_count
-    offset = np.clip(
-        offset, -(2**62), 2**62
-    )  # where i + offset cannot wrap around, and is as far from every key
-    distance = keys - (np.arange(q_count)[:, np.newaxis] + offset)
-    if left is not None:
-        visible = visible & (distance >= -int(left))
-    if right is not None:
-        visible = visible & (distance <= int(right))
-    return visible
+    # Where i + offset cannot wrap around, and is as far from every key.
+    offset = np.clip(offset, -(2**62), 2**62)
+    return np.arange(key_count) - (np.arange(q_count)[:, np.newaxis] + offset)
+
+
+def _per_head(name: str, values: Any, heads: int, wide: Any) -> Any:
+    """One number per query head, as an array that broadcasts against (..., Hq, Lq, Lk)."""
+    values = np.asarray(values).astype(wide)
+    if values.shape != (heads,):
+        raise ValueError(f"{name}: expected one per query head, shape ({heads},), got {values.shape}")
+    return values[:, np.newaxis, np.newaxis]
 
 
 def _per_sequence(name: str, values: Any, batch: tuple[int, ...]) -> Any:

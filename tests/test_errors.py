@@ -282,7 +282,7 @@ def test_thread_counts(n, error):
 
 
 def test_unknown_arguments():
-    for name in ("mask", "bias", "segments", "is_causal", "dropout"):
+    for name in ("attn_mask", "is_causal", "dropout", "enable_gqa"):
         with pytest.raises(TypeError, match=name):
             qkv_fast.attention(**arrays(), **{name: None})
 

@@ -1,0 +1,213 @@
+"""Checks of single arguments, for every function that takes arrays: each error restates what was given."""
+
+import math
+import operator
+from typing import Any, NoReturn
+
+import numpy as np
+
+from . import _core
+
+Array = np.ndarray[Any, Any]
+
+_WIDTHS = {"f": 4, "d": 8}  # element types by dtype.char, and their bytes
+_TYPES: dict[str, np.dtype[Any]] = {"f": np.dtype(np.float32), "d": np.dtype(np.float64)}
+_FARTHEST_OFFSET = 2**60  # positions and distances below this cannot overflow 63 bits in the core
+_OPEN_DISTANCE = 2**61  # beyond every key from every position
+
+
+def _empty(shape: tuple[int, ...], char: str, where: str = "attention", like: Array | None = None) -> Array:
+    """With the axes in memory as those of `like`, if given."""
+    try:
+        return np.empty(shape, _TYPES[char]) if like is None else np.empty_like(like, _TYPES[char], subok=False)
+    except ValueError:
+        raise OverflowError(f"{where}: a result of shape {shape} is too large for any array") from None
+
+
+def _fail_shapes(where: str, what: str, error: type[Exception] = ValueError, /, **arrays: Array) -> NoReturn:
+    shapes = ", ".join(f"{name}.shape={x.shape}" for name, x in arrays.items())
+    raise error(f"{where}: {what} ({shapes})")
+
+
+def _broadcast(where: str, **arrays: Array) -> tuple[int, ...]:
+    """The axes left of the heads."""
+    try:
+        return np.broadcast_shapes(*(x.shape[:-3] for x in arrays.values()))
+    except (ValueError, RuntimeError) as error:  # RuntimeError: more axes than NumPy broadcasts
+        if "too large" in str(error):
+            _fail_shapes(where, "too many sequences", OverflowError, **arrays)
+        _fail_shapes(where, "the axes left of the heads do not broadcast", **arrays)
+
+
+def _as_array(name: str, x: Any, where: str = "attention") -> Array:
+    """x as an array; of the subclasses of ndarray only those that mean the same by multiplication and by a value."""
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{where}: {name} is a masked array, whose mask would be lost; pass {name}.filled(0)")
+    if isinstance(x, np.matrix):
+        raise TypeError(f"{where}: {name} is a numpy.matrix; pass numpy.asarray({name})")
+    try:
+        return np.asarray(x)
+    except ValueError as error:
+        raise ValueError(f"{where}: {name} is no array: {error}") from None
+
+
+def _check_layout(layout: Any, where: str) -> bool:
+    """Whether heads come before lengths."""
+    if not isinstance(layout, str) or layout not in ("bhld", "blhd"):
+        raise ValueError(f"{where}: layout must be 'bhld' or 'blhd', got {layout!r}")
+    return layout == "bhld"
+
+
+def _check_type(where: str, name: str, x: Array) -> None:
+    if x.dtype.char not in _WIDTHS:
+        way_out = f"; pass {name}.astype('float32')" if x.dtype.kind in "biuf" else ""
+        raise TypeError(f"{where}: {name} must be float32 or float64, got {x.dtype}{way_out}")
+
+
+def _check_types(where: str, q: Array, k: Array, v: Array) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check_type(where, name, x)
+    if k.dtype.char != v.dtype.char:
+        raise TypeError(f"{where}: k and v must have one type, got {k.dtype} and {v.dtype}")
+    if _WIDTHS[k.dtype.char] > _WIDTHS[q.dtype.char]:
+        raise TypeError(f"{where}: k and v must have q's type or a narrower one, got {k.dtype} for q's {q.dtype}")
+
+
+def _check_fit(where: str, q: Array, k: Array, v: Array, heads: tuple[int, ...], lengths: tuple[int, int]) -> None:
+    """Dimensions, the heads of q, k and v, and the lengths of k and v."""
+    q_heads, k_heads, v_heads = heads
+    len_k, len_v = lengths
+    arrays = {"q": q, "k": k, "v": v}
+    if k.shape[-1] != q.shape[-1]:
+        _fail_shapes(where, f"k has dimension {k.shape[-1]}, q has {q.shape[-1]}", **arrays)
+    if len_v != len_k:
+        _fail_shapes(where, f"v has length {len_v}, k has {len_k}", **arrays)
+    if k_heads != v_heads:
+        _fail_shapes(where, f"v has {v_heads} heads, k has {k_heads}", **arrays)
+    if q_heads != k_heads and (k_heads == 0 or q_heads % k_heads):
+        _fail_shapes(where, f"k has {k_heads} heads, which does not divide q's {q_heads}", **arrays)
+    if q.shape[-1] > _core.MAX_DIM or v.shape[-1] > _core.MAX_DIM:
+        _fail_shapes(where, f"D and Dv are at most {_core.MAX_DIM}", **arrays)
+
+
+def _check_scale(scale: Any, where: str = "attention", name: str = "scale") -> float:
+    if isinstance(scale, (bool, np.bool_)) or not isinstance(scale, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{where}: {name} must be a real number, got {scale!r}")
+    try:
+        value = float(scale)
+    except OverflowError:
+        raise OverflowError(f"{where}: {name} does not fit in a float, got {scale!r}") from None
+    if not math.isfinite(value):
+        raise ValueError(f"{where}: {name} must be finite, got {scale!r}")
+    return value
+
+
+def _check_positions(where: str, causal: Any, window: Any, q_offset: Any) -> tuple[int | None, int | None, Any]:
+    """Distances to the left and to the right of a position that keys may have, None being open; and q_offset."""
+    causal, top_left = _check_causal(where, causal)
+    left, right = _check_window(where, window, causal)
+    if not top_left:
+        return left, right, q_offset
+    if q_offset is not None:
+        raise ValueError(f"{where}: causal='top-left' means q_offset=0; give one of the two")
+    return left, right, 0
+
+
+def _check_causal(where: str, causal: Any) -> tuple[bool, bool]:
+    if isinstance(causal, (bool, np.bool_)):
+        return bool(causal), False
+    if isinstance(causal, str):
+        if causal == "top-left":
+            return True, True
+        raise ValueError(f"{where}: causal must be True, False or 'top-left', got {causal!r}")
+    raise TypeError(f"{where}: causal must be True, False or 'top-left', got {causal!r}")
+
+
+def _check_window(where: str, window: Any, causal: bool) -> tuple[int | None, int | None]:
+    """Distances to the left and to the right; None is open."""
+    if window is None:
+        return None, 0 if causal else None
+    sides = window if isinstance(window, (tuple, list)) else (window, window)
+    if len(sides) != 2:
+        raise ValueError(f"{where}: window must be an integer or (left, right), got {window!r}")
+    left, right = (_distance(where, side, window) for side in sides)
+    return left, 0 if causal else right
+
+
+def _distance(where: str, side: Any, window: Any) -> int | None:
+    if side is None:
+        return None
+    distance = None if isinstance(side, (bool, np.bool_)) else _index(side)
+    if distance is None:
+        raise TypeError(f"{where}: window must be an integer or (left, right) of integers or None, got {window!r}")
+    if distance < 0:
+        raise ValueError(f"{where}: window distances must not be negative, got {window!r}")
+    return min(distance, _OPEN_DISTANCE)
+
+
+def _index(x: Any) -> int | None:
+    try:
+        return operator.index(x)
+    except TypeError:
+        return None
+
+
+def _per_sequence(where: str, name: str, values: Any, batch: tuple[int, ...]) -> Array:
+    """int64, contiguous, of the shape of the batch: one integer for all, or an array that broadcasts to it."""
+    given = _as_array(name, values, where)
+    if given.dtype.kind not in "iu" and not (given.size == 0 and isinstance(values, (list, tuple))):
+        if isinstance(values, int) and not isinstance(values, bool):
+            raise OverflowError(f"{where}: {name} does not fit in 63 bits, got {values!r}")
+        raise TypeError(f"{where}: {name} must be an integer or an array of integers, got {values!r}")
+    if given.dtype.kind == "u" and given.size and int(given.max()) >= 2**63:
+        raise OverflowError(f"{where}: {name} does not fit in 63 bits, got {values!r}")
+    try:
+        spread = np.broadcast_to(given.astype(np.int64), batch)
+    except ValueError:
+        raise ValueError(
+            f"{where}: {name} must be one integer or one per sequence, got shape {given.shape} for the axes {batch}"
+        ) from None
+    return np.ascontiguousarray(spread)
+
+
+def _check_offsets(where: str, q_offset: Any, batch: tuple[int, ...]) -> Array:
+    offsets = _per_sequence(where, "q_offset", q_offset, batch)
+    if offsets.size and max(-int(offsets.min()), int(offsets.max())) > _FARTHEST_OFFSET:
+        raise OverflowError(f"{where}: q_offset must be within ±2**60, got {q_offset!r}")
+    return offsets
+
+
+def _check_lengths(where: str, lengths: Array, len_q: Any, len_k: Any, ambiguous: bool) -> None:
+    """Of one sequence each; `len_q` and `len_k` are one for all, or one per sequence."""
+    if not lengths.size:
+        return
+    if np.any(wrong := (lengths < 0) | (lengths > len_k)):
+        most = np.broadcast_to(len_k, lengths.shape)[wrong].flat[0]
+        raise ValueError(f"{where}: kv_lengths must be in 0..{most} (k's length), got {lengths[wrong].flat[0]}")
+    if ambiguous and np.any(short := (lengths > 0) & (lengths < len_q)):
+        many = np.broadcast_to(len_q, lengths.shape)[short].flat[0]
+        raise ValueError(
+            f"{where}: kv_lengths of {lengths[short].flat[0]} with {many} queries leaves two readings of causal, "
+            "window and alibi_slopes: padded queries? pass q_offset=0. Positions that end at the last key? pass "
+            "q_offset=kv_lengths - Lq"
+        )
+
+
+def _check_out(out: Any, shape: tuple[int, ...], char: str, where: str = "attention", like: str = "q") -> Array:
+    if not isinstance(out, np.ndarray) or isinstance(out, (np.ma.MaskedArray, np.matrix)):
+        raise TypeError(f"{where}: out must be a plain numpy.ndarray, got {type(out).__name__}")
+    if out.dtype.char != char:
+        raise TypeError(f"{where}: out must have {like}'s type {_TYPES[char]}, got {out.dtype}")
+    if out.shape != shape:
+        raise ValueError(f"{where}: out must have the shape {shape}, got out.shape={out.shape}")
+    if not out.flags.writeable:
+        raise ValueError(f"{where}: out is not writable")
+    if not out.size:
+        return out
+    reach = out.itemsize  # of the axes with smaller strides
+    for step, n in sorted((abs(step), n) for step, n in zip(out.strides, out.shape, strict=True) if n > 1):
+        if step < reach:
+            given = f"out.strides={out.strides}, out.shape={out.shape}"
+            raise ValueError(f"{where}: out has overlapping elements ({given})")
+        reach += step * (n - 1)
+    return out

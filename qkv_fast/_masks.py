@@ -1,0 +1,248 @@
+"""What hides keys or changes scores beyond positions: masks, biases, segments, ALiBi, sinks, soft caps.
+
+A call has `Extras` only if one of them is given, so calls without pay nothing. Masks and biases stay as they are: what
+they broadcast to is in shapes and strides alone. Segments become a span of keys per query, which the core can skip by;
+their ids go along only where a span would say too much, because keys of another id lie within.
+"""
+
+import operator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ._checks import Array, _as_array, _check_scale, _fail_shapes
+
+
+class Extras(NamedTuple):
+    """For `_core.forward`; what each is stands in qkv.h. None and 0 are absent."""
+
+    mask: Array | None = None  # broadcasts to (..., heads, queries, keys)
+    bias: Array | None = None  # the same
+    spans: Array | None = None  # (..., queries, 2) int64
+    q_ids: Array | None = None  # (..., queries) int64
+    k_ids: Array | None = None  # (..., keys) int64
+    slopes: Array | None = None  # (heads,) float64
+    sinks: Array | None = None  # (heads,) float64
+    softcap: float = 0.0
+    q_starts: Array | None = None  # ragged batches: (sequences + 1,) int64
+    k_starts: Array | None = None
+    longest_q: int = 0
+    longest_k: int = 0
+
+    def overlaps(self, out: Array) -> bool:
+        """Whether the core would read what it writes. The other arrays are copies."""
+        return any(x is not None and np.may_share_memory(out, x) for x in (self.mask, self.bias))
+
+
+def check_extras(
+    where: str, logits: tuple[int, ...], heads: int, mask: Any, bias: Any, slopes: Any, sinks: Any, softcap: Any
+) -> Extras:
+    """All but the segments. `logits` is the shape of all scores, (..., heads, queries, keys), or without the heads."""
+    if mask is not None:
+        mask = _check_mask(where, mask)
+        _check_broadcast(where, "mask", mask, logits)
+    if bias is not None:
+        bias = _check_bias(where, bias)
+        _check_broadcast(where, "bias", bias, logits)
+    if slopes is not None:
+        slopes = _per_head(where, "alibi_slopes", slopes, heads)
+        if not np.isfinite(slopes).all():
+            raise ValueError(f"{where}: alibi_slopes must be finite, got {slopes[~np.isfinite(slopes)][0]}")
+    if sinks is not None:
+        sinks = _per_head(where, "sinks", sinks, heads)
+        if (wrong := ~(sinks < np.inf)).any():
+            raise ValueError(f"{where}: sinks must be finite or -inf, got {sinks[wrong][0]}")
+    cap = 0.0
+    if softcap is not None:
+        cap = _check_scale(softcap, where, "softcap")
+        if cap <= 0:
+            raise ValueError(f"{where}: softcap must be greater than 0, got {softcap!r}")
+    return Extras(mask, bias, slopes=slopes, sinks=sinks, softcap=cap)
+
+
+def _check_mask(where: str, mask: Any) -> Array:
+    given = _as_array("mask", mask, where)
+    if given.dtype == bool:
+        return given
+    ways_out = "; to add it to the scores pass it as bias="
+    if given.dtype.kind in "iuf":
+        ways_out += "; if it is not 0 where a query attends, pass mask.astype(bool)"
+    raise TypeError(f"{where}: mask must be bool, True where a query attends to a key, got {given.dtype}{ways_out}")
+
+
+def _check_bias(where: str, bias: Any) -> Array:
+    given = _as_array("bias", bias, where)
+    if given.dtype.char in "fd":
+        return given
+    ways_out = "; True where a query attends to a key is mask=" if given.dtype == bool else ""
+    if given.dtype.kind in "iufV":
+        ways_out = "; pass bias.astype('float32') to add it, or as a bool mask= what is not 0 where a query attends"
+    raise TypeError(f"{where}: bias, added to the scores, must be float32 or float64, got {given.dtype}{ways_out}")
+
+
+def _check_broadcast(where: str, name: str, x: Array, logits: tuple[int, ...]) -> None:
+    """x broadcasts to all scores and does not enlarge them."""
+    if _fits(x.shape, logits):
+        return
+    axes = "(queries, keys)" if len(logits) == 2 else "(..., query heads, queries, keys)"
+    hint = ""
+    if x.ndim > 2 and _fits((*x.shape[:-2], 1, *x.shape[-2:]), logits):
+        hint = f"; for one per sequence, the same for all heads, pass {name}[..., None, :, :]"
+        if x.ndim == 3:
+            hint = hint.replace("..., None, :, :", ":, None")
+    _fail_shapes(where, f"{name} does not broadcast to {axes} = {logits}{hint}", **{name: x})
+
+
+def _fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    return len(shape) <= len(target) and all(
+        n in (1, m) for n, m in zip(reversed(shape), reversed(target), strict=False)
+    )
+
+
+def _per_head(where: str, name: str, values: Any, heads: int) -> Array:
+    """A float64 copy of one real number per query head."""
+    given = _as_array(name, values, where)
+    real = given.dtype.kind in "iuf" or (given.dtype.kind == "V" and np.can_cast(given.dtype, np.float64))
+    if not real:
+        raise TypeError(f"{where}: {name} must be real numbers, one per query head, got {given.dtype}")
+    if given.shape != (heads,):
+        raise ValueError(f"{where}: {name} must have the shape ({heads},), one per query head, got {given.shape}")
+    with np.errstate(over="ignore"):  # a longdouble becomes infinite, and is refused
+        return np.array(given, np.float64, order="C")
+
+
+def check_segments(
+    where: str, segments: Any, batch: tuple[int, ...], len_q: int, len_k: int
+) -> tuple[Array, Array | None, Array | None]:
+    """Spans of shape batch + (len_q, 2), and the ids, batch + (len_q,) and (len_k,), or None twice."""
+    q_ids, k_ids = _check_ids(where, segments)
+    for name, ids, length in (("query", q_ids, len_q), ("key", k_ids, len_k)):
+        if ids.ndim == 0 or ids.shape[-1] != length or not _fits(ids.shape[:-1], batch):
+            raise ValueError(
+                f"{where}: segments must have {name} ids of shape ({length},) or, per sequence, {(*batch, length)}, "
+                f"got {ids.shape}"
+            )
+    own = np.broadcast_shapes(q_ids.shape[:-1], k_ids.shape[:-1])
+    q_own, k_own = np.broadcast_to(q_ids, (*own, len_q)), np.broadcast_to(k_ids, (*own, len_k))
+    spans, complete = np.empty((*own, len_q, 2), np.int64), True
+    for at in np.ndindex(own):
+        complete &= _fill_spans(spans[at], q_own[at], k_own[at])
+
+    def spread(x: Array, *shape: int) -> Array:
+        return np.array(np.broadcast_to(x, (*batch, *shape)), np.int64, order="C")
+
+    if complete:
+        return spread(spans, len_q, 2), None, None
+    return spread(spans, len_q, 2), spread(q_ids, len_q), spread(k_ids, len_k)
+
+
+def check_ragged_segments(
+    where: str, segments: Any, q_starts: Array, k_starts: Array
+) -> tuple[Array, Array | None, Array | None]:
+    """The same for packed sequences: ids and spans lie one sequence after another, spans count from its first key."""
+    q_ids, k_ids = _check_ids(where, segments)
+    for name, ids, total in (("query", q_ids, q_starts[-1]), ("key", k_ids, k_starts[-1])):
+        if ids.shape != (total,):
+            raise ValueError(f"{where}: segments must have {name} ids of shape ({total},), got {ids.shape}")
+    spans, complete = np.empty((q_ids.size, 2), np.int64), True
+    for b in range(q_starts.size - 1):
+        q, k = slice(*q_starts[b : b + 2]), slice(*k_starts[b : b + 2])
+        complete &= _fill_spans(spans[q], q_ids[q], k_ids[k])
+    return (spans, None, None) if complete else (spans, q_ids, k_ids)
+
+
+def _check_ids(where: str, segments: Any) -> list[Array]:
+    """Copies as int64, of any shape."""
+    if not isinstance(segments, (tuple, list)):
+        raise TypeError(f"{where}: segments must be a pair, (query ids, key ids), got {type(segments).__name__}")
+    if len(segments) != 2:
+        raise ValueError(f"{where}: segments must be a pair, (query ids, key ids), got {len(segments)} items")
+    made = []
+    for name, ids in zip(("query", "key"), segments, strict=True):
+        given = _as_array(f"the {name} ids of segments", ids, where)
+        if given.dtype.kind not in "iu" and not (given.size == 0 and isinstance(ids, (list, tuple))):
+            raise TypeError(f"{where}: segments must have integers as {name} ids, got {given.dtype}")
+        if given.dtype.kind == "u" and given.size and int(given.max()) >= 2**63:
+            raise OverflowError(f"{where}: segments: {name} id {given.max()} does not fit in 63 bits")
+        made.append(given.astype(np.int64, order="C"))
+    return made
+
+
+def _fill_spans(spans: Array, q_ids: Array, k_ids: Array) -> bool:
+    """spans (queries, 2) <- the first key with the query's id and that after the last. Whether all between have it."""
+    spans[...] = 0
+    order = np.argsort(k_ids, kind="stable")  # the keys of one id, in order of position
+    ids = k_ids[order]
+    begin, end = np.searchsorted(ids, q_ids, "left"), np.searchsorted(ids, q_ids, "right")
+    found = begin < end
+    spans[found, 0] = order[begin[found]]
+    spans[found, 1] = order[end[found] - 1] + 1
+    return bool(np.array_equal(end - begin, spans[:, 1] - spans[:, 0]))
+
+
+def check_starts(where: str, name: str, starts: Any, total: int) -> Array:
+    """int64, contiguous: where each of the packed sequences begins, and their end."""
+    given = _as_array(name, starts, where)
+    if given.dtype.kind not in "iu":
+        raise TypeError(f"{where}: {name} must be integers, got {given.dtype}")
+    if given.ndim != 1 or not given.size:
+        raise ValueError(f"{where}: {name} must have one axis and at least one entry, got shape {given.shape}")
+    if given[0] != 0:
+        raise ValueError(f"{where}: {name} must start at 0, got {given[0]}")
+    if np.any(fall := given[1:] < given[:-1]):
+        at = int(np.argmax(fall))
+        raise ValueError(f"{where}: {name} must not decrease, got {given[at]}, {given[at + 1]} at {at}")
+    if given[-1] != total:
+        side = name.removeprefix("cu_seqlens_")
+        raise ValueError(f"{where}: {name} must end at {total}, the length of {side}, got {given[-1]}")
+    return given.astype(np.int64, order="C")
+
+
+def alibi_slopes(num_heads: int) -> Array:
+    """The slopes of ALiBi for so many heads.
+
+    Parameters
+    ----------
+    num_heads : int
+        Number of query heads, at least 1.
+
+    Returns
+    -------
+    ndarray, shape (num_heads,)
+        float64: for a power of two n, ``2 ** (-8 * i / n)`` for i = 1 to n. Otherwise those of the power of two below,
+        followed by every second one of twice as many.
+
+    Raises
+    ------
+    TypeError
+        A number of heads that is no integer.
+    ValueError
+        Fewer than one head.
+
+    See Also
+    --------
+    attention : Takes them as `alibi_slopes`.
+
+    Notes
+    -----
+    From O. Press, N. Smith and M. Lewis, "Train Short, Test Long: Attention with Linear Biases Enables Input Length
+    Extrapolation", 2022, section 3, and its authors' code for other numbers of heads.
+
+    Examples
+    --------
+    >>> import qkv_fast
+    >>> qkv_fast.alibi_slopes(4)
+    array([0.25      , 0.0625    , 0.015625  , 0.00390625])
+    """
+    try:
+        n = operator.index(num_heads)
+    except TypeError:
+        n = None
+    if n is None or isinstance(num_heads, (bool, np.bool_)):
+        raise TypeError(f"alibi_slopes: num_heads must be an integer, got {num_heads!r}")
+    if n < 1:
+        raise ValueError(f"alibi_slopes: num_heads must be at least 1, got {n}")
+    power = 1 << (n.bit_length() - 1)
+    slopes = 2.0 ** (-8 / power * np.arange(1, power + 1))
+    between = 2.0 ** (-4 / power * np.arange(1, 2 * power + 1, 2))
+    return np.concatenate([slopes, between[: n - power]])

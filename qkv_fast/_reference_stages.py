@@ -1,0 +1,134 @@
+"""The stages of attention as they are defined, in plain NumPy; public as `qkv_fast.reference.scores` and so on."""
+
+from typing import Any
+
+import numpy as np
+
+
+def scores(q: Any, k: Any, *, scale: float | None = None, layout: str = "bhld") -> Any:
+    """Scores of every query with every key, ``scale * q @ k.T``.
+
+    Parameters
+    ----------
+    q : array_like, shape (..., Hq, Lq, D)
+        Queries; or both arrays are 2-D, without heads.
+    k : array_like, shape (..., Hkv, Lk, D)
+        Keys. Each head serves ``Hq // Hkv`` query heads that follow one another.
+    scale : float, optional
+        Factor of the products; ``1 / sqrt(D)`` by default, and 1 for D = 0.
+    layout : "bhld" or "blhd", default "bhld"
+        "blhd" swaps the head and length axes of q and k.
+
+    Returns
+    -------
+    ndarray, shape (..., Hq, Lq, Lk)
+        Head-first in either layout, of the type that `attention` returns for q.
+
+    Raises
+    ------
+    ValueError
+        Lengths, heads or batch axes that NumPy's product finds not to fit; there is no other check.
+
+    Examples
+    --------
+    >>> from qkv_fast import reference
+    >>> reference.scores([[1.0, 2.0]], [[3.0, 4.0], [5.0, 6.0]], scale=1).astype("float64")
+    array([[11., 17.]])
+    """
+    q, k = _widened(q, k)
+    if layout == "blhd" and q.ndim > 2:
+        q, k = np.swapaxes(q, -3, -2), np.swapaxes(k, -3, -2)
+    if scale is None:
+        scale = 1 / np.sqrt(q.dtype.type(q.shape[-1])) if q.shape[-1] else 1
+    with np.errstate(all="ignore"):
+        return q @ np.swapaxes(_for_each_head(k, q), -1, -2) * q.dtype.type(scale)
+
+
+def softmax(x: Any, axis: int = -1, *, mask: Any = None) -> Any:
+    """Softmax along an axis, ``exp(x) / exp(x).sum(axis)``, of the elements whose mask is True.
+
+    Parameters
+    ----------
+    x : array_like
+        Numbers, with at least one axis.
+    axis : int, default -1
+        Along which the result sums to 1.
+    mask : array_like of bool, optional
+        Broadcasts to x. Where it is False an element takes no part, so that its weight is 0, even if it is NaN.
+
+    Returns
+    -------
+    ndarray
+        Of x's shape and the type that `attention` returns for x. 0 where nothing along the axis takes part; NaN where
+        an element that does is NaN or +inf.
+
+    Raises
+    ------
+    ValueError
+        A mask that does not broadcast to x, an axis that x does not have.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from qkv_fast import reference
+    >>> reference.softmax(np.log([1.0, 3.0]), mask=[True, False]).astype("float64")
+    array([1., 0.])
+    """
+    (x,) = _widened(x)
+    if mask is not None:
+        x = np.where(np.broadcast_to(mask, x.shape), x, -np.inf)
+    with np.errstate(all="ignore"):
+        largest = np.max(x, axis=axis, keepdims=True, initial=-np.inf)
+        p = np.exp(x - np.where(largest == -np.inf, 0, largest))
+        total = np.sum(p, axis=axis, keepdims=True)
+        return p / np.where(total == 0, 1, total)
+
+
+def weighted_values(p: Any, v: Any, *, layout: str = "bhld") -> Any:
+    """Sums of the values with given weights, ``p @ v``.
+
+    Parameters
+    ----------
+    p : array_like, shape (..., Hq, Lq, Lk)
+        Weights, head-first in either layout; or both arrays are 2-D, without heads.
+    v : array_like, shape (..., Hkv, Lk, Dv)
+        Values. Each head serves ``Hq // Hkv`` heads of p that follow one another.
+    layout : "bhld" or "blhd", default "bhld"
+        "blhd" swaps the head and length axes of v and of the result.
+
+    Returns
+    -------
+    ndarray, shape (..., Hq, Lq, Dv)
+        Of the type that `attention` returns for p. A weight of 0 times NaN or infinity is NaN.
+
+    Raises
+    ------
+    ValueError
+        Lengths, heads or batch axes that NumPy's product finds not to fit; there is no other check.
+
+    Examples
+    --------
+    >>> from qkv_fast import reference
+    >>> reference.weighted_values([[0.5, 0.5]], [[1.0, 2.0], [3.0, 6.0]]).astype("float64")
+    array([[2., 4.]])
+    """
+    p, v = _widened(p, v)
+    swapped = layout == "blhd" and p.ndim > 2
+    if swapped:
+        v = np.swapaxes(v, -3, -2)
+    with np.errstate(all="ignore"):
+        out = p @ _for_each_head(v, p)
+    return np.swapaxes(out, -3, -2) if swapped else out
+
+
+def _widened(*given: Any) -> list[Any]:
+    """All in the type that results are computed in, which follows from the first."""
+    arrays = [np.asarray(x) for x in given]
+    wide = np.longdouble if arrays[0].dtype.kind == "f" and arrays[0].dtype.itemsize == 8 else np.float64
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        return [x.astype(wide) for x in arrays]
+
+
+def _for_each_head(x: Any, like: Any) -> Any:
+    """Key or value heads repeated for the query heads of their groups; 2-D arrays have none."""
+    return x if x.ndim == 2 else np.repeat(x, like.shape[-3] // max(x.shape[-3], 1), axis=-3)
