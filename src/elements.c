@@ -3,6 +3,9 @@
  * A kernel wants a row of adjacent elements for every lane. Rows that lie so are used where they are; of others, and of
  * segments in any order, the keys of a block are copied to scratch, once for lanes that share a row.
  */
+#include <string.h>
+
+#include "kernels/compiler.h"
 #include "mask.h"
 #include "plan.h"
 #include "tile.h"
@@ -88,14 +91,15 @@ int64_t qkv_count_seen(const qkv_problem *p, int64_t sequence, int64_t head, int
     return seen;
 }
 
-static const uint8_t *const *mask_rows(const qkv_query_tile *t, const qkv_panel *x, int lane, int n, int64_t first,
-                                       int64_t last)
+void qkv_set_mask(const qkv_query_tile *t, const qkv_panel *x, int lane, int n, int64_t first, int64_t last, qkv_tile *to)
 {
     const qkv_plan *plan = t->plan;
     const uint8_t **rows = (const uint8_t **)(t->scratch + plan->at_pointers) + plan->kernels->lanes;
     for (int j = 0; j < n; j++) {
         if (plan->direct_mask) {
             rows[j] = (const uint8_t *)x->mask[lane + j] + first;
+            QKV_PREFETCH_FAR(rows[j] + plan->block);    /* lanes lie too far apart for the CPU to see what comes next */
+            QKV_PREFETCH_FAR(rows[j] + plan->block + 64);
         } else if (j > 0 && x->mask[lane + j] == x->mask[lane + j - 1] && x->id[lane + j] == x->id[lane + j - 1]) {
             rows[j] = rows[j - 1];
         } else {
@@ -104,39 +108,37 @@ static const uint8_t *const *mask_rows(const qkv_query_tile *t, const qkv_panel 
             rows[j] = copy;
         }
     }
-    return rows;
+    to->mask = rows;
 }
 
-/* What rows of bytes make of a tile. Most masks say so in their first row. */
-static qkv_kind look(const uint8_t *const *rows, int n, int64_t keys)
+/* What rows of bytes make of a tile; eight bytes at a time, of which those that are 0 show in their highest bits. Most masks
+ * are decided by their first row. */
+qkv_kind qkv_look(const uint8_t *const *rows, int n, int64_t keys)
 {
-    int hidden = 0, seen = 0;
+    const uint64_t ones = UINT64_MAX / 255;
+    uint64_t hidden = 0, seen = 0;
     for (int j = 0; j < n && !(hidden && seen); j++) {
         if (j > 0 && rows[j] == rows[j - 1])
             continue;
-        uint8_t zero = 0, any = 0;
-        for (int64_t i = 0; i < keys; i++) {
-            zero |= rows[j][i] == 0;
-            any |= rows[j][i];
+        int64_t i = 0;
+        for (; i + 8 <= keys; i += 8) {
+            uint64_t bytes;
+            memcpy(&bytes, rows[j] + i, 8);
+            hidden |= (bytes - ones) & ~bytes & ones << 7;
+            seen |= bytes;
         }
-        hidden |= zero;
-        seen |= any;
+        for (; i < keys; i++) {
+            hidden |= rows[j][i] == 0;
+            seen |= rows[j][i];
+        }
     }
     return !seen ? QKV_SKIP : hidden ? QKV_PARTIAL : QKV_FULL;
 }
 
-qkv_kind qkv_set_elements(const qkv_query_tile *t, const qkv_panel *x, int lane, int n, int64_t first, int64_t last,
-                          qkv_tile *to)
+void qkv_set_changes(const qkv_query_tile *t, const qkv_panel *x, int lane, int n, int64_t first, int64_t last,
+                     qkv_tile *to)
 {
     const qkv_plan *plan = t->plan;
-    qkv_kind kind = QKV_FULL;
-    if (plan->masked) {
-        const uint8_t *const *rows = mask_rows(t, x, lane, n, first, last);
-        kind = look(rows, n, last - first);
-        to->mask = kind == QKV_PARTIAL ? rows : NULL;
-        if (kind == QKV_SKIP)
-            return kind;
-    }
     if (t->problem->bias)
         to->bias = bias_rows(t, x, lane, n, first, last);
     if (t->problem->slopes) {
@@ -147,5 +149,4 @@ qkv_kind qkv_set_elements(const qkv_query_tile *t, const qkv_panel *x, int lane,
     to->rest = plan->score_factor;
     to->softcap = plan->softcap;
     to->adjust = plan->score_factor != 1 || plan->softcap != 0 || to->mask || to->bias || to->slope;
-    return kind;
 }

@@ -105,6 +105,34 @@ static void attend_keys(const qkv_query_tile *t, pass_rows *kv, int64_t block_fi
     kernels->attend(tile);
 }
 
+/* A whole panel whose rows all see the keys [first, last) as far as positions say; 0 if the mask leaves vectors out. */
+static int attend_full(const qkv_query_tile *t, const qkv_panel *x, pass_rows *kv, int64_t block_first, int64_t first,
+                       int64_t last, qkv_tile whole)
+{
+    int w = t->plan->kernels->vector, n = x->nv * w, partial = 0, skipped = 0;
+    if (t->plan->masked) {
+        qkv_set_mask(t, x, 0, n, first, last, &whole);
+        for (int i = 0; i < n; i += w) {
+            qkv_kind kind = qkv_look(whole.mask + i, w, last - first);
+            partial += kind == QKV_PARTIAL;
+            skipped += kind == QKV_SKIP;
+        }
+        if (skipped > 0 && skipped < x->nv)
+            return 0;
+        if (!partial)
+            whole.mask = NULL;
+    }
+    t->counters->tiles_full += x->nv - partial - skipped;
+    t->counters->tiles_partial += partial;
+    t->counters->tiles_skipped += skipped;
+    if (skipped)
+        return 1;
+    if (t->plan->adjust)
+        qkv_set_changes(t, x, 0, n, first, last, &whole);
+    attend_keys(t, kv, block_first, first, last, &whole);
+    return 1;
+}
+
 /* One panel against the keys [first, last) of one block. */
 static void attend_block(const qkv_query_tile *t, const qkv_panel *x, pass_rows *kv, int64_t first, int64_t last, int cold,
                          int careful)
@@ -121,17 +149,12 @@ static void attend_block(const qkv_query_tile *t, const qkv_panel *x, pass_rows 
         .d = (int)p->dim, .dv = (int)p->dim_v, .nv = x->nv, .cold = cold, .careful = careful,
     };
     qkv_kind kind = qkv_cut(&x->limits[0], &first, &last);
-    if (kind == QKV_FULL && plan->adjust)
-        kind = qkv_set_elements(t, x, 0, x->nv * w, first, last, &whole);
     if (kind == QKV_SKIP) {
         t->counters->tiles_skipped += x->nv;
         return;
     }
-    if (kind == QKV_FULL && !careful) {
-        t->counters->tiles_full += x->nv;
-        attend_keys(t, kv, block_first, first, last, &whole);
+    if (kind == QKV_FULL && !careful && attend_full(t, x, kv, block_first, first, last, whole))
         return;
-    }
     /* Rows of the panel see different keys: vector by vector, each cut down to its own, wastes least. */
     int32_t lo[MAX_VECTOR], hi[MAX_VECTOR];
     for (int i = 0; i < x->nv; i++) {
@@ -146,14 +169,20 @@ static void attend_block(const qkv_query_tile *t, const qkv_panel *x, pass_rows 
         }
         qkv_tile one = whole;
         int limited = kind == QKV_PARTIAL;
-        if (kind != QKV_SKIP && plan->adjust) {
-            qkv_kind elements = qkv_set_elements(t, x, i * w, w, first, last, &one);
-            kind = elements == QKV_FULL ? kind : elements;
+        if (kind != QKV_SKIP && plan->masked) {
+            qkv_set_mask(t, x, i * w, w, first, last, &one);
+            qkv_kind masked = qkv_look(one.mask, w, last - first);
+            if (masked == QKV_FULL)
+                one.mask = NULL;
+            else
+                kind = masked;
         }
         if (kind == QKV_SKIP) {
             t->counters->tiles_skipped++;
             continue;
         }
+        if (plan->adjust)
+            qkv_set_changes(t, x, i * w, w, first, last, &one);
         size_t shift = (size_t)i * (size_t)w * size;
         one.q = (const char *)whole.q + shift;
         one.s = (char *)whole.s + shift;

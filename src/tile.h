@@ -70,10 +70,16 @@ void qkv_write_tile(const qkv_query_tile *tile);
 /* Fills in the lanes of a panel. */
 void qkv_open_lanes(const qkv_query_tile *tile, const qkv_panel *panel);
 
-/* Points `to` at what adjusts the scores of the lanes [lane, lane + n) for the keys [first, last) of one block, and says
- * whether the mask hides all of them (nothing else is then set), some or none: then there is no mask in `to`. */
-qkv_kind qkv_set_elements(const qkv_query_tile *tile, const qkv_panel *panel, int lane, int n, int64_t first, int64_t last,
-                          qkv_tile *to);
+/* The mask of the lanes [lane, lane + n) for the keys [first, last) of one block, if there is one. */
+void qkv_set_mask(const qkv_query_tile *tile, const qkv_panel *panel, int lane, int n, int64_t first, int64_t last,
+                  qkv_tile *to);
+
+/* Whether n rows of a mask hide all keys, some or none. */
+qkv_kind qkv_look(const uint8_t *const *rows, int n, int64_t keys);
+
+/* The same for all else that changes scores; after qkv_set_mask. */
+void qkv_set_changes(const qkv_query_tile *tile, const qkv_panel *panel, int lane, int n, int64_t first, int64_t last,
+                     qkv_tile *to);
 
 /* Of these keys, those that mask and ids let query i of a head see. */
 int64_t qkv_count_seen(const qkv_problem *problem, int64_t sequence, int64_t head, int64_t i, qkv_range keys);

@@ -245,15 +245,17 @@ static QKV_INLINE void X(score)(const int nv, const int weigh, const int careful
     }
 }
 
-/* New maxima for the lanes that have none or whose weights sum to more than P_LIMIT (or to NaN). */
-static QKV_INLINE void X(raise_maxima)(const int nv, const qkv_tile *t, X(lanes) *lanes)
+/* New maxima for the lanes that have none or whose weights sum to more than P_LIMIT (or to NaN); of weights that have not
+ * been taken yet, for those whose largest would be more than that. */
+static QKV_INLINE void X(raise_maxima)(const int nv, const int weighed, const qkv_tile *t, X(lanes) *lanes)
 {
     VEC none = X(set1)(-(REAL)INFINITY), zero = X(set1)(0), one = X(set1)(1);
     X(factor) c = X(factor_of)(t->c);
     for (int j = 0; j < nv * W; j += W) {
         VEC m = X(load)((REAL *)t->m + j), top = X(max)(X(load)(lanes->top + j), m);
         VEC limit = X(select)(X(equal)(m, none), none, X(set1)(P_LIMIT));
-        top = X(select)(X(beyond)(X(load)(lanes->sum + j), limit), top, m);
+        VEC sum = weighed ? X(load)(lanes->sum + j) : X(exp2_one)(c, X(sub)(top, m));
+        top = X(select)(X(beyond)(sum, limit), top, m);
         X(store)((REAL *)t->m + j, top);
         X(store)(lanes->sum + j, zero);
         /* Equal maxima may be infinite, and their difference NaN. */
@@ -266,7 +268,7 @@ static QKV_INLINE void X(raise_maxima)(const int nv, const qkv_tile *t, X(lanes)
  *
  * Most tiles need no new maximum, so the weights are first computed with the one there is. A lane whose weights then
  * sum to more than P_LIMIT gets a new maximum, and the tile is scored again. The decision is a lane's own: neighbours
- * never change its bits. */
+ * never change its bits. With ALiBi maxima grow from tile to tile, so there they come first. */
 static QKV_INLINE void X(weigh)(const int nv, const int careful, const qkv_tile *t, X(lanes) *lanes)
 {
     X(limits) limits;
@@ -281,15 +283,16 @@ static QKV_INLINE void X(weigh)(const int nv, const int careful, const qkv_tile 
         X(store)(lanes->top + j, none);
         X(store)(lanes->alpha + j, one);
     }
-    if (!fresh) {
+    int weighed = !fresh && !t->slope;
+    if (weighed) {
         X(score)(nv, 1, careful, t, &limits, lanes);
         for (int j = 0; j < nv * W; j += W)
             raise |= X(any)(X(equal)(X(load)((const REAL *)t->m + j), none))
                 | X(any)(X(beyond)(X(load)(lanes->sum + j), limit));
     }
-    if (fresh | raise) {
+    if (!weighed | raise) {
         X(score)(nv, 0, careful, t, &limits, lanes);
-        X(raise_maxima)(nv, t, lanes);
+        X(raise_maxima)(nv, weighed, t, lanes);
         for (int i = 0, end; i < t->nk; i = end)
             X(weigh_rows)(nv, careful, t, i, end = X(strip_end)(t, i), lanes->shift, lanes->sum);
     }
