@@ -187,7 +187,7 @@ def test_hidden_tiles_of_nan(dtype):
                 out, lse = check(q, k2, v2, **options)
             for rows in (slice(150), slice(450, 600)):
                 same_bits((out[:, rows], lse[:, rows]), (whole[0][:, rows], whole[1][:, rows]))
-            assert not np.isfinite(out[:, 150:450]).any()
+            assert not np.isnan(poison) or np.isnan(out[:, 150:450]).all()
 
 
 @dtypes
