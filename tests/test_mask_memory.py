@@ -1,4 +1,4 @@
-"""Masks and biases at the edges of memory, over out, and larger than memory: by strides of 0, by pages never touched."""
+"""Masks and biases at the edges of memory, over out, and larger than memory: by strides of 0 or untouched pages."""
 
 import mmap
 import sys
