@@ -159,7 +159,7 @@ def test_only_the_sink_is_visible(dtype, lq):
 @dtypes
 def test_sinks_are_neither_scaled_nor_capped(dtype):
     q, k, v = heads_of(dtype, 9, 33, 130)
-    for options in (dict(scale=100.0), dict(scale=-0.01), dict(softcap=2.0), dict(scale=0.0)):
+    for options in (dict(scale=3.0), dict(scale=-0.01), dict(softcap=2.0), dict(scale=0.0)):
         check(q, k, v, sinks=[7.0, 20.0, -1.0, 0.0], **options)
 
 
@@ -214,7 +214,8 @@ def test_tanh(dtype):
         exact = cap * np.tanh(q[:, 0].astype(np.longdouble) / np.longdouble(cap))
         error = np.abs(lse - exact)
         # relative to the result: as good as NumPy's own in the type, and a rounding of the quotient and the product
-        assert (error <= 6 * np.finfo(dtype).eps * np.abs(exact)).all(), (cap, q[np.argmax(error / np.abs(exact))])
+        wrong = error > 6 * np.finfo(dtype).eps * np.abs(exact)
+        assert not wrong.any(), (cap, q[wrong, 0][:3], lse[0, wrong][:3])
         assert (np.abs(lse) <= cap * (1 + 2 * np.finfo(dtype).eps)).all()
 
 
