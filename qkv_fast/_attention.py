@@ -63,8 +63,8 @@ def attention(
         Values, of k's type. The axes left of the heads broadcast among q, k and v.
     mask : array_like of bool, optional
         True where a query may attend to a key, False where not. Broadcasts from the right against (..., Hq, Lq, Lk), or
-        (Lq, Lk) for 2-D arrays, without enlarging it; any strides, never copied. Where a tile of keys is hidden from all
-        of its queries, keys and values are not even read.
+        (Lq, Lk) for 2-D arrays, without enlarging it; any strides, never copied. Where a tile of keys is hidden from
+        all of its queries, keys and values are not even read.
     bias : array_like, optional
         float32 or float64, added to the scaled (and capped) scores; -inf excludes, as False in a mask does. Broadcasts
         as `mask` does; any strides and byte order, never copied.
@@ -204,14 +204,14 @@ def attention(
             len_v, v_heads = v_shape[-3:-1]
             shape = (*batch, len_q, q_heads, v_shape[-1])
     dim = q_shape[-1]
-    dim_v = v_shape[-1]
     if (
-        not q_heads == k_heads == v_heads
+        k_shape[-1] != dim
         or len_v != len_k
-        or k_shape[-1] != dim
+        or k_heads != v_heads
+        or (q_heads != k_heads and (k_heads == 0 or q_heads % k_heads))
         or dim > _core.MAX_DIM
-        or dim_v > _core.MAX_DIM
-    ):
+        or v_shape[-1] > _core.MAX_DIM
+    ):  # then it says which
         _check_fit("attention", q, k, v, (q_heads, k_heads, v_heads), (len_k, len_v))
 
     if scale is None:

@@ -63,7 +63,7 @@ def check_extras(
 def _check_mask(where: str, mask: Any) -> Array:
     given = _as_array("mask", mask, where)
     if given.dtype == bool:
-        return given
+        return np.atleast_1d(given)  # the core looks at the last axis
     ways_out = "; to add it to the scores pass it as bias="
     if given.dtype.kind in "iuf":
         ways_out += "; if it is not 0 where a query attends, pass mask.astype(bool)"
@@ -73,7 +73,7 @@ def _check_mask(where: str, mask: Any) -> Array:
 def _check_bias(where: str, bias: Any) -> Array:
     given = _as_array("bias", bias, where)
     if given.dtype.char in "fd":
-        return given
+        return np.atleast_1d(given)
     ways_out = "; True where a query attends to a key is mask=" if given.dtype == bool else ""
     if given.dtype.kind in "iufV":
         ways_out = "; pass bias.astype('float32') to add it, or as a bool mask= what is not 0 where a query attends"

@@ -54,7 +54,7 @@ def general_product(a, b):
 
 def plain(
     q, k, v, *, layout="bhld", scale=None, causal=False, window=None, q_offset=None, kv_lengths=None,
-    product=general_product,
+    mask=None, bias=None, segments=None, alibi_slopes=None, sinks=None, softcap=None, product=general_product,
 ):  # fmt: skip
     """Attention as NumPy code computes it in q's own type: (out, lse). It knows nothing of NaN."""
     q, k, v = (np.asarray(x, dtype=q.dtype.newbyteorder("=")) for x in (q, k, v))
@@ -66,14 +66,29 @@ def plain(
     group = q.shape[-3] // max(k.shape[-3], 1)
     k, v = np.repeat(k, group, axis=-3), np.repeat(v, group, axis=-3)
     batch = np.broadcast_shapes(*(x.shape[:-3] for x in (q, k, v)))
-    visible = reference._visible(batch, q.shape[-2], k.shape[-2], causal, window, q_offset, kv_lengths)
+    kind, shape = q.dtype.type, (q.shape[-2], k.shape[-2])
+    visible = reference._visible(batch, *shape, causal, window, q_offset, kv_lengths, segments)
     if scale is None:
         scale = 1 / np.sqrt(q.shape[-1]) if q.shape[-1] else 1
-    s = np.where(visible, product(q, k.swapaxes(-1, -2)) * q.dtype.type(scale), q.dtype.type(-np.inf))
+    s = product(q, k.swapaxes(-1, -2)) * kind(scale)
+    if softcap is not None:
+        s = kind(softcap) * np.tanh(s / kind(softcap))
+    if alibi_slopes is not None:
+        start = 0 if causal == "top-left" else q_offset
+        distance = np.abs(reference._distances(batch, *shape, start, kv_lengths)).astype(kind)
+        s = s - np.asarray(alibi_slopes).astype(kind)[:, None, None] * distance
+    if bias is not None:
+        visible = visible & (np.asarray(bias) != -np.inf)
+        s = s + np.clip(bias, np.finfo(kind).min, None).astype(kind)  # a wider type's least is not -inf
+    if mask is not None:
+        visible = visible & (np.asarray(mask) != 0)
+    s = np.where(visible, s, kind(-np.inf))
     m = s.max(axis=-1, keepdims=True, initial=-np.inf)
+    sink = kind(-np.inf) if sinks is None else np.asarray(sinks).astype(kind)[:, None, None]
+    m = np.maximum(m, sink)
     m[m == -np.inf] = 0
     p = np.exp(s - m)
-    total = p.sum(axis=-1, keepdims=True)
+    total = p.sum(axis=-1, keepdims=True) + np.exp(sink - m)
     total_or_1 = np.where(total == 0, q.dtype.type(1), total)
     out = product(p / total_or_1, v)
     lse = np.where(total == 0, q.dtype.type(-np.inf), m + np.log(total_or_1))[..., 0]

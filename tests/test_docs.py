@@ -40,7 +40,8 @@ def test_sections(name):
     """Every parameter, result and error has its place."""
     text, signature = inspect.getdoc(FUNCTIONS[name]), inspect.signature(FUNCTIONS[name])
     for parameter in signature.parameters:
-        assert re.search(rf"^(\*\*)?({parameter}|.*, {parameter}(, .*)?|{parameter}, .*)( :|$)", text, re.MULTILINE), parameter
+        name = rf"(\*\*)?{parameter}"
+        assert re.search(rf"^({name}|.*, {name}(, .*)?|{name}, .*)( :|$)", text, re.MULTILINE), parameter
     for section in ("Parameters", "Raises"):
         assert not signature.parameters or f"\n{section}\n{'-' * len(section)}\n" in text
     assert re.search(r"\nExamples\n--------\n", text)
