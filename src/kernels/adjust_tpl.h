@@ -18,6 +18,7 @@ static QKV_INLINE VEC X(tanh)(VEC y)
     VEC border = X(set1)((REAL)TANH_NEAR);
     if (!X(any)(X(beyond)(z, border)))  /* as always where a cap only guards against the exceptional score */
         return p;
+    y = X(min)(X(set1)(30), X(max)(X(set1)(-30), y));   /* tanh is ±1 there, and e^2y within any type */
     VEC e = X(exp2_one)(X(factor_of)(2 * 1.4426950408889634), y);
     VEC outer = X(sub)(one, X(div)(X(set1)(2), X(add)(e, one)));
     return X(select)(X(beyond)(z, border), outer, p);

@@ -21,6 +21,7 @@
  *                            1 / EXP2_STEPS, lies in t's low bits. 0 at the lowest exponent, infinity past the highest
  *   transpose(x)             x[w] as a w * w matrix, in place
  */
+#include <float.h>
 #include <math.h>
 #include <string.h>
 

@@ -115,8 +115,8 @@ typedef struct {
     /* Whether O and l of the first nv vectors hold no NaN and no infinity. */
     int (*finite)(const void *o, const void *l, int nv, int dv);
 
-    /* (n, d) elements from any strides, alignment, byte order and narrower type to unit stride; and back, where the
-     * type is the table's. */
+    /* (n, d) elements from any strides, alignment, byte order and type to unit stride; and back, where the type is the
+     * table's. Of a wider type, what is finite stays so. */
     void (*gather)(void *to, ptrdiff_t to_row, const qkv_rows *from, int n, int d);
     void (*scatter)(const qkv_rows *to, const void *from, ptrdiff_t from_row, int n, int d);
 
