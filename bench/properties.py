@@ -89,6 +89,69 @@ def measure_blhd(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]
             yield Measured(f'layout="blhd" {name}, {threads_text(n)}', found.median, "x", 1.05, spread=found.spread)
 
 
+def changes(heads: int, length: int) -> dict[str, tuple[dict, float]]:
+    """What a call may be given beside q, k and v, and how much longer it may then take."""
+    rng, matrix = np.random.default_rng(0), (1, 1, length, length)
+    return {
+        "bias (1, 1, L, L)": ({"bias": rng.standard_normal(matrix, dtype="float32")}, 1.12),
+        "mask (1, 1, L, L), half at random": ({"mask": rng.random(matrix) < 0.5}, 1.12),
+        "softcap 50": ({"softcap": 50.0}, 1.25),
+        "softcap 1": ({"softcap": 1.0}, 1.25),
+        "ALiBi": ({"alibi_slopes": qkv_fast.alibi_slopes(heads)}, 1.06),
+        "sinks": ({"sinks": np.zeros(heads)}, 1.01),
+    }
+
+
+def measure_changes(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]:
+    """Calls with a mask, a bias or the like against the call without."""
+    plain = case("1x12x1024", 64)
+    q, k, v = plain.inputs()
+    asked, out = changes(plain.heads, plain.q_len), np.empty_like(q)
+    for n in threads:
+        call = partial(qkv_fast.attention, q, k, v, out=out, num_threads=n)
+        calls = [Local("plain", call), *(Local(name, partial(call, **given)) for name, (given, _) in asked.items())]
+        rounds = interleave(calls, budget=seconds / len(threads))
+        for name, (_, bound) in asked.items():
+            found = rounds.ratio(name, "plain")
+            yield Measured(f"{name}, {plain.name}, {threads_text(n)}", found.median, "x", bound, spread=found.spread)
+
+
+def measure_documents(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]:
+    """Documents that attend to themselves alone, against what their share of the pairs predicts."""
+    plain, documents = case("1x12x4096", 64), 8
+    q, k, v = plain.inputs()
+    ids, out = np.arange(plain.q_len) // (plain.q_len // documents), np.empty_like(q)
+    given = {"segments": (ids, ids), "mask": (ids[:, None] == ids)[None, None]}
+    for n in threads:
+        call = partial(qkv_fast.attention, q, k, v, out=out, num_threads=n)
+        calls = [Local("plain", call), *(Local(name, partial(call, **{name: x})) for name, x in given.items())]
+        rounds = interleave(calls, budget=seconds / len(threads))
+        for name in given:
+            found = rounds.ratio(name, "plain")
+            title = f"{documents} documents by {name}, {plain.name}, {threads_text(n)}: time over visible share"
+            yield Measured(title, found.median * documents, "x", 1.2, spread=found.spread)
+
+
+def measure_ragged(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]:
+    """Many short sequences, packed, against one long one: operations per second."""
+    long = case("1x12x2048", 64)
+    one, one_out = long.inputs(), np.empty((1, long.heads, long.q_len, long.value_dim), long.dtype)
+    rng = np.random.default_rng(0)
+    lengths = rng.permutation(np.linspace(20, 300, 64).astype(int))
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    packed = rng.standard_normal((3, starts[-1], long.heads, long.dim), dtype=long.dtype)
+    out = np.empty_like(packed[0])
+    work = float((lengths**2).sum()) / long.q_len**2
+    for n in threads:
+        calls = [
+            Local("one", partial(qkv_fast.attention, *one, out=one_out, num_threads=n)),
+            Local("ragged", partial(qkv_fast.attention_varlen, *packed, starts, starts, out=out, num_threads=n)),
+        ]
+        found = interleave(calls, budget=seconds / len(threads)).ratio("one", "ragged")
+        given = f"{lengths.size} sequences of {lengths.min()} to {lengths.max()}, {threads_text(n)}"
+        yield Measured(f"{given}: speed over one of {long.q_len}", found.median * work, "x", 0.70, 0.85, more=True, spread=found.spread)
+
+
 def measure_scaling(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]:
     """One thread's time over two threads'; the note says what the FMA peak itself gains."""
     if machine.cpu_count() < 2:
@@ -210,6 +273,9 @@ PROPERTIES: tuple[Property, ...] = (
     Property("window", ("foundation", "prefill"), measure_window),
     Property("blhd", ("foundation", "prefill"), measure_blhd),
     Property("scaling", ("foundation", "prefill"), measure_scaling),
+    Property("changes", ("masks",), measure_changes),
+    Property("documents", ("masks",), measure_documents),
+    Property("ragged", ("masks",), measure_ragged),
     Property("subnormal", ("foundation", "prefill"), measure_subnormal),
     Property("softmax-axis", ("stages",), measure_softmax_axis),
     Property("explain", ("stages",), measure_explain),
