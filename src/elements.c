@@ -5,12 +5,11 @@
  */
 #include <string.h>
 
-#include "kernels/compiler.h"
 #include "mask.h"
 #include "plan.h"
 #include "tile.h"
 
-_Static_assert(QKV_LANE_BYTES >= 2 * sizeof(char *) + 2 * sizeof(int64_t) + sizeof(double), "lanes overlap in scratch");
+_Static_assert(QKV_LANE_BYTES >= 3 * sizeof(char *) + 2 * sizeof(int64_t) + sizeof(double), "lanes overlap in scratch");
 
 static const char *row_at(const char *data, const qkv_strides *at, int64_t offset, const qkv_row *r)
 {
@@ -23,6 +22,8 @@ void qkv_open_lanes(const qkv_query_tile *t, const qkv_panel *x)
     int64_t head = t->head * t->plan->group;
     int64_t bias_offset = p->bias ? qkv_sequence_offset(p, &p->bias_at, t->sequence) + head * p->bias_at.head : 0;
     int64_t mask_offset = p->mask ? qkv_sequence_offset(p, &p->mask_at, t->sequence) + head * p->mask_at.head : 0;
+    const qkv_strides *summary_at = &t->plan->summary_at;
+    int64_t summary_offset = t->summary ? qkv_sequence_offset(p, summary_at, t->sequence) + head * summary_at->head : 0;
     int64_t position = qkv_offset(p, t->sequence), query = qkv_query_index(p, t->sequence, 0);
     qkv_row r = qkv_first_row(t, x);
     for (int j = 0; j < x->nv * t->plan->kernels->vector; j++) {
@@ -30,6 +31,7 @@ void qkv_open_lanes(const qkv_query_tile *t, const qkv_panel *x)
             qkv_next_row(&r);
         x->bias[j] = row_at(p->bias, &p->bias_at, bias_offset, &r);
         x->mask[j] = row_at(p->mask, &p->mask_at, mask_offset, &r);
+        x->summary[j] = t->summary ? (const uint8_t *)row_at((const char *)t->summary, summary_at, summary_offset, &r) : NULL;
         x->position[j] = r.position + position;
         x->id[j] = p->q_ids ? p->q_ids[query + r.position] : 0;
         x->slope[j] = p->slopes ? p->slopes[head + r.head] : 0;
@@ -98,8 +100,6 @@ void qkv_set_mask(const qkv_query_tile *t, const qkv_panel *x, int lane, int n, 
     for (int j = 0; j < n; j++) {
         if (plan->direct_mask) {
             rows[j] = (const uint8_t *)x->mask[lane + j] + first;
-            QKV_PREFETCH_FAR(rows[j] + plan->block);    /* lanes lie too far apart for the CPU to see what comes next */
-            QKV_PREFETCH_FAR(rows[j] + plan->block + 64);
         } else if (j > 0 && x->mask[lane + j] == x->mask[lane + j - 1] && x->id[lane + j] == x->id[lane + j - 1]) {
             rows[j] = rows[j - 1];
         } else {
@@ -111,28 +111,84 @@ void qkv_set_mask(const qkv_query_tile *t, const qkv_panel *x, int lane, int n, 
     to->mask = rows;
 }
 
-/* What rows of bytes make of a tile; eight bytes at a time, of which those that are 0 show in their highest bits. Most masks
- * are decided by their first row. */
-qkv_kind qkv_look(const uint8_t *const *rows, int n, int64_t keys)
+/* What n bytes of a mask make of their keys; eight at a time, of which those that are 0 show in their highest bits. */
+static int look_at(const uint8_t *bytes, int64_t n)
 {
     const uint64_t ones = UINT64_MAX / 255;
     uint64_t hidden = 0, seen = 0;
-    for (int j = 0; j < n && !(hidden && seen); j++) {
-        if (j > 0 && rows[j] == rows[j - 1])
-            continue;
-        int64_t i = 0;
-        for (; i + 8 <= keys; i += 8) {
-            uint64_t bytes;
-            memcpy(&bytes, rows[j] + i, 8);
-            hidden |= (bytes - ones) & ~bytes & ones << 7;
-            seen |= bytes;
-        }
-        for (; i < keys; i++) {
-            hidden |= rows[j][i] == 0;
-            seen |= rows[j][i];
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        uint64_t x;
+        memcpy(&x, bytes + i, 8);
+        hidden |= (x - ones) & ~x & ones << 7;
+        seen |= x;
+    }
+    for (; i < n; i++) {
+        hidden |= bytes[i] == 0;
+        seen |= bytes[i];
+    }
+    return (seen ? QKV_SEEN : 0) | (hidden ? QKV_HIDDEN : 0);
+}
+
+/* Row `index` of the summary is the element (axes..., head, row) of a mask without its broadcast axes. */
+static const char *summarised_row(const qkv_problem *p, int64_t index)
+{
+    const qkv_strides *at = &p->mask_at;
+    const char *row = p->mask;
+    if (at->row) {
+        row += index % p->len_q * at->row;
+        index /= p->len_q;
+    }
+    if (at->head) {
+        row += index % p->heads_q * at->head;
+        index /= p->heads_q;
+    }
+    for (int i = p->n_axes; i-- > 0;) {
+        if (at->axis[i]) {
+            row += index % p->axes[i] * at->axis[i];
+            index /= p->axes[i];
         }
     }
-    return !seen ? QKV_SKIP : hidden ? QKV_PARTIAL : QKV_FULL;
+    return row;
+}
+
+void qkv_summarise(const qkv_problem *p, const qkv_plan *plan, int64_t first, int64_t last, uint8_t *summary)
+{
+    int64_t blocks = (int64_t)plan->summary_bytes / plan->summary_rows, step = p->mask_at.dim;
+    for (int64_t i = first; i < last; i++) {
+        const uint8_t *row = (const uint8_t *)summarised_row(p, i);
+        for (int64_t b = 0; b < blocks; b++) {
+            int64_t begin = b * plan->block, n = qkv_min(plan->block, p->len_k - begin);
+            int found = 0;
+            if (step == 1)
+                found = look_at(row + begin, n);
+            for (int64_t k = begin; step != 1 && k < begin + (step ? n : 1); k++)
+                found |= row[k * step] ? QKV_SEEN : QKV_HIDDEN;
+            summary[i * blocks + b] = (uint8_t)found;
+        }
+    }
+}
+
+qkv_kind qkv_look(const qkv_query_tile *t, const qkv_panel *x, int lane, int n, int64_t first, int64_t last, qkv_tile *to)
+{
+    const int both = QKV_SEEN | QKV_HIDDEN;
+    int found = 0;
+    to->mask = NULL;
+    if (t->summary) {
+        int64_t block = first / t->plan->block * t->plan->summary_at.dim;
+        for (int j = 0; j < n; j++)
+            found |= x->summary[lane + j][block];
+        if (found == both)
+            qkv_set_mask(t, x, lane, n, first, last, to);
+    } else {
+        qkv_set_mask(t, x, lane, n, first, last, to);
+        for (int j = 0; j < n && found != both; j++)
+            if (j == 0 || to->mask[j] != to->mask[j - 1])
+                found |= look_at(to->mask[j], last - first);
+        if (found != both)
+            to->mask = NULL;
+    }
+    return found == both ? QKV_PARTIAL : found == QKV_HIDDEN ? QKV_SKIP : QKV_FULL;
 }
 
 void qkv_set_changes(const qkv_query_tile *t, const qkv_panel *x, int lane, int n, int64_t first, int64_t last,

@@ -15,6 +15,7 @@
 #include "tile.h"
 
 enum { MAX_VECTOR = 64 };             /* elements of a vector */
+enum { SUMMARY_TASK = 64 };           /* rows of a mask */
 
 /* A worker's counters lie before its scratch, which stays aligned. */
 _Static_assert(sizeof(qkv_counters) % 64 == 0, "counters misalign scratch");
@@ -25,6 +26,7 @@ typedef struct {
     char *partials;                   /* (tasks / chunks, chunks, tile_panels) states, if split */
     _Atomic int64_t *pending;         /* (tasks / chunks): chunks not yet computed, if split */
     const int64_t *first_tile;        /* (sequences + 1): query tiles before each sequence, or NULL: all have as many */
+    uint8_t *summary;                 /* of the mask, or NULL */
     char **scratch;                   /* one per worker */
     qkv_stop stop;
 } call;
@@ -110,18 +112,16 @@ static int attend_full(const qkv_query_tile *t, const qkv_panel *x, pass_rows *k
                        int64_t last, qkv_tile whole)
 {
     int w = t->plan->kernels->vector, n = x->nv * w, partial = 0, skipped = 0;
-    if (t->plan->masked) {
-        qkv_set_mask(t, x, 0, n, first, last, &whole);
-        for (int i = 0; i < n; i += w) {
-            qkv_kind kind = qkv_look(whole.mask + i, w, last - first);
-            partial += kind == QKV_PARTIAL;
-            skipped += kind == QKV_SKIP;
-        }
-        if (skipped > 0 && skipped < x->nv)
-            return 0;
-        if (!partial)
-            whole.mask = NULL;
+    for (int i = 0; t->plan->masked && i < n; i += w) {
+        qkv_kind kind = qkv_look(t, x, i, w, first, last, &whole);
+        partial += kind == QKV_PARTIAL;
+        skipped += kind == QKV_SKIP;
     }
+    if (skipped > 0 && skipped < x->nv)
+        return 0;
+    whole.mask = NULL;
+    if (partial)
+        qkv_set_mask(t, x, 0, n, first, last, &whole);
     t->counters->tiles_full += x->nv - partial - skipped;
     t->counters->tiles_partial += partial;
     t->counters->tiles_skipped += skipped;
@@ -170,12 +170,8 @@ static void attend_block(const qkv_query_tile *t, const qkv_panel *x, pass_rows 
         qkv_tile one = whole;
         int limited = kind == QKV_PARTIAL;
         if (kind != QKV_SKIP && plan->masked) {
-            qkv_set_mask(t, x, i * w, w, first, last, &one);
-            qkv_kind masked = qkv_look(one.mask, w, last - first);
-            if (masked == QKV_FULL)
-                one.mask = NULL;
-            else
-                kind = masked;
+            qkv_kind masked = qkv_look(t, x, i * w, w, first, last, &one);
+            kind = masked == QKV_FULL ? kind : masked;
         }
         if (kind == QKV_SKIP) {
             t->counters->tiles_skipped++;
@@ -322,7 +318,7 @@ static void open_tile(const call *job, int64_t index, char *scratch, qkv_counter
         index -= sequence * p->heads_kv * tiles;
     }
     /* Late rows first: under a causal mask they are the heavy ones. */
-    qkv_open_tile(t, p, job->plan, sequence, index / tiles, tiles - 1 - index % tiles, scratch, counters);
+    qkv_open_tile(t, p, job->plan, sequence, index / tiles, tiles - 1 - index % tiles, job->summary, scratch, counters);
 }
 
 static void run_task(void *context, int64_t task, int worker)
@@ -341,6 +337,14 @@ static void run_task(void *context, int64_t task, int worker)
         conclude(job, worker, &t);
 }
 
+static void summarise_task(void *context, int64_t task, int worker)
+{
+    call *job = context;
+    int64_t first = task * SUMMARY_TASK;
+    (void)worker;
+    qkv_summarise(job->problem, job->plan, first, qkv_min(first + SUMMARY_TASK, job->plan->summary_rows), job->summary);
+}
+
 static void add_counters(qkv_counters *to, const qkv_counters *from)
 {
     to->tiles_full += from->tiles_full;
@@ -352,7 +356,7 @@ static void add_counters(qkv_counters *to, const qkv_counters *from)
     to->tasks += from->tasks;
 }
 
-/* What all workers share: partial states and first tiles, in one block. Returns 0 without memory. */
+/* What all workers share: partial states, first tiles and the mask's summary, in one block. Returns 0 without memory. */
 static int take_shared(call *job, int slot, char **block)
 {
     const qkv_plan *plan = job->plan;
@@ -360,15 +364,17 @@ static int take_shared(call *job, int slot, char **block)
     size_t bases = plan->split ? (size_t)(plan->tasks / plan->chunks) : 0;
     size_t sequences = p->q_starts ? (size_t)plan->sequences + 1 : 0, partials = plan->split ? plan->partial_bytes : 0;
     *block = NULL;
-    if (!plan->split && !p->q_starts)
+    size_t bytes = partials + bases * sizeof *job->pending + sequences * sizeof(int64_t);
+    if (bytes + plan->summary_bytes == 0)
         return 1;
-    *block = qkv_scratch_take(partials + bases * sizeof *job->pending + sequences * sizeof(int64_t), slot);
+    *block = qkv_scratch_take(bytes + plan->summary_bytes, slot);
     if (!*block)
         return 0;
     job->partials = *block;
     job->pending = (_Atomic int64_t *)(*block + partials);
     for (size_t i = 0; i < bases; i++)
         atomic_init(&job->pending[i], plan->chunks);
+    job->summary = plan->summary_bytes ? (uint8_t *)*block + bytes : NULL;
     if (p->q_starts) {
         int64_t *first = (int64_t *)(job->pending + bases);
         job->first_tile = first;
@@ -393,6 +399,8 @@ qkv_status qkv_run_plan(const qkv_problem *p, const qkv_plan *plan)
     }
     if (!take_shared(&job, workers, &shared))
         goto done;
+    if (job.summary)
+        qkv_pool_run(workers, (plan->summary_rows + SUMMARY_TASK - 1) / SUMMARY_TASK, summarise_task, &job, NULL, NULL);
     int stopped = qkv_pool_run(workers, plan->tasks, run_task, &job, p->interrupted ? qkv_ask_to_stop : NULL, &job.stop);
     status = stopped || job.stop.stop ? QKV_INTERRUPTED : QKV_OK;
     for (int i = 0; i < workers && p->counters; i++)

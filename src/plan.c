@@ -26,6 +26,7 @@ enum {
     TILE_PANELS = 32,                 /* most panels in a query tile */
     TASKS_PER_THREAD = 8,             /* enough for an even finish; fewer, larger tasks share K and V better */
     PARTIAL_BYTES = 32 << 20,         /* most memory that a split may take */
+    SUMMARY_BYTES = 8 << 20,          /* most of a mask's summary: 1 GB of mask */
     FAR_BYTES = 2048,                 /* rows further apart than this, and than they are long, share cache sets and pages */
     COLD_BYTES = 32 << 10,            /* K and V of a block that are worth fetching ahead: larger ones push S out of L1 */
     COPY_PAD = 16,                    /* elements between copied rows, against the same conflict */
@@ -96,6 +97,29 @@ static void choose_copies(const qkv_problem *p, qkv_plan *plan)
     plan->direct_bias = p->bias && p->bias_type == p->type
         && !obstacles(p->bias, p->n_axes, &p->bias_at, p->swapped_bias, size);
     plan->direct_mask = p->mask && p->mask_at.dim == 1 && !p->q_ids;
+}
+
+/* A mask without ids is summed up before the work: those who share its rows are many. */
+static void plan_summary(const qkv_problem *p, qkv_plan *plan)
+{
+    int64_t blocks = p->mask && p->mask_at.dim ? ceil_div(p->len_k, BLOCK) : 1, rows = 1;
+    qkv_strides *at = &plan->summary_at;
+    if (!p->mask || p->q_ids)
+        return;
+    at->dim = p->mask_at.dim ? 1 : 0;
+    at->row = p->mask_at.row ? blocks : 0;
+    rows = p->mask_at.row ? p->len_q : 1;
+    at->head = p->mask_at.head ? rows * blocks : 0;
+    int fits = !p->mask_at.head || multiply(rows, p->heads_q, &rows);
+    for (int i = p->n_axes; i-- > 0 && fits;) {
+        at->axis[i] = p->mask_at.axis[i] ? rows * blocks : 0;
+        fits = !p->mask_at.axis[i] || multiply(rows, p->axes[i], &rows);
+        fits = fits && rows <= SUMMARY_BYTES / blocks;
+    }
+    if (fits && rows <= SUMMARY_BYTES / blocks) {
+        plan->summary_rows = rows;
+        plan->summary_bytes = (size_t)(rows * blocks);
+    }
 }
 
 static void lay_out_scratch(const qkv_problem *p, qkv_plan *plan)
@@ -253,6 +277,7 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
         plan->tasks *= plan->chunks;
     }
     plan->threads = (int)qkv_min(plan->threads, qkv_max(1, plan->tasks));
+    plan_summary(p, plan);
     lay_out_scratch(p, plan);
     return QKV_OK;
 }

@@ -6,7 +6,8 @@
 #include "qkv.h"
 
 enum { QKV_PANEL_BYTES = 128 };       /* room for a qkv_panel of tile.h */
-enum { QKV_LANE_BYTES = 40 };         /* room for what one lane has in a qkv_panel's arrays by element */
+enum { QKV_SEEN = 1, QKV_HIDDEN = 2 };                  /* of a mask's elements: some are */
+enum { QKV_LANE_BYTES = 48 };         /* room for what one lane has in a qkv_panel's arrays by element */
 
 /* The work is a grid: sequences x key heads x query tiles, and, if split, x chunks of keys. A query tile is some panels
  * of one (sequence, key head); its rows are (position, head of the group) pairs, the head running fastest. */
@@ -36,6 +37,11 @@ typedef struct {
     int direct_q, direct_out;         /* rows can be read and written where they lie: there are no */
     int obstacles_q, obstacles_out;
     int direct_bias, direct_mask;     /* likewise */
+    /* What each row of the mask makes of each block of keys, seen once for all that share the row: bytes of QKV_SEEN and
+     * QKV_HIDDEN, with strides like the mask's. 0 bytes: tiles look for themselves. */
+    size_t summary_bytes;
+    qkv_strides summary_at;
+    int64_t summary_rows;
 
     int64_t tasks;
     int threads;

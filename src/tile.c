@@ -51,7 +51,8 @@ static void lay_out_panels(qkv_query_tile *t, int64_t first)
         x->rows = (qkv_range *)(limits + (vectors + 1) * sizeof(qkv_limits));
         x->bias = (const char **)(t->scratch + plan->at_lanes + (size_t)i * lanes * QKV_LANE_BYTES);
         x->mask = x->bias + lanes;
-        x->position = (int64_t *)(x->mask + lanes);
+        x->summary = (const uint8_t **)(x->mask + lanes);
+        x->position = (int64_t *)(x->summary + lanes);
         x->id = x->position + lanes;
         x->slope = (double *)(x->id + lanes);
     }
@@ -110,13 +111,14 @@ static void pack_queries(const qkv_query_tile *t)
 }
 
 void qkv_open_tile(qkv_query_tile *t, const qkv_problem *p, const qkv_plan *plan, int64_t sequence, int64_t head,
-                   int64_t index, char *scratch, qkv_counters *counters)
+                   int64_t index, const uint8_t *summary, char *scratch, qkv_counters *counters)
 {
     int64_t lanes = plan->kernels->lanes, rows = qkv_queries(p, sequence) * plan->group, panels = (rows + lanes - 1) / lanes;
     int64_t first_panel = index * plan->tile_panels;
     *t = (qkv_query_tile){
         .problem = p, .plan = plan, .sequence = sequence, .head = head, .rows = rows,
-        .panels = (int)qkv_min(plan->tile_panels, panels - first_panel), .scratch = scratch, .counters = counters,
+        .panels = (int)qkv_min(plan->tile_panels, panels - first_panel),
+        .summary = summary, .scratch = scratch, .counters = counters,
     };
     t->q_offset = rows_offset(p, &p->q_at, sequence) + head * plan->group * p->q_at.head;
     t->out_offset = rows_offset(p, &p->out_at, sequence) + head * plan->group * p->out_at.head;

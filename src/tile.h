@@ -13,8 +13,10 @@ typedef struct {
     qkv_range *rows;                  /* (lanes): keys that each sees; not filled where all see the same */
     qkv_limits *limits;               /* of the whole panel, then of each vector */
 
-    /* (lanes), filled if scores are adjusted: its row of the bias and of the mask at key 0, position, id and slope. */
+    /* (lanes), filled if scores are adjusted: its row of the bias and of the mask at key 0, position, id and slope, and
+     * its row of the mask's summary. */
     const char **bias, **mask;
+    const uint8_t **summary;
     int64_t *position, *id;
     double *slope;
 } qkv_panel;
@@ -28,6 +30,7 @@ typedef struct {
     qkv_panel *panel;                 /* (panels) */
     int panels;
     qkv_range any;                    /* keys that some row sees */
+    const uint8_t *summary;           /* of the mask, or NULL */
     char *scratch;
     qkv_counters *counters;
 } qkv_query_tile;
@@ -51,7 +54,7 @@ static inline void qkv_next_row(qkv_row *r)
 
 /* Lays out tile number `index` of a key head in scratch, finds its limits and packs its queries. */
 void qkv_open_tile(qkv_query_tile *tile, const qkv_problem *problem, const qkv_plan *plan, int64_t sequence, int64_t head,
-                   int64_t index, char *scratch, qkv_counters *counters);
+                   int64_t index, const uint8_t *summary, char *scratch, qkv_counters *counters);
 
 /* Sets the state of a panel to that of no keys but the sinks. */
 void qkv_begin_state(const qkv_query_tile *tile, const qkv_panel *panel, char *state);
@@ -70,14 +73,18 @@ void qkv_write_tile(const qkv_query_tile *tile);
 /* Fills in the lanes of a panel. */
 void qkv_open_lanes(const qkv_query_tile *tile, const qkv_panel *panel);
 
-/* The mask of the lanes [lane, lane + n) for the keys [first, last) of one block, if there is one. */
+/* Rows [first, last) of a mask's summary. */
+void qkv_summarise(const qkv_problem *problem, const qkv_plan *plan, int64_t first, int64_t last, uint8_t *summary);
+
+/* The mask of the lanes [lane, lane + n) for the keys [first, last) of one block. */
 void qkv_set_mask(const qkv_query_tile *tile, const qkv_panel *panel, int lane, int n, int64_t first, int64_t last,
                   qkv_tile *to);
 
-/* Whether n rows of a mask hide all keys, some or none. */
-qkv_kind qkv_look(const uint8_t *const *rows, int n, int64_t keys);
+/* Whether it hides all of these keys, some or none; sets it if some. */
+qkv_kind qkv_look(const qkv_query_tile *tile, const qkv_panel *panel, int lane, int n, int64_t first, int64_t last,
+                  qkv_tile *to);
 
-/* The same for all else that changes scores; after qkv_set_mask. */
+/* All else that changes these scores; after the mask. */
 void qkv_set_changes(const qkv_query_tile *tile, const qkv_panel *panel, int lane, int n, int64_t first, int64_t last,
                      qkv_tile *to);
 

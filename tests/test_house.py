@@ -28,7 +28,7 @@ HEADERS = {
     "plan.[ch]": "qkv.h kernels/kernels.h cpu.h mask.h",
     "tile.[ch]": "plan.h mask.h",
     "forward.c": "tile.h plan.h mask.h threads.h memory.h",
-    "elements.c": "tile.h plan.h mask.h kernels/compiler.h",
+    "elements.c": "tile.h plan.h mask.h",
     "explain.c": "plan.h mask.h tile.h",
     "stages.c": "plan.h mask.h threads.h memory.h",
     "hooks.c": "*",
