@@ -80,7 +80,7 @@ def qkv(rng=0, *, batch=2, heads=(4, 2), lengths=(3, 5), dims=(8, 6), dtype="flo
 
 def flattened(x):
     """(batch, length, heads * dim) of (batch, heads, length, dim)."""
-    return np.ascontiguousarray(x.swapaxes(1, 2)).reshape(x.shape[0], x.shape[2], -1)
+    return np.ascontiguousarray(x.swapaxes(1, 2)).reshape(x.shape[0], x.shape[2], x.shape[1] * x.shape[3])
 
 
 def test_all_cases_are_here():
@@ -224,6 +224,13 @@ def test_softmax_precision():
     assert np.array_equal(run(feeds, softmax_precision=TensorProto.DOUBLE)[0], wide.astype("float32"))
     for least in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16):
         assert np.array_equal(run(feeds, softmax_precision=least)[0], qkv_fast.attention(*feeds.values()))
+
+
+@pytest.mark.parametrize("changes", [{"batch": 0}, {"lengths": (0, 5)}])
+def test_nothing_to_compute(changes):
+    flat = {name: flattened(x) for name, x in qkv(**changes).items()}
+    y, _, _, matrix = run(flat, outputs=OUTPUTS, q_num_heads=4, kv_num_heads=2)
+    assert y.shape == (*flat["Q"].shape[:2], 24) and matrix.shape == (y.shape[0], 4, y.shape[1], 5)
 
 
 def test_outputs_that_are_left_out():

@@ -101,7 +101,7 @@ class Attention(OpRun):
             kv_lengths=nonpad_kv_seqlen, softcap=cap, scale=scale,
         ).astype(Q.dtype, copy=False)  # fmt: skip
         if Q.ndim == 3:
-            y = y.swapaxes(1, 2).reshape(*Q.shape[:2], -1)
+            y = y.swapaxes(1, 2).reshape(*Q.shape[:2], y.shape[1] * y.shape[3])
         if len(self.output) < 4 or not self.output[3]:
             return y, *present
         visible = _visible(q.shape[2], k.shape[2], offset, left, 0 if is_causal else right, nonpad_kv_seqlen)
