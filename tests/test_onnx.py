@@ -175,12 +175,18 @@ def nodes(draw):
 
 @given(nodes())
 def test_against_onnx(node):
-    """All four outputs, as ONNX's definition has them in the same type: float64, so that 1e-12 is rounding."""
+    """All four outputs, as ONNX's evaluator has them in the same type: float64, so that 1e-12 is rounding.
+
+    Where that differs from the operator's text and its function body, it is asked for something that it has right.
+    """
     feeds, attributes, opset = node
     with no_change(*feeds.values()):
         got = run(feeds, opset=opset, outputs=OUTPUTS, **attributes)
+    if "attn_mask" in feeds:  # with is_causal and a mask of one row it takes every query for the first
+        mask = feeds["attn_mask"]
+        feeds["attn_mask"] = np.broadcast_to(mask, (*mask.shape[:-2], feeds["Q"].shape[-2], mask.shape[-1]))
     expected = run(feeds, opset=opset, outputs=OUTPUTS, ours=False, **attributes)
-    if attributes["qk_matmul_output_mode"] == 0:  # before softcap, says the operator; ONNX's evaluator has it after
+    if attributes["qk_matmul_output_mode"] == 0:  # the scores before softcap; it has them after
         attributes.pop("softcap", None)
         expected[3] = run(feeds, opset=opset, outputs=OUTPUTS, ours=False, **attributes)[3]
     for name, x, y in zip(OUTPUTS, got, expected, strict=True):
