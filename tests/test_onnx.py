@@ -204,13 +204,14 @@ def test_a_mask_of_one_column():
 
 @pytest.mark.parametrize("dtype", ["uint8", "int64", "float16", "float64"])
 def test_masks_that_are_added(dtype):
-    """A mask of numbers is added whatever its type; Y keeps Q's."""
+    """A mask of numbers is added whatever its type, which is one of those that are widened; Y keeps Q's."""
     mask = np.arange(15).reshape(3, 5).astype(dtype)
-    (y,) = run({**qkv(), "attn_mask": mask})
-    assert y.dtype == np.float32
-    assert np.array_equal(y, run({**qkv(), "attn_mask": mask.astype("float32")})[0])
-    short = run({**qkv(), "attn_mask": mask[:, :4]})[0]
-    assert np.array_equal(short, run({**qkv(), "attn_mask": mask[:, :4].astype("float32")})[0])
+    wide = np.promote_types(dtype, np.float32)
+    q, k, v = (x.astype(wide) for x in qkv().values())
+    for n in (5, 4):  # all keys, and a mask that lacks the last
+        (y,) = run({**qkv(), "attn_mask": mask[:, :n]})
+        expected = qkv_fast.attention(q, k[:, :, :n], v[:, :, :n], bias=mask[:, :n].astype(wide))
+        assert y.dtype == np.float32 and np.allclose(y, expected, rtol=0, atol=1e-6)
 
 
 def test_types_of_the_outputs():

@@ -189,6 +189,7 @@ def test_gradients(name):
         ({"value": torch.zeros(4, S, E, dtype=torch.float64)}, TypeError, "value must be torch.float32, .*float64"),
         ({"attn_mask": torch.ones(L, S, dtype=torch.int64)}, TypeError, "attn_mask must be torch.bool.*int64"),
         ({"attn_mask": torch.zeros(L, S, dtype=torch.bfloat16)}, TypeError, "attn_mask .* got torch.bfloat16"),
+        ({"attn_mask": torch.zeros(L, S, dtype=torch.float64)}, TypeError, "bool or torch.float32, got .*float64"),
         ({"key": np.zeros((4, S, E))}, TypeError, "key must be a torch.Tensor, got ndarray"),
         ({"attn_mask": np.zeros((L, S))}, TypeError, "attn_mask must be a torch.Tensor, got ndarray"),
         ({"key": torch.zeros(2, S, E), "value": torch.zeros(2, S, E)}, ValueError, "enable_gqa=True .*2, 7, 8"),

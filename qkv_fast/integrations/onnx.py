@@ -36,9 +36,9 @@ class Attention(OpRun):
     Y always comes from one fused call of :func:`qkv_fast.attention`, which expresses all that the operator can say.
     Only the output qk_matmul_output, which is the matrix itself, is made from the stages, where a node asks for it.
 
-    float16, bfloat16 and inputs of several types are widened (to float32, or to float64 if one of them is that) and the
-    outputs rounded once. So `softmax_precision` is the least precision: float64 has an effect, what is narrower than
-    the type of computation has none.
+    float16, bfloat16 and inputs of several types, a mask of numbers among them, are widened (to float32, or to float64
+    where one of them needs it) and the outputs rounded once. So `softmax_precision` is the least precision: float64 has
+    an effect, what is narrower than the type of computation has none.
 
     Raises
     ------
@@ -84,16 +84,16 @@ class Attention(OpRun):
         present = k, v
 
         least = np.float32 if softmax_precision is None else tensor_dtype_to_np_dtype(softmax_precision)
-        wide = functools.reduce(np.promote_types, (np.float32, least, q.dtype, k.dtype, v.dtype))
+        types = (x.dtype for x in (q, k, v, attn_mask) if x is not None)
+        wide = functools.reduce(np.promote_types, types, np.promote_types(np.float32, least))
         q, k, v = (x.astype(wide, copy=False) for x in (q, k, v))
         mask = bias = None
         if attn_mask is not None:
+            if attn_mask.dtype != bool:
+                attn_mask = attn_mask.astype(wide, copy=False)
             if self.run_params["opsets"][""] > 23:  # since then a shorter mask excludes the keys that it lacks
                 attn_mask = _padded(attn_mask, k.shape[2])
-            if attn_mask.dtype == bool:
-                mask = attn_mask
-            else:
-                bias = attn_mask.astype(np.promote_types(np.float32, attn_mask.dtype), copy=False)
+            mask, bias = (attn_mask, None) if attn_mask.dtype == bool else (None, attn_mask)
         left, right = (None if size == -1 else size for size in (left_window_size, right_window_size))
         cap = softcap if softcap > 0 else None
         y = attention(
@@ -133,8 +133,6 @@ def _padded(mask: _Array, length: int) -> _Array:
     missing = length - mask.shape[-1]
     if missing <= 0:
         return mask
-    if mask.dtype.kind in "iu":
-        mask = mask.astype(np.float32)
     ends = [(0, 0)] * (mask.ndim - 1) + [(0, missing)]
     return np.pad(mask, ends, constant_values=False if mask.dtype == bool else -np.inf)
 

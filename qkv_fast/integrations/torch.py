@@ -43,8 +43,8 @@ def scaled_dot_product_attention(
     value : torch.Tensor, shape (..., H, S, Ev)
         Values, of query's type. All axes left of the last two broadcast among the three.
     attn_mask : torch.Tensor, optional
-        Broadcasts to (..., Hq, L, S). bool: True where a query may attend; float32 or float64: added to the scaled
-        scores.
+        Broadcasts to (..., Hq, L, S). bool: True where a query may attend; float32 or query's type: added to the
+        scaled scores.
     dropout_p : float, default 0.0
         Must be 0.
     is_causal : bool, default False
@@ -87,7 +87,7 @@ def scaled_dot_product_attention(
     _check("key", key, (query.dtype,))
     _check("value", value, (query.dtype,))
     if attn_mask is not None:
-        _check("attn_mask", attn_mask, (torch.bool, *_TYPES))
+        _check("attn_mask", attn_mask, (torch.bool, torch.float32, query.dtype))
         tensors["attn_mask"] = attn_mask
     needing = [name for name, x in tensors.items() if x.requires_grad]
     if needing and torch.is_grad_enabled():
@@ -112,7 +112,7 @@ def _check(name: str, x: Any, types: tuple[torch.dtype, ...]) -> None:
     if x.device.type != "cpu" or x.layout != torch.strided:
         _refuse(f"strided tensors on the CPU only: {name} is {x.layout} on {x.device}")
     if x.dtype not in types:
-        allowed = " or ".join(map(str, types))
+        allowed = " or ".join(map(str, dict.fromkeys(types)))
         raise TypeError(f"scaled_dot_product_attention: {name} must be {allowed}, got {x.dtype}")
 
 
