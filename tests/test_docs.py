@@ -30,9 +30,10 @@ def test_examples(name):
     run(examples(name, FUNCTIONS[name]))
 
 
-def test_examples_of_integrations():
-    pytest.importorskip("threadpoolctl", reason="the extra [test] installs it")
-    run(examples("threadpoolctl", importlib.import_module("qkv_fast.integrations.threadpoolctl")))
+@pytest.mark.parametrize("host", ["threadpoolctl", "onnx", "torch"])
+def test_examples_of_integrations(host):
+    pytest.importorskip(host, reason="the extra [test] installs threadpoolctl and onnx, [torch] torch")
+    run(examples(host, importlib.import_module(f"qkv_fast.integrations.{host}")))
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -52,7 +53,8 @@ GUIDE = CHECKOUT / "docs" / "guide.md"
 
 def test_guide():
     """All blocks in order, as one session. A block ends with an empty line, which ends its last result."""
-    pytest.importorskip("threadpoolctl", reason="the extra [test] installs it")
+    for host in ("threadpoolctl", "onnx"):
+        pytest.importorskip(host, reason="the extra [test] installs it")
     text = GUIDE.read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     assert len(blocks) > 10 and text.count(">>> ") == sum(block.count(">>> ") for block in blocks)

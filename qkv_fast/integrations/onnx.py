@@ -1,0 +1,168 @@
+"""ONNX's Attention operator on our attention, so that a whole ONNX graph runs in NumPy.
+
+Pass :class:`Attention` to `onnx.reference.ReferenceEvaluator`, which then calls it for the nodes of that name.
+
+Examples
+--------
+>>> import numpy as np
+>>> from onnx import parser
+>>> from onnx.reference import ReferenceEvaluator
+>>> from qkv_fast.integrations.onnx import Attention
+>>> model = parser.parse_model('''<ir_version: 11, opset_import: ["": 24]>
+... decoder (float[1, L, 64] x) => (float[1, L, 64] y) {
+...     y = Attention<is_causal=1, q_num_heads=4, kv_num_heads=4>(x, x, x)
+... }''')
+>>> x = np.random.default_rng(0).standard_normal((1, 10, 64), dtype=np.float32)
+>>> (y,) = ReferenceEvaluator(model, new_ops=[Attention]).run(None, {"x": x})
+>>> y.shape
+(1, 10, 64)
+"""
+
+import functools
+from typing import Any
+
+import numpy as np
+from onnx.helper import tensor_dtype_to_np_dtype
+from onnx.reference.op_run import OpRun
+
+from .. import attention, scores, softmax
+
+_Array = np.ndarray[Any, Any]
+
+
+class Attention(OpRun):
+    """The operator of opsets 23, 24 and 25: all inputs, outputs and attributes, with 3-D and 4-D tensors.
+
+    Y always comes from one fused call of :func:`qkv_fast.attention`, which expresses all that the operator can say.
+    Only the output qk_matmul_output, which is the matrix itself, is made from the stages, where a node asks for it.
+
+    float16, bfloat16 and inputs of several types, a mask of numbers among them, are widened (to float32, or to float64
+    where one of them needs it) and the outputs rounded once. So `softmax_precision` is the least precision: float64 has
+    an effect, what is narrower than the type of computation has none.
+
+    Raises
+    ------
+    ValueError
+        A 3-D input without its number of heads, one of past_key and past_value without the other, nonpad_kv_seqlen
+        with a past, a qk_matmul_output_mode other than 0 to 3, and whatever :func:`qkv_fast.attention` refuses.
+    """
+
+    def _run(  # names as in the operator, which the evaluator passes by keyword
+        self,
+        Q: _Array,
+        K: _Array,
+        V: _Array,
+        attn_mask: _Array | None = None,
+        past_key: _Array | None = None,
+        past_value: _Array | None = None,
+        nonpad_kv_seqlen: _Array | None = None,
+        *,
+        is_causal: int = 0,
+        kv_num_heads: int | None = None,
+        left_window_size: int = -1,
+        q_num_heads: int | None = None,
+        qk_matmul_output_mode: int = 0,
+        right_window_size: int = -1,
+        scale: float | None = None,
+        softcap: float = 0.0,
+        softmax_precision: int | None = None,
+    ) -> tuple[_Array, ...]:
+        q = _heads_first("Q", Q, "q_num_heads", q_num_heads)
+        k = _heads_first("K", K, "kv_num_heads", kv_num_heads)
+        v = _heads_first("V", V, "kv_num_heads", kv_num_heads)
+        # Queries follow the keys that were there before them. Without any, positions begin at 0 (top-left).
+        offset: Any = 0
+        if past_key is not None and past_value is not None:
+            if nonpad_kv_seqlen is not None:
+                raise ValueError("Attention: nonpad_kv_seqlen describes K and V without a past, got past_key as well")
+            k, v = np.concatenate((past_key, k), axis=2), np.concatenate((past_value, v), axis=2)
+            offset = past_key.shape[2]
+        elif past_key is not past_value:
+            raise ValueError("Attention: past_key and past_value come together, got one of them")
+        elif nonpad_kv_seqlen is not None:
+            offset = nonpad_kv_seqlen - q.shape[2]
+        present = k, v
+
+        least = np.float32 if softmax_precision is None else tensor_dtype_to_np_dtype(softmax_precision)
+        types = (x.dtype for x in (q, k, v, attn_mask) if x is not None)
+        wide = functools.reduce(np.promote_types, types, np.promote_types(np.float32, least))
+        q, k, v = (x.astype(wide, copy=False) for x in (q, k, v))
+        mask = bias = None
+        if attn_mask is not None:
+            if attn_mask.dtype != bool:
+                attn_mask = attn_mask.astype(wide, copy=False)
+            if self.run_params["opsets"][""] > 23:  # since then a shorter mask excludes the keys that it lacks
+                attn_mask = _padded(attn_mask, k.shape[2])
+            mask, bias = (attn_mask, None) if attn_mask.dtype == bool else (None, attn_mask)
+        left, right = (None if size == -1 else size for size in (left_window_size, right_window_size))
+        cap = softcap if softcap > 0 else None
+        y = attention(
+            q, k, v, mask=mask, bias=bias, causal=bool(is_causal), window=(left, right), q_offset=offset,
+            kv_lengths=nonpad_kv_seqlen, softcap=cap, scale=scale,
+        ).astype(Q.dtype, copy=False)  # fmt: skip
+        if Q.ndim == 3:
+            y = y.swapaxes(1, 2).reshape(*Q.shape[:2], y.shape[1] * y.shape[3])
+        if len(self.output) < 4 or not self.output[3]:
+            return y, *present
+        visible = _visible(q.shape[2], k.shape[2], offset, left, 0 if is_causal else right, nonpad_kv_seqlen)
+        if mask is not None:
+            visible = visible & mask
+        matrix = _matrix(qk_matmul_output_mode, scores(q, k, scale=scale), cap, bias, visible)
+        return y, *present, matrix.astype(Q.dtype, copy=False)
+
+    def _check_and_fix_outputs(self, res: tuple[Any, ...]) -> tuple[Any, ...]:
+        # The evaluator stores an output that is left out under "", where it looks for inputs that are left out.
+        checked = super()._check_and_fix_outputs(res)
+        return tuple(x if name else None for name, x in zip(self.output, checked, strict=False))
+
+
+def _heads_first(name: str, x: _Array, attribute: str, heads: int | None) -> _Array:
+    """A view (batch, heads, length, dim) of that, or of (batch, length, heads * dim)."""
+    if x.ndim == 4:
+        return x
+    if x.ndim != 3 or not heads or x.shape[2] % heads:
+        raise ValueError(
+            f"Attention: {name} must have 4 axes, or 3 of which {attribute} divides the last, "
+            f"got {name}.shape={x.shape}, {attribute}={heads}"
+        )
+    return x.reshape(*x.shape[:2], heads, x.shape[2] // heads).swapaxes(1, 2)
+
+
+def _padded(mask: _Array, length: int) -> _Array:
+    """The mask (..., keys) for `length` keys, of which it excludes those that it lacks."""
+    missing = length - mask.shape[-1]
+    if missing <= 0:
+        return mask
+    ends = [(0, 0)] * (mask.ndim - 1) + [(0, missing)]
+    return np.pad(mask, ends, constant_values=False if mask.dtype == bool else -np.inf)
+
+
+def _visible(len_q: int, len_k: int, offset: Any, left: int | None, right: int | None, lengths: Any) -> _Array:
+    """Which keys positions let queries see, bool, ([batch, 1,] Lq, Lk); `offset` and `lengths` one or per sequence."""
+
+    def per_sequence(x: Any) -> Any:
+        return np.reshape(x, (-1, 1, 1, 1)) if np.ndim(x) else x
+
+    keys = np.arange(len_k)
+    distance = keys - np.arange(len_q)[:, None] - per_sequence(offset)
+    visible = keys < per_sequence(len_k if lengths is None else lengths)
+    if left is not None:
+        visible = visible & (distance >= -left)
+    if right is not None:
+        visible = visible & (distance <= right)
+    return np.asarray(visible)
+
+
+def _matrix(mode: int, s: _Array, softcap: float | None, bias: _Array | None, visible: _Array) -> _Array:
+    """What qk_matmul_output shows, (batch, heads, Lq, Lk), made from the scaled scores s: how far `mode` says."""
+    if mode not in range(4):
+        raise ValueError(f"Attention: qk_matmul_output_mode must be 0, 1, 2 or 3, got {mode}")
+    if mode >= 1 and softcap is not None:
+        s = softcap * np.tanh(s / softcap)
+    if mode >= 2 and bias is not None:
+        s = s + bias
+    if mode == 2:
+        s = np.where(visible, s, s.dtype.type(-np.inf))
+    if mode == 3:
+        s = softmax(s, mask=visible)
+    return s

@@ -1,0 +1,131 @@
+"""PyTorch's `scaled_dot_product_attention` on our attention, for inference with CPU tensors.
+
+Examples
+--------
+>>> import torch
+>>> from qkv_fast.integrations.torch import scaled_dot_product_attention
+>>> q, k, v = torch.randn(3, 1, 12, 100, 64)  # batch, heads, length, dim
+>>> scaled_dot_product_attention(q, k, v, is_causal=True).shape
+torch.Size([1, 12, 100, 64])
+"""
+
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+
+from .. import attention
+
+_TYPES = (torch.float32, torch.float64)
+
+
+def scaled_dot_product_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """What `torch.nn.functional.scaled_dot_product_attention` computes, without gradients, on CPU tensors.
+
+    Inputs are read where they lie, whatever their strides; the result has memory of its own.
+
+    Parameters
+    ----------
+    query : torch.Tensor, shape (..., Hq, L, E)
+        Queries, float32 or float64. Or (L, E).
+    key : torch.Tensor, shape (..., H, S, E)
+        Keys, of query's type.
+    value : torch.Tensor, shape (..., H, S, Ev)
+        Values, of query's type. All axes left of the last two broadcast among the three.
+    attn_mask : torch.Tensor, optional
+        Broadcasts to (..., Hq, L, S). bool: True where a query may attend; float32 or query's type: added to the
+        scaled scores.
+    dropout_p : float, default 0.0
+        Must be 0.
+    is_causal : bool, default False
+        Query i sees the keys 0 to i (top-left, also where L and S differ), of those that `attn_mask` allows: torch's
+        fused kernel for CPUs composes the two like this, while torch's documentation calls them an error.
+    scale : float, optional
+        Factor of the scores, ``1 / sqrt(E)`` by default.
+    enable_gqa : bool, default False
+        Hq may be a multiple of the heads of key and of value; each of these serves queries that follow one another.
+
+    Returns
+    -------
+    torch.Tensor, shape (..., Hq, L, Ev)
+        Of query's type, contiguous. Rows that may attend to nothing are 0.
+
+    Raises
+    ------
+    TypeError
+        Not tensors, or of types other than the supported.
+    ValueError
+        Shapes that do not fit.
+    NotImplementedError
+        What torch does and this does not: an input needs a gradient, is not on the CPU or not strided, dropout.
+
+    Notes
+    -----
+    The meaning is that of torch 2.13, see its documentation. A visible NaN or infinity does what IEEE arithmetic
+    does; a hidden one has no influence.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from qkv_fast.integrations.torch import scaled_dot_product_attention
+    >>> q, k, v = torch.randn(3, 2, 5, 16)
+    >>> ours = scaled_dot_product_attention(q, k, v, attn_mask=torch.ones(5, 5).tril().bool())
+    >>> torch.testing.assert_close(ours, torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))
+    """
+    tensors = {"query": query, "key": key, "value": value}
+    _check("query", query, _TYPES)
+    _check("key", key, (query.dtype,))
+    _check("value", value, (query.dtype,))
+    if attn_mask is not None:
+        _check("attn_mask", attn_mask, (torch.bool, torch.float32, query.dtype))
+        tensors["attn_mask"] = attn_mask
+    needing = [name for name, x in tensors.items() if x.requires_grad]
+    if needing and torch.is_grad_enabled():
+        _refuse(f"no gradients: {', '.join(needing)} has requires_grad set; use torch.no_grad() or detach()")
+    if dropout_p != 0:
+        _refuse(f"no dropout: dropout_p must be 0, got {dropout_p!r}")
+
+    q, k, v, *masks = (x.numpy(force=True) for x in tensors.values())  # a view, or a copy where torch is lazy
+    if not q.shape[-3:-2] == k.shape[-3:-2] == v.shape[-3:-2]:
+        q, k, v = _share_heads(q, k, v, enable_gqa)
+    added: dict[str, Any] = {("mask" if mask.dtype == bool else "bias"): mask for mask in masks}
+    return torch.from_numpy(attention(q, k, v, causal="top-left" if is_causal else False, scale=scale, **added))
+
+
+def _refuse(what: str) -> NoReturn:
+    raise NotImplementedError(f"scaled_dot_product_attention: {what}")
+
+
+def _check(name: str, x: Any, types: tuple[torch.dtype, ...]) -> None:
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"scaled_dot_product_attention: {name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.device.type != "cpu" or x.layout != torch.strided:
+        _refuse(f"strided tensors on the CPU only: {name} is {x.layout} on {x.device}")
+    if x.dtype not in types:
+        allowed = " or ".join(map(str, dict.fromkeys(types)))
+        raise TypeError(f"scaled_dot_product_attention: {name} must be {allowed}, got {x.dtype}")
+
+
+def _share_heads(q: Any, k: Any, v: Any, grouped: bool) -> tuple[Any, ...]:
+    """Brings torch's rules for heads to ours, which ask for as many in k as in v, and for them to divide q's."""
+    if grouped:
+        if k.shape[-3:-2] != v.shape[-3:-2] and min(q.ndim, k.ndim, v.ndim) > 2:  # each serves q's heads by itself
+            k, v = (np.repeat(x, q.shape[-3] // max(x.shape[-3], 1), axis=-3) for x in (k, v))
+        return q, k, v
+    heads = {x.shape[-3] for x in (q, k, v) if x.ndim > 2} - {1} or {1}
+    if len(heads) > 1:
+        raise ValueError(
+            "scaled_dot_product_attention: query, key and value must have equal numbers of heads, or 1; for groups of "
+            f"query heads pass enable_gqa=True (query: {q.shape}, key: {k.shape}, value: {v.shape})"
+        )
+    return tuple(np.broadcast_to(x, (*x.shape[:-3], *heads, *x.shape[-2:])) for x in (q, k, v))

@@ -1,0 +1,212 @@
+"""Our scaled_dot_product_attention for torch gives what torch's gives, on a grid of its arguments."""
+
+import inspect
+import itertools
+import re
+
+import numpy as np
+import pytest
+from _util import child_says
+
+pytest.importorskip("torch", reason="the extra [test] leaves it out for its size; [torch] has it")
+
+import torch
+
+import qkv_fast
+from qkv_fast.integrations import torch as adapter
+from qkv_fast.integrations.torch import scaled_dot_product_attention
+
+THEIRS = torch.nn.functional.scaled_dot_product_attention
+L, S, E = 5, 7, 8
+SHAPES = {  # of query, key, value: what torch takes, by its broadcasting and by enable_gqa
+    "2-D": ((L, E), (S, E), (S, 3)),
+    "3-D": ((4, L, E), (4, S, E), (4, S, 3)),
+    "4-D": ((2, 4, L, E), (2, 4, S, E), (2, 4, S, 3)),
+    "5-D": ((3, 2, 4, L, E), (3, 2, 4, S, E), (3, 2, 4, S, 3)),
+    "more queries than keys": ((2, 4, 9, E), (2, 4, S, E), (2, 4, S, E)),
+    "one key": ((2, 4, L, E), (2, 4, 1, E), (2, 4, 1, E)),
+    "no key": ((2, 4, L, E), (2, 4, 0, E), (2, 4, 0, E)),
+    "no query": ((2, 4, 0, E), (2, 4, S, E), (2, 4, S, E)),
+    "no batch": ((0, 4, L, E), (0, 4, S, E), (0, 4, S, E)),
+    "one batch of keys": ((2, 4, L, E), (1, 4, S, E), (1, 4, S, E)),
+    "one batch of queries": ((1, 4, L, E), (2, 4, S, E), (2, 4, S, E)),
+    "one batch but of values": ((1, 4, L, E), (1, 4, S, E), (2, 4, S, E)),
+    "one head of keys": ((2, 4, L, E), (2, 1, S, E), (2, 1, S, E)),
+    "one head of queries": ((2, 1, L, E), (2, 4, S, E), (2, 4, S, E)),
+    "one head of keys, not of values": ((2, 4, L, E), (2, 1, S, E), (2, 4, S, E)),
+    "no axes for keys": ((2, 4, L, E), (S, E), (4, S, E)),
+    "no axes for queries": ((L, E), (2, 4, S, E), (2, 4, S, E)),
+    "gqa": ((2, 4, L, E), (2, 2, S, E), (2, 2, S, 3)),
+    "gqa 3-D": ((4, L, E), (2, S, E), (2, S, E)),
+    "gqa 5-D": ((3, 2, 4, L, E), (3, 2, 1, S, E), (3, 2, 1, S, E)),
+    "gqa of one batch of keys": ((2, 4, L, E), (1, 2, S, E), (1, 2, S, E)),
+    "gqa of two kinds": ((2, 8, L, E), (2, 2, S, E), (2, 4, S, E)),
+    "gqa of equal heads": ((2, 4, L, E), (2, 4, S, E), (2, 4, S, E)),
+}
+TYPES = (torch.float32, torch.float64)
+MASKS = {  # made of random numbers of the shape of the scores
+    "none": lambda x: None,
+    "bool": lambda x: hide_a_row(x > 0.3, False),
+    "bool, for all keys": lambda x: x[..., :1] > 0.3,
+    "bool, for all heads": lambda x: x.new_ones(x.shape[-2:]).cumsum(-1) % 3 > 1,
+    "added": lambda x: hide_a_row(x, -torch.inf),
+    "added, float32": lambda x: x.to(torch.float32),
+    "added, for all queries": lambda x: x[..., :1, :],
+}
+
+
+def hide_a_row(mask, value):
+    mask[..., :1, :] = value
+    return mask
+
+
+def tensors(name, dtype=torch.float32):
+    """query, key, value and random numbers of the shape of the scores."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(shape, generator=generator, dtype=dtype) for shape in SHAPES[name])
+    axes = q.shape[:-2] if name.startswith("gqa") else torch.broadcast_shapes(q.shape[:-2], k.shape[:-2])
+    return q, k, v, torch.randn((*axes, q.shape[-2], k.shape[-2]), generator=generator, dtype=dtype)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_gives_what_torch_gives(name, mask):
+    """To the tolerance that torch.testing has for the type."""
+    for dtype, is_causal, scale in itertools.product(TYPES, (False, True), (None, 0.5, 0, -1.0)):
+        q, k, v, numbers = tensors(name, dtype)
+        options = {"scale": scale, "enable_gqa": name.startswith("gqa")}
+        attn_mask = MASKS[mask](numbers)
+        ours = scaled_dot_product_attention(q, k, v, attn_mask, is_causal=is_causal, **options)
+        if is_causal and (attn_mask is not None or scale in (0, -1)):
+            # Torch's general path refuses a mask with is_causal, its fused one makes -inf and then scales it.
+            past = torch.ones(numbers.shape[-2:], dtype=torch.bool).tril()
+            if attn_mask is None:
+                attn_mask = past
+            elif attn_mask.dtype == torch.bool:
+                attn_mask = attn_mask & past
+            else:
+                attn_mask = attn_mask.expand(numbers.shape).masked_fill(~past, -torch.inf)
+            is_causal = False
+        theirs = THEIRS(q, k, v, attn_mask, is_causal=is_causal, **options)
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_mask_and_causal_are_composed_like_torchs_fused_kernel():
+    q, k, v, numbers = tensors("more queries than keys")
+    for mask in (numbers > 0, numbers):
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+            theirs = THEIRS(q, k, v, mask, is_causal=True)
+        torch.testing.assert_close(scaled_dot_product_attention(q, k, v, mask, is_causal=True), theirs)
+
+
+def test_signature():
+    """That of torch's documentation, and what it says is keyword-only is."""
+    documented = re.match(r"\w+(\(.*?\)) -> Tensor", THEIRS.__doc__, re.DOTALL)[1]
+    ours = inspect.signature(scaled_dot_product_attention)
+    given = [x.replace(annotation=inspect.Parameter.empty) for x in ours.parameters.values()]
+    keyword_only = [x.name for x in given if x.kind is inspect.Parameter.KEYWORD_ONLY]
+    positional = [x.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) for x in given]
+    assert str(inspect.Signature(positional)) == re.sub(r"\s+", " ", documented)
+    assert keyword_only == ["scale", "enable_gqa"]
+    q, k, v, _ = tensors("4-D")
+    for function in (scaled_dot_product_attention, THEIRS):
+        with pytest.raises(TypeError, match="positional"):
+            function(q, k, v, None, 0.0, False, 0.5)
+
+
+STRIDED = {
+    "as stored": lambda x: x,
+    "heads after lengths": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "every second element": lambda x: x.repeat_interleave(2, dim=-1)[..., ::2],
+    "part of a packed one": lambda x: torch.cat((x, x), dim=-1)[..., x.shape[-1] :],
+    "negation that torch has put off": lambda x: torch.complex(x, -x).conj().imag,
+}
+
+
+@pytest.mark.parametrize("view", STRIDED)
+def test_strides(view, monkeypatch):
+    """Any are taken; the arrays that our attention gets are the tensors' memory, unless torch must compute first."""
+    given = []
+    monkeypatch.setattr(
+        adapter, "attention", lambda *x, **options: given.extend(x) or qkv_fast.attention(*x, **options)
+    )
+    inputs = [STRIDED[view](x) for x in tensors("4-D")[:3]]
+    copies = [x.clone() for x in inputs]
+    out = scaled_dot_product_attention(*inputs)
+    torch.testing.assert_close(out, THEIRS(*copies))
+    for x, copy, array in zip(inputs, copies, given, strict=True):
+        assert torch.equal(x, copy)
+        assert x.is_neg() or np.shares_memory(array, x.numpy())
+        assert x.is_neg() or not np.may_share_memory(out.numpy(), x.numpy())
+    assert out.is_contiguous() and not out.requires_grad
+
+
+def test_mask_is_read_where_it_lies(monkeypatch):
+    """Expanded from one head and one query, and unchanged."""
+    given = {}
+    monkeypatch.setattr(
+        adapter, "attention", lambda *x, **options: given.update(options) or qkv_fast.attention(*x, **options)
+    )
+    q, k, v, numbers = tensors("4-D")
+    for mask, name in ((numbers, "bias"), (numbers > 0, "mask")):
+        one = mask[:, :1, :1].contiguous()
+        copy = one.clone()
+        scaled_dot_product_attention(q, k, v, one.expand(2, 4, L, S))
+        assert np.shares_memory(given[name], one.numpy()) and torch.equal(one, copy)
+
+
+def test_hidden_nan():
+    q, k, v, _ = tensors("4-D")
+    k[..., 2:, :], v[..., 2:, :] = torch.nan, torch.nan
+    seen = torch.arange(S) < 2
+    expected = THEIRS(q, k[..., :2, :], v[..., :2, :])
+    torch.testing.assert_close(scaled_dot_product_attention(q, k, v, seen[None]), expected)
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value", "attn_mask"])
+def test_gradients(name):
+    """Refused where torch would record one, and only there."""
+    inputs = dict(zip(("query", "key", "value", "attn_mask"), tensors("4-D"), strict=True))
+    expected = THEIRS(**inputs)
+    inputs[name].requires_grad_()
+    with pytest.raises(NotImplementedError, match=rf"gradients: {name} has requires_grad"):
+        scaled_dot_product_attention(**inputs)
+    with torch.no_grad():
+        torch.testing.assert_close(scaled_dot_product_attention(**inputs), expected)
+    inputs[name] = inputs[name].detach()
+    torch.testing.assert_close(scaled_dot_product_attention(**inputs), expected)
+
+
+@pytest.mark.parametrize(
+    "changes, error, words",
+    [
+        ({"dropout_p": 0.1}, NotImplementedError, "dropout_p must be 0, got 0.1"),
+        ({"query": torch.zeros(4, L, E, device="meta")}, NotImplementedError, "query is .* on meta"),
+        ({"attn_mask": torch.zeros(L, S, device="meta")}, NotImplementedError, "attn_mask is .* on meta"),
+        ({"key": torch.zeros(4, S, E).to_sparse()}, NotImplementedError, "key is torch.sparse_coo on cpu"),
+        ({"query": torch.zeros(4, L, E, dtype=torch.float16)}, TypeError, "torch.float32 or .*64, got torch.float16"),
+        ({"query": torch.zeros(4, L, E, dtype=torch.int64)}, TypeError, "torch.float32 or .*64, got torch.int64"),
+        ({"value": torch.zeros(4, S, E, dtype=torch.float64)}, TypeError, "value must be torch.float32, .*float64"),
+        ({"attn_mask": torch.ones(L, S, dtype=torch.int64)}, TypeError, "attn_mask must be torch.bool.*int64"),
+        ({"attn_mask": torch.zeros(L, S, dtype=torch.bfloat16)}, TypeError, "attn_mask .* got torch.bfloat16"),
+        ({"attn_mask": torch.zeros(L, S, dtype=torch.float64)}, TypeError, "bool or torch.float32, got .*float64"),
+        ({"key": np.zeros((4, S, E))}, TypeError, "key must be a torch.Tensor, got ndarray"),
+        ({"attn_mask": np.zeros((L, S))}, TypeError, "attn_mask must be a torch.Tensor, got ndarray"),
+        ({"key": torch.zeros(2, S, E), "value": torch.zeros(2, S, E)}, ValueError, "enable_gqa=True .*2, 7, 8"),
+        ({"key": torch.zeros(3, S, E), "enable_gqa": True}, ValueError, "heads"),
+        ({"key": torch.zeros(S, E), "enable_gqa": True}, ValueError, "3 or more axes"),
+        ({"value": torch.zeros(4, S - 1, E)}, ValueError, "v has length 6, k has 7"),
+        ({"key": torch.zeros(4, S, E - 1)}, ValueError, "k has dimension 7, q has 8"),
+        ({"attn_mask": torch.ones(2, 4, L, S, dtype=torch.bool)}, ValueError, r"mask .*2, 4, 5, 7"),
+        ({"attn_mask": torch.zeros(L, S - 1)}, ValueError, r"bias .*5, 6"),
+    ],
+)
+def test_errors(changes, error, words):
+    inputs = dict(zip(("query", "key", "value"), tensors("3-D")[:3], strict=True))
+    with pytest.raises(error, match=words) as caught:
+        scaled_dot_product_attention(**{**inputs, **changes})
+    assert type(caught.value) is error
+
+
+def test_import_does_not_load_torch():
+    assert child_says("import sys, qkv_fast; print('torch' in sys.modules)") == "False"
