@@ -243,7 +243,9 @@ def attention(
         threads = _runtime.check_threads(num_threads, "attention: num_threads")
 
     if out is None:
-        result = target = _empty(shape, char)
+        # A plan asks a result for no more than its strides, which are q's: no pages for what will not be written.
+        planned = counters is not None and counters is _core.PLAN and shape == q_shape
+        result = target = q if planned and q.flags.carray and q.dtype.isnative else _empty(shape, char)
     else:
         result = target = _check_out(out, shape, char)
         if any(np.may_share_memory(out, x) for x in (q, k, v)) or (extras and extras.overlaps(out)):

@@ -9,6 +9,7 @@
 #define QKV_UNROLL _Pragma("GCC unroll 16")
 #define QKV_UNROLL_2 _Pragma("GCC unroll 2")
 #define QKV_PREFETCH(p) __builtin_prefetch(p)
+#define QKV_PREFETCH_L2(p) __builtin_prefetch(p, 0, 2)
 #define QKV_PREFETCH_WRITE(p) __builtin_prefetch(p, 1)
 #define QKV_PREFETCH_FAR(p) __builtin_prefetch(p, 0, 2)      /* not into the nearest cache */
 #elif defined(_MSC_VER)
@@ -17,6 +18,7 @@
 #define QKV_UNROLL
 #define QKV_UNROLL_2
 #define QKV_PREFETCH(p) ((void)(p))
+#define QKV_PREFETCH_L2(p) ((void)(p))
 #define QKV_PREFETCH_WRITE(p) ((void)(p))
 #define QKV_PREFETCH_FAR(p) ((void)(p))
 #else
@@ -25,6 +27,7 @@
 #define QKV_UNROLL
 #define QKV_UNROLL_2
 #define QKV_PREFETCH(p) ((void)(p))
+#define QKV_PREFETCH_L2(p) ((void)(p))
 #define QKV_PREFETCH_WRITE(p) ((void)(p))
 #define QKV_PREFETCH_FAR(p) ((void)(p))
 #endif

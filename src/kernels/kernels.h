@@ -71,7 +71,7 @@ typedef struct {
     const uint8_t *mask;              /* 0: the element takes no part, and has weight 0; NULL: all do */
     ptrdiff_t mask_axis, mask_run;    /* strides in bytes: along n, along count */
     void *e;                          /* scratch, rows: (n); columns: (n, strip) */
-    void *state;                      /* scratch, columns: (3 * vector + 1, strip) */
+    void *state;                      /* scratch, columns: (3 * vector + 4, strip) */
     int64_t n, count;
     int64_t strip;                    /* columns that are worked on together, whole vectors */
     int stream;                       /* write past the caches */

@@ -1,14 +1,16 @@
 /* Softmax of rows, and of columns: y = 2^(c (x - m)) / l with m the maximum and l the sum.
  *
  * Three passes, of which only the first reads far memory: the maximum; the exponentials into a buffer that stays in cache,
- * and their sum; the quotients. An element that does not take part becomes -inf in the buffer before anything looks at it.
+ * and their sum; the quotients. An element that does not take part becomes -inf in a buffer before anything looks at it.
  *
  * Rows have the axis in the lanes, columns run down it with a column in each lane. Both give the same bits: the sum has W
  * parts, by index mod W, of BLOCK elements at a time, added up in one order.
  */
 
-/* Rows between a row of columns and the one that is fetched meanwhile: rows may lie in a page each. */
-#define AHEAD 8
+/* Rows between a row of columns and the one that is fetched meanwhile: rows may lie in a page each. From memory into L2, and
+ * from there, or from L3 where rows share cache sets, into L1. */
+#define AHEAD 48
+#define NEAR 8
 
 /* Elements of one sum: the parts of longer rows are sums of such sums, with what each addition lost (Kahan). */
 #define BLOCK 1024
@@ -141,8 +143,17 @@ static void X(softmax_rows)(const qkv_softmax_tile *t)
         X(fence)();
 }
 
-/* The state of `width` columns: a row of maxima; W rows each of the parts of a block, of all blocks, and of what they lost. */
-typedef struct { REAL *top, *part, *total, *lost; } X(columns);
+/* Some columns of x and out, all their rows; none before the first and behind the last. */
+typedef struct {
+    const REAL *x;
+    REAL *out;
+    const uint8_t *mask;
+    int64_t count;
+} X(strip);
+
+/* The state of a strip, rows of its width: of maxima and of inverse sums one; W each of the parts of a block, of all blocks,
+ * and of what they lost. */
+typedef struct { REAL *top, *inverse, *part, *total, *lost; } X(columns);
 
 /* Rows of e that are summed into `part` are added to `total`. */
 static void X(end_block)(const X(columns) *s, int64_t width)
@@ -155,79 +166,122 @@ static void X(end_block)(const X(columns) *s, int64_t width)
     }
 }
 
-/* The `count` columns at x and out. Meanwhile `next` columns behind them are fetched. */
-static void X(softmax_strip)(const qkv_softmax_tile *t, const REAL *x, REAL *out, const uint8_t *mask, int64_t count,
-                             int64_t next)
+static void X(end_strip)(const X(columns) *s, int64_t width)
 {
-    const int64_t width = (count + W - 1) / W * W, n = t->n, line = 64 / (int64_t)sizeof(REAL);
-    REAL *state = t->state;
-    X(columns) s = {state, state + width, state + width * (W + 1), state + width * (2 * W + 1)};
-    X(factor) c = X(log2e)();
-    VEC none = X(set1)(-(REAL)INFINITY);
-    for (int64_t j = 0; j < width; j += W)
-        X(store)(s.top + j, none);
-    for (int64_t j = 0; j < width * 3 * W; j += W)
-        X(store)(s.part + j, X(set1)(0));
-    for (int64_t i = 0; i < n; i++) {
-        const REAL *from = x + i * t->x_row;
-        REAL *e = (REAL *)t->e + i * width;
-        for (int64_t j = 0; i + AHEAD < n && j < count; j += line)
-            QKV_PREFETCH(from + AHEAD * t->x_row + j);
-        for (int64_t j = 0; j < width; j += W)
-            X(store)(e + j, j + W <= count ? X(loadu)(from + j) : X(load_tail)(from + j, (int)(count - j)));
-        if (mask)
-            X(hide)(e, e, mask + i * t->mask_axis, t->mask_run, count);
-        for (int64_t j = 0; j < width; j += W)
-            X(store)(s.top + j, X(max)(X(load)(e + j), X(load)(s.top + j)));
-    }
-    for (int64_t j = 0; j < width; j += W)
-        X(store)(s.top + j, X(shift_of)(X(load)(s.top + j)));
-    for (int64_t i = 0; i < n; i++) {
-        REAL *e = (REAL *)t->e + i * width, *part = s.part + i % W * width;
-        for (int64_t j = 0; j < next; j += line)
-            QKV_PREFETCH(x + i * t->x_row + count + j);
-        for (int64_t j = 0; j < width; j += W) {
-            VEC p = X(exp2_one)(c, X(sub)(X(load)(e + j), X(load)(s.top + j)));
-            X(store)(part + j, X(add)(X(load)(part + j), p));
-            X(store)(e + j, p);
-        }
-        if (i + 1 == n || (i + 1) % BLOCK == 0)
-            X(end_block)(&s, width);
-    }
     for (int64_t half = W / 2; half > 0; half /= 2)
         for (int64_t j = 0; j < half * width; j += W)
-            X(store)(s.total + j, X(add)(X(load)(s.total + j), X(load)(s.total + half * width + j)));
+            X(store)(s->total + j, X(add)(X(load)(s->total + j), X(load)(s->total + half * width + j)));
     for (int64_t j = 0; j < width; j += W)
-        X(store)(s.total + j, X(inverse_of)(X(load)(s.total + j)));
-    const int stream = t->stream && (uintptr_t)out % sizeof(VEC) == 0 && t->out_row % W == 0;
-    for (int64_t i = 0; i < n; i++) {
-        const REAL *e = (const REAL *)t->e + i * width;
-        REAL *to = out + i * t->out_row;
-        for (int64_t j = 0; !stream && i + AHEAD < n && j < count; j += line)
-            QKV_PREFETCH_WRITE(to + AHEAD * t->out_row + j);
-        int64_t j = 0;
-        for (; stream && j + W <= count; j += W)
-            X(stream)(to + j, X(mul)(X(load)(e + j), X(load)(s.total + j)));
-        for (; j + W <= count; j += W)
-            X(storeu)(to + j, X(mul)(X(load)(e + j), X(load)(s.total + j)));
-        if (j < count)
-            X(store_part)(to + j, X(mul)(X(load)(e + j), X(load)(s.total + j)), (int)(count - j));
-    }
+        X(store)(s->inverse + j, X(inverse_of)(X(load)(s->total + j)));
 }
 
+/* Row i of the strip, in `row` where a mask hides some of it. */
+static QKV_INLINE const REAL *X(strip_row)(const qkv_softmax_tile *t, X(strip) s, int64_t i, REAL *row)
+{
+    const REAL *x = s.x + i * t->x_row;
+    if (!s.mask || !s.count)
+        return x;
+    X(hide)(row, x, s.mask + i * t->mask_axis, t->mask_run, s.count);
+    return row;
+}
+
+/* Asks for the row that the maxima need AHEAD rows later: of this strip, or of the one behind it. */
+static QKV_INLINE void X(expect_row)(const qkv_softmax_tile *t, X(strip) s, int64_t i, int64_t behind)
+{
+    int64_t row = i + AHEAD, count = row < t->n ? s.count : behind;
+    const REAL *x = row < t->n ? s.x + row * t->x_row : s.x + s.count + (row - t->n) * t->x_row;
+    for (int64_t j = 0; row < 2 * t->n && j < count; j += 64 / (int64_t)sizeof(REAL))
+        QKV_PREFETCH_L2(x + j);
+}
+
+static QKV_INLINE void X(max_row)(const REAL *x, int64_t count, REAL *top)
+{
+    int64_t j = 0;
+    for (; j + W <= count; j += W)
+        X(store)(top + j, X(max)(X(loadu)(x + j), X(load)(top + j)));
+    if (j < count)
+        X(store)(top + j, X(max)(X(load_tail)(x + j, (int)(count - j)), X(load)(top + j)));
+}
+
+static QKV_INLINE void X(exp_vector)(X(factor) c, REAL *e, VEC x, const REAL *top, REAL *part)
+{
+    VEC p = X(exp2_one)(c, X(sub)(x, X(load)(top)));
+    X(store)(part, X(add)(X(load)(part), p));
+    X(store)(e, p);
+}
+
+static QKV_INLINE void X(exp_row)(X(factor) c, REAL *e, const REAL *x, int64_t count, const REAL *top, REAL *part)
+{
+    int64_t j = 0;
+    for (; j + W <= count; j += W)
+        X(exp_vector)(c, e + j, X(loadu)(x + j), top + j, part + j);
+    if (j < count)
+        X(exp_vector)(c, e + j, X(load_tail)(x + j, (int)(count - j)), top + j, part + j);
+}
+
+static QKV_INLINE void X(scale_row)(REAL *out, const REAL *e, int64_t count, const REAL *inverse, int stream)
+{
+    int64_t j = 0;
+    for (; stream && j + W <= count; j += W)
+        X(stream)(out + j, X(mul)(X(load)(e + j), X(load)(inverse + j)));
+    for (; j + W <= count; j += W)
+        X(storeu)(out + j, X(mul)(X(load)(e + j), X(load)(inverse + j)));
+    if (j < count)
+        X(store_part)(out + j, X(mul)(X(load)(e + j), X(load)(inverse + j)), (int)(count - j));
+}
+
+/* Three strips at a time, so that memory is read and written while there is something to compute: row by row, what is left
+ * of the strip before goes out and makes room in e for the exponentials of this one, and the maxima of the next are taken. */
 static void X(softmax_columns)(const qkv_softmax_tile *t)
 {
-    /* A shorter first strip leaves the others aligned. */
-    int64_t width = t->strip - (int64_t)((uintptr_t)t->out % sizeof(VEC) / sizeof(REAL));
-    for (int64_t j = 0; j < t->count; j += width, width = t->strip) {
-        width = width < t->count - j ? width : t->count - j;
-        int64_t left = t->count - j - width;
-        X(softmax_strip)(t, (const REAL *)t->x + j, (REAL *)t->out + j, t->mask ? t->mask + j * t->mask_run : NULL, width,
-                         left < t->strip ? left : t->strip);
-    }
+    const int64_t width = t->strip, line = 64 / (int64_t)sizeof(REAL);
+    const X(factor) c = X(log2e)();
+    REAL *state = t->state, *row = state, *next_top = state + width;
+    X(columns) s = {state + 2 * width, state + 3 * width, state + 4 * width, state + (4 + W) * width,
+                    state + (4 + 2 * W) * width};
+    X(strip) before, now = {t->x, t->out, t->mask, 0}, next = now;
+    /* A short first strip leaves the others aligned, the last takes what is left of a vector. */
+    int64_t left = t->count, first = (int64_t)(-(uintptr_t)t->out % sizeof(VEC) / sizeof(REAL));
+    int64_t wanted = first ? first : width - W;
+    do {
+        before = now;
+        now = next;
+        next.x += now.count;
+        next.out += now.count;
+        next.mask = now.mask ? now.mask + now.count * t->mask_run : NULL;
+        next.count = left <= width ? left : wanted;
+        wanted = width - W;
+        left -= next.count;
+        REAL *top = s.top;
+        s.top = next_top;
+        next_top = top;
+        for (int64_t j = 0; j < next.count; j += W)
+            X(store)(next_top + j, X(set1)(-(REAL)INFINITY));
+        for (int64_t j = 0; j < now.count; j += W)
+            X(store)(s.top + j, X(shift_of)(X(load)(s.top + j)));
+        for (int64_t j = 0; now.count && j < width * 3 * W; j += W)
+            X(store)(s.part + j, X(set1)(0));
+        const int stream = t->stream && (uintptr_t)before.out % sizeof(VEC) == 0 && t->out_row % W == 0;
+        for (int64_t i = 0; i < t->n; i++) {
+            REAL *e = (REAL *)t->e + i * width;
+            for (int64_t j = 0; !stream && i + NEAR < t->n && j < before.count; j += line)
+                QKV_PREFETCH_WRITE(before.out + (i + NEAR) * t->out_row + j);
+            X(scale_row)(before.out + i * t->out_row, e, before.count, s.inverse, stream);
+            X(expect_row)(t, next, i, left < width ? left : width);
+            X(max_row)(X(strip_row)(t, next, i, row), next.count, next_top);
+            for (int64_t j = 0; i + NEAR < t->n && j < now.count; j += line)
+                QKV_PREFETCH(now.x + (i + NEAR) * t->x_row + j);
+            X(exp_row)(c, e, X(strip_row)(t, now, i, row), now.count, s.top, s.part + i % W * width);
+            if (now.count && (i + 1 == t->n || (i + 1) % BLOCK == 0))
+                X(end_block)(&s, width);
+        }
+        if (now.count)
+            X(end_strip)(&s, width);
+    } while (now.count || next.count);
     if (t->stream)
         X(fence)();
 }
 
 #undef BLOCK
+#undef NEAR
 #undef AHEAD
