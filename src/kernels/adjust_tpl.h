@@ -96,7 +96,7 @@ static QKV_NOINLINE void X(adjust_rows)(const qkv_tile *t, int first, int last)
         if (t->bias)                  /* rows of a matrix lie too far apart for the CPU to see what comes next */
             for (int l = j; l < j + W; l++)
                 for (int k = first; k < last; k += 64 / (int)sizeof(REAL))
-                    QKV_PREFETCH_FAR((const REAL *)t->bias[l] + k + BIAS_AHEAD);
+                    QKV_PREFETCH_L2((const REAL *)t->bias[l] + k + BIAS_AHEAD);
     }
 }
 

@@ -9,9 +9,8 @@
 #define QKV_UNROLL _Pragma("GCC unroll 16")
 #define QKV_UNROLL_2 _Pragma("GCC unroll 2")
 #define QKV_PREFETCH(p) __builtin_prefetch(p)
-#define QKV_PREFETCH_L2(p) __builtin_prefetch(p, 0, 2)
+#define QKV_PREFETCH_L2(p) __builtin_prefetch(p, 0, 2)       /* not into the nearest cache */
 #define QKV_PREFETCH_WRITE(p) __builtin_prefetch(p, 1)
-#define QKV_PREFETCH_FAR(p) __builtin_prefetch(p, 0, 2)      /* not into the nearest cache */
 #elif defined(_MSC_VER)
 #define QKV_INLINE __forceinline
 #define QKV_NOINLINE __declspec(noinline)
@@ -20,7 +19,6 @@
 #define QKV_PREFETCH(p) ((void)(p))
 #define QKV_PREFETCH_L2(p) ((void)(p))
 #define QKV_PREFETCH_WRITE(p) ((void)(p))
-#define QKV_PREFETCH_FAR(p) ((void)(p))
 #else
 #define QKV_INLINE inline
 #define QKV_NOINLINE
@@ -29,7 +27,6 @@
 #define QKV_PREFETCH(p) ((void)(p))
 #define QKV_PREFETCH_L2(p) ((void)(p))
 #define QKV_PREFETCH_WRITE(p) ((void)(p))
-#define QKV_PREFETCH_FAR(p) ((void)(p))
 #endif
 
 #define QKV_ALIGN _Alignas(64)
