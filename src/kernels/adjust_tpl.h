@@ -61,11 +61,13 @@ static QKV_INLINE void X(adjust_square)(const qkv_tile *t, int i, int j, const i
         X(element_square)(t, i, j, n, x);
     else
         EACH x[r] = zero;
-    if (t->slope)
+    if (t->slope) {
+        VEC from = X(sub)(alibi->position, X(set1)((REAL)i));
         EACH {
-            VEC ahead = X(sub)(alibi->position, X(set1)((REAL)(i + r)));
-            x[r] = X(fma)(alibi->slope, X(max)(ahead, X(sub)(zero, ahead)), x[r]);
+            VEC at = X(set1)((REAL)r);
+            x[r] = X(fma)(alibi->slope, X(max)(X(sub)(from, at), X(sub)(at, from)), x[r]);
         }
+    }
     if (t->careful)                   /* what is excluded may be NaN, and NaN - inf is NaN; else that shows in the result */
         EACH X(store)(s + r * LANES, X(select)(X(equal)(x[r], none), zero, X(load)(s + r * LANES)));
     if (t->softcap != 0) {
