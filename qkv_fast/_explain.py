@@ -160,7 +160,8 @@ def explain(
     ----------
     q, k, v, mask, bias, causal, window, q_offset, kv_lengths, segments, alibi_slopes, sinks, softcap, scale, layout, \
 return_lse, out, num_threads
-        What `attention` takes, with the same meaning. Elements are not looked at, and `out` is not written to.
+        What `attention` takes, with the same meaning. Elements of q, k and v are not looked at, and `out` is not
+        written to; those of a mask and of segments decide which tiles there are.
 
     Returns
     -------

@@ -87,9 +87,7 @@ def _check_broadcast(where: str, name: str, x: Array, logits: tuple[int, ...]) -
     axes = "(queries, keys)" if len(logits) == 2 else "(..., query heads, queries, keys)"
     hint = ""
     if x.ndim > 2 and _fits((*x.shape[:-2], 1, *x.shape[-2:]), logits):
-        hint = f"; for one per sequence, the same for all heads, pass {name}[..., None, :, :]"
-        if x.ndim == 3:
-            hint = hint.replace("..., None, :, :", ":, None")
+        hint = f"; for one per sequence pass {name}[{':, None' if x.ndim == 3 else '..., None, :, :'}]"
     _fail_shapes(where, f"{name} does not broadcast to {axes} = {logits}{hint}", **{name: x})
 
 

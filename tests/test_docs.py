@@ -1,4 +1,4 @@
-"""The examples in the docstrings of everything public, and in the guide, run as doctests; docstrings are numpydoc."""
+"""The examples in the docstrings of everything public, and in docs/, run as doctests; docstrings are numpydoc."""
 
 import doctest
 import importlib
@@ -51,16 +51,17 @@ def test_sections(name):
 GUIDE = CHECKOUT / "docs" / "guide.md"
 
 
-def test_guide():
+@pytest.mark.parametrize("name", ["guide.md", "masks.md"])
+def test_pages(name):
     """All blocks in order, as one session. A block ends with an empty line, which ends its last result."""
     for host in ("threadpoolctl", "onnx"):
         pytest.importorskip(host, reason="the extra [test] installs it")
-    text = GUIDE.read_text(encoding="utf-8")
+    text = (CHECKOUT / "docs" / name).read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    assert len(blocks) > 10 and text.count(">>> ") == sum(block.count(">>> ") for block in blocks)
+    assert len(blocks) > 9 and text.count(">>> ") == sum(block.count(">>> ") for block in blocks)
     # Outside the blocks everything becomes blank, so that line numbers in a failure are those of the file.
     kept = re.sub(r"(?s)(```python\n)(.*?)(```\n)|[^\n]", lambda m: f"\n{m[2]}\n" if m[2] else "", text)
-    run(doctest.DocTestParser().get_doctest(kept, {}, "guide.md", "docs/guide.md", 0))
+    run(doctest.DocTestParser().get_doctest(kept, {}, name, f"docs/{name}", 0))
 
 
 def test_the_guide_names_everything_public():

@@ -7,23 +7,11 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from _explained import agree
 from _util import child_says, qkv
 
 import qkv_fast
 from qkv_fast import _runtime
-
-COUNTED = ("tiles_full", "tiles_partial", "tiles_skipped", "tiles_copied", "tasks", "threads")
-
-
-def agree(q, k, v, **options):
-    """Explain a call, make it, and compare. Returns the plan."""
-    plan = qkv_fast.explain(q, k, v, **options)
-    with _runtime.counters() as did:
-        qkv_fast.attention(q, k, v, **options)
-    assert {name: getattr(plan, name) for name in COUNTED} == {name: did[name] for name in COUNTED}
-    assert did["splits"] == (plan.tasks if plan.split else 0) and did["panels_careful"] == 0
-    return plan
-
 
 LENGTHS = [(1, 1), (1, 700), (5, 130), (48, 128), (49, 129), (100, 300), (300, 100), (200, 2300)]
 LIMITS = {
