@@ -149,7 +149,8 @@ def measure_ragged(seconds: float, threads: tuple[int, ...]) -> Iterator[Measure
         ]
         found = interleave(calls, budget=seconds / len(threads)).ratio("one", "ragged")
         given = f"{lengths.size} sequences of {lengths.min()} to {lengths.max()}, {threads_text(n)}"
-        yield Measured(f"{given}: speed over one of {long.q_len}", found.median * work, "x", 0.70, 0.85, more=True, spread=found.spread)
+        title = f"{given}: speed over one of {long.q_len}"
+        yield Measured(title, found.median * work, "x", 0.70, 0.85, more=True, spread=found.spread)
 
 
 def measure_scaling(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]:

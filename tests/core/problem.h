@@ -10,6 +10,13 @@ typedef struct {
     void *q, *k, *v, *out, *lse;
     int64_t sequences, out_bytes, lse_bytes;
     int64_t *offset, *length;
+
+    /* What changes scores, or NULL: mask and bias (sequences, heads or 1, len_q, len_k), spans, ids, and one per head. */
+    char *mask;
+    void *bias;
+    int64_t bias_heads, mask_heads;
+    int64_t *spans, *q_ids, *k_ids;
+    double *slopes, *sinks;
 } problem;
 
 static void contiguous(qkv_strides *at, const qkv_problem *p, int64_t heads, int64_t rows, int64_t dim, int64_t size)
@@ -66,6 +73,13 @@ static qkv_status run(problem *x)
     p->counters = &x->counters;
     p->offset = x->offset;
     p->length = x->length;
+    p->mask = x->mask;
+    p->bias = x->bias;
+    p->spans = x->spans;
+    p->q_ids = x->q_ids;
+    p->k_ids = x->k_ids;
+    p->slopes = x->slopes;
+    p->sinks = x->sinks;
     if (!p->runs) {
         x->run = (qkv_run){x->k, x->v, 0, p->len_k};
         p->runs = &x->run;
@@ -79,9 +93,31 @@ static qkv_status run(problem *x)
 
 static void destroy(problem *x)
 {
-    void *owned[] = {x->q, x->k, x->v, x->out, x->lse, x->offset, x->length};
+    void *owned[] = {x->q, x->k, x->v, x->out, x->lse, x->offset, x->length, x->mask, x->bias, x->spans, x->q_ids, x->k_ids,
+                     x->slopes, x->sinks};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++)
         free(owned[i]);
+}
+
+/* The scaled score of query i and key j after all that changes it; -inf where it is excluded. */
+static double changed(const problem *x, int64_t b, int64_t head, int64_t i, int64_t j, int64_t position, double score)
+{
+    const qkv_problem *p = &x->p;
+    int64_t query = b * p->len_q + i;
+    if (p->softcap != 0)
+        score = p->softcap * tanh(score / p->softcap);
+    if (x->slopes)
+        score -= x->slopes[head] * fabs((double)(position - j));
+    if (x->bias)
+        score += load(p->bias_type, x->bias, ((b * x->bias_heads + head % x->bias_heads) * p->len_q + i) * p->len_k + j);
+    int seen = (p->left == QKV_OPEN || j >= position - p->left) && (p->right == QKV_OPEN || j <= position + p->right);
+    if (x->mask)
+        seen &= x->mask[((b * x->mask_heads + head % x->mask_heads) * p->len_q + i) * p->len_k + j] != 0;
+    if (x->spans)
+        seen &= x->spans[2 * query] <= j && j < x->spans[2 * query + 1];
+    if (x->q_ids)
+        seen &= x->q_ids[query] == x->k_ids[b * p->len_k + j];
+    return seen ? score : -INFINITY;
 }
 
 /* Every row by three loops in double. */
@@ -96,16 +132,14 @@ static void check_result(const problem *x, const char *what)
         int64_t keys = (b * p->heads_kv + head / group) * p->len_k;
         int64_t n = x->length ? x->length[b] : p->len_k;
         int64_t position = i + (x->offset ? x->offset[b] : n - p->len_q);
-        double sum = 0, largest = 0;
+        double sum = x->sinks ? exp(x->sinks[head]) : 0, largest = 0;
         for (int64_t j = 0; j < n; j++) {
             double score = 0;
             for (int64_t d = 0; d < p->dim; d++)
                 score += load(p->type, x->q, row * p->dim + d) * load(p->kv_type, x->k, (keys + j) * p->dim + d);
-            score *= p->scale;
-            int seen = (p->left == QKV_OPEN || j >= position - p->left)
-                       && (p->right == QKV_OPEN || j <= position + p->right);
-            weights[j] = seen ? exp(score) : 0;
-            largest = seen && fabs(score) > largest ? fabs(score) : largest;
+            score = changed(x, b, head, i, j, position, score * p->scale);
+            weights[j] = exp(score);
+            largest = isfinite(score) && fabs(score) > largest ? fabs(score) : largest;
             sum += weights[j];
         }
         /* A score of size s is off by eps * s or so, and its weight by as much; values are below 1. 32 covers sums. */

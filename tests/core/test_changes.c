@@ -1,0 +1,171 @@
+/* What changes scores, and ragged batches, through qkv.h alone: random problems against three plain loops, on every CPU path.
+ * As in test_core.c each array is a block of exactly its size. */
+#include "problem.h"
+
+static int64_t *numbers(int64_t n, int64_t low, int64_t high)
+{
+    int64_t *all = block(n * (int64_t)sizeof *all);
+    for (int64_t i = 0; i < n; i++)
+        all[i] = between(low, high);
+    return all;
+}
+
+/* One of five is the least. */
+static double *per_head(int64_t heads, double least, double most)
+{
+    double *all = block(heads * (int64_t)sizeof *all);
+    for (int64_t h = 0; h < heads; h++)
+        all[h] = draw() % 5 ? most * (double)between(0, 20) / 20 : least;
+    return all;
+}
+
+/* A mask of which whole stretches of keys are hidden, others seen, and the rest is random. */
+static char *random_mask(int64_t rows, int64_t keys)
+{
+    char *mask = block(rows * keys);
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t first = 0, end; first < keys; first = end) {
+            int kind = (int)(draw() % 3);
+            end = first + between(1, 300);
+            end = end < keys ? end : keys;
+            for (int64_t j = first; j < end; j++)
+                mask[i * keys + j] = (char)(kind < 2 ? kind * 7 : (int)(draw() % 2));
+        }
+    return mask;
+}
+
+static void by_element(qkv_strides *at, const qkv_problem *p, int64_t heads, int64_t size)
+{
+    contiguous(at, p, heads, p->len_q, p->len_k, size);
+    if (heads == 1)
+        at->head = 0;
+}
+
+static void random_changes(problem *x)
+{
+    qkv_problem *p = &x->p;
+    int64_t rows = x->sequences * p->len_q;
+    if (draw() % 2) {
+        x->mask_heads = draw() % 2 ? p->heads_q : 1;
+        x->mask = random_mask(rows * x->mask_heads, p->len_k);
+        by_element(&p->mask_at, p, x->mask_heads, 1);
+    }
+    if (draw() % 2) {
+        x->bias_heads = draw() % 2 ? p->heads_q : 1;
+        p->bias_type = (qkv_type)(draw() % 2);
+        x->bias = uniform(p->bias_type, rows * x->bias_heads * p->len_k);
+        for (int64_t i = 0; i < rows * x->bias_heads * p->len_k; i += between(1, 20))
+            store(p->bias_type, x->bias, i, -INFINITY);
+        by_element(&p->bias_at, p, x->bias_heads, size_of(p->bias_type));
+    }
+    if (draw() % 3 == 0) {
+        x->spans = numbers(2 * rows, 0, p->len_k);
+        if (draw() % 2) {
+            x->q_ids = numbers(rows, 0, 2);
+            x->k_ids = numbers(x->sequences * p->len_k, 0, 2);
+        }
+    }
+    if (draw() % 3 == 0)
+        x->slopes = per_head(p->heads_q, 0, 0.1);          /* exp(-0.1 * distance) is a normal number */
+    if (draw() % 3 == 0)
+        x->sinks = per_head(p->heads_q, -INFINITY, 2);
+    if (draw() % 3 == 0)
+        p->softcap = (double)between(1, 30) / 10;
+    if (draw() % 2)
+        p->right = between(0, 100);
+}
+
+static void test_random(int isa, qkv_type type)
+{
+    for (int i = 0; i < 80; i++) {
+        int64_t len_k = i % 10 == 0 ? between(1000, 2500) : between(0, 300);
+        problem x = make(type, between(1, 3), between(1, 2), between(1, 3), between(0, 70), len_k, between(0, 40),
+                         between(0, 40));
+        x.p.isa = isa;
+        x.p.threads = (int)between(1, 3);
+        random_changes(&x);
+        CHECK(run(&x) == QKV_OK, "changes %d", i);
+        check_result(&x, "changes");
+        qkv_report report;
+        CHECK(qkv_explain(&x.p, &report) == QKV_OK, "no report");
+        CHECK(!memcmp(&report.counts, &x.counters, sizeof report.counts), "%lld, not %lld partial tiles in the report",
+              (long long)report.counts.tiles_partial, (long long)x.counters.tiles_partial);
+        destroy(&x);
+    }
+}
+
+/* A ragged batch gives the bits of each of its sequences alone. */
+static void test_ragged(int isa, qkv_type type)
+{
+    enum { SEQUENCES = 5, HEADS = 2, GROUP = 2, DIM = 24 };
+    for (int i = 0; i < 10; i++) {
+        int64_t size = size_of(type), q_starts[SEQUENCES + 1] = {0}, k_starts[SEQUENCES + 1] = {0}, most_q = 0, most_k = 0;
+        int64_t run_of[SEQUENCES + 1], row_q = HEADS * GROUP * DIM * size, row_k = HEADS * DIM * size;
+        for (int b = 0; b < SEQUENCES; b++) {
+            int64_t queries = between(0, 120), keys = i == 0 && b == 2 ? 3000 : between(0, 300);
+            q_starts[b + 1] = q_starts[b] + queries;
+            k_starts[b + 1] = k_starts[b] + keys;
+            most_q = queries > most_q ? queries : most_q;
+            most_k = keys > most_k ? keys : most_k;
+            run_of[b] = b;
+        }
+        run_of[SEQUENCES] = SEQUENCES;
+        int64_t rows = q_starts[SEQUENCES], keys = k_starts[SEQUENCES], heads = HEADS * GROUP;
+        char *q = uniform(type, rows * heads * DIM), *k = uniform(type, keys * HEADS * DIM);
+        char *v = uniform(type, keys * HEADS * DIM), *out = block(rows * row_q), *lse = block(heads * rows * size);
+        int64_t length[SEQUENCES];
+        qkv_run runs[SEQUENCES];
+        for (int b = 0; b < SEQUENCES; b++) {
+            length[b] = k_starts[b + 1] - k_starts[b];
+            runs[b] = (qkv_run){k + k_starts[b] * row_k, v + k_starts[b] * row_k, 0, length[b]};
+        }
+        qkv_problem p = {
+            .type = type, .kv_type = type, .n_axes = 1, .axes = {SEQUENCES}, .heads_q = heads, .heads_kv = HEADS,
+            .len_q = most_q, .len_k = most_k, .dim = DIM, .dim_v = DIM, .q = q, .out = out, .lse = lse, .runs = runs,
+            .n_runs = SEQUENCES, .run_of = run_of, .length = length, .left = QKV_OPEN, .right = i % 2 ? 0 : QKV_OPEN,
+            .scale = 0.25, .threads = (int)between(1, 3), .isa = isa, .q_starts = q_starts, .k_starts = k_starts,
+        };
+        p.q_at = p.out_at = (qkv_strides){.head = DIM * size, .row = row_q, .dim = size};
+        p.k_at = p.v_at = (qkv_strides){.head = DIM * size, .row = row_k, .dim = size};
+        CHECK(qkv_forward(&p) == QKV_OK, "ragged");
+
+        for (int b = 0; b < SEQUENCES; b++) {
+            int64_t n = q_starts[b + 1] - q_starts[b];
+            char *own = block(n * row_q), *own_lse = block(heads * n * size);
+            qkv_problem one = p;
+            one.n_axes = 0;
+            one.len_q = n;
+            one.len_k = length[b];
+            one.q = q + q_starts[b] * row_q;
+            one.out = own;
+            one.lse = own_lse;
+            one.runs = runs + b;
+            one.n_runs = 1;
+            one.run_of = one.length = one.q_starts = one.k_starts = NULL;
+            CHECK(qkv_forward(&one) == QKV_OK, "alone");
+            CHECK(!memcmp(own, out + q_starts[b] * row_q, (size_t)(n * row_q)), "sequence %d: other bits than alone", b);
+            for (int64_t h = 0; h < heads; h++)
+                CHECK(!memcmp(own_lse + h * n * size, lse + (h * rows + q_starts[b]) * size, (size_t)(n * size)),
+                      "sequence %d: other bits in lse", b);
+            free(own);
+            free(own_lse);
+        }
+        void *owned[] = {q, k, v, out, lse};
+        for (int j = 0; j < 5; j++)
+            free(owned[j]);
+    }
+}
+
+int main(void)
+{
+    for (int isa = 0; qkv_isa_name(isa); isa++)
+        for (qkv_type type = QKV_F32; type <= QKV_F64; type++) {
+            test_random(isa, type);
+            test_ragged(isa, type);
+            printf("test_changes: %s, %s: %ld checks\n", qkv_isa_name(isa), type == QKV_F32 ? "float32" : "float64", checks);
+        }
+    qkv_pool_stop();
+    qkv_trim();
+    printf("test_changes: %ld checks passed\n", checks);
+    return 0;
+}
