@@ -4,7 +4,7 @@ Shapes, types and values have been checked in _attention.py. Here arrays become 
 released, and raise_status turns the core's status into an exception: the only place that does.
 """
 cimport numpy as cnp
-from libc.stdint cimport int64_t
+from libc.stdint cimport int32_t, int64_t
 
 from ._qkv cimport *
 
@@ -139,6 +139,10 @@ cdef const int64_t *integers_of(cnp.ndarray x) noexcept:
     return NULL if x is None else <const int64_t *>cnp.PyArray_DATA(x)
 
 
+cdef const int32_t *ids_of(cnp.ndarray x) noexcept:
+    return NULL if x is None else <const int32_t *>cnp.PyArray_DATA(x)
+
+
 cdef const double *doubles_of(cnp.ndarray x) noexcept:
     return NULL if x is None else <const double *>cnp.PyArray_DATA(x)
 
@@ -156,8 +160,8 @@ cdef bytearray fill_extras(qkv_problem *p, extras, cnp.ndarray out):
     cdef cnp.ndarray mask = extras.mask, bias = extras.bias, starts = extras.q_starts
     cdef bytearray room = None
     p.spans = integers_of(extras.spans)
-    p.q_ids = integers_of(extras.q_ids)
-    p.k_ids = integers_of(extras.k_ids)
+    p.q_ids = ids_of(extras.q_ids)
+    p.k_ids = ids_of(extras.k_ids)
     p.slopes = doubles_of(extras.slopes)
     p.sinks = doubles_of(extras.sinks)
     p.softcap = extras.softcap

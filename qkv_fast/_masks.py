@@ -19,8 +19,8 @@ class Extras(NamedTuple):
     mask: Array | None = None  # broadcasts to (..., heads, queries, keys)
     bias: Array | None = None  # the same
     spans: Array | None = None  # (..., queries, 2) int64
-    q_ids: Array | None = None  # (..., queries) int64
-    k_ids: Array | None = None  # (..., keys) int64
+    q_ids: Array | None = None  # (..., queries) int32
+    k_ids: Array | None = None  # (..., keys) int32
     slopes: Array | None = None  # (heads,) float64
     sinks: Array | None = None  # (heads,) float64
     softcap: float = 0.0
@@ -127,10 +127,11 @@ def check_segments(
         complete &= _fill_spans(spans[at], q_own[at], k_own[at])
 
     def spread(x: Array, *shape: int) -> Array:
-        return np.array(np.broadcast_to(x, (*batch, *shape)), np.int64, order="C")
+        return np.array(np.broadcast_to(x, (*batch, *shape)), order="C")
 
     if complete:
         return spread(spans, len_q, 2), None, None
+    q_ids, k_ids = _numbered(q_ids, k_ids)
     return spread(spans, len_q, 2), spread(q_ids, len_q), spread(k_ids, len_k)
 
 
@@ -146,7 +147,7 @@ def check_ragged_segments(
     for b in range(q_starts.size - 1):
         q, k = slice(*q_starts[b : b + 2]), slice(*k_starts[b : b + 2])
         complete &= _fill_spans(spans[q], q_ids[q], k_ids[k])
-    return (spans, None, None) if complete else (spans, q_ids, k_ids)
+    return (spans, None, None) if complete else (spans, *_numbered(q_ids, k_ids))
 
 
 def _check_ids(where: str, segments: Any) -> list[Array]:
@@ -164,6 +165,13 @@ def _check_ids(where: str, segments: Any) -> list[Array]:
             raise OverflowError(f"{where}: segments: {name} id {given.max()} does not fit in 63 bits")
         made.append(given.astype(np.int64, order="C"))
     return made
+
+
+def _numbered(*ids: Array) -> list[Array]:
+    """The same ids as int32 numbers, which the core compares twice as many at a time."""
+    numbers = np.unique(np.concatenate([x.ravel() for x in ids]), return_inverse=True)[1].astype(np.int32)
+    ends = np.cumsum([x.size for x in ids])[:-1]
+    return [part.reshape(x.shape) for part, x in zip(np.split(numbers, ends), ids, strict=True)]
 
 
 def _fill_spans(spans: Array, q_ids: Array, k_ids: Array) -> bool:

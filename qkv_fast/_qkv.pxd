@@ -1,5 +1,5 @@
 # src/qkv.h, line for line.
-from libc.stdint cimport int64_t, uint32_t
+from libc.stdint cimport int32_t, int64_t, uint32_t
 
 
 cdef extern from "qkv.h" nogil:
@@ -56,8 +56,8 @@ cdef extern from "qkv.h" nogil:
         const int64_t *length
         int64_t left, right
         const int64_t *spans
-        const int64_t *q_ids
-        const int64_t *k_ids
+        const int32_t *q_ids
+        const int32_t *k_ids
         double scale
         double softcap
         const double *slopes

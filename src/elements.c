@@ -9,7 +9,7 @@
 #include "plan.h"
 #include "tile.h"
 
-_Static_assert(QKV_LANE_BYTES >= 3 * sizeof(char *) + 2 * sizeof(int64_t) + sizeof(double), "lanes overlap in scratch");
+_Static_assert(QKV_LANE_BYTES >= 3 * sizeof(char *) + sizeof(int64_t) + sizeof(double) + sizeof(int32_t), "lanes overlap in scratch");
 
 static const char *row_at(const char *data, const qkv_strides *at, int64_t offset, const qkv_row *r)
 {
@@ -63,7 +63,7 @@ static const void *const *bias_rows(const qkv_query_tile *t, const qkv_panel *x,
 }
 
 /* The ids of a sequence's keys. */
-static const int64_t *key_ids(const qkv_problem *p, int64_t sequence)
+static const int32_t *key_ids(const qkv_problem *p, int64_t sequence)
 {
     return p->k_ids + (p->k_starts ? p->k_starts[sequence] : sequence * p->len_k);
 }
@@ -76,7 +76,7 @@ static void copy_mask(const qkv_query_tile *t, const qkv_panel *x, int lane, int
         to[i - first] = !p->mask || x->mask[lane][i * p->mask_at.dim];
     if (!p->q_ids)
         return;
-    const int64_t *ids = key_ids(p, t->sequence), id = x->id[lane];
+    const int32_t *ids = key_ids(p, t->sequence), id = x->id[lane];
     for (int64_t i = first; i < last; i++)
         to[i - first] &= ids[i] == id;
 }
@@ -84,8 +84,8 @@ static void copy_mask(const qkv_query_tile *t, const qkv_panel *x, int lane, int
 int64_t qkv_count_seen(const qkv_problem *p, int64_t sequence, int64_t head, int64_t i, qkv_range keys)
 {
     const char *mask = p->mask;
-    const int64_t *ids = p->q_ids ? key_ids(p, sequence) : NULL;
-    int64_t id = p->q_ids ? p->q_ids[qkv_query_index(p, sequence, i)] : 0, seen = 0;
+    const int32_t *ids = p->q_ids ? key_ids(p, sequence) : NULL, id = p->q_ids ? p->q_ids[qkv_query_index(p, sequence, i)] : 0;
+    int64_t seen = 0;
     if (mask)
         mask += qkv_sequence_offset(p, &p->mask_at, sequence) + head * p->mask_at.head + i * p->mask_at.row;
     for (int64_t j = keys.lo; j < keys.hi; j++)

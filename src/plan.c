@@ -102,7 +102,7 @@ static void plan_summary(const qkv_problem *p, qkv_plan *plan)
 {
     int64_t blocks = p->mask && p->mask_at.dim ? ceil_div(p->len_k, BLOCK) : 1, rows = 1;
     qkv_strides *at = &plan->summary_at;
-    if (!p->mask || p->q_ids)
+    if (!p->mask || p->q_ids || p->len_k == 0)
         return;
     at->dim = p->mask_at.dim ? 1 : 0;
     at->row = p->mask_at.row ? blocks : 0;

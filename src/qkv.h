@@ -82,7 +82,7 @@ typedef struct {
     /* Segments. spans: (sequences, len_q, 2): of the keys, query i sees only lo <= j < hi; or NULL. With ids as well, only
      * those whose id equals the query's: for ids in an order in which a span does not say it all. */
     const int64_t *spans;
-    const int64_t *q_ids, *k_ids;     /* (sequences, len_q), (sequences, len_k), or both NULL */
+    const int32_t *q_ids, *k_ids;     /* (sequences, len_q), (sequences, len_k), or both NULL */
 
     /* What becomes of a score: scale, softcap, ALiBi and bias, exclusion. By element are (axes..., heads_q, len_q, len_k), an
      * axis that is broadcast having stride 0; `dim` is the stride along keys. */

@@ -53,8 +53,8 @@ static void lay_out_panels(qkv_query_tile *t, int64_t first)
         x->mask = x->bias + lanes;
         x->summary = (const uint8_t **)(x->mask + lanes);
         x->position = (int64_t *)(x->summary + lanes);
-        x->id = x->position + lanes;
-        x->slope = (double *)(x->id + lanes);
+        x->slope = (double *)(x->position + lanes);
+        x->id = (int32_t *)(x->slope + lanes);
     }
 }
 

@@ -17,8 +17,9 @@ typedef struct {
      * its row of the mask's summary. */
     const char **bias, **mask;
     const uint8_t **summary;
-    int64_t *position, *id;
+    int64_t *position;
     double *slope;
+    int32_t *id;
 } qkv_panel;
 
 typedef struct {

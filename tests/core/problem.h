@@ -15,7 +15,8 @@ typedef struct {
     char *mask;
     void *bias;
     int64_t bias_heads, mask_heads;
-    int64_t *spans, *q_ids, *k_ids;
+    int64_t *spans;
+    int32_t *q_ids, *k_ids;
     double *slopes, *sinks;
 } problem;
 

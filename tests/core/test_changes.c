@@ -10,6 +10,14 @@ static int64_t *numbers(int64_t n, int64_t low, int64_t high)
     return all;
 }
 
+static int32_t *ids(int64_t n)
+{
+    int32_t *all = block(n * (int64_t)sizeof *all);
+    for (int64_t i = 0; i < n; i++)
+        all[i] = (int32_t)between(0, 2);
+    return all;
+}
+
 /* One of five is the least. */
 static double *per_head(int64_t heads, double least, double most)
 {
@@ -61,8 +69,8 @@ static void random_changes(problem *x)
     if (draw() % 3 == 0) {
         x->spans = numbers(2 * rows, 0, p->len_k);
         if (draw() % 2) {
-            x->q_ids = numbers(rows, 0, 2);
-            x->k_ids = numbers(x->sequences * p->len_k, 0, 2);
+            x->q_ids = ids(rows);
+            x->k_ids = ids(x->sequences * p->len_k);
         }
     }
     if (draw() % 3 == 0)
