@@ -170,7 +170,7 @@ def _check_ids(where: str, segments: Any) -> list[Array]:
 
 def _find_spans(q_ids: Array, k_ids: Array, of_queries: Array, of_keys: Array, starts: Array) -> tuple[Array, bool]:
     """Spans of all queries of all sequences, from the first key with the query's id to after the last; and whether all
-    keys between have it. `of_queries` and `of_keys` say to which sequence each belongs, `starts` where its keys begin."""
+    keys between have it. `of_queries` and `of_keys`: the sequence of each; `starts`: where its keys begin."""
     ids = np.concatenate([q_ids, k_ids])
     low, high = int(ids.min(initial=0)), int(ids.max(initial=0))
     if (high - low + 1) * max(starts.size, 1) >= 2**63:  # then their ranks
