@@ -5,6 +5,7 @@ they broadcast to is in shapes and strides alone. Segments become a span of keys
 their ids go along only where a span would say too much, because keys of another id lie within.
 """
 
+import math
 import operator
 from typing import Any, NamedTuple
 
@@ -121,10 +122,12 @@ def check_segments(
                 f"got {ids.shape}"
             )
     own = np.broadcast_shapes(q_ids.shape[:-1], k_ids.shape[:-1])
-    q_own, k_own = np.broadcast_to(q_ids, (*own, len_q)), np.broadcast_to(k_ids, (*own, len_k))
-    spans, complete = np.empty((*own, len_q, 2), np.int64), True
-    for at in np.ndindex(own):
-        complete &= _fill_spans(spans[at], q_own[at], k_own[at])
+    each = np.arange(math.prod(own))
+    spans, complete = _find_spans(
+        np.broadcast_to(q_ids, (*own, len_q)).ravel(), np.broadcast_to(k_ids, (*own, len_k)).ravel(),
+        np.repeat(each, len_q), np.repeat(each, len_k), each * len_k,
+    )  # fmt: skip
+    spans = spans.reshape(*own, len_q, 2)
 
     def spread(x: Array, *shape: int) -> Array:
         return np.array(np.broadcast_to(x, (*batch, *shape)), order="C")
@@ -143,10 +146,9 @@ def check_ragged_segments(
     for name, ids, total in (("query", q_ids, q_starts[-1]), ("key", k_ids, k_starts[-1])):
         if ids.shape != (total,):
             raise ValueError(f"{where}: segments must have {name} ids of shape ({total},), got {ids.shape}")
-    spans, complete = np.empty((q_ids.size, 2), np.int64), True
-    for b in range(q_starts.size - 1):
-        q, k = slice(*q_starts[b : b + 2]), slice(*k_starts[b : b + 2])
-        complete &= _fill_spans(spans[q], q_ids[q], k_ids[k])
+    each = np.arange(q_starts.size - 1)
+    of_queries, of_keys = np.repeat(each, np.diff(q_starts)), np.repeat(each, np.diff(k_starts))
+    spans, complete = _find_spans(q_ids, k_ids, of_queries, of_keys, k_starts)
     return (spans, None, None) if complete else (spans, *_numbered(q_ids, k_ids))
 
 
@@ -174,16 +176,25 @@ def _numbered(*ids: Array) -> list[Array]:
     return [part.reshape(x.shape) for part, x in zip(np.split(numbers, ends), ids, strict=True)]
 
 
-def _fill_spans(spans: Array, q_ids: Array, k_ids: Array) -> bool:
-    """spans (queries, 2) <- the first key with the query's id and that after the last. Whether all between have it."""
-    spans[...] = 0
+def _find_spans(q_ids: Array, k_ids: Array, of_queries: Array, of_keys: Array, starts: Array) -> tuple[Array, bool]:
+    """Spans of all queries of all sequences, from the first key with the query's id to after the last; and whether all
+    keys between have it. `of_queries` and `of_keys`: the sequence of each; `starts`: where its keys begin."""
+    ids = np.concatenate([q_ids, k_ids])
+    low, high = int(ids.min(initial=0)), int(ids.max(initial=0))
+    if (high - low + 1) * max(starts.size, 1) >= 2**63:  # then their ranks
+        values, ids = np.unique(ids, return_inverse=True)
+        low, high = 0, values.size - 1
+    ids = ids - low + np.concatenate([of_queries, of_keys]) * (high - low + 1)  # no two sequences have one in common
+    q_ids, k_ids = ids[: q_ids.size], ids[q_ids.size :]
     order = np.argsort(k_ids, kind="stable")  # the keys of one id, in order of position
-    ids = k_ids[order]
-    begin, end = np.searchsorted(ids, q_ids, "left"), np.searchsorted(ids, q_ids, "right")
+    k_ids = k_ids[order]
+    begin, end = np.searchsorted(k_ids, q_ids, "left"), np.searchsorted(k_ids, q_ids, "right")
     found = begin < end
-    spans[found, 0] = order[begin[found]]
-    spans[found, 1] = order[end[found] - 1] + 1
-    return bool(np.array_equal(end - begin, spans[:, 1] - spans[:, 0]))
+    spans = np.zeros((q_ids.size, 2), np.int64)
+    start = starts[of_queries[found]]
+    spans[found, 0] = order[begin[found]] - start
+    spans[found, 1] = order[end[found] - 1] + 1 - start
+    return spans, bool(np.array_equal(end - begin, spans[:, 1] - spans[:, 0]))
 
 
 def check_starts(where: str, name: str, starts: Any, total: int) -> Array:

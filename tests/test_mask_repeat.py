@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from _util import TYPES, normal, qkv, same_bits
+from _util import TYPES, compare, normal, qkv, same_bits
 
 import qkv_fast
 from qkv_fast import _runtime
@@ -62,6 +62,7 @@ def part(arrays, options, sequences, head):
 def test_threads(dtype, shape, kind):
     arrays, options = problem(kind, shape, dtype)
     one = qkv_fast.attention(*arrays, return_lse=True, num_threads=1, **options)
+    compare(one, arrays, **options)
     for threads in range(1, 9):
         with _runtime.counters() as seen:
             got = qkv_fast.attention(*arrays, return_lse=True, num_threads=threads, **options)
