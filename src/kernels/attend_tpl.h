@@ -274,11 +274,13 @@ static QKV_INLINE void X(weigh)(const int nv, const int careful, const qkv_tile 
     X(limits) limits;
     X(find_limits)(t, &limits);
     VEC none = X(set1)(-(REAL)INFINITY), zero = X(set1)(0), one = X(set1)(1), limit = X(set1)(P_LIMIT);
+    VEC least = X(set1)(-REAL_LARGEST);
     int fresh = 1, raise = 0;
     for (int j = 0; j < nv * W; j += W) {
         VEC m = X(load)((const REAL *)t->m + j);
         fresh &= !X(any)(X(less)(none, m));
-        X(store)(lanes->shift + j, X(select)(X(equal)(m, none), zero, m));
+        /* A lane that has seen nothing has a weight above 0 for whatever it sees now. */
+        X(store)(lanes->shift + j, X(select)(X(equal)(m, none), least, m));
         X(store)(lanes->sum + j, zero);
         X(store)(lanes->top + j, none);
         X(store)(lanes->alpha + j, one);
@@ -286,9 +288,10 @@ static QKV_INLINE void X(weigh)(const int nv, const int careful, const qkv_tile 
     int weighed = !fresh && !t->slope;
     if (weighed) {
         X(score)(nv, 1, careful, t, &limits, lanes);
-        for (int j = 0; j < nv * W; j += W)
-            raise |= X(any)(X(equal)(X(load)((const REAL *)t->m + j), none))
-                | X(any)(X(beyond)(X(load)(lanes->sum + j), limit));
+        for (int j = 0; j < nv * W; j += W) {
+            VEC unseen = X(select)(X(equal)(X(load)((const REAL *)t->m + j), none), zero, limit);
+            raise |= X(any)(X(beyond)(X(load)(lanes->sum + j), unseen));
+        }
     }
     if (!weighed | raise) {
         X(score)(nv, 0, careful, t, &limits, lanes);

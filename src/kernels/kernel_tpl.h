@@ -35,6 +35,7 @@
 #define VEC X(vec)
 #define W X(width)
 #define LANES (LANE_VECTORS * W)
+#define REAL_LARGEST ((REAL)(sizeof(REAL) == 4 ? FLT_MAX : DBL_MAX))
 
 #include "exp2_tpl.h"
 #include "adjust_tpl.h"
@@ -55,6 +56,7 @@
 static const qkv_kernels X(kernels) = KERNELS;
 
 #undef KERNELS
+#undef REAL_LARGEST
 #undef LANES
 #undef W
 #undef VEC

@@ -113,8 +113,6 @@ static inline void X(copy_bytes)(void *to, const void *from, size_t size, int sw
         memcpy(to, from, size);
 }
 
-#define REAL_LARGEST (sizeof(REAL) == 4 ? (double)FLT_MAX : DBL_MAX)
-
 static void X(gather)(void *to, ptrdiff_t to_row, const qkv_rows *from, int n, int d)
 {
     for (int i = 0; i < n; i++) {
@@ -125,7 +123,7 @@ static void X(gather)(void *to, ptrdiff_t to_row, const qkv_rows *from, int n, i
                 double wide;
                 X(copy_bytes)(&wide, data + e * from->col, sizeof wide, from->swapped);
                 /* What is finite stays finite: a bias of the least number is no exclusion. */
-                row[e] = isfinite(wide) ? (REAL)fmin(fmax(wide, -REAL_LARGEST), REAL_LARGEST) : (REAL)wide;
+                row[e] = isfinite(wide) ? (REAL)fmin(fmax(wide, -(double)REAL_LARGEST), (double)REAL_LARGEST) : (REAL)wide;
             }
         else if (from->size != sizeof(REAL))
             for (int e = 0; e < d; e++) {
@@ -150,5 +148,3 @@ static void X(scatter)(const qkv_rows *to, const void *from, ptrdiff_t from_row,
             X(copy_bytes)(data + e * to->col, row + e, sizeof(REAL), to->swapped);
     }
 }
-
-#undef REAL_LARGEST
