@@ -51,14 +51,14 @@ static void count_vectors(qkv_counters *count, const qkv_limits *limits, int64_t
 }
 
 /* Passes over the keys [first, last): they begin anew at each chunk. */
-static int64_t count_passes(const qkv_plan *plan, int64_t first, int64_t last)
+static int64_t count_passes(const qkv_plan *plan, int64_t pass, int64_t first, int64_t last)
 {
     int64_t chunk = first / plan->chunk, final = (last - 1) / plan->chunk;
     if (chunk == final)
-        return blocks_up_to(last - first, plan->pass);
-    return blocks_up_to((chunk + 1) * plan->chunk - first, plan->pass)
-           + (final - chunk - 1) * blocks_up_to(plan->chunk, plan->pass)
-           + blocks_up_to(last - final * plan->chunk, plan->pass);
+        return blocks_up_to(last - first, pass);
+    return blocks_up_to((chunk + 1) * plan->chunk - first, pass)
+           + (final - chunk - 1) * blocks_up_to(plan->chunk, pass)
+           + blocks_up_to(last - final * plan->chunk, pass);
 }
 
 /* One key head of one sequence. */
@@ -66,6 +66,15 @@ static void count_tiles(const qkv_problem *p, const qkv_plan *plan, int64_t sequ
 {
     int64_t lanes = plan->kernels->lanes, vector = plan->kernels->vector, rows = plan->tile_panels * lanes;
     int copies = (plan->copy_k != 0) + (plan->copy_v != 0);
+    if (plan->decode) {
+        qkv_limits limits = limits_of(p, plan->group, sequence, 0, plan->rows - 1);
+        if (limits.any.lo >= limits.any.hi)
+            return;
+        int64_t visited = blocks_up_to(limits.any.hi, plan->chunk) - limits.any.lo / plan->chunk;
+        count->tiles_copied += copies * count_passes(plan, plan->few.pass, limits.any.lo, limits.any.hi);
+        count_vectors(count, &limits, plan->chunk, visited, 1);
+        return;
+    }
     int same = qkv_all_alike(p);
     for (int64_t tile = 0; tile < plan->tiles; tile++) {
         int64_t first = tile * rows, end = qkv_min(first + rows, plan->rows);
@@ -74,7 +83,7 @@ static void count_tiles(const qkv_problem *p, const qkv_plan *plan, int64_t sequ
             continue;
         int64_t begin = limits.any.lo / plan->block * plan->block;
         int64_t visited = blocks_up_to(limits.any.hi - begin, plan->block);
-        count->tiles_copied += copies * count_passes(plan, begin, limits.any.hi);
+        count->tiles_copied += copies * count_passes(plan, plan->pass, begin, limits.any.hi);
         if (same) {
             count_vectors(count, &limits, plan->block, visited, blocks_up_to(end - first, vector));
             continue;
@@ -144,6 +153,24 @@ static void no_scatter(const qkv_rows *to, const void *from, ptrdiff_t from_row,
     (void)to, (void)from, (void)from_row, (void)n, (void)d;
 }
 
+static void no_stack(void *q, ptrdiff_t q_row, const void *const *rows, int n, int d, double factor)
+{
+    (void)q, (void)q_row, (void)rows, (void)n, (void)d, (void)factor;
+}
+
+static void no_product(const qkv_stack *stack, const void *rows, ptrdiff_t row, int at, int n)
+{
+    (void)stack, (void)rows, (void)row, (void)at, (void)n;
+}
+
+static void no_weigh(const qkv_stack *stack) { (void)stack; }
+static void no_states(const qkv_stack *stack, const void *o2, const void *m2, const void *l2)
+{
+    (void)stack, (void)o2, (void)m2, (void)l2;
+}
+
+static int finite_rows(void *const *rows, const qkv_stack *stack) { return (void)rows, (void)stack, 1; }
+
 /* Counts what the call would count, by the driver itself. */
 static qkv_status walk(const qkv_problem *p, const qkv_plan *plan, qkv_counters *counters)
 {
@@ -157,6 +184,11 @@ static qkv_status walk(const qkv_problem *p, const qkv_plan *plan, qkv_counters 
     kernels.finite = all_finite;
     kernels.gather = no_gather;
     kernels.scatter = no_scatter;
+    kernels.decode_stack = no_stack;
+    kernels.decode_score = kernels.decode_value = no_product;
+    kernels.decode_weigh = no_weigh;
+    kernels.decode_merge = no_states;
+    kernels.decode_finish = finite_rows;
     qkv_plan dry_plan = *plan;
     dry_plan.kernels = &kernels;
     qkv_problem dry = *p;
@@ -223,16 +255,17 @@ qkv_status qkv_explain(const qkv_problem *p, qkv_report *report)
     qkv_plan plan;
     qkv_status status = qkv_make_plan(p, &plan);
     memset(report, 0, sizeof *report);
-    report->panel_rows = plan.kernels->lanes;
-    report->vector_rows = plan.kernels->vector;
+    report->decode = plan.decode;
+    report->panel_rows = plan.decode ? plan.rows : plan.kernels->lanes;
+    report->vector_rows = plan.decode ? plan.rows : plan.kernels->vector;
     report->kernel_keys = plan.kernels->row_tile;
     if (status != QKV_OK || plan.tasks == 0 || (p->dim_v == 0 && !p->lse))
         return status;
 
     report->rows = plan.rows;
     report->tile_panels = plan.tile_panels;
-    report->block_keys = plan.block;
-    report->pass_keys = plan.pass;
+    report->block_keys = plan.decode ? plan.chunk : plan.block;
+    report->pass_keys = plan.decode ? plan.chunk : plan.pass;
     report->chunk_keys = plan.chunk;
     report->chunks = plan.chunks;
     report->split = plan.split;

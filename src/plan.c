@@ -18,6 +18,11 @@
  * time without copies, 8 heads of D 128). */
 enum {
     BLOCK = 128,                      /* keys per kernel call: S^T (128, 48) is 24 KB, most of L1, but read in order */
+    /* Rows of a key head up to which lanes along the head dimension are faster: one for this many columns of K and V. At D
+     * 128 32 rows take 0.8 of the time of lanes of rows from memory, 1 from cache; at D 64 16 take 0.7 and 1.15; D 32, 8. */
+    FEW_COLUMNS = 8,
+    FEW_LEAST = 4,
+    FEW_MOST = 32,
     CHUNK = 1024,                     /* keys per chunk; merging chunks of about 1000 keeps the error of 64k keys small */
     PASS_BYTES = 256 << 10,           /* K and V of a pass: a quarter of L2, half of an older 512 KB one */
     STATE_BYTES = 192 << 10,          /* Q^T, O and totals of the panels that share a pass */
@@ -45,6 +50,7 @@ enum {
     ALIGNMENT = 64
 };
 static const double SERIAL_FLOPS = 3e6;                 /* about 30 us of one core: not worth waking another */
+static const double SERIAL_BYTES = 1 << 20;             /* the same where K and V are read once */
 static const double TASK_FLOPS = 2e9;                   /* about 20 ms, so that an interrupt is seen between tasks */
 
 static size_t align(size_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
@@ -126,8 +132,6 @@ static void lay_out_scratch(const qkv_problem *p, qkv_plan *plan)
     size_t vectors = lanes / (size_t)plan->kernels->vector;
     size_t panels = (size_t)plan->tile_panels, dim = (size_t)p->dim, dim_v = (size_t)p->dim_v;
     size_t at = 0;
-    plan->copy_row_k = p->dim + COPY_PAD;
-    plan->copy_row_v = p->dim_v + COPY_PAD;
 #define TAKE(field, bytes) (plan->field = at, at += align(bytes))
     TAKE(at_panels, panels * QKV_PANEL_BYTES);
     TAKE(at_limits, panels * ((vectors + 1) * sizeof(qkv_limits) + lanes * sizeof(qkv_range)));
@@ -144,7 +148,7 @@ static void lay_out_scratch(const qkv_problem *p, qkv_plan *plan)
     TAKE(at_bias, p->bias && !plan->direct_bias ? lanes * (size_t)plan->block * size : 0);
     TAKE(at_mask, plan->masked && !plan->direct_mask ? lanes * (size_t)plan->block : 0);
 #undef TAKE
-    plan->scratch_bytes = at;
+    plan->scratch_bytes = plan->decode || at < plan->few.scratch_bytes ? plan->few.scratch_bytes : at;
 }
 
 /* The scale as two factors. Q takes the sign (and with it a scale of 0: -inf * 0 would be NaN) and, of a scale near the
@@ -191,6 +195,44 @@ static void choose_scale(const qkv_problem *p, qkv_plan *plan)
     plan->c = fmin(fmax(plan->rest * 1.4426950408889634, wide ? 1e-305 : 4e-37), wide ? 1e305 : 3e37);
 }
 
+/* The choice of a kernel changes arithmetic, so it knows nothing of other sequences. */
+int qkv_has_few(const qkv_problem *p, const qkv_plan *plan, int64_t sequence)
+{
+    return qkv_queries(p, sequence) * plan->group <= plan->few.most;
+}
+
+/* For tiles of few rows, where there may be some: `rows` at most. */
+static void plan_few(const qkv_problem *p, qkv_plan *plan)
+{
+    qkv_few_plan *few = &plan->few;
+    int64_t size = plan->kernels->size, vector = plan->kernels->vector;
+    few->most = plan->adjust ? 0 : qkv_min(FEW_MOST, qkv_max(FEW_LEAST, (p->dim + p->dim_v) / FEW_COLUMNS));
+    plan->decode = plan->rows <= few->most;
+    if (few->most == 0 || (!plan->decode && !p->q_starts))
+        return;
+    int64_t n = qkv_min(few->most, plan->rows);
+    size_t at = 0, rows = (size_t)n, dim = (size_t)qkv_max(p->dim, p->dim_v);
+    few->pass = qkv_min(CHUNK, qkv_max(16, COPY_PASS_BYTES / ((p->dim + p->dim_v + 1) * size) / 16 * 16));
+    few->q_row = ceil_div(p->dim, vector) * vector;
+    few->o_row = ceil_div(p->dim_v, vector) * vector;
+    few->l_bytes = align((size_t)(n * size));
+    few->state_bytes = align((size_t)(n * few->o_row * size)) + 2 * few->l_bytes;
+#define TAKE(field, bytes) (few->field = at, at += align(bytes))
+    TAKE(at_limits, rows * (sizeof(qkv_range) + 2 * sizeof(int32_t)));
+    TAKE(at_rows, rows * sizeof(void *));
+    TAKE(at_q, rows * (size_t)(few->q_row * size));
+    TAKE(at_s, rows * (size_t)(CHUNK * size));
+    TAKE(at_sums, rows * (size_t)(few->o_row * size));
+    TAKE(at_state, few->state_bytes);
+    TAKE(at_total, few->state_bytes);
+    TAKE(at_k, plan->copy_k ? (size_t)(few->pass * plan->copy_row_k * size) : 0);
+    TAKE(at_v, plan->copy_v ? (size_t)(few->pass * plan->copy_row_v * size) : 0);
+    TAKE(at_copies, plan->direct_q && plan->direct_out ? 0 : rows * dim * (size_t)size);
+#undef TAKE
+    few->scratch_bytes = at;
+    plan->state_bytes = plan->decode ? few->state_bytes : (size_t)qkv_max((int64_t)plan->state_bytes, (int64_t)few->state_bytes);
+}
+
 static int64_t panels_of(const qkv_problem *p, const qkv_plan *plan, int64_t sequence)
 {
     return ceil_div(qkv_queries(p, sequence) * plan->group, plan->kernels->lanes);
@@ -198,6 +240,8 @@ static int64_t panels_of(const qkv_problem *p, const qkv_plan *plan, int64_t seq
 
 int64_t qkv_tiles_of(const qkv_problem *p, const qkv_plan *plan, int64_t sequence)
 {
+    if (qkv_has_few(p, plan, sequence))
+        return qkv_queries(p, sequence) * plan->group > 0;
     return ceil_div(panels_of(p, plan, sequence), plan->tile_panels);
 }
 
@@ -243,6 +287,9 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     /* A sink is merged even with a single chunk: how many there are must not show in a sequence that has only one. */
     plan->merges = plan->chunks > 1 || p->sinks;
     choose_copies(p, plan);
+    plan->copy_row_k = p->dim + COPY_PAD;
+    plan->copy_row_v = p->dim_v + COPY_PAD;
+    plan_few(p, plan);
     /* Copies want many panels to share them, and leave them the room by being short. */
     int copies = (plan->copy_k | plan->copy_v) != 0;
     int64_t pass = (copies ? COPY_PASS_BYTES : PASS_BYTES) / ((p->dim + p->dim_v + 1) * kernels->size) / BLOCK * BLOCK;
@@ -258,15 +305,16 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     int64_t wanted = p->threads > 1 ? qkv_max(1, base / ((int64_t)p->threads * TASKS_PER_THREAD)) : most;
     double panel_flops = 2.0 * (double)(p->dim + p->dim_v) * (double)kernels->lanes * (double)p->len_k;
     most = qkv_min(most, (int64_t)(TASK_FLOPS / (panel_flops + 1)));
-    plan->tile_panels = qkv_max(1, qkv_min(qkv_min(most, wanted), panels));
-    plan->tiles = ceil_div(panels, plan->tile_panels);
+    plan->tile_panels = plan->decode ? 1 : qkv_max(1, qkv_min(qkv_min(most, wanted), panels));
+    plan->tiles = plan->decode ? panels > 0 : ceil_div(panels, plan->tile_panels);
     plan->tasks = plan->sequences * p->heads_kv * plan->tiles;
     if (p->q_starts) {
         plan->tasks = 0;
         for (int64_t b = 0; b < plan->sequences; b++)
             plan->tasks += p->heads_kv * qkv_tiles_of(p, plan, b);
     }
-    plan->threads = flops < SERIAL_FLOPS ? 1 : p->threads;
+    double bytes = plan->decode && plan->rows > 0 ? flops / (double)(2 * plan->rows) * kernels->size : 0;      /* of K and V */
+    plan->threads = flops < SERIAL_FLOPS && bytes < SERIAL_BYTES ? 1 : p->threads;
     plan->partial_bytes = plan->state_bytes * (size_t)(plan->tasks * plan->tile_panels);
     if (plan->threads > 1 && plan->chunks > 1 && plan->tasks < 2 * plan->threads
         && (double)plan->partial_bytes * (double)plan->chunks <= PARTIAL_BYTES) {
