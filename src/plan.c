@@ -206,9 +206,12 @@ static void plan_few(const qkv_problem *p, qkv_plan *plan)
 {
     qkv_few_plan *few = &plan->few;
     int64_t size = plan->kernels->size, vector = plan->kernels->vector;
-    few->most = plan->adjust ? 0 : qkv_min(FEW_MOST, qkv_max(FEW_LEAST, (p->dim + p->dim_v) / FEW_COLUMNS));
+    /* Segments are spans or ids, as the others of a batch have it. */
+    if (plan->rows == 0 || plan->adjust || p->spans)
+        return;
+    few->most = qkv_min(FEW_MOST, qkv_max(FEW_LEAST, (p->dim + p->dim_v) / FEW_COLUMNS));
     plan->decode = plan->rows <= few->most;
-    if (few->most == 0 || (!plan->decode && !p->q_starts))
+    if (!plan->decode && !p->q_starts)
         return;
     int64_t n = qkv_min(few->most, plan->rows);
     size_t at = 0, rows = (size_t)n, dim = (size_t)qkv_max(p->dim, p->dim_v);
@@ -241,7 +244,7 @@ static int64_t panels_of(const qkv_problem *p, const qkv_plan *plan, int64_t seq
 int64_t qkv_tiles_of(const qkv_problem *p, const qkv_plan *plan, int64_t sequence)
 {
     if (qkv_has_few(p, plan, sequence))
-        return qkv_queries(p, sequence) * plan->group > 0;
+        return qkv_queries(p, sequence) > 0;
     return ceil_div(panels_of(p, plan, sequence), plan->tile_panels);
 }
 
@@ -306,14 +309,14 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     double panel_flops = 2.0 * (double)(p->dim + p->dim_v) * (double)kernels->lanes * (double)p->len_k;
     most = qkv_min(most, (int64_t)(TASK_FLOPS / (panel_flops + 1)));
     plan->tile_panels = plan->decode ? 1 : qkv_max(1, qkv_min(qkv_min(most, wanted), panels));
-    plan->tiles = plan->decode ? panels > 0 : ceil_div(panels, plan->tile_panels);
+    plan->tiles = plan->decode ? 1 : ceil_div(panels, plan->tile_panels);
     plan->tasks = plan->sequences * p->heads_kv * plan->tiles;
     if (p->q_starts) {
         plan->tasks = 0;
         for (int64_t b = 0; b < plan->sequences; b++)
             plan->tasks += p->heads_kv * qkv_tiles_of(p, plan, b);
     }
-    double bytes = plan->decode && plan->rows > 0 ? flops / (double)(2 * plan->rows) * kernels->size : 0;      /* of K and V */
+    double bytes = plan->decode ? flops / (double)(2 * plan->rows) * kernels->size : 0;      /* of K and V */
     plan->threads = flops < SERIAL_FLOPS && bytes < SERIAL_BYTES ? 1 : p->threads;
     plan->partial_bytes = plan->state_bytes * (size_t)(plan->tasks * plan->tile_panels);
     if (plan->threads > 1 && plan->chunks > 1 && plan->tasks < 2 * plan->threads
