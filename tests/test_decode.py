@@ -1,7 +1,7 @@
 """Few query rows: the decode kernel against the reference, and its bits against themselves.
 
-The kernel takes a key head's rows (Lq times the group) where there are at most 4 to 32 of them, by D. `plan_of` says that
-a test met it.
+The kernel takes a key head's rows (Lq times the group) where there are at most 4 to 32 of them, by D. `plan_of` says
+that a test met it.
 """
 
 import itertools
@@ -207,6 +207,37 @@ def test_a_score_of_minus_infinity_excludes_its_value(dtype):
     k[...] = -np.inf
     out, lse = qkv_fast.attention(q, k, v, return_lse=True)
     assert not out.any() and (lse == -np.inf).all()
+
+
+@dtypes
+@pytest.mark.parametrize("threads", [1, 4])
+def test_sinks(dtype, threads):
+    q, k, v = qkv(9, dtype, heads=(4, 2), lengths=(2, 3000), dims=(24, 40))
+    sinks = [1.5, -np.inf, 300.0, -300.0]
+    plan_of(q, k, v, sinks=sinks)
+    out, lse = qkv_fast.attention(q, k, v, sinks=sinks, causal=True, return_lse=True, num_threads=threads)
+    exact = qkv_fast.reference.attention(q, k, v, sinks=sinks, causal=True, return_lse=True)
+    plain = qkv_fast.attention(q, k, v, causal=True)
+    np.testing.assert_allclose(out, exact[0], rtol=0, atol=64 * np.finfo(dtype).eps * np.abs(v).max())
+    np.testing.assert_allclose(lse, exact[1], rtol=8 * np.finfo(dtype).eps)
+    same_bits(out[1], plain[1])
+    assert not out[2].any() or np.abs(out[2]).max() < 1e-30  # all weight is the sink's
+    _, lse = qkv_fast.attention(q, k, v, sinks=sinks, kv_lengths=0, q_offset=0, return_lse=True)
+    assert (lse[:, 0] == np.array(sinks, dtype)).all()
+
+
+@dtypes
+@pytest.mark.parametrize("threads", [1, 4])
+def test_packed_with_longer_ones(dtype, threads):
+    """Each packed sequence has the kernel that it has alone."""
+    lengths = [(1, 2500), (60, 700), (2, 40), (0, 9), (1, 1)]
+    cu_q, cu_k = (np.cumsum([0, *(pair[i] for pair in lengths)]) for i in (0, 1))
+    q, k, v = (x.swapaxes(0, 1) for x in qkv(10, dtype, heads=(4, 2), lengths=(64, 3250), dims=(24, 40)))
+    out = qkv_fast.attention_varlen(q, k, v, cu_q, cu_k, causal=True, num_threads=threads)
+    for b in range(len(lengths)):
+        rows, keys = slice(*cu_q[b : b + 2]), slice(*cu_k[b : b + 2])
+        alone = qkv_fast.attention(q[rows], k[keys], v[keys], causal=True, layout="blhd")
+        same_bits(out[rows], alone)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="mprotect is POSIX")
