@@ -194,13 +194,24 @@ static qkv_status walk(const qkv_problem *p, const qkv_plan *plan, qkv_counters 
     qkv_problem dry = *p;
     dry.lse = NULL;
     dry.counters = counters;
-    dry.interrupted = NULL;
     return qkv_run_plan(&dry, &dry_plan);
 }
 
-/* Pairs of all query heads of one sequence, and the keys that some query sees as far as positions say; row by row. */
+/* Whether a sequence sees other keys than the one before it. */
+static int differs(const qkv_problem *p, int64_t sequence)
+{
+    int own = p->spans || p->q_ids || p->q_starts || qkv_length(p, sequence) != qkv_length(p, sequence - 1)
+        || qkv_offset(p, sequence) != qkv_offset(p, sequence - 1);
+    for (int i = 0; i < p->n_axes && p->mask; i++)
+        own |= p->mask_at.axis[i] != 0;
+    return own;
+}
+
+/* Pairs of all query heads of one sequence, and the keys that some query sees as far as positions say; row by row. Less
+ * than 0 if the caller asks to stop. */
 static double count_seen(const qkv_problem *p, const qkv_plan *plan, int64_t sequence, double *keys)
 {
+    enum { ASK = 256 };               /* rows between two looks */
     int64_t heads = p->mask && p->mask_at.head ? p->heads_q : 1;       /* that see different keys */
     double pairs = 0;
     qkv_limits limits = qkv_no_limits();
@@ -211,6 +222,8 @@ static double count_seen(const qkv_problem *p, const qkv_plan *plan, int64_t seq
             pairs += (double)(row.hi - row.lo);
         for (int64_t head = 0; plan->masked && head < heads; head++)
             pairs += (double)qkv_count_seen(p, sequence, head, i, row);
+        if (plan->masked && i % ASK == ASK - 1 && p->interrupted && p->interrupted(p->interrupted_arg))
+            return -1;
     }
     *keys = limits.any.lo < limits.any.hi ? (double)(limits.any.hi - limits.any.lo) : 0;
     return pairs * (double)(p->heads_q / heads);
@@ -218,9 +231,13 @@ static double count_seen(const qkv_problem *p, const qkv_plan *plan, int64_t seq
 
 static qkv_status count_by_walking(const qkv_problem *p, const qkv_plan *plan, qkv_report *report, double *all_keys)
 {
+    double pairs = 0, keys = 0;
     for (int64_t b = 0; b < plan->sequences; b++) {
-        double keys;
-        report->pairs += count_seen(p, plan, b, &keys);
+        if (b == 0 || differs(p, b))
+            pairs = count_seen(p, plan, b, &keys);
+        if (pairs < 0)
+            return QKV_INTERRUPTED;
+        report->pairs += pairs;
         *all_keys += keys * (double)p->heads_kv;
     }
     return walk(p, plan, &report->counts);
@@ -273,9 +290,7 @@ qkv_status qkv_explain(const qkv_problem *p, qkv_report *report)
     report->obstacles_k = plan.copy_k;
     report->obstacles_v = plan.copy_v;
     report->obstacles_out = plan.obstacles_out;
-    report->scratch_bytes = (double)plan.threads * (double)(sizeof(qkv_counters) + plan.scratch_bytes);
-    if (plan.split)
-        report->scratch_bytes += (double)plan.partial_bytes + (double)(plan.tasks / plan.chunks) * sizeof(int64_t);
+    report->scratch_bytes = (double)plan.threads * (double)(sizeof(qkv_counters) + plan.scratch_bytes) + (double)plan.shared_bytes;
 
     int64_t kv_size = p->kv_type == QKV_F32 ? 4 : 8;
     double all_keys = 0;

@@ -15,7 +15,6 @@
 #include "tile.h"
 
 enum { MAX_VECTOR = 64 };             /* elements of a vector */
-enum { SUMMARY_TASK = 64 };           /* rows of a mask */
 
 /* The keys [first, last) of one pass, and their K and V. */
 typedef struct {
@@ -335,9 +334,9 @@ static void run_task(void *context, int64_t task, int worker)
 static void summarise_task(void *context, int64_t task, int worker)
 {
     qkv_call *job = context;
-    int64_t first = task * SUMMARY_TASK;
+    int64_t rows = job->plan->summary_task, first = task * rows;
     (void)worker;
-    qkv_summarise(job->problem, job->plan, first, qkv_min(first + SUMMARY_TASK, job->plan->summary_rows), job->summary);
+    qkv_summarise(job->problem, job->plan, first, qkv_min(first + rows, job->plan->summary_rows), job->summary);
 }
 
 static void add_counters(qkv_counters *to, const qkv_counters *from)
@@ -356,20 +355,19 @@ static int take_shared(qkv_call *job, int slot, char **block)
 {
     const qkv_plan *plan = job->plan;
     const qkv_problem *p = job->problem;
-    size_t bases = plan->split ? (size_t)(plan->tasks / plan->chunks) : 0;
-    size_t sequences = p->q_starts ? (size_t)plan->sequences + 1 : 0, partials = plan->split ? plan->partial_bytes : 0;
+    size_t bases = plan->split ? (size_t)(plan->tasks / plan->chunks) : 0, partials = plan->split ? plan->partial_bytes : 0;
     *block = NULL;
-    size_t bytes = partials + bases * sizeof *job->pending + sequences * sizeof(int64_t);
-    if (bytes + plan->summary_bytes == 0)
+    if (!plan->shared_bytes)
         return 1;
-    *block = qkv_scratch_take(bytes + plan->summary_bytes, slot);
+    *block = qkv_scratch_take(plan->shared_bytes, slot);
     if (!*block)
         return 0;
     job->partials = *block;
     job->pending = (_Atomic int64_t *)(*block + partials);
     for (size_t i = 0; i < bases; i++)
         atomic_init(&job->pending[i], plan->chunks);
-    job->summary = plan->summary_bytes ? (uint8_t *)*block + bytes : NULL;
+    if (plan->summary_bytes)
+        job->summary = (uint8_t *)*block + plan->shared_bytes - plan->summary_bytes;
     if (p->q_starts) {
         int64_t *first = (int64_t *)(job->pending + bases);
         job->first_tile = first;
@@ -394,9 +392,10 @@ qkv_status qkv_run_plan(const qkv_problem *p, const qkv_plan *plan)
     }
     if (!take_shared(&job, workers, &shared))
         goto done;
-    if (job.summary)
-        qkv_pool_run(workers, (plan->summary_rows + SUMMARY_TASK - 1) / SUMMARY_TASK, summarise_task, &job, NULL, NULL);
-    int stopped = qkv_pool_run(workers, plan->tasks, run_task, &job, p->interrupted ? qkv_ask_to_stop : NULL, &job.stop);
+    int (*check)(void *) = p->interrupted ? qkv_ask_to_stop : NULL;
+    int64_t pieces = job.summary ? (plan->summary_rows + plan->summary_task - 1) / plan->summary_task : 0;
+    int stopped = pieces && qkv_pool_run(workers, pieces, summarise_task, &job, check, &job.stop);
+    stopped = stopped || qkv_pool_run(workers, plan->tasks, run_task, &job, check, &job.stop);
     status = stopped || job.stop.stop ? QKV_INTERRUPTED : QKV_OK;
     for (int i = 0; i < workers && p->counters; i++)
         add_counters(p->counters, (const qkv_counters *)scratch[i]);

@@ -32,6 +32,7 @@ enum {
     TASKS_PER_THREAD = 8,             /* enough for an even finish; fewer, larger tasks share K and V better */
     PARTIAL_BYTES = 32 << 20,         /* most memory that a split may take */
     SUMMARY_BYTES = 8 << 20,          /* most of a mask's summary: 1 GB of mask */
+    SUMMARY_ROWS = 64,                /* of a task of it: some microseconds for rows of a few thousand keys */
     FAR_BYTES = 2048,                 /* rows further apart than this, and than they are long, share cache sets and pages */
     COLD_BYTES = 32 << 10,            /* K and V of a block that are worth fetching ahead: larger ones push S out of L1 */
     COPY_PAD = 16,                    /* elements between copied rows, against the same conflict */
@@ -103,13 +104,19 @@ static void choose_copies(const qkv_problem *p, qkv_plan *plan)
     plan->direct_mask = p->mask && p->mask_at.dim == 1 && !p->q_ids;
 }
 
-/* A mask without ids is summed up before the work: those who share its rows are many. */
+/* A mask whose rows are shared, by heads or sequences, is summed up before the work. */
 static void plan_summary(const qkv_problem *p, qkv_plan *plan)
 {
-    int64_t blocks = p->mask && p->mask_at.dim ? ceil_div(p->len_k, BLOCK) : 1, rows = 1;
+    int64_t rows = 1;
     qkv_strides *at = &plan->summary_at;
-    if (!p->mask || p->q_ids || p->len_k == 0)
+    int64_t all, most = p->length ? 0 : p->len_k;       /* keys that some sequence has */
+    for (int64_t b = 0; p->length && b < plan->sequences; b++)
+        most = qkv_max(most, p->length[b]);
+    /* Rows that windows or spans cut short are looked at by the tiles that need them. */
+    if (!p->mask || p->q_ids || p->spans || p->left != QKV_OPEN || p->mask_at.dim > 1 || p->mask_at.dim < 0 || most == 0
+        || !multiply(plan->sequences, p->heads_q, &all) || !multiply(all, p->len_q, &all))
         return;
+    int64_t blocks = p->mask_at.dim ? ceil_div(most, BLOCK) : 1;
     at->dim = p->mask_at.dim ? 1 : 0;
     at->row = p->mask_at.row ? blocks : 0;
     rows = p->mask_at.row ? p->len_q : 1;
@@ -120,8 +127,10 @@ static void plan_summary(const qkv_problem *p, qkv_plan *plan)
         fits = !p->mask_at.axis[i] || multiply(rows, p->axes[i], &rows);
         fits = fits && rows <= SUMMARY_BYTES / blocks;
     }
-    if (fits && rows <= SUMMARY_BYTES / blocks) {
+    if (fits && rows <= SUMMARY_BYTES / blocks && rows < all) {
         plan->summary_rows = rows;
+        plan->summary_task = SUMMARY_ROWS;
+        plan->summary_keys = p->mask_at.dim ? most : 1;
         plan->summary_bytes = (size_t)(rows * blocks);
     }
 }
@@ -164,16 +173,6 @@ static void split_scale(double scale, int wide, double *factor, double *rest)
     *rest = scale == 0 ? 1 : ldexp(fabs(scale), -shift);
 }
 
-/* Whether a sink, as a score of the kernel, is outside the type. */
-static int sinks_are_far(const qkv_problem *p, const qkv_plan *plan)
-{
-    double most = plan->rest * (p->type == QKV_F64 ? 1e300 : 1e37);
-    for (int64_t h = 0; p->sinks && h < p->heads_q; h++)
-        if (isfinite(p->sinks[h]) && fabs(p->sinks[h]) > most)
-            return 1;
-    return 0;
-}
-
 /* Where something is added to scores they have to be in its unit, else softmax takes them as the products are. */
 static void choose_scale(const qkv_problem *p, qkv_plan *plan)
 {
@@ -185,7 +184,7 @@ static void choose_scale(const qkv_problem *p, qkv_plan *plan)
     /* Scores are below 2^120: a cap beyond 2^132 does nothing that float32 could show. */
     if (p->softcap != 0 && (wide || p->softcap < 0x1p132))
         plan->softcap = fmin(fmax(p->softcap, wide ? 0x1p-1000 : 0x1p-120), wide ? 0x1p1000 : 0x1p126);
-    if (p->bias || p->slopes || plan->softcap != 0 || sinks_are_far(p, plan)) {
+    if (p->bias || p->slopes || plan->softcap != 0) {
         plan->adjust = 1;
         plan->score_factor = plan->rest;
         plan->rest = 1;
@@ -327,6 +326,9 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     }
     plan->threads = (int)qkv_min(plan->threads, qkv_max(1, plan->tasks));
     plan_summary(p, plan);
+    size_t numbers = plan->split ? (size_t)(plan->tasks / plan->chunks) : 0;
+    numbers += p->q_starts ? (size_t)plan->sequences + 1 : 0;
+    plan->shared_bytes = (plan->split ? plan->partial_bytes : 0) + numbers * sizeof(int64_t) + plan->summary_bytes;
     lay_out_scratch(p, plan);
     return QKV_OK;
 }

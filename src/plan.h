@@ -54,7 +54,7 @@ typedef struct {
      * QKV_HIDDEN, with strides like the mask's. 0 bytes: tiles look for themselves. */
     size_t summary_bytes;
     qkv_strides summary_at;
-    int64_t summary_rows;
+    int64_t summary_rows, summary_task, summary_keys;   /* that it has, that a task makes of them, and that it covers */
 
     int64_t tasks;
     int threads;
@@ -66,6 +66,7 @@ typedef struct {
     int64_t copy_row_k, copy_row_v;   /* elements per row of copied K and V */
     size_t scratch_bytes;
     size_t partial_bytes;             /* all partial states of a split problem */
+    size_t shared_bytes;              /* those, what counts them, first tiles of ragged batches, and the summary */
 } qkv_plan;
 
 qkv_status qkv_make_plan(const qkv_problem *problem, qkv_plan *plan);

@@ -130,18 +130,26 @@ void qkv_open_tile(qkv_query_tile *t, const qkv_problem *p, const qkv_plan *plan
     pack_queries(t);
 }
 
+/* A sink as a maximum of the kernels: in units of what is left of the scale, and within the type. */
+static double sink_of(const qkv_problem *p, const qkv_plan *plan, int64_t head)
+{
+    double sink = p->sinks[head] / plan->rest, most = p->type == QKV_F64 ? DBL_MAX : FLT_MAX;
+    sink = sink == -INFINITY ? sink : fmin(fmax(sink, -most), most);
+    return p->type == QKV_F64 ? sink : (float)sink;
+}
+
 void qkv_begin_sinks(const qkv_problem *p, const qkv_plan *plan, int64_t head, int64_t row, int64_t n, void *m, void *l)
 {
     qkv_row r = qkv_row_of(row, plan->group);
     for (int64_t j = 0; p->sinks && j < n; j++, qkv_next_row(&r)) {
-        double sink = p->sinks[head * plan->group + r.head] / plan->rest;
+        double sink = sink_of(p, plan, head * plan->group + r.head);
         if (sink == -INFINITY)
             continue;
         if (p->type == QKV_F64) {
             ((double *)m)[j] = sink;
             ((double *)l)[j] = 1;
         } else {
-            ((float *)m)[j] = (float)fmin(fmax(sink, -FLT_MAX), FLT_MAX);
+            ((float *)m)[j] = (float)sink;
             ((float *)l)[j] = 1;
         }
     }
@@ -172,6 +180,9 @@ void qkv_write_lse(const qkv_problem *p, const qkv_plan *plan, int64_t sequence,
         double top = wide ? ((const double *)m)[j] : ((const float *)m)[j];
         double sum = wide ? ((const double *)l)[j] : ((const float *)l)[j];
         double lse = sum == 0 ? -INFINITY : top * plan->rest + log(sum);
+        int64_t query_head = head * plan->group + r.head;
+        if (p->sinks && sum == 1 && top == sink_of(p, plan, query_head))
+            lse = p->sinks[query_head];                 /* as it was given, if nothing else weighs */
         if (wide)
             ((double *)p->lse)[at] = lse;
         else

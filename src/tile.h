@@ -95,11 +95,11 @@ void qkv_summarise(const qkv_problem *problem, const qkv_plan *plan, int64_t fir
 void qkv_set_mask(const qkv_query_tile *tile, const qkv_panel *panel, int lane, int n, int64_t first, int64_t last,
                   qkv_tile *to);
 
-/* Whether it hides all of these keys, some or none; sets it if some. */
+/* Whether it hides all of these keys (or, with a summary, of their block), some or none; sets it if some. */
 qkv_kind qkv_look(const qkv_query_tile *tile, const qkv_panel *panel, int lane, int n, int64_t first, int64_t last,
                   qkv_tile *to);
 
-/* All else that changes these scores; after the mask. */
+/* All else that changes these scores; after the mask, on which `adjust` depends as well. */
 void qkv_set_changes(const qkv_query_tile *tile, const qkv_panel *panel, int lane, int n, int64_t first, int64_t last,
                      qkv_tile *to);
 

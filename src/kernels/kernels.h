@@ -31,20 +31,20 @@ typedef struct {
     void *s;                          /* (nk, lanes), scratch */
     void *o, *m, *l;                  /* (dv, lanes), (lanes), (lanes): the state that is updated */
     const int32_t *lo, *hi;           /* (lanes): lane j sees the keys lo[j] <= i < hi[j] of the tile; NULL: all */
-    double c;                         /* log2(e) * what of the scale is neither in Q^T nor in `rest`; positive */
+    double c;                         /* log2(e) * what of the scale is neither in Q^T nor in score_factor; positive */
     int nk, d, dv, nv;                /* nk <= QKV_KEYS */
     int skew;                         /* keys of the block before the first: sums do not depend on where a tile is cut */
     int cold;                         /* fetch k and v ahead: they are not in a near cache yet, and fit into it */
     int careful;                      /* take nothing from V where the lane's key is excluded, even NaN; nv is 1 */
 
-    /* What becomes of scores before lo and hi exclude some, if `adjust`: they are multiplied by `rest`, become
-     * softcap * tanh(x / softcap) unless that is 0, and what is not NULL is added. Per lane: a slope, a position, and a
+    /* What becomes of scores before lo and hi exclude some, if `adjust`: they are multiplied by score_factor, become
+     * softcap * tanh(x) unless that is 0, and what is not NULL is added. Per lane: a slope, a position, and a
      * row of elements for the nk keys. */
     int adjust;
-    double rest, softcap;
+    double score_factor, softcap;
     const double *slope;              /* -slope * |position - key| is added */
     const int64_t *position;
-    int64_t key;                      /* of the first row, where positions count from */
+    int64_t key;                      /* of the block's first, where positions count from */
     const void *const *bias;          /* -inf excludes */
     const uint8_t *const *mask;       /* 0 excludes, else nothing is added */
 } qkv_tile;
