@@ -13,8 +13,8 @@ import numpy as np
 
 from ._checks import Array, _as_array, _check_scale, _fail_shapes
 
-
 _STEEPEST_SLOPE = 2.0**60  # times any distance, up to 2**62, it is within float32
+
 
 class Extras(NamedTuple):
     """For `_core.forward`; what each is stands in qkv.h. None and 0 are absent."""

@@ -65,6 +65,17 @@ def test_no_elements():
     check(q, k, v, bias=np.random.default_rng(1).standard_normal((8, 8)))
 
 
+@pytest.mark.parametrize("lq, lk", [(0, 5), (5, 0), (0, 0)])
+def test_slices_without_elements(lq, lk):
+    """Their strides are those of the array that they are cut from."""
+    q, k, v = qkv(1, lengths=(lq, lk))
+    whole = np.ones((7, 9), bool)
+    for mask in (whole[:lq, :lk], whole[:1, :lk], whole[0, :lk], whole.T[:lq, :lk]):
+        out, lse = qkv_fast.attention(q, k, v, mask=mask, return_lse=True)
+        assert out.shape == (1, lq, 16) and not out.any() and (lse == -np.inf).all()
+        qkv_fast.explain(q, k, v, mask=mask)
+
+
 @dtypes
 @pytest.mark.parametrize("name", PATTERNS)
 def test_every_place_in_memory(dtype, name):

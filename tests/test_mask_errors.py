@@ -278,3 +278,10 @@ def test_every_allocation_may_fail():
         assert failures
         np.testing.assert_array_equal(got[0], expected[0])
         np.testing.assert_array_equal(call()[0], expected[0])
+
+
+@pytest.mark.parametrize("slope", [2.0**60 * 1.01, -1e39, 1e300])
+def test_slopes_that_are_too_steep(slope):
+    q, k, v = qkv(1, heads=(2, 2))
+    with pytest.raises(OverflowError, match=r"alibi_slopes must be within ±2\*\*60, got"):
+        qkv_fast.attention(q, k, v, alibi_slopes=[1, slope])

@@ -138,3 +138,35 @@ def test_a_mask_and_what_it_is_made_of(dtype):
     ids = np.sort(np.random.default_rng(3).integers(0, 4, lk))
     by_ids = qkv_fast.attention(q, k, v, segments=(ids[:lq], ids), return_lse=True)
     same_bits(qkv_fast.attention(q, k, v, mask=ids[:lq, None] == ids, return_lse=True), by_ids)
+
+
+@dtypes
+@pytest.mark.parametrize("far", ["least", -1e30, -np.inf, 1e30])
+def test_the_sink_of_another_head(dtype, far):
+    """However far it is. A scale that is no power of two shows in every rounding."""
+    far = np.finfo(dtype).min if far == "least" else far
+    for lq in (1, 40):
+        q, k, v = qkv(5, dtype, heads=(2, 2), lengths=(lq, 200), dims=(48, 8))
+        both = qkv_fast.attention(q, k, v, sinks=[0.5, far], return_lse=True)
+        alone = qkv_fast.attention(q[:1], k[:1], v[:1], sinks=[0.5], return_lse=True)
+        same_bits((both[0][:1], both[1][:1]), alone)
+
+
+def test_far_positions_beside_others():
+    """Where positions are no longer exact in float32, they are rounded in the same way for every neighbour."""
+    q, k, v = qkv(6, np.float32, lengths=(40, 300), dims=(8, 8))
+    options = dict(alibi_slopes=[1e-3], window=(2**25 - 100, None), return_lse=True)
+    for offset in range(2**25, 2**25 + 8):
+        out, lse = qkv_fast.attention(q, k, v, q_offset=offset, **options)
+        alone = qkv_fast.attention(q[:, :17], k, v, q_offset=offset, **options)
+        same_bits((out[:, :17], lse[:, :17]), alone)
+
+
+@dtypes
+def test_lse_of_a_sink_alone(dtype):
+    """It is the sink, to the bit, whatever the scale."""
+    sinks = np.linspace(-3, 5, 8).astype(dtype)
+    for lq in (1, 40):
+        q, k, v = qkv(7, dtype, heads=(8, 8), lengths=(lq, 20), dims=(48, 8))
+        out, lse = qkv_fast.attention(q, k, v, sinks=sinks, kv_lengths=0, return_lse=True)
+        assert not out.any() and (lse == sinks[:, None]).all()
