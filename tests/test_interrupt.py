@@ -22,7 +22,8 @@ q = np.broadcast_to(rng.standard_normal((1, 1, 64)).astype("float32"), (HEADS, L
 k = np.broadcast_to(rng.standard_normal(64).astype("float32"), (HEADS, LK, 64))
 if "STAGE" in ("mask", "explain"):
     mask = np.broadcast_to(rng.random((LK, 1)) < 0.5, (LK, LQ)).T
-    call = lambda: (qkv_fast.explain if "STAGE" == "explain" else qkv_fast.attention)(q, k, k, mask=mask, num_threads=THREADS)
+    function = qkv_fast.explain if "STAGE" == "explain" else qkv_fast.attention
+    call = lambda: function(q, k, k, mask=mask, num_threads=THREADS)
 elif "STAGE" == "scores":
     call = lambda: qkv_fast.scores(k.swapaxes(-1, -2)[:, :LQ], k.swapaxes(-1, -2)[:, :LQ], num_threads=THREADS)
 elif "STAGE" == "weighted_values":
