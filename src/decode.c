@@ -139,6 +139,20 @@ static void limit_rows(few *t, int64_t base, int64_t first, int64_t last)
         t->counters->tiles_full++;
 }
 
+/* Each row's mask from key `base` on. */
+static void find_mask(few *t, int64_t base)
+{
+    const qkv_problem *p = t->problem;
+    const uint8_t **rows = (const uint8_t **)(t->scratch + t->plan->few.at_rows);
+    if (!p->mask)
+        return;
+    int64_t offset = qkv_sequence_offset(p, &p->mask_at, t->sequence) + t->head * t->plan->group * p->mask_at.head;
+    for (int64_t r = 0; r < t->count; r++)
+        rows[r] = (const uint8_t *)p->mask + offset + row_offset(t, r, &p->mask_at) + base * p->mask_at.dim;
+    t->stack.mask = rows;
+    t->stack.mask_step = (ptrdiff_t)p->mask_at.dim;
+}
+
 /* The state of one chunk's keys alone. */
 static void attend_chunk(few *t, int64_t chunk, char *state)
 {
@@ -155,6 +169,7 @@ static void attend_chunk(few *t, int64_t chunk, char *state)
         rows = piece(t, 0, key, (end = last, &end), &row);
         kernels->decode_score(&t->stack, rows, row, (int)(key - base), (int)(end - key));
     }
+    find_mask(t, base);
     kernels->decode_weigh(&t->stack);
     for (int64_t key = first, end; key < last; key = end) {
         rows = piece(t, 1, key, (end = last, &end), &row);
@@ -177,6 +192,7 @@ static void begin_total(few *t)
     use_state(t, total);
     memset(total, 0, (size_t)(t->count * t->plan->few.o_row * t->plan->kernels->size));
     limit_rows(t, 0, 0, 0);
+    find_mask(t, 0);
     t->plan->kernels->decode_weigh(&t->stack);
     qkv_begin_sinks(t->problem, t->plan, t->head, 0, t->count, t->stack.m, t->stack.l);
 }

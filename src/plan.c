@@ -113,7 +113,7 @@ static void plan_summary(const qkv_problem *p, qkv_plan *plan)
     for (int64_t b = 0; p->length && b < plan->sequences; b++)
         most = qkv_max(most, p->length[b]);
     /* Rows that windows or spans cut short are looked at by the tiles that need them. */
-    if (!p->mask || p->q_ids || p->spans || p->left != QKV_OPEN || p->mask_at.dim > 1 || p->mask_at.dim < 0 || most == 0
+    if (plan->decode || !p->mask || p->q_ids || p->spans || p->left != QKV_OPEN || p->mask_at.dim > 1 || p->mask_at.dim < 0 || most == 0
         || !multiply(plan->sequences, p->heads_q, &all) || !multiply(all, p->len_q, &all))
         return;
     int64_t blocks = p->mask_at.dim ? ceil_div(most, BLOCK) : 1;
@@ -185,7 +185,7 @@ static void choose_scale(const qkv_problem *p, qkv_plan *plan)
     if (p->softcap != 0 && (wide || p->softcap < 0x1p132))
         plan->softcap = fmin(fmax(p->softcap, wide ? 0x1p-1000 : 0x1p-120), wide ? 0x1p1000 : 0x1p126);
     if (p->bias || p->slopes || plan->softcap != 0) {
-        plan->adjust = 1;
+        plan->adjust = plan->changes = 1;
         plan->score_factor = plan->rest;
         plan->rest = 1;
     }
@@ -206,7 +206,7 @@ static void plan_few(const qkv_problem *p, qkv_plan *plan)
     qkv_few_plan *few = &plan->few;
     int64_t size = plan->kernels->size, vector = plan->kernels->vector;
     /* Segments are spans or ids, as the others of a batch have it. */
-    if (plan->rows == 0 || plan->adjust || p->spans)
+    if (plan->rows == 0 || plan->changes || p->spans || p->q_ids)
         return;
     few->most = qkv_min(FEW_MOST, qkv_max(FEW_LEAST, (p->dim + p->dim_v) / FEW_COLUMNS));
     plan->decode = plan->rows <= few->most;

@@ -30,6 +30,7 @@ typedef struct {
     double c;                         /* log2(e) * rest, within the type */
     double softcap;                   /* within the type */
     int adjust;                       /* scores need a step between K Q^T and softmax */
+    int changes;                      /* which does more than to exclude some */
     int masked;                       /* by element: a mask, or segments in any order */
 
     int64_t sequences, group;         /* query heads per key head */

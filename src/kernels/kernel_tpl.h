@@ -41,10 +41,10 @@
 #include "exp2_tpl.h"
 #include "adjust_tpl.h"
 #include "attend_tpl.h"
-#include "decode_tpl.h"
 #include "rows_tpl.h"
 #include "product_tpl.h"
 #include "softmax_tpl.h"
+#include "decode_tpl.h"
 #include "peak_tpl.h"
 
 #define KERNELS { \

@@ -57,6 +57,8 @@ typedef struct {
     void *sums;                       /* (rows, o_row): what decode_value keeps from one call to the next */
     void *o, *m, *l;                  /* (rows, o_row), (rows), (rows): the state */
     ptrdiff_t q_row, s_row, o_row;    /* elements */
+    const uint8_t *const *mask;       /* (rows): 0 excludes; from position 0 on; or NULL */
+    ptrdiff_t mask_step;              /* bytes from one key to the next */
     const int32_t *lo, *hi;           /* (rows): row r sees the positions lo[r] <= i < hi[r], between first and last */
     double c;                         /* log2(e) * what of the scale is not in q; positive */
     int rows, d, dv;
