@@ -113,7 +113,8 @@ static void plan_summary(const qkv_problem *p, qkv_plan *plan)
     for (int64_t b = 0; p->length && b < plan->sequences; b++)
         most = qkv_max(most, p->length[b]);
     /* Rows that windows or spans cut short are looked at by the tiles that need them. */
-    if (plan->decode || !p->mask || p->q_ids || p->spans || p->left != QKV_OPEN || p->mask_at.dim > 1 || p->mask_at.dim < 0 || most == 0
+    if (plan->decode || !p->mask || p->q_ids || p->spans || p->left != QKV_OPEN || p->mask_at.dim > 1
+        || p->mask_at.dim < 0 || most == 0
         || !multiply(plan->sequences, p->heads_q, &all) || !multiply(all, p->len_q, &all))
         return;
     int64_t blocks = p->mask_at.dim ? ceil_div(most, BLOCK) : 1;
