@@ -48,7 +48,7 @@ class CpuPath:
         return (f"QKV_HAVE_{self.name.upper()}", "1")
 
 
-AVX2 = ("-mavx2", "-mfma")
+AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mavx512cd")
 
 PATHS = (

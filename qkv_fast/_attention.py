@@ -7,8 +7,9 @@ import numpy as np
 
 from . import _core, _masks, _runtime
 from ._checks import (
+    _NAMES,
+    _NUMPY_TYPES,
     _TYPES,
-    _WIDTHS,
     Array,
     _as_array,
     _broadcast,
@@ -22,6 +23,7 @@ from ._checks import (
     _check_types,
     _empty,
     _fail_shapes,
+    _is_known,
     _per_sequence,
 )
 
@@ -171,7 +173,7 @@ def attention(
     if type(v) is not np.ndarray:
         v = _as_array("v", v)
     char = q.dtype.char
-    if not (char == k.dtype.char == v.dtype.char and char in _WIDTHS):
+    if not (char == k.dtype.char == v.dtype.char and char in _NUMPY_TYPES):
         _check_types("attention", q, k, v)
 
     # Shapes: heads and lengths by layout, the axes left of them broadcast.
@@ -249,8 +251,10 @@ def attention(
     else:
         result = target = _check_out(out, shape, char)
         if any(np.may_share_memory(out, x) for x in (q, k, v)) or (extras and extras.overlaps(out)):
-            target = _empty(shape, char)
-    lse = _empty((*batch, q_heads, len_q) if len(shape) > 2 else (len_q,), char) if return_lse else None
+            target = _empty(shape, out.dtype.char)
+    lse = None
+    if return_lse:
+        lse = _empty((*batch, q_heads, len_q) if len(shape) > 2 else (len_q,), "d" if char == "d" else "f")
 
     plan = _core.forward(
         q, k, v, target, lse, heads_first, scale, left, right, offsets, lengths, threads, isa, counters,
@@ -310,10 +314,11 @@ def merge_partials(outs: Sequence[Any], lses: Sequence[Any], *, layout: str = "b
     if not outs or len(outs) != len(lses):
         given = f"{len(outs)} outs and {len(lses)} lses"
         raise ValueError(f"merge_partials: one lse for each out, and at least one, got {given}")
-    for name, arrays in (("outs", outs), ("lses", lses)):
-        if any(x.dtype.char not in _WIDTHS or x.dtype.char != arrays[0].dtype.char for x in arrays):
+    for name, arrays, names in (("outs", outs, _NAMES), ("lses", lses, "float32 or float64")):
+        chars = {x.dtype.char for x in arrays}
+        if len(chars) > 1 or not _is_known(arrays[0].dtype) or (name == "lses" and not chars <= {"f", "d"}):
             given = ", ".join(str(x.dtype) for x in arrays)
-            raise TypeError(f"merge_partials: {name} must all be float32 or all float64, got {given}")
+            raise TypeError(f"merge_partials: {name} must be of one type, {names}, got {given}")
     shape = outs[0].shape
     rows = shape[:-1] if heads_first or len(shape) < 3 else (*shape[:-3], shape[-2], shape[-3])
     if len(shape) < 2 or any(x.shape != shape for x in outs) or any(x.shape != rows for x in lses):

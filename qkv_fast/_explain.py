@@ -7,7 +7,7 @@ import numpy as np
 
 from . import _core, _runtime
 from ._attention import attention
-from ._checks import _TYPES, Array, _as_array
+from ._checks import Array, _as_array
 
 
 class Plan(NamedTuple):
@@ -41,8 +41,8 @@ class Plan(NamedTuple):
         results; (query, key) pairs that see each other.
     pairs_all : float
         Pairs if nothing were hidden.
-    shapes : dict
-        Shapes of q, k, v and the result.
+    shapes, dtypes : dict
+        Shapes and element types of q, k, v and the result.
     notes : tuple of str
         Whatever makes the call slower than its shape alone would, in words.
     """
@@ -74,6 +74,7 @@ class Plan(NamedTuple):
     pairs: float
     pairs_all: float
     shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
     notes: tuple[str, ...]
 
     @property
@@ -95,8 +96,11 @@ class Plan(NamedTuple):
         return "\n".join(self._lines())
 
     def _lines(self) -> list[str]:
-        arrays = ", ".join(f"{name} {shape}" for name, shape in self.shapes.items())
-        lines = [f"attention of {arrays}, {self.dtype}"]
+        mixed = set(self.dtypes.values()) != {self.dtype}
+        arrays = ", ".join(
+            f"{name} {shape}" + f" {self.dtypes[name]}" * mixed for name, shape in self.shapes.items()
+        )
+        lines = [f"attention of {arrays}, " + "computed in " * mixed + self.dtype]
         others = ", ".join(name for name in _runtime.available_isas() if name != self.isa)
         lines.append(_row("CPU path", self.isa + (f" (also here: {others})" if others else "")))
         if not self.operations:
@@ -215,7 +219,7 @@ return_lse, out, num_threads
     source = _runtime.threads_source()
     if num_threads is not None:
         asked, source = _runtime.check_threads(num_threads, "explain: num_threads"), "num_threads="
-    isa, dtype = _runtime.available_isas()[index], _TYPES[used["out"].dtype.char].name
+    isa, dtype = _runtime.available_isas()[index], "float64" if used["q"].dtype.itemsize == 8 else "float32"
     keys = used["k"].shape[-3 if layout == "blhd" and used["k"].ndim > 2 else -2]
     return Plan(
         isa=isa,
@@ -245,6 +249,7 @@ return_lse, out, num_threads
         pairs=report["pairs"],
         pairs_all=float(math.prod(used["out"].shape[:-1])) * keys,
         shapes={name: x.shape for name, x in used.items()},
+        dtypes={name: x.dtype.name for name, x in used.items()},
         notes=tuple(_notes(report, given, used, out, asked, index)),
     )
 

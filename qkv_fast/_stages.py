@@ -8,11 +8,11 @@ import numpy as np
 
 from . import _core, _runtime
 from ._checks import (
-    _WIDTHS,
     Array,
     _as_array,
     _broadcast,
     _check_layout,
+    _check_narrower,
     _check_out,
     _check_scale,
     _check_type,
@@ -267,7 +267,7 @@ def softmax(
         result = target = _check_out(out, x.shape, x.dtype.char, where, "x")
         in_place = _same_memory(out, x)
         if any(np.may_share_memory(out, y) for y in (x, mask) if y is not None and not (y is x and in_place)):
-            target = _empty(x.shape, x.dtype.char, where)
+            target = _empty(x.shape, out.dtype.char, where)
     _core.softmax(x, mask, target, axis % x.ndim, threads, isa, counters)
     if target is not result:
         result[...] = target
@@ -279,8 +279,7 @@ def _matrices(where: str, **given: Any) -> tuple[Array, Array]:
     (name, a), (other, b) = ((name, _as_array(name, x, where)) for name, x in given.items())
     _check_type(where, name, a)
     _check_type(where, other, b)
-    if _WIDTHS[b.dtype.char] > _WIDTHS[a.dtype.char]:
-        raise TypeError(f"{where}: {other} must have {name}'s type or a narrower one, got {b.dtype} for {a.dtype}")
+    _check_narrower(where, {name: a, other: b})
     if not a.ndim == b.ndim == 2 and min(a.ndim, b.ndim) < 3:
         _fail_shapes(where, f"{name}, {other} must have 3 or more axes each, or 2 each", **{name: a, other: b})
     return a, b
@@ -312,19 +311,21 @@ def _product(
     else:
         result = target = _check_out(out, shape, a.dtype.char, where, like)
         if np.may_share_memory(out, a) or np.may_share_memory(out, b):
-            target = _empty(shape, a.dtype.char, where)
+            target = _empty(shape, out.dtype.char, where)
     rest = 1.0
-    if a.dtype.itemsize == 4 and scale and not 2.0**-200 < abs(scale) < 2.0**200:
+    if a.dtype.itemsize < 8 and scale and not 2.0**-200 < abs(scale) < 2.0**200:
         scale, rest = math.copysign(2.0 ** (200 if abs(scale) > 1 else -200), scale), abs(scale)
         rest /= abs(scale)
+        if target.itemsize == 2:  # which are rounded once
+            target = _empty(shape, "f", where)
     _core.product(a, b, target, where == "scores", *heads_first, scale, threads, isa, counters)
     with np.errstate(all="ignore"):
         while rest != 1:  # in steps within the type: 0 times infinity would be NaN
             step = min(max(rest, 2.0**-100), 2.0**100)
             np.multiply(target, target.dtype.type(step), out=target)
             rest /= step
-    if target is not result:
-        result[...] = target
+        if target is not result:
+            result[...] = target
     return result
 
 

@@ -155,8 +155,8 @@ def attention_varlen(
     else:
         result = target = _check_out(out, shape, char, where)
         if any(np.may_share_memory(out, x) for x in (q, k, v)) or extras.overlaps(out):
-            target = _empty(shape, char, where)
-    lse = _empty((q.shape[1], q.shape[0]), char, where) if return_lse else None
+            target = _empty(shape, out.dtype.char, where)
+    lse = _empty((q.shape[1], q.shape[0]), "d" if char == "d" else "f", where) if return_lse else None
     _core.forward(
         q, k, v, target, lse, False, scale, left, right, offsets, lengths, threads, isa, counters, extras
     )  # fmt: skip

@@ -54,7 +54,7 @@ static uint64_t enabled_states(void)
 static uint32_t detect(void)
 {
     enum { EAX = 0, EBX = 1, ECX = 2 };
-    enum { FMA = 1 << 12, OSXSAVE = 1 << 27, AVX = 1 << 28 };                         /* leaf 1, ecx */
+    enum { FMA = 1 << 12, OSXSAVE = 1 << 27, AVX = 1 << 28, F16C = 1 << 29 };         /* leaf 1, ecx */
     enum { AVX2 = 1 << 5, F = 1 << 16, DQ = 1 << 17, CD = 1 << 28, BW = 1 << 30 };    /* leaf 7, ebx */
     enum { BF16 = 1 << 5 };                                                           /* leaf 7.1, eax */
     const uint32_t VL = 1u << 31;
@@ -69,6 +69,7 @@ static uint32_t detect(void)
     cpuid(7, seven[EAX] >= 1, more);                   /* seven's eax is the last of its subleaves */
     if ((states & YMM) == YMM) {
         have |= one[ECX] & FMA ? QKV_CPU_FMA : 0;
+        have |= one[ECX] & F16C ? QKV_CPU_F16C : 0;
         have |= seven[EBX] & AVX2 ? QKV_CPU_AVX2 : 0;
     }
     const uint32_t all = F | DQ | CD | BW | VL;
@@ -108,7 +109,7 @@ uint32_t qkv_built_needs(int path) { return path >= 0 && path < BUILT ? built[pa
 
 const char *qkv_feature_name(int bit)
 {
-    static const char *const names[] = {"avx2", "fma", "avx512 (f, vl, dq, bw, cd)", "avx512bf16"};     /* as QKV_CPU_... */
+    static const char *const names[] = {"avx2", "fma", "avx512 (f, vl, dq, bw, cd)", "avx512bf16", "f16c"};     /* as QKV_CPU_... */
     return bit >= 0 && (size_t)bit < sizeof names / sizeof names[0] ? names[bit] : NULL;
 }
 

@@ -244,7 +244,8 @@ qkv_status qkv_explain(const qkv_problem *p, qkv_report *report)
     if (plan.split)
         report->scratch_bytes += (double)plan.partial_bytes + (double)(plan.tasks / plan.chunks) * sizeof(int64_t);
 
-    int64_t kv_size = p->kv_type == QKV_F32 ? 4 : 8;
+    double sizes = (double)(p->dim * qkv_size(p->type) + p->dim_v * qkv_size(p->out_type))
+        + (p->lse ? plan.kernels->size : 0);
     double all_keys = 0;
     if (p->q_starts || p->spans || plan.masked) {
         status = count_by_walking(p, &plan, report, &all_keys);
@@ -255,7 +256,7 @@ qkv_status qkv_explain(const qkv_problem *p, qkv_report *report)
     }
     report->operations = 2 * report->pairs * (double)(p->dim + p->dim_v);
     double rows = (double)p->heads_q * (double)qkv_query_index(p, plan.sequences, 0);
-    report->bytes = rows * (double)(p->dim + p->dim_v + (p->lse != NULL)) * plan.kernels->size
-                    + all_keys * (double)(p->dim + p->dim_v) * (double)kv_size;
+    report->bytes = rows * sizes
+                    + all_keys * (double)(p->dim + p->dim_v) * qkv_size(p->kv_type);
     return QKV_OK;
 }

@@ -69,12 +69,11 @@ static const char *fetch(const qkv_query_tile *t, int values, int64_t first, int
         return (values ? r->v : r->k) + offset + (first - r->first) * at->row;
     }
     t->counters->tiles_copied++;
-    int size = p->kv_type == QKV_F32 ? 4 : 8;
     char *copy = t->scratch + (values ? plan->at_v : plan->at_k);
     for (int64_t key = first; key < last; r++) {
         int64_t end = qkv_min(last, r->first + r->count);
         char *data = (char *)(values ? r->v : r->k) + offset + (key - r->first) * at->row;
-        qkv_rows from = {data, (ptrdiff_t)at->row, (ptrdiff_t)at->dim, size, values ? p->swapped_v : p->swapped_k};
+        qkv_rows from = {data, (ptrdiff_t)at->row, (ptrdiff_t)at->dim, p->kv_type, values ? p->swapped_v : p->swapped_k};
         plan->kernels->gather(copy + (key - first) * copy_row * plan->kernels->size, copy_row, &from, (int)(end - key),
                               (int)d);
         key = end;

@@ -47,6 +47,11 @@ enum {
 static const double SERIAL_FLOPS = 3e6;                 /* about 30 us of one core: not worth waking another */
 static const double TASK_FLOPS = 2e9;                   /* about 20 ms, so that an interrupt is seen between tasks */
 
+_Static_assert((int)QKV_AS_F32 == QKV_F32 && (int)QKV_AS_F64 == QKV_F64 && (int)QKV_AS_F16 == QKV_F16
+               && (int)QKV_AS_BF16 == QKV_BF16, "kernels number types as problems do");
+
+static const qkv_kernels *kernels_of(int isa, qkv_type type) { return qkv_isa_at(isa)->type[qkv_arithmetic(type)]; }
+
 static size_t align(size_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
 static int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
@@ -76,8 +81,8 @@ static int is_scattered(const qkv_strides *at, int64_t dim)
 
 static void choose_copies(const qkv_problem *p, qkv_plan *plan)
 {
-    int size = plan->kernels->size, kv_size = p->kv_type == QKV_F32 ? 4 : 8;
-    int widened = p->kv_type != p->type ? QKV_WIDENED : 0;
+    qkv_type arithmetic = qkv_arithmetic(p->type);
+    int kv_size = qkv_size(p->kv_type), widened = p->kv_type != arithmetic ? QKV_WIDENED : 0;
     /* A copy of scattered rows pays only if several panels share it. */
     int shared = plan->rows > 2 * plan->kernels->lanes;
     int kv_axes = p->run_of ? 0 : p->n_axes;
@@ -88,12 +93,14 @@ static void choose_copies(const qkv_problem *p, qkv_plan *plan)
         plan->copy_v |= obstacles(p->runs[i].v, kv_axes, &p->v_at, p->swapped_v, kv_size);
     }
     int row_axes = p->q_starts ? 0 : p->n_axes;
-    plan->obstacles_q = obstacles(p->q, row_axes, &p->q_at, p->swapped_q, size);
-    plan->obstacles_out = obstacles(p->out, row_axes, &p->out_at, p->swapped_out, size);
+    plan->obstacles_q = (p->type != arithmetic ? QKV_WIDENED : 0)
+        | obstacles(p->q, row_axes, &p->q_at, p->swapped_q, qkv_size(p->type));
+    plan->obstacles_out = (p->out_type != arithmetic ? QKV_WIDENED : 0)
+        | obstacles(p->out, row_axes, &p->out_at, p->swapped_out, qkv_size(p->out_type));
     plan->direct_q = !plan->obstacles_q;
     plan->direct_out = !plan->obstacles_out;
-    plan->direct_bias = p->bias && p->bias_type == p->type
-        && !obstacles(p->bias, p->n_axes, &p->bias_at, p->swapped_bias, size);
+    plan->direct_bias = p->bias && p->bias_type == arithmetic
+        && !obstacles(p->bias, p->n_axes, &p->bias_at, p->swapped_bias, qkv_size(arithmetic));
     plan->direct_mask = p->mask && p->mask_at.dim == 1 && !p->q_ids;
 }
 
@@ -223,7 +230,7 @@ static int count_work(const qkv_problem *p, const qkv_plan *plan, int64_t *panel
 
 qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
 {
-    *plan = (qkv_plan){.kernels = qkv_isa_at(p->isa)->type[p->type]};
+    *plan = (qkv_plan){.kernels = kernels_of(p->isa, p->type)};
     const qkv_kernels *kernels = plan->kernels;
 
     choose_scale(p, plan);
@@ -299,7 +306,7 @@ static void choose_rows(const qkv_product_problem *p, qkv_product_plan *plan)
 
 qkv_status qkv_plan_product(const qkv_product_problem *p, qkv_product_plan *plan)
 {
-    *plan = (qkv_product_plan){.kernels = qkv_isa_at(p->isa)->type[p->type], .sequences = 1};
+    *plan = (qkv_product_plan){.kernels = kernels_of(p->isa, p->type), .sequences = 1};
     const qkv_kernels *kernels = plan->kernels;
     int64_t lanes = kernels->lanes, size = kernels->size, rows, heads, base;
     for (int i = 0; i < p->n_axes; i++)
@@ -313,9 +320,10 @@ qkv_status qkv_plan_product(const qkv_product_problem *p, qkv_product_plan *plan
     plan->factor = p->scale;
     if (p->transposed)
         split_scale(p->scale, p->type == QKV_F64, &plan->b_factor, &plan->factor);
-    plan->direct_a = !obstacles(p->a, p->n_axes, &p->a_at, p->swapped_a, (int)size);
-    plan->direct_b = p->b_type == p->type && !obstacles(p->b, p->n_axes, &p->b_at, p->swapped_b, (int)size);
-    plan->direct_c = !obstacles(p->c, p->n_axes, &p->c_at, p->swapped_c, (int)size);
+    qkv_type arithmetic = qkv_arithmetic(p->type);
+    plan->direct_a = p->type == arithmetic && !obstacles(p->a, p->n_axes, &p->a_at, p->swapped_a, (int)size);
+    plan->direct_b = p->b_type == arithmetic && !obstacles(p->b, p->n_axes, &p->b_at, p->swapped_b, (int)size);
+    plan->direct_c = p->c_type == arithmetic && !obstacles(p->c, p->n_axes, &p->c_at, p->swapped_c, (int)size);
 
     plan->pass = qkv_max(1, qkv_min(p->terms, TERMS_PASS));
     int64_t vector = kernels->vector * size, at_vectors = p->c_at.head | p->c_at.row;
@@ -410,7 +418,7 @@ static int is_direct_along(const void *data, int n_axes, const int64_t *at, int6
 
 qkv_status qkv_plan_softmax(const qkv_softmax_problem *p, qkv_softmax_plan *plan)
 {
-    *plan = (qkv_softmax_plan){.kernels = qkv_isa_at(p->isa)->type[p->type]};
+    *plan = (qkv_softmax_plan){.kernels = kernels_of(p->isa, p->type)};
     int64_t size = plan->kernels->size, w = plan->kernels->vector, outer = 1, total;
     int s = (int)size;
     for (int i = 0; i < p->n_axes; i++)
@@ -423,7 +431,8 @@ qkv_status qkv_plan_softmax(const qkv_softmax_problem *p, qkv_softmax_plan *plan
     merge_axes(p, plan);
     outer /= plan->run;
     int n_axes = plan->n_axes, fits = p->n <= STRIP_ROWS;
-    plan->across = fits && plan->run > 1
+    int plain_x = p->type == qkv_arithmetic(p->type), plain_out = p->out_type == qkv_arithmetic(p->type);
+    plan->across = fits && plan->run > 1 && plain_x && plain_out
         && is_direct_along(p->x, n_axes, plan->x_at, plan->x_run, p->x_step, p->swapped_x, s)
         && is_direct_along(p->out, n_axes, plan->out_at, plan->out_run, p->out_step, p->swapped_out, s)
         && (p->x_step != size || p->out_step != size);
@@ -442,8 +451,9 @@ qkv_status qkv_plan_softmax(const qkv_softmax_problem *p, qkv_softmax_plan *plan
         plan->scratch_bytes = plan->at_state + align((size_t)((3 * w + 4) * plan->strip * size));
         plan->direct_x = plan->direct_out = 1;
     } else {
-        plan->direct_x = is_direct_along(p->x, n_axes, plan->x_at, p->x_step, plan->x_run, p->swapped_x, s);
-        plan->direct_out = is_direct_along(p->out, n_axes, plan->out_at, p->out_step, plan->out_run, p->swapped_out, s);
+        plan->direct_x = plain_x && is_direct_along(p->x, n_axes, plan->x_at, p->x_step, plan->x_run, p->swapped_x, s);
+        plan->direct_out = plain_out
+            && is_direct_along(p->out, n_axes, plan->out_at, p->out_step, plan->out_run, p->swapped_out, s);
         plan->in_out = plan->direct_out && p->n > ROW_BYTES / size;
         plan->piece = qkv_min(plan->run, ceil_div(SOFTMAX_TASK, p->n));
         plan->pieces = ceil_div(plan->run, plan->piece);

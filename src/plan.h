@@ -5,6 +5,10 @@
 #include "kernels/kernels.h"
 #include "qkv.h"
 
+/* Bytes of an element in memory, and the type that it is computed in. */
+static inline int qkv_size(qkv_type type) { return type == QKV_F64 ? 8 : type == QKV_F32 ? 4 : 2; }
+static inline qkv_type qkv_arithmetic(qkv_type type) { return type == QKV_F64 ? QKV_F64 : QKV_F32; }
+
 enum { QKV_PANEL_BYTES = 128 };       /* room for a qkv_panel of tile.h */
 enum { QKV_SEEN = 1, QKV_HIDDEN = 2 };                  /* of a mask's elements: some are */
 enum { QKV_LANE_BYTES = 48 };         /* room for what one lane has in a qkv_panel's arrays by element */

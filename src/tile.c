@@ -101,7 +101,7 @@ static void pack_queries(const qkv_query_tile *t)
             rows[j] = from;
             if (!plan->direct_q) {
                 char *copy = t->scratch + plan->at_tile + (size_t)j * row_bytes;
-                qkv_rows one = {from, 0, (ptrdiff_t)p->q_at.dim, plan->kernels->size, p->swapped_q};
+                qkv_rows one = {from, 0, (ptrdiff_t)p->q_at.dim, p->type, p->swapped_q};
                 plan->kernels->gather(copy, 0, &one, 1, (int)p->dim);
                 rows[j] = copy;
             }
@@ -210,7 +210,7 @@ void qkv_write_tile(const qkv_query_tile *t)
         qkv_row r = qkv_first_row(t, x);
         for (int j = 0; j < x->n && !plan->direct_out; j++, qkv_next_row(&r)) {
             qkv_rows to = {p->out + t->out_offset + row_offset(&r, &p->out_at), 0,
-                           (ptrdiff_t)p->out_at.dim, plan->kernels->size, p->swapped_out};
+                           (ptrdiff_t)p->out_at.dim, p->out_type, p->swapped_out};
             plan->kernels->scatter(&to, rows[j], 0, 1, (int)p->dim_v);
         }
         if (p->lse)

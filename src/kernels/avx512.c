@@ -26,6 +26,23 @@ static inline mask_f32 seen_f32(const uint8_t *p, int n)
     __m128i bytes = _mm_maskz_loadu_epi8(first_f32(n), p);
     return _mm_test_epi8_mask(bytes, bytes);
 }
+static inline vec_f32 widen_f16_f32(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256(p)); }
+static inline vec_f32 widen_bf16_f32(const void *p)
+{
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p)), 16));
+}
+static inline void narrow_f16_f32(void *p, vec_f32 x)
+{
+    _mm256_storeu_si256(p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+/* A NaN may lose all its bits but this one. */
+static inline void narrow_bf16_f32(void *p, vec_f32 x)
+{
+    __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    up = _mm512_mask_or_epi32(up, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), bits, _mm512_set1_epi32(0x400000));
+    _mm256_storeu_si256(p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16)));
+}
 static inline vec_f32 set1_f32(float a) { return _mm512_set1_ps(a); }
 static inline vec_f32 add_f32(vec_f32 x, vec_f32 y) { return _mm512_add_ps(x, y); }
 static inline vec_f32 sub_f32(vec_f32 x, vec_f32 y) { return _mm512_sub_ps(x, y); }
@@ -85,6 +102,7 @@ static inline void transpose_f32(vec_f32 x[16])
 #define T f32
 #define LANE_VECTORS 3
 #define ROW_TILE 8
+#define NARROWS 1
 #define EXP2_STEPS 8
 #include "kernel_tpl.h"
 
@@ -108,6 +126,12 @@ static inline mask_f64 seen_f64(const uint8_t *p, int n)
 {
     __m128i bytes = _mm_maskz_loadu_epi8(first_f64(n), p);
     return (__mmask8)_mm_test_epi8_mask(bytes, bytes);
+}
+static inline vec_f64 widen_f16_f64(const void *p) { return _mm512_cvtps_pd(_mm256_cvtph_ps(_mm_loadu_si128(p))); }
+static inline vec_f64 widen_bf16_f64(const void *p)
+{
+    __m256i bits = _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(p)), 16);
+    return _mm512_cvtps_pd(_mm256_castsi256_ps(bits));
 }
 static inline vec_f64 set1_f64(double a) { return _mm512_set1_pd(a); }
 static inline vec_f64 add_f64(vec_f64 x, vec_f64 y) { return _mm512_add_pd(x, y); }
@@ -156,6 +180,7 @@ static inline void transpose_f64(vec_f64 x[8])
 #define T f64
 #define LANE_VECTORS 3
 #define ROW_TILE 8
+#define NARROWS 0
 #define EXP2_STEPS 8
 #include "kernel_tpl.h"
 

@@ -4,6 +4,7 @@
  *   T              suffix of the type: f32, f64; every name below ends in _##T
  *   LANE_VECTORS   vectors in a panel row (3)
  *   ROW_TILE       keys, or output columns, that the product holds in registers at a time
+ *   NARROWS        1 where 16-bit types are computed in this one, else 0
  *   EXP2_STEPS     fractions of an exponent that power can look up: 8, or 1 where looking up is slow
  *
  * Primitives, static inline functions of that file (w is the number of elements in a vector):
@@ -14,6 +15,8 @@
  *   stream(p, x) fence()     aligned, past the caches where the CPU can; visible to other threads after the fence
  *   load_part(p, n) store_part(p, x, n)      the first n <= w elements, any alignment; nothing past them is touched
  *   seen(p, n)               comparison: which of the first n <= w bytes at p are not 0; not those past them
+ *   widen_f16(p) widen_bf16(p)           w elements of 16 bits, any alignment, subnormal ones too
+ *   narrow_f16(p, x) narrow_bf16(p, x)   back, rounded to nearest even; if NARROWS
  *   set1(a)  add sub mul div(x, y)  fma(x, y, z) = x * y + z
  *   min max(x, y)            y where either is NaN
  *   less(x, y)  equal(x, y)  beyond(x, y) = !(x <= y)      comparisons; select(mask, x, y) = mask ? x : y; any(mask)
@@ -65,6 +68,7 @@ static const qkv_kernels X(kernels) = KERNELS;
 #undef QKV_JOIN
 #undef QKV_JOIN2
 #undef EXP2_STEPS
+#undef NARROWS
 #undef ROW_TILE
 #undef LANE_VECTORS
 #undef T

@@ -77,11 +77,14 @@ typedef struct {
     int stream;                       /* write past the caches */
 } qkv_softmax_tile;
 
+/* Types in memory, numbered as qkv_type. */
+enum { QKV_AS_F32, QKV_AS_F64, QKV_AS_F16, QKV_AS_BF16 };
+
 /* A run of rows anywhere in memory, for copies: element (i, j) lies at data + i * row + j * col bytes. */
 typedef struct {
     char *data;
     ptrdiff_t row, col;
-    int size;                         /* bytes per element: float32 or float64 */
+    int type;                         /* how elements are stored: QKV_AS_... */
     int swapped;                      /* byte order differs from the machine's */
 } qkv_rows;
 
@@ -115,8 +118,8 @@ typedef struct {
     /* Whether O and l of the first nv vectors hold no NaN and no infinity. */
     int (*finite)(const void *o, const void *l, int nv, int dv);
 
-    /* (n, d) elements from any strides, alignment, byte order and type to unit stride; and back, where the type is the
-     * table's. Of a wider type, what is finite stays so. */
+    /* (n, d) elements from any strides, alignment, byte order and type to unit stride; of a wider type, what is finite
+     * stays so. And back, to the table's type or from float32 to 16 bits, rounded to nearest even. */
     void (*gather)(void *to, ptrdiff_t to_row, const qkv_rows *from, int n, int d);
     void (*scatter)(const qkv_rows *to, const void *from, ptrdiff_t from_row, int n, int d);
 
@@ -136,7 +139,7 @@ typedef struct {
 typedef struct {
     const char *name;
     uint32_t needs;                   /* QKV_CPU_... bits that the CPU and its system must have */
-    const qkv_kernels *type[2];       /* by qkv_type: float32, float64 */
+    const qkv_kernels *type[2];       /* of the arithmetic, by qkv_type: float32, float64 */
 } qkv_isa;
 
 /* The multiply-add of bfloat16 pairs, which some CPUs have beside their path. */
@@ -146,6 +149,6 @@ typedef struct {
 } qkv_pairs;
 
 enum { QKV_CPU_AVX2 = 1, QKV_CPU_FMA = 2, QKV_CPU_AVX512 = 4 };      /* AVX512 is F, VL, DQ, BW and CD together */
-enum { QKV_CPU_AVX512BF16 = 8 };
+enum { QKV_CPU_AVX512BF16 = 8, QKV_CPU_F16C = 16 };
 
 #endif

@@ -1,4 +1,4 @@
-/* Rows to lanes and back: Q into a panel, O out of it, and tiles of any strides and byte order.
+/* Rows to lanes and back: Q into a panel, O out of it, and tiles of any strides, byte order and type.
  *
  * A panel row is LANES elements, so element e of lane i lies at e * LANES + i. Rows move through w x w transposes in
  * registers; a single row is not worth one.
@@ -113,37 +113,84 @@ static inline void X(copy_bytes)(void *to, const void *from, size_t size, int sw
         memcpy(to, from, size);
 }
 
+/* d elements of 16 bits, W at a time; those that do not lie side by side are put there first. */
+static void X(widen_row)(REAL *to, const char *data, const qkv_rows *from, int d)
+{
+    int plain = from->col == sizeof(uint16_t) && !from->swapped;
+    for (int e = 0; e < d; e += W) {
+        uint16_t some[W] = {0};
+        const void *at = data + e * from->col;
+        int n = d - e < W ? d - e : W;
+        if (!plain || n < W) {
+            for (int i = 0; i < n; i++)
+                X(copy_bytes)(some + i, data + (e + i) * from->col, sizeof(uint16_t), from->swapped);
+            at = some;
+        }
+        VEC x = from->type == QKV_AS_F16 ? X(widen_f16)(at) : X(widen_bf16)(at);
+        if (n < W)
+            X(store_part)(to + e, x, n);
+        else
+            X(storeu)(to + e, x);
+    }
+}
+
 static void X(gather)(void *to, ptrdiff_t to_row, const qkv_rows *from, int n, int d)
 {
+    const int own = sizeof(REAL) == 4 ? QKV_AS_F32 : QKV_AS_F64;
     for (int i = 0; i < n; i++) {
         REAL *row = (REAL *)to + i * to_row;
         const char *data = from->data + i * from->row;
-        if (from->size > (int)sizeof(REAL))
-            for (int e = 0; e < d; e++) {
-                double wide;
-                X(copy_bytes)(&wide, data + e * from->col, sizeof wide, from->swapped);
-                /* What is finite stays finite: a bias of the least number is no exclusion. */
-                row[e] = isfinite(wide) ? (REAL)fmin(fmax(wide, -(double)REAL_LARGEST), (double)REAL_LARGEST) : (REAL)wide;
-            }
-        else if (from->size != sizeof(REAL))
-            for (int e = 0; e < d; e++) {
-                float narrow;
-                X(copy_bytes)(&narrow, data + e * from->col, sizeof narrow, from->swapped);
-                row[e] = (REAL)narrow;
-            }
-        else if (from->col == sizeof(REAL) && !from->swapped)
+        if (from->type == own && from->col == sizeof(REAL) && !from->swapped)
             memcpy(row, data, (size_t)d * sizeof(REAL));
-        else
+        else if (from->type == own)
             for (int e = 0; e < d; e++)
                 X(copy_bytes)(row + e, data + e * from->col, sizeof(REAL), from->swapped);
+        else if (from->type == QKV_AS_F32)
+            for (int e = 0; e < d; e++) {
+                float x;
+                X(copy_bytes)(&x, data + e * from->col, sizeof x, from->swapped);
+                row[e] = (REAL)x;
+            }
+        else if (from->type == QKV_AS_F64)
+            for (int e = 0; e < d; e++) {
+                double x, most = (double)REAL_LARGEST;      /* finite stays finite: a bias that averages excludes nothing */
+                X(copy_bytes)(&x, data + e * from->col, sizeof x, from->swapped);
+                row[e] = (REAL)(isfinite(x) ? x > most ? most : x < -most ? -most : x : x);
+            }
+        else
+            X(widen_row)(row, data, from, d);
     }
 }
+
+#if NARROWS
+static void X(narrow_row)(char *data, const qkv_rows *to, const REAL *from, int d)
+{
+    for (int e = 0; e < d; e += W) {
+        uint16_t some[W];
+        int n = d - e < W ? d - e : W, direct = n == W && to->col == sizeof(uint16_t) && !to->swapped;
+        VEC x = n < W ? X(load_part)(from + e, n) : X(loadu)(from + e);
+        void *at = direct ? data + e * to->col : (char *)some;
+        if (to->type == QKV_AS_F16)
+            X(narrow_f16)(at, x);
+        else
+            X(narrow_bf16)(at, x);
+        for (int i = 0; i < n && !direct; i++)
+            X(copy_bytes)(data + (e + i) * to->col, some + i, sizeof(uint16_t), to->swapped);
+    }
+}
+#endif
 
 static void X(scatter)(const qkv_rows *to, const void *from, ptrdiff_t from_row, int n, int d)
 {
     for (int i = 0; i < n; i++) {
         const REAL *row = (const REAL *)from + i * from_row;
         char *data = to->data + i * to->row;
+#if NARROWS
+        if (to->type != QKV_AS_F32) {
+            X(narrow_row)(data, to, row, d);
+            continue;
+        }
+#endif
         for (int e = 0; e < d; e++)
             X(copy_bytes)(data + e * to->col, row + e, sizeof(REAL), to->swapped);
     }
