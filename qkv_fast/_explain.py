@@ -220,11 +220,15 @@ return_lse, out, num_threads
     if num_threads is not None:
         asked, source = _runtime.check_threads(num_threads, "explain: num_threads"), "num_threads="
     isa, dtype = _runtime.available_isas()[index], "float64" if used["q"].dtype.itemsize == 8 else "float32"
+    if report["pair"] == 2:
+        kernel = f"attend_bf16_{isa}"
+    else:  # a path of pairs alone leaves the rest to the next
+        kernel = f"attend_{'f64' if dtype == 'float64' else 'f32'}_{isa.removesuffix('bf16')}"
     keys = used["k"].shape[-3 if layout == "blhd" and used["k"].ndim > 2 else -2]
     return Plan(
         isa=isa,
         dtype=dtype,
-        kernel=f"attend_{'f64' if dtype == 'float64' else 'f32'}_{isa}",
+        kernel=kernel,
         rows=report["rows"],
         panel_rows=report["panel_rows"],
         vector_rows=report["vector_rows"],

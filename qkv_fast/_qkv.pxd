@@ -86,9 +86,11 @@ cdef extern from "qkv.h" nogil:
         QKV_STRIDED
         QKV_UNALIGNED
         QKV_SCATTERED
+        QKV_UNPAIRED
 
     ctypedef struct qkv_report:
         qkv_counters counts
+        int64_t pair
         int64_t panel_rows, vector_rows, kernel_keys
         int64_t rows
         int64_t tile_panels

@@ -155,7 +155,7 @@ static qkv_status walk(const qkv_problem *p, const qkv_plan *plan, qkv_counters 
     kernels.expect = no_expect;
     kernels.finish = no_finish;
     kernels.finite = all_finite;
-    kernels.gather = no_gather;
+    kernels.gather = kernels.gather_terms = kernels.gather_values = no_gather;
     kernels.scatter = no_scatter;
     qkv_plan dry_plan = *plan;
     dry_plan.kernels = &kernels;
@@ -223,6 +223,7 @@ qkv_status qkv_explain(const qkv_problem *p, qkv_report *report)
     qkv_plan plan;
     qkv_status status = qkv_make_plan(p, &plan);
     memset(report, 0, sizeof *report);
+    report->pair = plan.kernels->pair;
     report->panel_rows = plan.kernels->lanes;
     report->vector_rows = plan.kernels->vector;
     report->kernel_keys = plan.kernels->row_tile;

@@ -50,7 +50,7 @@ static const double TASK_FLOPS = 2e9;                   /* about 20 ms, so that 
 _Static_assert((int)QKV_AS_F32 == QKV_F32 && (int)QKV_AS_F64 == QKV_F64 && (int)QKV_AS_F16 == QKV_F16
                && (int)QKV_AS_BF16 == QKV_BF16, "kernels number types as problems do");
 
-static const qkv_kernels *kernels_of(int isa, qkv_type type) { return qkv_isa_at(isa)->type[qkv_arithmetic(type)]; }
+static const qkv_kernels *kernels_of(int isa, qkv_type type) { return qkv_kernels_at(isa, (int)qkv_arithmetic(type)); }
 
 static size_t align(size_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
 static int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
@@ -63,13 +63,27 @@ static int multiply(int64_t a, int64_t b, int64_t *product)
     return 1;
 }
 
-/* What keeps a row of elements from being used where it lies; 0 if nothing does. */
-static int obstacles(const void *data, int n_axes, const qkv_strides *at, int swapped, int size)
+/* A number that is a multiple of a power of two if all addresses of rows are. */
+static int64_t places(const void *data, int n_axes, const qkv_strides *at)
 {
     int64_t bits = (int64_t)(uintptr_t)data | at->head | at->row;
     for (int i = 0; i < n_axes; i++)
         bits |= at->axis[i];
+    return bits;
+}
+
+/* What keeps a row of elements from being used where it lies; 0 if nothing does. */
+static int obstacles(const void *data, int n_axes, const qkv_strides *at, int swapped, int size)
+{
+    int64_t bits = places(data, n_axes, at);
     return (swapped ? QKV_SWAPPED : 0) | (at->dim != size ? QKV_STRIDED : 0) | (bits % size ? QKV_UNALIGNED : 0);
+}
+
+/* The same for rows of which pairs are multiplied. */
+static int pair_obstacles(const void *data, int n_axes, const qkv_strides *at, int swapped, int64_t dim)
+{
+    int odd = dim % 2 || places(data, n_axes, at) % 4;
+    return obstacles(data, n_axes, at, swapped, 2) | (odd ? QKV_UNPAIRED : 0);
 }
 
 /* Rows that lie far apart, as in (length, heads, dim) arrays. */
@@ -86,15 +100,18 @@ static void choose_copies(const qkv_problem *p, qkv_plan *plan)
     /* A copy of scattered rows pays only if several panels share it. */
     int shared = plan->rows > 2 * plan->kernels->lanes;
     int kv_axes = p->run_of ? 0 : p->n_axes;
-    plan->copy_k = widened | (shared && is_scattered(&p->k_at, p->dim) ? QKV_SCATTERED : 0);
-    plan->copy_v = widened | (shared && is_scattered(&p->v_at, p->dim_v) ? QKV_SCATTERED : 0);
+    int pairs = plan->kernels->pair > 1;
+    plan->copy_k = (pairs ? 0 : widened) | (shared && is_scattered(&p->k_at, p->dim) ? QKV_SCATTERED : 0);
+    plan->copy_v = (pairs ? QKV_UNPAIRED : widened) | (shared && is_scattered(&p->v_at, p->dim_v) ? QKV_SCATTERED : 0);
     for (int64_t i = 0; i < p->n_runs; i++) {
-        plan->copy_k |= obstacles(p->runs[i].k, kv_axes, &p->k_at, p->swapped_k, kv_size);
+        plan->copy_k |= pairs ? pair_obstacles(p->runs[i].k, kv_axes, &p->k_at, p->swapped_k, p->dim)
+                              : obstacles(p->runs[i].k, kv_axes, &p->k_at, p->swapped_k, kv_size);
         plan->copy_v |= obstacles(p->runs[i].v, kv_axes, &p->v_at, p->swapped_v, kv_size);
     }
     int row_axes = p->q_starts ? 0 : p->n_axes;
-    plan->obstacles_q = (p->type != arithmetic ? QKV_WIDENED : 0)
-        | obstacles(p->q, row_axes, &p->q_at, p->swapped_q, qkv_size(p->type));
+    plan->obstacles_q = pairs ? pair_obstacles(p->q, row_axes, &p->q_at, p->swapped_q, p->dim)
+        : (p->type != arithmetic ? QKV_WIDENED : 0)
+          | obstacles(p->q, row_axes, &p->q_at, p->swapped_q, qkv_size(p->type));
     plan->obstacles_out = (p->out_type != arithmetic ? QKV_WIDENED : 0)
         | obstacles(p->out, row_axes, &p->out_at, p->swapped_out, qkv_size(p->out_type));
     plan->direct_q = !plan->obstacles_q;
@@ -133,18 +150,19 @@ static void lay_out_scratch(const qkv_problem *p, qkv_plan *plan)
     size_t vectors = lanes / (size_t)plan->kernels->vector;
     size_t panels = (size_t)plan->tile_panels, dim = (size_t)p->dim, dim_v = (size_t)p->dim_v;
     size_t at = 0;
-    plan->copy_row_k = p->dim + COPY_PAD;
+    int64_t pair = plan->kernels->pair;
+    plan->copy_row_k = plan->terms + COPY_PAD;
     plan->copy_row_v = p->dim_v + COPY_PAD;
 #define TAKE(field, bytes) (plan->field = at, at += align(bytes))
     TAKE(at_panels, panels * QKV_PANEL_BYTES);
     TAKE(at_limits, panels * ((vectors + 1) * sizeof(qkv_limits) + lanes * sizeof(qkv_range)));
     TAKE(at_rows, lanes * sizeof(void *));
-    TAKE(at_q, panels * dim * lanes * size);
+    TAKE(at_q, panels * (size_t)plan->terms * lanes * size);
     TAKE(at_state, panels * plan->state_bytes);
     TAKE(at_total, plan->merges ? panels * plan->state_bytes : 0);
     TAKE(at_s, (size_t)plan->block * lanes * size);
     TAKE(at_k, plan->copy_k || p->n_runs > 1 ? (size_t)(plan->pass * plan->copy_row_k) * size : 0);
-    TAKE(at_v, plan->copy_v || p->n_runs > 1 ? (size_t)(plan->pass * plan->copy_row_v) * size : 0);
+    TAKE(at_v, plan->copy_v || p->n_runs > 1 ? (size_t)(plan->pass / pair * plan->copy_row_v) * size : 0);
     TAKE(at_tile, plan->direct_q && plan->direct_out ? 0 : lanes * (dim > dim_v ? dim : dim_v) * size);
     TAKE(at_lanes, plan->adjust ? panels * lanes * QKV_LANE_BYTES : 0);
     TAKE(at_pointers, plan->adjust ? 2 * lanes * sizeof(void *) : 0);
@@ -228,12 +246,22 @@ static int count_work(const qkv_problem *p, const qkv_plan *plan, int64_t *panel
     return 1;
 }
 
+/* Pairs are multiplied where Q, K and V hold them: what goes into Q is its sign alone, and keys come in pairs. */
+static const qkv_kernels *choose_kernels(const qkv_problem *p, const qkv_plan *plan)
+{
+    const qkv_kernels *pairs = qkv_isa_at(p->isa)->pairs;
+    int fits = pairs && p->type == QKV_BF16 && p->kv_type == QKV_BF16 && fabs(plan->q_factor) == 1;
+    for (int64_t i = 0; fits && i < p->n_runs; i++)
+        fits = p->runs[i].first % pairs->pair == 0;
+    return fits ? pairs : kernels_of(p->isa, p->type);
+}
+
 qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
 {
-    *plan = (qkv_plan){.kernels = kernels_of(p->isa, p->type)};
-    const qkv_kernels *kernels = plan->kernels;
-
+    *plan = (qkv_plan){0};
     choose_scale(p, plan);
+    const qkv_kernels *kernels = plan->kernels = choose_kernels(p, plan);
+    plan->terms = ceil_div(p->dim, kernels->pair);
     plan->sequences = 1;
     for (int i = 0; i < p->n_axes; i++)
         if (!multiply(plan->sequences, p->axes[i], &plan->sequences))
@@ -244,7 +272,7 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
 
     plan->state_bytes = align((size_t)(p->dim_v + 2) * (size_t)kernels->lanes * (size_t)kernels->size);
     plan->block = BLOCK;
-    plan->cold = BLOCK * (p->dim + p->dim_v) * kernels->size <= COLD_BYTES;
+    plan->cold = BLOCK * (p->dim + p->dim_v) * kernels->size / kernels->pair <= COLD_BYTES;
     plan->chunk = CHUNK;
     plan->chunks = p->len_k > 0 ? ceil_div(p->len_k, CHUNK) : 1;
     /* A sink is merged even with a single chunk: how many there are must not show in a sequence that has only one. */
@@ -252,13 +280,13 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     choose_copies(p, plan);
     /* Copies want many panels to share them, and leave them the room by being short. */
     int copies = (plan->copy_k | plan->copy_v) != 0;
-    int64_t pass = (copies ? COPY_PASS_BYTES : PASS_BYTES) / ((p->dim + p->dim_v + 1) * kernels->size) / BLOCK * BLOCK;
+    int64_t pass = (copies ? COPY_PASS_BYTES : PASS_BYTES) / ((p->dim + p->dim_v + 1) * kernels->size / kernels->pair) / BLOCK * BLOCK;
     plan->pass = qkv_min(CHUNK, qkv_max(BLOCK, pass));
 
     /* Query tiles: as many panels as stay in cache together, but enough tiles for all threads. */
     int64_t panels = ceil_div(plan->rows, kernels->lanes), base;
     double flops;
-    int64_t panel_bytes = (p->dim + 2 * p->dim_v + 4) * kernels->lanes * kernels->size;
+    int64_t panel_bytes = (plan->terms + 2 * p->dim_v + 4) * kernels->lanes * kernels->size;
     int64_t most = qkv_min(TILE_PANELS, qkv_max(1, (copies ? COPY_STATE_BYTES : STATE_BYTES) / panel_bytes));
     if (!count_work(p, plan, &base, &flops))
         return QKV_OVERFLOW;

@@ -25,6 +25,7 @@ typedef struct {
     int adjust;                       /* scores need a step between K Q^T and softmax */
     int masked;                       /* by element: a mask, or segments in any order */
 
+    int64_t terms;                    /* of a score: dim, or pairs of them */
     int64_t sequences, group;         /* query heads per key head */
     int64_t rows;                     /* of one key head: len_q * group; in ragged batches, at most */
     int64_t tile_panels;              /* panels in a query tile */

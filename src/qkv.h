@@ -121,12 +121,14 @@ enum {
     QKV_SWAPPED = 2,                  /* byte order differs from the machine's */
     QKV_STRIDED = 4,                  /* elements of a row are not next to each other */
     QKV_UNALIGNED = 8,                /* addresses are no multiples of the element size */
-    QKV_SCATTERED = 16                /* rows lie so far apart that they would fight for cache sets and pages */
+    QKV_SCATTERED = 16,               /* rows lie so far apart that they would fight for cache sets and pages */
+    QKV_UNPAIRED = 32                 /* pairs are multiplied, and are not side by side at multiples of their size: never in V */
 };
 
 /* What a call would do; all 0 but the kernel's numbers if it has nothing to compute. */
 typedef struct {
     qkv_counters counts;              /* as the call will count, if the pool is free and all results are finite */
+    int64_t pair;                     /* elements that are multiplied at a time: 2 for pairs of bfloat16 */
     int64_t panel_rows, vector_rows, kernel_keys;       /* query rows in a panel and in a vector, keys in registers */
     int64_t rows;                     /* of one key head: len_q * group */
     int64_t tile_panels;              /* panels in the query tile of a task */

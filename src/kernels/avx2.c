@@ -107,6 +107,7 @@ static inline void transpose_f32(vec_f32 x[8])
 #define T f32
 #define LANE_VECTORS 3
 #define ROW_TILE 4
+#define PAIR 1
 #define NARROWS 1
 #define EXP2_STEPS 8
 #include "kernel_tpl.h"
@@ -178,6 +179,7 @@ static inline void transpose_f64(vec_f64 x[4])
 #define T f64
 #define LANE_VECTORS 3
 #define ROW_TILE 4
+#define PAIR 1
 #define NARROWS 0
 #define EXP2_STEPS 1
 #include "kernel_tpl.h"

@@ -3,6 +3,10 @@
  * A panel row is LANES elements, so element e of lane i lies at e * LANES + i. Rows move through w x w transposes in
  * registers; a single row is not worth one.
  */
+#if PAIR == 1
+static inline VEC X(turn)(VEC factor, VEC x) { return X(mul)(factor, x); }
+#endif
+
 /* Columns e .. e + part of the w lanes that begin at rows[0]; of n rows, lanes without one repeat the last. */
 static QKV_INLINE void X(pack_square)(REAL *to, const void *const *rows, int n, int e, int part, VEC scale)
 {
@@ -14,7 +18,7 @@ static QKV_INLINE void X(pack_square)(REAL *to, const void *const *rows, int n, 
     QKV_UNROLL
     for (int i = 0; i < W; i++)
         if (i < part)
-            X(store)(to + (ptrdiff_t)(e + i) * LANES, X(mul)(scale, x[i]));
+            X(store)(to + (ptrdiff_t)(e + i) * LANES, X(turn)(scale, x[i]));
 }
 
 static void X(pack)(void *qt, const void *const *rows, int n, int d, double factor)
@@ -26,7 +30,7 @@ static void X(pack)(void *qt, const void *const *rows, int n, int d, double fact
         if (n - g == 1) {
             const REAL *row = rows[g];
             for (; e < d; e++)
-                X(store)(to + (ptrdiff_t)e * LANES, X(mul)(scale, X(set1)(row[e])));
+                X(store)(to + (ptrdiff_t)e * LANES, X(turn)(scale, X(set1)(row[e])));
             return;
         }
         for (; e + W <= d; e += W)
@@ -161,6 +165,59 @@ static void X(gather)(void *to, ptrdiff_t to_row, const qkv_rows *from, int n, i
             X(widen_row)(row, data, from, d);
     }
 }
+
+#if PAIR == 1
+static void X(gather_terms)(void *to, ptrdiff_t to_row, const qkv_rows *from, int n, int d)
+{
+    X(gather)(to, to_row, from, n, d);
+}
+
+static void X(gather_values)(void *to, ptrdiff_t to_row, const qkv_rows *from, int n, int d)
+{
+    X(gather)(to, to_row, from, n, d);
+}
+#else
+/* count elements of 16 bits from any strides and byte order, side by side. */
+static void X(collect)(uint16_t *to, const char *data, const qkv_rows *from, int count)
+{
+    if (from->col == sizeof(uint16_t) && !from->swapped)
+        memcpy(to, data, (size_t)count * sizeof(uint16_t));
+    else
+        for (int e = 0; e < count; e++)
+            X(copy_bytes)(to + e, data + e * from->col, sizeof(uint16_t), from->swapped);
+}
+
+static void X(gather_terms)(void *to, ptrdiff_t to_row, const qkv_rows *from, int n, int d)
+{
+    for (int i = 0; i < n; i++) {
+        uint16_t *row = (uint16_t *)((REAL *)to + i * to_row);
+        X(collect)(row, from->data + i * from->row, from, d);
+        if (d % 2)
+            row[d] = 0;
+    }
+}
+
+static void X(gather_values)(void *to, ptrdiff_t to_row, const qkv_rows *from, int n, int d)
+{
+    int plain = from->col == sizeof(uint16_t) && !from->swapped;
+    for (int i = 0; i < n; i += 2) {
+        REAL *row = (REAL *)to + i / 2 * to_row;
+        const char *a = from->data + i * from->row, *b = a + from->row;
+        for (int e = 0; e < d; e += W) {
+            int part = d - e < W ? d - e : W;
+            if (plain && part == W && i + 1 < n) {
+                X(storeu)(row + e, X(interleave)(a + e * from->col, b + e * from->col));
+                continue;
+            }
+            uint16_t first[W] = {0}, second[W] = {0};
+            X(collect)(first, a + e * from->col, from, part);
+            if (i + 1 < n)
+                X(collect)(second, b + e * from->col, from, part);
+            X(store_part)(row + e, X(interleave)(first, second), part);
+        }
+    }
+}
+#endif
 
 #if NARROWS
 static void X(narrow_row)(char *data, const qkv_rows *to, const REAL *from, int d)
