@@ -57,9 +57,9 @@ def attention(
     Parameters
     ----------
     q : array_like, shape (..., Hq, Lq, D)
-        Queries, float32 or float64; D up to 1024. Or (Lq, D), if all three are 2-D.
+        Queries, float16, bfloat16 (of ml_dtypes), float32 or float64; D up to 1024. Or (Lq, D), if all three are 2-D.
     k : array_like, shape (..., Hkv, Lk, D)
-        Keys, of q's type or a narrower one. ``Hq`` is a multiple of ``Hkv``; query head h reads key head
+        Keys, of q's type or a narrower one; float16 and bfloat16 do not mix. ``Hq`` is a multiple of ``Hkv``; query head h reads key head
         ``h // (Hq // Hkv)`` (grouped-query attention).
     v : array_like, shape (..., Hkv, Lk, Dv)
         Values, of k's type. The axes left of the heads broadcast among q, k and v.
@@ -68,7 +68,7 @@ def attention(
         (Lq, Lk) for 2-D arrays, without enlarging it; any strides, never copied. Where a tile of keys is hidden from
         all of its queries, keys and values are not even read.
     bias : array_like, optional
-        float32 or float64, added to the scaled (and capped) scores; -inf excludes, as False in a mask does. Broadcasts
+        Of any of these types, added to the scaled (and capped) scores; -inf excludes, as False in a mask does. Broadcasts
         as `mask` does; any strides and byte order, never copied.
     causal : bool or "top-left", default False
         Exclude the keys after the query's position. ``"top-left"`` also sets `q_offset` to 0.
@@ -104,7 +104,8 @@ def attention(
     return_lse : bool, default False
         Return the natural log-sum-exp of each row's scores as well.
     out : ndarray, optional
-        Where to write the result: its exact shape, q's type, any strides. It may overlap an input.
+        Where to write the result: its exact shape, q's type (or float32 for 16-bit q), any strides. It may overlap an
+        input.
     num_threads : int, optional
         Threads for this call; see `get_num_threads` for the default.
 
@@ -119,7 +120,7 @@ def attention(
     Raises
     ------
     TypeError
-        An argument of the wrong kind: element types other than float32 and float64, a mask that is not bool, masked
+        An argument of the wrong kind: other element types, a mask that is not bool, masked
         arrays, `np.matrix`.
     ValueError
         Shapes that do not fit, values out of range, an unknown word.
@@ -140,7 +141,9 @@ def attention(
     All arguments compose: a key counts where each of them allows it. A score passes through scale, softcap, ALiBi and
     bias, exclusion, sink and softmax, in this order.
 
-    Products are accumulated in q's type. An excluded key has no influence on the result, even if it or its value is
+    Products are accumulated in q's type, those of 16-bit types in float32, and results are rounded once, to nearest
+    even. Where the CPU multiplies pairs of bfloat16 (path avx512bf16), weights are rounded to bfloat16 too, and subnormal
+    bfloat16 inputs may count as 0. An excluded key has no influence on the result, even if it or its value is
     NaN; NaN and infinity in visible keys do what IEEE arithmetic makes them do. A score of -inf excludes its key.
     The division by the sum of weights comes last, so visible keys times max|v| must fit the type.
 
@@ -289,7 +292,7 @@ def merge_partials(outs: Sequence[Any], lses: Sequence[Any], *, layout: str = "b
     Raises
     ------
     TypeError
-        Element types other than float32 and float64, or not the same in all.
+        Other element types than `attention` takes (for `lses`: gives), or not the same in all.
     ValueError
         No partials, or shapes that do not fit.
 

@@ -84,7 +84,7 @@ class Plan(NamedTuple):
         The peaks are measured when this is first asked, in about 0.3 s and 256 MB, and then kept.
         """
         index = _runtime.available_isas().index(self.isa)
-        flops, bandwidth = _runtime.measured_peaks(index, self.dtype == "float64", max(1, self.threads))
+        flops, bandwidth = _runtime.measured_peaks(index, self.kernel.split("_")[1], max(1, self.threads))
         return self.operations / flops, self.bytes / bandwidth
 
     @property
@@ -220,10 +220,9 @@ return_lse, out, num_threads
     if num_threads is not None:
         asked, source = _runtime.check_threads(num_threads, "explain: num_threads"), "num_threads="
     isa, dtype = _runtime.available_isas()[index], "float64" if used["q"].dtype.itemsize == 8 else "float32"
-    if report["pair"] == 2:
+    kernel = f"attend_{'f64' if dtype == 'float64' else 'f32'}_{isa.removesuffix('bf16')}"
+    if report["pair"] == 2:  # which is all that this path has of its own
         kernel = f"attend_bf16_{isa}"
-    else:  # a path of pairs alone leaves the rest to the next
-        kernel = f"attend_{'f64' if dtype == 'float64' else 'f32'}_{isa.removesuffix('bf16')}"
     keys = used["k"].shape[-3 if layout == "blhd" and used["k"].ndim > 2 else -2]
     return Plan(
         isa=isa,

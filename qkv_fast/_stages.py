@@ -35,16 +35,17 @@ def scores(
     Parameters
     ----------
     q : array_like, shape (..., Hq, Lq, D)
-        Queries, float32 or float64. Or (Lq, D), if k is 2-D as well.
+        Queries, float16, bfloat16 (of ml_dtypes), float32 or float64. Or (Lq, D), if k is 2-D as well.
     k : array_like, shape (..., Hkv, Lk, D)
-        Keys, of q's type or a narrower one. ``Hq`` is a multiple of ``Hkv``; query head h reads key head
+        Keys, of q's type or a narrower one; float16 and bfloat16 do not mix. ``Hq`` is a multiple of ``Hkv``; query head h reads key head
         ``h // (Hq // Hkv)``. The axes left of the heads broadcast.
     scale : float, optional
         Any finite number; ``1 / sqrt(D)`` by default (1 for D = 0).
     layout : {"bhld", "blhd"}, default "bhld"
         ``"blhd"`` swaps the head and length axes of q and k. The scores are head-first in either.
     out : ndarray, optional
-        Where to write the result: its exact shape, q's type, any strides. It may overlap an input.
+        Where to write the result: its exact shape, q's type (or float32 for 16-bit q), any strides. It may overlap an
+        input.
     num_threads : int, optional
         Threads for this call; see `get_num_threads` for the default.
 
@@ -56,7 +57,7 @@ def scores(
     Raises
     ------
     TypeError
-        An argument of the wrong kind: element types other than float32 and float64, masked arrays, `np.matrix`.
+        An argument of the wrong kind: other element types, masked arrays, `np.matrix`.
     ValueError
         Shapes that do not fit, a scale that is not finite, an unknown layout.
     OverflowError
@@ -115,14 +116,15 @@ def weighted_values(
     Parameters
     ----------
     p : array_like, shape (..., Hq, Lq, Lk)
-        Weights, float32 or float64, as from `softmax`. Or (Lq, Lk), if v is 2-D as well.
+        Weights, float16, bfloat16 (of ml_dtypes), float32 or float64, as from `softmax`. Or (Lq, Lk), if v is 2-D as well.
     v : array_like, shape (..., Hkv, Lk, Dv)
-        Values, of p's type or a narrower one. ``Hq`` is a multiple of ``Hkv``; weight head h reads value head
+        Values, of p's type or a narrower one; float16 and bfloat16 do not mix. ``Hq`` is a multiple of ``Hkv``; weight head h reads value head
         ``h // (Hq // Hkv)``. The axes left of the heads broadcast.
     layout : {"bhld", "blhd"}, default "bhld"
         ``"blhd"`` swaps the head and length axes of v and of the result. The weights are head-first in either.
     out : ndarray, optional
-        Where to write the result: its exact shape, p's type, any strides. It may overlap an input.
+        Where to write the result: its exact shape, p's type (or float32 for 16-bit p), any strides. It may overlap an
+        input.
     num_threads : int, optional
         Threads for this call; see `get_num_threads` for the default.
 
@@ -134,7 +136,7 @@ def weighted_values(
     Raises
     ------
     TypeError
-        An argument of the wrong kind: element types other than float32 and float64, masked arrays, `np.matrix`.
+        An argument of the wrong kind: other element types, masked arrays, `np.matrix`.
     ValueError
         Shapes that do not fit, an unknown layout.
     OverflowError
@@ -186,13 +188,13 @@ def softmax(
     Parameters
     ----------
     x : array_like
-        float32 or float64, of any shape with at least one axis.
+        float16, bfloat16 (of ml_dtypes), float32 or float64, of any shape with at least one axis.
     axis : int, default -1
         The axis whose elements sum to 1.
     mask : array_like of bool, optional
         Broadcasts to x's shape. True: the element takes part; False: its weight is 0, whatever it is.
     out : ndarray, optional
-        Where to write the result: x's shape and type, any strides. It may be x itself, or overlap an input.
+        Where to write the result: x's shape and type (or float32 for 16-bit x), any strides. It may be x itself, or overlap an input.
     num_threads : int, optional
         Threads for this call; see `get_num_threads` for the default.
 
@@ -205,7 +207,7 @@ def softmax(
     Raises
     ------
     TypeError
-        An argument of the wrong kind: element types other than float32 and float64, a mask that is not bool.
+        An argument of the wrong kind: other element types, a mask that is not bool.
     ValueError
         No axis, a mask that does not broadcast to x, an `out` that does not fit.
     numpy.exceptions.AxisError
