@@ -59,8 +59,8 @@ def attention(
     q : array_like, shape (..., Hq, Lq, D)
         Queries, float16, bfloat16 (of ml_dtypes), float32 or float64; D up to 1024. Or (Lq, D), if all three are 2-D.
     k : array_like, shape (..., Hkv, Lk, D)
-        Keys, of q's type or a narrower one; float16 and bfloat16 do not mix. ``Hq`` is a multiple of ``Hkv``; query head h reads key head
-        ``h // (Hq // Hkv)`` (grouped-query attention).
+        Keys, of q's type or a narrower one; float16 and bfloat16 do not mix. ``Hq`` is a multiple of ``Hkv``; query
+        head h reads key head ``h // (Hq // Hkv)`` (grouped-query attention).
     v : array_like, shape (..., Hkv, Lk, Dv)
         Values, of k's type. The axes left of the heads broadcast among q, k and v.
     mask : array_like of bool, optional
@@ -68,8 +68,8 @@ def attention(
         (Lq, Lk) for 2-D arrays, without enlarging it; any strides, never copied. Where a tile of keys is hidden from
         all of its queries, keys and values are not even read.
     bias : array_like, optional
-        Of any of these types, added to the scaled (and capped) scores; -inf excludes, as False in a mask does. Broadcasts
-        as `mask` does; any strides and byte order, never copied.
+        Of any of these types, added to the scaled (and capped) scores; -inf excludes, as False in a mask does.
+        Broadcasts as `mask` does; any strides and byte order, never copied.
     causal : bool or "top-left", default False
         Exclude the keys after the query's position. ``"top-left"`` also sets `q_offset` to 0.
     window : int or (left, right), optional
@@ -142,8 +142,8 @@ def attention(
     bias, exclusion, sink and softmax, in this order.
 
     Products are accumulated in q's type, those of 16-bit types in float32, and results are rounded once, to nearest
-    even. Where the CPU multiplies pairs of bfloat16 (path avx512bf16), weights are rounded to bfloat16 too, and subnormal
-    bfloat16 inputs may count as 0. An excluded key has no influence on the result, even if it or its value is
+    even. Where the CPU multiplies pairs of bfloat16 (path avx512bf16), weights are rounded to bfloat16 too, and
+    subnormal bfloat16 inputs may count as 0. An excluded key has no influence on the result, even if it or its value is
     NaN; NaN and infinity in visible keys do what IEEE arithmetic makes them do. A score of -inf excludes its key.
     The division by the sum of weights comes last, so visible keys times max|v| must fit the type.
 

@@ -60,8 +60,8 @@ def _check_layout(layout: Any, where: str) -> bool:
 
 
 def _is_known(dtype: np.dtype[Any]) -> bool:
-    """Whether calls take this type. Who has an array of bfloat16 has imported ml_dtypes, which registers it, so we never
-    need to."""
+    """Whether calls take this type. Who has an array of bfloat16 has imported ml_dtypes, which registers it:
+    we never need to."""
     if dtype.char in _NUMPY_TYPES:
         return True
     if dtype.name != "bfloat16":
@@ -75,7 +75,8 @@ def _check_type(where: str, name: str, x: Array) -> None:
         return
     way_out = f"; pass {name}.astype('float32')" if x.dtype.kind in "biuf" else ""
     if x.dtype.kind in "iuV" and x.dtype.itemsize == 2:  # what bfloat16 looks like where NumPy does not know it
-        way_out += f"; if these are the bits of bfloat16, pip install ml_dtypes and pass {name}.view(ml_dtypes.bfloat16)"
+        way_out += "; if these are the bits of bfloat16, pip install ml_dtypes and pass "
+        way_out += f"{name}.view(ml_dtypes.bfloat16)"
     raise TypeError(f"{where}: {name} must be {_NAMES}, got {x.dtype}{way_out}")
 
 

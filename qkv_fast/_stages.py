@@ -37,8 +37,8 @@ def scores(
     q : array_like, shape (..., Hq, Lq, D)
         Queries, float16, bfloat16 (of ml_dtypes), float32 or float64. Or (Lq, D), if k is 2-D as well.
     k : array_like, shape (..., Hkv, Lk, D)
-        Keys, of q's type or a narrower one; float16 and bfloat16 do not mix. ``Hq`` is a multiple of ``Hkv``; query head h reads key head
-        ``h // (Hq // Hkv)``. The axes left of the heads broadcast.
+        Keys, of q's type or a narrower one; float16 and bfloat16 do not mix. ``Hq`` is a multiple of ``Hkv``; query
+        head h reads key head ``h // (Hq // Hkv)``. The axes left of the heads broadcast.
     scale : float, optional
         Any finite number; ``1 / sqrt(D)`` by default (1 for D = 0).
     layout : {"bhld", "blhd"}, default "bhld"
@@ -116,10 +116,11 @@ def weighted_values(
     Parameters
     ----------
     p : array_like, shape (..., Hq, Lq, Lk)
-        Weights, float16, bfloat16 (of ml_dtypes), float32 or float64, as from `softmax`. Or (Lq, Lk), if v is 2-D as well.
+        Weights, as from `softmax`; float16, bfloat16 (of ml_dtypes), float32 or float64. Or (Lq, Lk), if v is 2-D as
+        well.
     v : array_like, shape (..., Hkv, Lk, Dv)
-        Values, of p's type or a narrower one; float16 and bfloat16 do not mix. ``Hq`` is a multiple of ``Hkv``; weight head h reads value head
-        ``h // (Hq // Hkv)``. The axes left of the heads broadcast.
+        Values, of p's type or a narrower one; float16 and bfloat16 do not mix. ``Hq`` is a multiple of ``Hkv``; weight
+        head h reads value head ``h // (Hq // Hkv)``. The axes left of the heads broadcast.
     layout : {"bhld", "blhd"}, default "bhld"
         ``"blhd"`` swaps the head and length axes of v and of the result. The weights are head-first in either.
     out : ndarray, optional
@@ -194,7 +195,8 @@ def softmax(
     mask : array_like of bool, optional
         Broadcasts to x's shape. True: the element takes part; False: its weight is 0, whatever it is.
     out : ndarray, optional
-        Where to write the result: x's shape and type (or float32 for 16-bit x), any strides. It may be x itself, or overlap an input.
+        Where to write the result: x's shape and type (or float32 for 16-bit x), any strides. It may be x itself, or
+        overlap an input.
     num_threads : int, optional
         Threads for this call; see `get_num_threads` for the default.
 
