@@ -286,6 +286,8 @@ def forward(cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not No
     p.threads = threads
     p.isa = isa
     p.counters = NULL
+    p.interrupted = check_signals
+    p.interrupted_arg = PyThreadState_Get()
     if counters is not None:
         if counters is PLAN:
             with nogil:
@@ -293,8 +295,6 @@ def forward(cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not No
             raise_status(status)
             return report, q, k, v, out
         p.counters = <qkv_counters *>cnp.PyArray_DATA(counters)
-    p.interrupted = check_signals
-    p.interrupted_arg = PyThreadState_Get()
     with nogil:
         status = qkv_forward(&p)
     raise_status(status)

@@ -20,7 +20,8 @@ class Plan(NamedTuple):
     rows : int
         Query rows of one key head: Lq times the query heads that share it.
     panel_rows, vector_rows, kernel_keys : int
-        Query rows computed side by side, and in one SIMD vector; keys that the kernel holds in registers.
+        Query rows computed side by side, and in one SIMD vector (for a decode kernel, which has one for each key head,
+        both are `rows`); keys that the kernel holds in registers.
     block_keys, pass_keys, chunk_keys, chunks : int
         Keys of one kernel call; keys that stay in cache while every panel of a task sees them; keys that are summed
         from zero, and how many times that happens.
@@ -106,9 +107,8 @@ class Plan(NamedTuple):
         if not self.operations:
             return [*lines, _row("work", "none: the result is filled without computing anything")]
         lines += [
-            _row("kernel", f"{self.kernel}: {self.panel_rows} query rows x {self.kernel_keys} keys in registers"),
-            _row("tiles", f"{self.block_keys} keys x {self.vector_rows} rows; {self.pass_keys} keys stay in cache for "
-                          f"the {_many(self.tile_panels, 'panel')} of a task"),
+            _row("kernel", self._kernel()),
+            _row("tiles", self._tiles()),
             _row("", f"{self.tiles_full} full, {self.tiles_partial} partial, {self.tiles_skipped} skipped; "
                      f"{self.tiles_copied} copies of keys or values"),
             _row("chunks", self._chunks()),
@@ -120,6 +120,17 @@ class Plan(NamedTuple):
             _row("roofline", self._roofline()),
         ]  # fmt: skip
         return lines + [_row("note" if i == 0 else "", note) for i, note in enumerate(self.notes)]
+
+    def _kernel(self) -> str:
+        if self.kernel.startswith("decode"):
+            return f"{self.kernel}: {_many(self.rows, 'query row')} for each key head, lanes along the head dimension"
+        return f"{self.kernel}: {self.panel_rows} query rows x {self.kernel_keys} keys in registers"
+
+    def _tiles(self) -> str:
+        tiles = f"{self.block_keys} keys x {_many(self.vector_rows, 'row')}; "
+        if self.kernel.startswith("decode"):
+            return tiles + "each key and value is read once for all of them"
+        return tiles + f"{self.pass_keys} keys stay in cache for the {_many(self.tile_panels, 'panel')} of a task"
 
     def _chunks(self) -> str:
         if self.chunks == 1:
@@ -220,7 +231,8 @@ return_lse, out, num_threads
     if num_threads is not None:
         asked, source = _runtime.check_threads(num_threads, "explain: num_threads"), "num_threads="
     isa, dtype = _runtime.available_isas()[index], "float64" if used["q"].dtype.itemsize == 8 else "float32"
-    kernel = f"attend_{'f64' if dtype == 'float64' else 'f32'}_{isa.removesuffix('bf16')}"
+    kernel = "decode" if report["decode"] else "attend"
+    kernel += f"_{'f64' if dtype == 'float64' else 'f32'}_{isa.removesuffix('bf16')}"
     if report["pair"] == 2:  # which is all that this path has of its own
         kernel = f"attend_bf16_{isa}"
     keys = used["k"].shape[-3 if layout == "blhd" and used["k"].ndim > 2 else -2]
@@ -286,7 +298,7 @@ def _notes(
     threads, tasks = report["counts"]["threads"], report["counts"]["tasks"]
     rows, vector = report["rows"], report["vector_rows"]
     lanes = -(-rows // vector) * vector
-    if report["operations"] and 0 < lanes < report["panel_rows"]:
+    if report["operations"] and not report["decode"] and 0 < lanes < report["panel_rows"]:
         notes.append(
             f"queries: {_many(rows, 'row')} for each key head, of the {report['panel_rows']} that the kernel computes "
             f"side by side; they take {lanes} lanes"

@@ -13,6 +13,7 @@ import numpy as np
 
 from ._checks import _NAMES, Array, _as_array, _check_scale, _fail_shapes, _is_known
 
+_STEEPEST_SLOPE = 2.0**60  # times any distance, up to 2**62, it is within float32
 
 class Extras(NamedTuple):
     """For `_core.forward`; what each is stands in qkv.h. None and 0 are absent."""
@@ -49,6 +50,8 @@ def check_extras(
         slopes = _per_head(where, "alibi_slopes", slopes, heads)
         if not np.isfinite(slopes).all():
             raise ValueError(f"{where}: alibi_slopes must be finite, got {slopes[~np.isfinite(slopes)][0]}")
+        if slopes.size and np.abs(slopes).max() > _STEEPEST_SLOPE:
+            raise OverflowError(f"{where}: alibi_slopes must be within ±2**60, got {slopes[np.abs(slopes).argmax()]}")
     if sinks is not None:
         sinks = _per_head(where, "sinks", sinks, heads)
         if (wrong := ~(sinks < np.inf)).any():

@@ -91,6 +91,7 @@ cdef extern from "qkv.h" nogil:
     ctypedef struct qkv_report:
         qkv_counters counts
         int64_t pair
+        int64_t decode
         int64_t panel_rows, vector_rows, kernel_keys
         int64_t rows
         int64_t tile_panels

@@ -9,6 +9,8 @@
 #include "plan.h"
 #include "tile.h"
 
+enum { MAX_LANES = 256 };
+
 _Static_assert(QKV_LANE_BYTES >= 3 * sizeof(char *) + sizeof(int64_t) + sizeof(double) + sizeof(int32_t), "lanes overlap in scratch");
 
 static const char *row_at(const char *data, const qkv_strides *at, int64_t offset, const qkv_row *r)
@@ -68,19 +70,6 @@ static const int32_t *key_ids(const qkv_problem *p, int64_t sequence)
     return p->k_ids + (p->k_starts ? p->k_starts[sequence] : sequence * p->len_k);
 }
 
-/* Which of the keys [first, last) a lane may see, as bytes. */
-static void copy_mask(const qkv_query_tile *t, const qkv_panel *x, int lane, int64_t first, int64_t last, uint8_t *to)
-{
-    const qkv_problem *p = t->problem;
-    for (int64_t i = first; i < last; i++)
-        to[i - first] = !p->mask || x->mask[lane][i * p->mask_at.dim];
-    if (!p->q_ids)
-        return;
-    const int32_t *ids = key_ids(p, t->sequence), id = x->id[lane];
-    for (int64_t i = first; i < last; i++)
-        to[i - first] &= ids[i] == id;
-}
-
 int64_t qkv_count_seen(const qkv_problem *p, int64_t sequence, int64_t head, int64_t i, qkv_range keys)
 {
     const char *mask = p->mask;
@@ -88,25 +77,47 @@ int64_t qkv_count_seen(const qkv_problem *p, int64_t sequence, int64_t head, int
     int64_t seen = 0;
     if (mask)
         mask += qkv_sequence_offset(p, &p->mask_at, sequence) + head * p->mask_at.head + i * p->mask_at.row;
-    for (int64_t j = keys.lo; j < keys.hi; j++)
-        seen += (!mask || mask[j * p->mask_at.dim]) && (!ids || ids[j] == id);
+    if (!ids && p->mask_at.dim == 1)
+        for (int64_t j = keys.lo, end; j < keys.hi; j = end) {
+            uint8_t some = 0;         /* the compiler counts as many at a time as a vector has bytes */
+            end = qkv_min(keys.hi, j + UINT8_MAX);
+            for (int64_t k = j; k < end; k++)
+                some += mask[k] != 0;
+            seen += some;
+        }
+    else
+        for (int64_t j = keys.lo; j < keys.hi; j++)
+            seen += (!mask || mask[j * p->mask_at.dim]) && (!ids || ids[j] == id);
     return seen;
 }
 
 void qkv_set_mask(const qkv_query_tile *t, const qkv_panel *x, int lane, int n, int64_t first, int64_t last, qkv_tile *to)
 {
+    const qkv_problem *p = t->problem;
     const qkv_plan *plan = t->plan;
     const uint8_t **rows = (const uint8_t **)(t->scratch + plan->at_pointers) + plan->kernels->lanes;
+    int64_t block = plan->block;
+    uint8_t *copies = (uint8_t *)t->scratch + plan->at_mask;
+    int own[MAX_LANES], count = 0;    /* lanes that do not share the row of the one before */
     for (int j = 0; j < n; j++) {
         if (plan->direct_mask) {
             rows[j] = (const uint8_t *)x->mask[lane + j] + first;
         } else if (j > 0 && x->mask[lane + j] == x->mask[lane + j - 1] && x->id[lane + j] == x->id[lane + j - 1]) {
             rows[j] = rows[j - 1];
         } else {
-            uint8_t *copy = (uint8_t *)t->scratch + plan->at_mask + (size_t)j * (size_t)plan->block;
-            copy_mask(t, x, lane + j, first, last, copy);
-            rows[j] = copy;
+            own[count++] = j;
+            rows[j] = copies + j * block;
         }
+    }
+    /* Key by key: of a mask that is given by its columns, lanes lie side by side. */
+    for (int64_t i = first; i < last && count && p->mask; i++)
+        for (int k = 0; k < count; k++)
+            copies[own[k] * block + i - first] = x->mask[lane + own[k]][i * p->mask_at.dim] != 0;
+    for (int k = 0; k < count && p->q_ids; k++) {
+        const int32_t *ids = key_ids(p, t->sequence), id = x->id[lane + own[k]];
+        uint8_t *copy = copies + own[k] * block;
+        for (int64_t i = first; i < last; i++)
+            copy[i - first] = (!p->mask || copy[i - first]) & (ids[i] == id);
     }
     to->mask = rows;
 }
@@ -154,17 +165,12 @@ static const char *summarised_row(const qkv_problem *p, int64_t index)
 
 void qkv_summarise(const qkv_problem *p, const qkv_plan *plan, int64_t first, int64_t last, uint8_t *summary)
 {
-    int64_t blocks = (int64_t)plan->summary_bytes / plan->summary_rows, step = p->mask_at.dim;
+    int64_t blocks = (int64_t)plan->summary_bytes / plan->summary_rows;
     for (int64_t i = first; i < last; i++) {
         const uint8_t *row = (const uint8_t *)summarised_row(p, i);
         for (int64_t b = 0; b < blocks; b++) {
-            int64_t begin = b * plan->block, n = qkv_min(plan->block, p->len_k - begin);
-            int found = 0;
-            if (step == 1)
-                found = look_at(row + begin, n);
-            for (int64_t k = begin; step != 1 && k < begin + (step ? n : 1); k++)
-                found |= row[k * step] ? QKV_SEEN : QKV_HIDDEN;
-            summary[i * blocks + b] = (uint8_t)found;
+            int64_t begin = b * plan->block, n = qkv_min(plan->block, plan->summary_keys - begin);
+            summary[i * blocks + b] = (uint8_t)look_at(row + begin, n);
         }
     }
 }
@@ -200,9 +206,9 @@ void qkv_set_changes(const qkv_query_tile *t, const qkv_panel *x, int lane, int 
     if (t->problem->slopes) {
         to->slope = x->slope + lane;
         to->position = x->position + lane;
-        to->key = first;
+        to->key = first / plan->block * plan->block;
     }
-    to->rest = plan->score_factor;
+    to->score_factor = plan->score_factor;
     to->softcap = plan->softcap;
     to->adjust = plan->score_factor != 1 || plan->softcap != 0 || to->mask || to->bias || to->slope;
 }

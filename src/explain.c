@@ -51,14 +51,14 @@ static void count_vectors(qkv_counters *count, const qkv_limits *limits, int64_t
 }
 
 /* Passes over the keys [first, last): they begin anew at each chunk. */
-static int64_t count_passes(const qkv_plan *plan, int64_t first, int64_t last)
+static int64_t count_passes(const qkv_plan *plan, int64_t pass, int64_t first, int64_t last)
 {
     int64_t chunk = first / plan->chunk, final = (last - 1) / plan->chunk;
     if (chunk == final)
-        return blocks_up_to(last - first, plan->pass);
-    return blocks_up_to((chunk + 1) * plan->chunk - first, plan->pass)
-           + (final - chunk - 1) * blocks_up_to(plan->chunk, plan->pass)
-           + blocks_up_to(last - final * plan->chunk, plan->pass);
+        return blocks_up_to(last - first, pass);
+    return blocks_up_to((chunk + 1) * plan->chunk - first, pass)
+           + (final - chunk - 1) * blocks_up_to(plan->chunk, pass)
+           + blocks_up_to(last - final * plan->chunk, pass);
 }
 
 /* One key head of one sequence. */
@@ -66,6 +66,15 @@ static void count_tiles(const qkv_problem *p, const qkv_plan *plan, int64_t sequ
 {
     int64_t lanes = plan->kernels->lanes, vector = plan->kernels->vector, rows = plan->tile_panels * lanes;
     int copies = (plan->copy_k != 0) + (plan->copy_v != 0);
+    if (plan->decode) {
+        qkv_limits limits = limits_of(p, plan->group, sequence, 0, plan->rows - 1);
+        if (limits.any.lo >= limits.any.hi)
+            return;
+        int64_t visited = blocks_up_to(limits.any.hi, plan->chunk) - limits.any.lo / plan->chunk;
+        count->tiles_copied += copies * count_passes(plan, plan->few.pass, limits.any.lo, limits.any.hi);
+        count_vectors(count, &limits, plan->chunk, visited, 1);
+        return;
+    }
     int same = qkv_all_alike(p);
     for (int64_t tile = 0; tile < plan->tiles; tile++) {
         int64_t first = tile * rows, end = qkv_min(first + rows, plan->rows);
@@ -74,7 +83,7 @@ static void count_tiles(const qkv_problem *p, const qkv_plan *plan, int64_t sequ
             continue;
         int64_t begin = limits.any.lo / plan->block * plan->block;
         int64_t visited = blocks_up_to(limits.any.hi - begin, plan->block);
-        count->tiles_copied += copies * count_passes(plan, begin, limits.any.hi);
+        count->tiles_copied += copies * count_passes(plan, plan->pass, begin, limits.any.hi);
         if (same) {
             count_vectors(count, &limits, plan->block, visited, blocks_up_to(end - first, vector));
             continue;
@@ -144,6 +153,24 @@ static void no_scatter(const qkv_rows *to, const void *from, ptrdiff_t from_row,
     (void)to, (void)from, (void)from_row, (void)n, (void)d;
 }
 
+static void no_stack(void *q, ptrdiff_t q_row, const void *const *rows, int n, int d, double factor)
+{
+    (void)q, (void)q_row, (void)rows, (void)n, (void)d, (void)factor;
+}
+
+static void no_product(const qkv_stack *stack, const void *rows, ptrdiff_t row, int at, int n)
+{
+    (void)stack, (void)rows, (void)row, (void)at, (void)n;
+}
+
+static void no_weigh(const qkv_stack *stack) { (void)stack; }
+static void no_states(const qkv_stack *stack, const void *o2, const void *m2, const void *l2)
+{
+    (void)stack, (void)o2, (void)m2, (void)l2;
+}
+
+static int finite_rows(void *const *rows, const qkv_stack *stack) { return (void)rows, (void)stack, 1; }
+
 /* Counts what the call would count, by the driver itself. */
 static qkv_status walk(const qkv_problem *p, const qkv_plan *plan, qkv_counters *counters)
 {
@@ -157,18 +184,34 @@ static qkv_status walk(const qkv_problem *p, const qkv_plan *plan, qkv_counters 
     kernels.finite = all_finite;
     kernels.gather = kernels.gather_terms = kernels.gather_values = no_gather;
     kernels.scatter = no_scatter;
+    kernels.decode_stack = no_stack;
+    kernels.decode_score = kernels.decode_value = no_product;
+    kernels.decode_weigh = no_weigh;
+    kernels.decode_merge = no_states;
+    kernels.decode_finish = finite_rows;
     qkv_plan dry_plan = *plan;
-    dry_plan.kernels = &kernels;
+    dry_plan.kernels = dry_plan.few.kernels = &kernels;
     qkv_problem dry = *p;
     dry.lse = NULL;
     dry.counters = counters;
-    dry.interrupted = NULL;
     return qkv_run_plan(&dry, &dry_plan);
 }
 
-/* Pairs of all query heads of one sequence, and the keys that some query sees as far as positions say; row by row. */
+/* Whether a sequence sees other keys than the one before it. */
+static int differs(const qkv_problem *p, int64_t sequence)
+{
+    int own = p->spans || p->q_ids || p->q_starts || qkv_length(p, sequence) != qkv_length(p, sequence - 1)
+        || qkv_offset(p, sequence) != qkv_offset(p, sequence - 1);
+    for (int i = 0; i < p->n_axes && p->mask; i++)
+        own |= p->mask_at.axis[i] != 0;
+    return own;
+}
+
+/* Pairs of all query heads of one sequence, and the keys that some query sees as far as positions say; row by row. Less
+ * than 0 if the caller asks to stop. */
 static double count_seen(const qkv_problem *p, const qkv_plan *plan, int64_t sequence, double *keys)
 {
+    enum { ASK = 256 };               /* rows between two looks */
     int64_t heads = p->mask && p->mask_at.head ? p->heads_q : 1;       /* that see different keys */
     double pairs = 0;
     qkv_limits limits = qkv_no_limits();
@@ -179,6 +222,8 @@ static double count_seen(const qkv_problem *p, const qkv_plan *plan, int64_t seq
             pairs += (double)(row.hi - row.lo);
         for (int64_t head = 0; plan->masked && head < heads; head++)
             pairs += (double)qkv_count_seen(p, sequence, head, i, row);
+        if (plan->masked && i % ASK == ASK - 1 && p->interrupted && p->interrupted(p->interrupted_arg))
+            return -1;
     }
     *keys = limits.any.lo < limits.any.hi ? (double)(limits.any.hi - limits.any.lo) : 0;
     return pairs * (double)(p->heads_q / heads);
@@ -186,9 +231,13 @@ static double count_seen(const qkv_problem *p, const qkv_plan *plan, int64_t seq
 
 static qkv_status count_by_walking(const qkv_problem *p, const qkv_plan *plan, qkv_report *report, double *all_keys)
 {
+    double pairs = 0, keys = 0;
     for (int64_t b = 0; b < plan->sequences; b++) {
-        double keys;
-        report->pairs += count_seen(p, plan, b, &keys);
+        if (b == 0 || differs(p, b))
+            pairs = count_seen(p, plan, b, &keys);
+        if (pairs < 0)
+            return QKV_INTERRUPTED;
+        report->pairs += pairs;
         *all_keys += keys * (double)p->heads_kv;
     }
     return walk(p, plan, &report->counts);
@@ -224,16 +273,17 @@ qkv_status qkv_explain(const qkv_problem *p, qkv_report *report)
     qkv_status status = qkv_make_plan(p, &plan);
     memset(report, 0, sizeof *report);
     report->pair = plan.kernels->pair;
-    report->panel_rows = plan.kernels->lanes;
-    report->vector_rows = plan.kernels->vector;
+    report->decode = plan.decode;
+    report->panel_rows = plan.decode ? plan.rows : plan.kernels->lanes;
+    report->vector_rows = plan.decode ? plan.rows : plan.kernels->vector;
     report->kernel_keys = plan.kernels->row_tile;
     if (status != QKV_OK || plan.tasks == 0 || (p->dim_v == 0 && !p->lse))
         return status;
 
     report->rows = plan.rows;
     report->tile_panels = plan.tile_panels;
-    report->block_keys = plan.block;
-    report->pass_keys = plan.pass;
+    report->block_keys = plan.decode ? plan.chunk : plan.block;
+    report->pass_keys = plan.decode ? plan.chunk : plan.pass;
     report->chunk_keys = plan.chunk;
     report->chunks = plan.chunks;
     report->split = plan.split;
@@ -241,9 +291,7 @@ qkv_status qkv_explain(const qkv_problem *p, qkv_report *report)
     report->obstacles_k = plan.copy_k;
     report->obstacles_v = plan.copy_v;
     report->obstacles_out = plan.obstacles_out;
-    report->scratch_bytes = (double)plan.threads * (double)(sizeof(qkv_counters) + plan.scratch_bytes);
-    if (plan.split)
-        report->scratch_bytes += (double)plan.partial_bytes + (double)(plan.tasks / plan.chunks) * sizeof(int64_t);
+    report->scratch_bytes = (double)plan.threads * (double)(sizeof(qkv_counters) + plan.scratch_bytes) + (double)plan.shared_bytes;
 
     double sizes = (double)(p->dim * qkv_size(p->type) + p->dim_v * qkv_size(p->out_type))
         + (p->lse ? plan.kernels->size : 0);

@@ -10,26 +10,11 @@
 #include <stdatomic.h>
 #include <string.h>
 
+#include "call.h"
 #include "memory.h"
-#include "threads.h"
 #include "tile.h"
 
 enum { MAX_VECTOR = 64 };             /* elements of a vector */
-enum { SUMMARY_TASK = 64 };           /* rows of a mask */
-
-/* A worker's counters lie before its scratch, which stays aligned. */
-_Static_assert(sizeof(qkv_counters) % 64 == 0, "counters misalign scratch");
-
-typedef struct {
-    const qkv_problem *problem;
-    const qkv_plan *plan;
-    char *partials;                   /* (tasks / chunks, chunks, tile_panels) states, if split */
-    _Atomic int64_t *pending;         /* (tasks / chunks): chunks not yet computed, if split */
-    const int64_t *first_tile;        /* (sequences + 1): query tiles before each sequence, or NULL: all have as many */
-    uint8_t *summary;                 /* of the mask, or NULL */
-    char **scratch;                   /* one per worker */
-    qkv_stop stop;
-} call;
 
 /* The keys [first, last) of one pass, and their K and V. */
 typedef struct {
@@ -229,7 +214,7 @@ static void attend_chunk(const qkv_query_tile *t, int64_t chunk, uint64_t chosen
 }
 
 /* All chunks of the chosen panels into `total`. Returns 0 if the call is given up before the last. */
-static int attend_tile(call *job, int worker, const qkv_query_tile *t, uint64_t chosen, int careful)
+static int attend_tile(qkv_call *job, int worker, const qkv_query_tile *t, uint64_t chosen, int careful)
 {
     const qkv_plan *plan = t->plan;
     if (!plan->merges) {
@@ -268,7 +253,7 @@ static uint64_t not_finite(const qkv_query_tile *t)
 
 /* With `total` of every panel computed on the assumption that V is finite: check that, and write. Where a result is not
  * finite, a hidden NaN may have met a weight of 0, so those panels run again and take nothing from excluded keys. */
-static void conclude(call *job, int worker, const qkv_query_tile *t)
+static void conclude(qkv_call *job, int worker, const qkv_query_tile *t)
 {
     uint64_t again = not_finite(t);
     for (uint64_t bits = again; bits; bits &= bits - 1)
@@ -278,7 +263,7 @@ static void conclude(call *job, int worker, const qkv_query_tile *t)
 }
 
 /* One chunk of a split tile. Whoever computes a tile's last missing chunk merges them all, in order. */
-static void attend_split(call *job, int worker, const qkv_query_tile *t, int64_t base, int64_t chunk)
+static void attend_split(qkv_call *job, int worker, const qkv_query_tile *t, int64_t base, int64_t chunk)
 {
     const qkv_plan *plan = job->plan;
     uint64_t all = ~(uint64_t)0;
@@ -299,7 +284,9 @@ static void attend_split(call *job, int worker, const qkv_query_tile *t, int64_t
 }
 
 /* Query tile number `index` of the grid: sequences x key heads x tiles, of which each sequence may have its own number. */
-static void open_tile(const call *job, int64_t index, char *scratch, qkv_counters *counters, qkv_query_tile *t)
+typedef struct { int64_t sequence, head, tile; } place;
+
+static place find_tile(const qkv_call *job, int64_t index)
 {
     const qkv_problem *p = job->problem;
     int64_t sequence, tiles = job->plan->tiles;
@@ -319,31 +306,38 @@ static void open_tile(const call *job, int64_t index, char *scratch, qkv_counter
         index -= sequence * p->heads_kv * tiles;
     }
     /* Late rows first: under a causal mask they are the heavy ones. */
-    qkv_open_tile(t, p, job->plan, sequence, index / tiles, tiles - 1 - index % tiles, job->summary, scratch, counters);
+    return (place){sequence, index / tiles, tiles - 1 - index % tiles};
 }
 
 static void run_task(void *context, int64_t task, int worker)
 {
-    call *job = context;
+    qkv_call *job = context;
     const qkv_plan *plan = job->plan;
     qkv_counters *counters = (qkv_counters *)job->scratch[worker];
-    qkv_query_tile t;
+    int64_t base = plan->split ? task / plan->chunks : task, chunk = plan->split ? task % plan->chunks : 0;
     if (atomic_load_explicit(&job->stop.stop, memory_order_relaxed))
         return;
     counters->tasks++;
-    open_tile(job, plan->split ? task / plan->chunks : task, job->scratch[worker] + sizeof(qkv_counters), counters, &t);
+    place at = find_tile(job, base);
+    if (qkv_has_few(job->problem, plan, at.sequence)) {
+        qkv_decode(job, worker, at.sequence, at.head, base, chunk);
+        return;
+    }
+    qkv_query_tile t;
+    qkv_open_tile(&t, job->problem, plan, at.sequence, at.head, at.tile, job->summary,
+                  job->scratch[worker] + sizeof(qkv_counters), counters);
     if (plan->split)
-        attend_split(job, worker, &t, task / plan->chunks, task % plan->chunks);
+        attend_split(job, worker, &t, base, chunk);
     else if (attend_tile(job, worker, &t, ~(uint64_t)0, 0))
         conclude(job, worker, &t);
 }
 
 static void summarise_task(void *context, int64_t task, int worker)
 {
-    call *job = context;
-    int64_t first = task * SUMMARY_TASK;
+    qkv_call *job = context;
+    int64_t rows = job->plan->summary_task, first = task * rows;
     (void)worker;
-    qkv_summarise(job->problem, job->plan, first, qkv_min(first + SUMMARY_TASK, job->plan->summary_rows), job->summary);
+    qkv_summarise(job->problem, job->plan, first, qkv_min(first + rows, job->plan->summary_rows), job->summary);
 }
 
 static void add_counters(qkv_counters *to, const qkv_counters *from)
@@ -358,24 +352,23 @@ static void add_counters(qkv_counters *to, const qkv_counters *from)
 }
 
 /* What all workers share: partial states, first tiles and the mask's summary, in one block. Returns 0 without memory. */
-static int take_shared(call *job, int slot, char **block)
+static int take_shared(qkv_call *job, int slot, char **block)
 {
     const qkv_plan *plan = job->plan;
     const qkv_problem *p = job->problem;
-    size_t bases = plan->split ? (size_t)(plan->tasks / plan->chunks) : 0;
-    size_t sequences = p->q_starts ? (size_t)plan->sequences + 1 : 0, partials = plan->split ? plan->partial_bytes : 0;
+    size_t bases = plan->split ? (size_t)(plan->tasks / plan->chunks) : 0, partials = plan->split ? plan->partial_bytes : 0;
     *block = NULL;
-    size_t bytes = partials + bases * sizeof *job->pending + sequences * sizeof(int64_t);
-    if (bytes + plan->summary_bytes == 0)
+    if (!plan->shared_bytes)
         return 1;
-    *block = qkv_scratch_take(bytes + plan->summary_bytes, slot);
+    *block = qkv_scratch_take(plan->shared_bytes, slot);
     if (!*block)
         return 0;
     job->partials = *block;
     job->pending = (_Atomic int64_t *)(*block + partials);
     for (size_t i = 0; i < bases; i++)
         atomic_init(&job->pending[i], plan->chunks);
-    job->summary = plan->summary_bytes ? (uint8_t *)*block + bytes : NULL;
+    if (plan->summary_bytes)
+        job->summary = (uint8_t *)*block + plan->shared_bytes - plan->summary_bytes;
     if (p->q_starts) {
         int64_t *first = (int64_t *)(job->pending + bases);
         job->first_tile = first;
@@ -389,7 +382,7 @@ static int take_shared(call *job, int slot, char **block)
 qkv_status qkv_run_plan(const qkv_problem *p, const qkv_plan *plan)
 {
     char *scratch[QKV_MAX_THREADS] = {0}, *shared = NULL;
-    call job = {.problem = p, .plan = plan, .scratch = scratch, .stop = {p->interrupted, p->interrupted_arg, 0, 0}};
+    qkv_call job = {.problem = p, .plan = plan, .scratch = scratch, .stop = {p->interrupted, p->interrupted_arg, 0, 0}};
     int workers = qkv_pool_acquire((int)qkv_min(plan->threads, QKV_MAX_THREADS));
     qkv_status status = QKV_NO_MEMORY;
     for (int i = 0; i < workers; i++) {
@@ -400,9 +393,10 @@ qkv_status qkv_run_plan(const qkv_problem *p, const qkv_plan *plan)
     }
     if (!take_shared(&job, workers, &shared))
         goto done;
-    if (job.summary)
-        qkv_pool_run(workers, (plan->summary_rows + SUMMARY_TASK - 1) / SUMMARY_TASK, summarise_task, &job, NULL, NULL);
-    int stopped = qkv_pool_run(workers, plan->tasks, run_task, &job, p->interrupted ? qkv_ask_to_stop : NULL, &job.stop);
+    int (*check)(void *) = p->interrupted ? qkv_ask_to_stop : NULL;
+    int64_t pieces = job.summary ? (plan->summary_rows + plan->summary_task - 1) / plan->summary_task : 0;
+    int stopped = pieces && qkv_pool_run(workers, pieces, summarise_task, &job, check, &job.stop);
+    stopped = stopped || qkv_pool_run(workers, plan->tasks, run_task, &job, check, &job.stop);
     status = stopped || job.stop.stop ? QKV_INTERRUPTED : QKV_OK;
     for (int i = 0; i < workers && p->counters; i++)
         add_counters(p->counters, (const qkv_counters *)scratch[i]);

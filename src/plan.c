@@ -18,6 +18,11 @@
  * time without copies, 8 heads of D 128). */
 enum {
     BLOCK = 128,                      /* keys per kernel call: S^T (128, 48) is 24 KB, most of L1, but read in order */
+    /* Rows of a key head up to which lanes along the head dimension are faster: one for this many columns of K and V. At D
+     * 128 32 rows take 0.8 of the time of lanes of rows from memory, 1 from cache; at D 64 16 take 0.7 and 1.15; D 32, 8. */
+    FEW_COLUMNS = 8,
+    FEW_LEAST = 4,
+    FEW_MOST = 32,
     CHUNK = 1024,                     /* keys per chunk; merging chunks of about 1000 keeps the error of 64k keys small */
     PASS_BYTES = 256 << 10,           /* K and V of a pass: a quarter of L2, half of an older 512 KB one */
     STATE_BYTES = 192 << 10,          /* Q^T, O and totals of the panels that share a pass */
@@ -27,6 +32,7 @@ enum {
     TASKS_PER_THREAD = 8,             /* enough for an even finish; fewer, larger tasks share K and V better */
     PARTIAL_BYTES = 32 << 20,         /* most memory that a split may take */
     SUMMARY_BYTES = 8 << 20,          /* most of a mask's summary: 1 GB of mask */
+    SUMMARY_ROWS = 64,                /* of a task of it: some microseconds for rows of a few thousand keys */
     FAR_BYTES = 2048,                 /* rows further apart than this, and than they are long, share cache sets and pages */
     COLD_BYTES = 32 << 10,            /* K and V of a block that are worth fetching ahead: larger ones push S out of L1 */
     COPY_PAD = 16,                    /* elements between copied rows, against the same conflict */
@@ -45,6 +51,7 @@ enum {
     ALIGNMENT = 64
 };
 static const double SERIAL_FLOPS = 3e6;                 /* about 30 us of one core: not worth waking another */
+static const double SERIAL_BYTES = 1 << 20;             /* the same where K and V are read once */
 static const double TASK_FLOPS = 2e9;                   /* about 20 ms, so that an interrupt is seen between tasks */
 
 _Static_assert((int)QKV_AS_F32 == QKV_F32 && (int)QKV_AS_F64 == QKV_F64 && (int)QKV_AS_F16 == QKV_F16
@@ -121,13 +128,19 @@ static void choose_copies(const qkv_problem *p, qkv_plan *plan)
     plan->direct_mask = p->mask && p->mask_at.dim == 1 && !p->q_ids;
 }
 
-/* A mask without ids is summed up before the work: those who share its rows are many. */
+/* A mask whose rows are shared, by heads or sequences, is summed up before the work. */
 static void plan_summary(const qkv_problem *p, qkv_plan *plan)
 {
-    int64_t blocks = p->mask && p->mask_at.dim ? ceil_div(p->len_k, BLOCK) : 1, rows = 1;
+    int64_t rows = 1;
     qkv_strides *at = &plan->summary_at;
-    if (!p->mask || p->q_ids || p->len_k == 0)
+    int64_t all, most = p->length ? 0 : p->len_k;       /* keys that some sequence has */
+    for (int64_t b = 0; p->length && b < plan->sequences; b++)
+        most = qkv_max(most, p->length[b]);
+    /* Rows that windows or spans cut short are looked at by the tiles that need them. */
+    if (!p->mask || p->q_ids || p->spans || p->left != QKV_OPEN || p->mask_at.dim > 1 || p->mask_at.dim < 0 || most == 0
+        || !multiply(plan->sequences, p->heads_q, &all) || !multiply(all, p->len_q, &all))
         return;
+    int64_t blocks = p->mask_at.dim ? ceil_div(most, BLOCK) : 1;
     at->dim = p->mask_at.dim ? 1 : 0;
     at->row = p->mask_at.row ? blocks : 0;
     rows = p->mask_at.row ? p->len_q : 1;
@@ -138,8 +151,10 @@ static void plan_summary(const qkv_problem *p, qkv_plan *plan)
         fits = !p->mask_at.axis[i] || multiply(rows, p->axes[i], &rows);
         fits = fits && rows <= SUMMARY_BYTES / blocks;
     }
-    if (fits && rows <= SUMMARY_BYTES / blocks) {
+    if (fits && rows <= SUMMARY_BYTES / blocks && rows < all) {
         plan->summary_rows = rows;
+        plan->summary_task = SUMMARY_ROWS;
+        plan->summary_keys = p->mask_at.dim ? most : 1;
         plan->summary_bytes = (size_t)(rows * blocks);
     }
 }
@@ -151,8 +166,6 @@ static void lay_out_scratch(const qkv_problem *p, qkv_plan *plan)
     size_t panels = (size_t)plan->tile_panels, dim = (size_t)p->dim, dim_v = (size_t)p->dim_v;
     size_t at = 0;
     int64_t pair = plan->kernels->pair;
-    plan->copy_row_k = plan->terms + COPY_PAD;
-    plan->copy_row_v = p->dim_v + COPY_PAD;
 #define TAKE(field, bytes) (plan->field = at, at += align(bytes))
     TAKE(at_panels, panels * QKV_PANEL_BYTES);
     TAKE(at_limits, panels * ((vectors + 1) * sizeof(qkv_limits) + lanes * sizeof(qkv_range)));
@@ -169,7 +182,7 @@ static void lay_out_scratch(const qkv_problem *p, qkv_plan *plan)
     TAKE(at_bias, p->bias && !plan->direct_bias ? lanes * (size_t)plan->block * size : 0);
     TAKE(at_mask, plan->masked && !plan->direct_mask ? lanes * (size_t)plan->block : 0);
 #undef TAKE
-    plan->scratch_bytes = at;
+    plan->scratch_bytes = plan->decode || at < plan->few.scratch_bytes ? plan->few.scratch_bytes : at;
 }
 
 /* The scale as two factors. Q takes the sign (and with it a scale of 0: -inf * 0 would be NaN) and, of a scale near the
@@ -185,16 +198,6 @@ static void split_scale(double scale, int wide, double *factor, double *rest)
     *rest = scale == 0 ? 1 : ldexp(fabs(scale), -shift);
 }
 
-/* Whether a sink, as a score of the kernel, is outside the type. */
-static int sinks_are_far(const qkv_problem *p, const qkv_plan *plan)
-{
-    double most = plan->rest * (p->type == QKV_F64 ? 1e300 : 1e37);
-    for (int64_t h = 0; p->sinks && h < p->heads_q; h++)
-        if (isfinite(p->sinks[h]) && fabs(p->sinks[h]) > most)
-            return 1;
-    return 0;
-}
-
 /* Where something is added to scores they have to be in its unit, else softmax takes them as the products are. */
 static void choose_scale(const qkv_problem *p, qkv_plan *plan)
 {
@@ -206,7 +209,7 @@ static void choose_scale(const qkv_problem *p, qkv_plan *plan)
     /* Scores are below 2^120: a cap beyond 2^132 does nothing that float32 could show. */
     if (p->softcap != 0 && (wide || p->softcap < 0x1p132))
         plan->softcap = fmin(fmax(p->softcap, wide ? 0x1p-1000 : 0x1p-120), wide ? 0x1p1000 : 0x1p126);
-    if (p->bias || p->slopes || plan->softcap != 0 || sinks_are_far(p, plan)) {
+    if (p->bias || p->slopes || plan->softcap != 0) {
         plan->adjust = 1;
         plan->score_factor = plan->rest;
         plan->rest = 1;
@@ -216,6 +219,51 @@ static void choose_scale(const qkv_problem *p, qkv_plan *plan)
     plan->c = fmin(fmax(plan->rest * 1.4426950408889634, wide ? 1e-305 : 4e-37), wide ? 1e305 : 3e37);
 }
 
+/* The choice of a kernel changes arithmetic, so it knows nothing of other sequences. */
+int qkv_has_few(const qkv_problem *p, const qkv_plan *plan, int64_t sequence)
+{
+    return qkv_queries(p, sequence) * plan->group <= plan->few.most;
+}
+
+/* For tiles of few rows, where there may be some: `rows` at most. */
+static void plan_few(const qkv_problem *p, qkv_plan *plan)
+{
+    qkv_few_plan *few = &plan->few;
+    int64_t size = plan->kernels->size, vector = plan->kernels->vector;
+    /* Segments are spans or ids, as the others of a batch have it. */
+    if (plan->rows == 0 || plan->adjust || p->spans)
+        return;
+    few->most = qkv_min(FEW_MOST, qkv_max(FEW_LEAST, (p->dim + p->dim_v) / FEW_COLUMNS));
+    plan->decode = plan->rows <= few->most;
+    if (!plan->decode && !p->q_starts)
+        return;
+    few->kernels = plan->kernels;
+    few->copy_k = plan->copy_k;
+    few->copy_v = plan->copy_v;
+    few->direct_q = plan->direct_q;
+    int64_t n = qkv_min(few->most, plan->rows);
+    size_t at = 0, rows = (size_t)n, dim = (size_t)qkv_max(p->dim, p->dim_v);
+    few->pass = qkv_min(CHUNK, qkv_max(16, COPY_PASS_BYTES / ((p->dim + p->dim_v + 1) * size) / 16 * 16));
+    few->q_row = ceil_div(p->dim, vector) * vector;
+    few->o_row = ceil_div(p->dim_v, vector) * vector;
+    few->l_bytes = align((size_t)(n * size));
+    few->state_bytes = align((size_t)(n * few->o_row * size)) + 2 * few->l_bytes;
+#define TAKE(field, bytes) (few->field = at, at += align(bytes))
+    TAKE(at_limits, rows * (sizeof(qkv_range) + 2 * sizeof(int32_t)));
+    TAKE(at_rows, rows * sizeof(void *));
+    TAKE(at_q, rows * (size_t)(few->q_row * size));
+    TAKE(at_s, rows * (size_t)(CHUNK * size));
+    TAKE(at_sums, rows * (size_t)(few->o_row * size));
+    TAKE(at_state, few->state_bytes);
+    TAKE(at_total, few->state_bytes);
+    TAKE(at_k, plan->copy_k ? (size_t)(few->pass * plan->copy_row_k * size) : 0);
+    TAKE(at_v, plan->copy_v ? (size_t)(few->pass * plan->copy_row_v * size) : 0);
+    TAKE(at_copies, plan->direct_q && plan->direct_out ? 0 : rows * dim * (size_t)size);
+#undef TAKE
+    few->scratch_bytes = at;
+    plan->state_bytes = plan->decode ? few->state_bytes : (size_t)qkv_max((int64_t)plan->state_bytes, (int64_t)few->state_bytes);
+}
+
 static int64_t panels_of(const qkv_problem *p, const qkv_plan *plan, int64_t sequence)
 {
     return ceil_div(qkv_queries(p, sequence) * plan->group, plan->kernels->lanes);
@@ -223,6 +271,8 @@ static int64_t panels_of(const qkv_problem *p, const qkv_plan *plan, int64_t seq
 
 int64_t qkv_tiles_of(const qkv_problem *p, const qkv_plan *plan, int64_t sequence)
 {
+    if (qkv_has_few(p, plan, sequence))
+        return qkv_queries(p, sequence) > 0;
     return ceil_div(panels_of(p, plan, sequence), plan->tile_panels);
 }
 
@@ -247,21 +297,20 @@ static int count_work(const qkv_problem *p, const qkv_plan *plan, int64_t *panel
 }
 
 /* Pairs are multiplied where Q, K and V hold them: what goes into Q is its sign alone, and keys come in pairs. */
-static const qkv_kernels *choose_kernels(const qkv_problem *p, const qkv_plan *plan)
+static int multiplies_pairs(const qkv_problem *p, const qkv_plan *plan)
 {
     const qkv_kernels *pairs = qkv_isa_at(p->isa)->pairs;
     int fits = pairs && p->type == QKV_BF16 && p->kv_type == QKV_BF16 && fabs(plan->q_factor) == 1;
     for (int64_t i = 0; fits && i < p->n_runs; i++)
         fits = p->runs[i].first % pairs->pair == 0;
-    return fits ? pairs : kernels_of(p->isa, p->type);
+    return fits;
 }
 
 qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
 {
     *plan = (qkv_plan){0};
     choose_scale(p, plan);
-    const qkv_kernels *kernels = plan->kernels = choose_kernels(p, plan);
-    plan->terms = ceil_div(p->dim, kernels->pair);
+    const qkv_kernels *kernels = plan->kernels = kernels_of(p->isa, p->type);
     plan->sequences = 1;
     for (int i = 0; i < p->n_axes; i++)
         if (!multiply(plan->sequences, p->axes[i], &plan->sequences))
@@ -272,15 +321,24 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
 
     plan->state_bytes = align((size_t)(p->dim_v + 2) * (size_t)kernels->lanes * (size_t)kernels->size);
     plan->block = BLOCK;
-    plan->cold = BLOCK * (p->dim + p->dim_v) * kernels->size / kernels->pair <= COLD_BYTES;
     plan->chunk = CHUNK;
     plan->chunks = p->len_k > 0 ? ceil_div(p->len_k, CHUNK) : 1;
     /* A sink is merged even with a single chunk: how many there are must not show in a sequence that has only one. */
     plan->merges = plan->chunks > 1 || p->sinks;
     choose_copies(p, plan);
+    plan->copy_row_k = p->dim + COPY_PAD;
+    plan->copy_row_v = p->dim_v + COPY_PAD;
+    plan_few(p, plan);
+    if (!plan->decode && multiplies_pairs(p, plan)) {
+        kernels = plan->kernels = qkv_isa_at(p->isa)->pairs;
+        choose_copies(p, plan);
+    }
+    plan->terms = ceil_div(p->dim, kernels->pair);
+    int64_t row_bytes = (p->dim + p->dim_v) * kernels->size / kernels->pair;
+    plan->cold = BLOCK * row_bytes <= COLD_BYTES;
     /* Copies want many panels to share them, and leave them the room by being short. */
     int copies = (plan->copy_k | plan->copy_v) != 0;
-    int64_t pass = (copies ? COPY_PASS_BYTES : PASS_BYTES) / ((p->dim + p->dim_v + 1) * kernels->size / kernels->pair) / BLOCK * BLOCK;
+    int64_t pass = (copies ? COPY_PASS_BYTES : PASS_BYTES) / (row_bytes + kernels->size) / BLOCK * BLOCK;
     plan->pass = qkv_min(CHUNK, qkv_max(BLOCK, pass));
 
     /* Query tiles: as many panels as stay in cache together, but enough tiles for all threads. */
@@ -293,15 +351,16 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     int64_t wanted = p->threads > 1 ? qkv_max(1, base / ((int64_t)p->threads * TASKS_PER_THREAD)) : most;
     double panel_flops = 2.0 * (double)(p->dim + p->dim_v) * (double)kernels->lanes * (double)p->len_k;
     most = qkv_min(most, (int64_t)(TASK_FLOPS / (panel_flops + 1)));
-    plan->tile_panels = qkv_max(1, qkv_min(qkv_min(most, wanted), panels));
-    plan->tiles = ceil_div(panels, plan->tile_panels);
+    plan->tile_panels = plan->decode ? 1 : qkv_max(1, qkv_min(qkv_min(most, wanted), panels));
+    plan->tiles = plan->decode ? 1 : ceil_div(panels, plan->tile_panels);
     plan->tasks = plan->sequences * p->heads_kv * plan->tiles;
     if (p->q_starts) {
         plan->tasks = 0;
         for (int64_t b = 0; b < plan->sequences; b++)
             plan->tasks += p->heads_kv * qkv_tiles_of(p, plan, b);
     }
-    plan->threads = flops < SERIAL_FLOPS ? 1 : p->threads;
+    double bytes = plan->decode ? flops / (double)(2 * plan->rows) * qkv_size(p->kv_type) : 0;      /* of K and V */
+    plan->threads = flops < SERIAL_FLOPS && bytes < SERIAL_BYTES ? 1 : p->threads;
     plan->partial_bytes = plan->state_bytes * (size_t)(plan->tasks * plan->tile_panels);
     if (plan->threads > 1 && plan->chunks > 1 && plan->tasks < 2 * plan->threads
         && (double)plan->partial_bytes * (double)plan->chunks <= PARTIAL_BYTES) {
@@ -311,6 +370,9 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     }
     plan->threads = (int)qkv_min(plan->threads, qkv_max(1, plan->tasks));
     plan_summary(p, plan);
+    size_t numbers = plan->split ? (size_t)(plan->tasks / plan->chunks) : 0;
+    numbers += p->q_starts ? (size_t)plan->sequences + 1 : 0;
+    plan->shared_bytes = (plan->split ? plan->partial_bytes : 0) + numbers * sizeof(int64_t) + plan->summary_bytes;
     lay_out_scratch(p, plan);
     return QKV_OK;
 }

@@ -13,6 +13,19 @@ enum { QKV_PANEL_BYTES = 128 };       /* room for a qkv_panel of tile.h */
 enum { QKV_SEEN = 1, QKV_HIDDEN = 2 };                  /* of a mask's elements: some are */
 enum { QKV_LANE_BYTES = 48 };         /* room for what one lane has in a qkv_panel's arrays by element */
 
+/* Few rows: all those of a sequence and key head are a tile of their own kind (decode.c), and a chunk is its block. */
+typedef struct {
+    const qkv_kernels *kernels;       /* of one element at a time, where tiles may be of pairs; and what is copied for them */
+    int copy_k, copy_v, direct_q;
+    int64_t most;                     /* rows that are few; 0: what scores meet is not for this kernel */
+    int64_t pass;                     /* keys that are copied at a time */
+    int64_t q_row, o_row;             /* elements per row of Q and O, whole vectors */
+    size_t l_bytes, state_bytes;      /* l, as m; O, m and l */
+    /* Scratch of one worker, where that of tiles is otherwise. */
+    size_t at_limits, at_rows, at_q, at_state, at_total, at_s, at_sums, at_k, at_v, at_copies;
+    size_t scratch_bytes;
+} qkv_few_plan;
+
 /* The work is a grid: sequences x key heads x query tiles, and, if split, x chunks of keys. A query tile is some panels
  * of one (sequence, key head); its rows are (position, head of the group) pairs, the head running fastest. */
 typedef struct {
@@ -28,6 +41,8 @@ typedef struct {
     int64_t terms;                    /* of a score: dim, or pairs of them */
     int64_t sequences, group;         /* query heads per key head */
     int64_t rows;                     /* of one key head: len_q * group; in ragged batches, at most */
+    int decode;                       /* all sequences have few rows */
+    qkv_few_plan few;
     int64_t tile_panels;              /* panels in a query tile */
     int64_t tiles;                    /* query tiles of one key head; in ragged batches, at most */
 
@@ -46,7 +61,7 @@ typedef struct {
      * QKV_HIDDEN, with strides like the mask's. 0 bytes: tiles look for themselves. */
     size_t summary_bytes;
     qkv_strides summary_at;
-    int64_t summary_rows;
+    int64_t summary_rows, summary_task, summary_keys;   /* that it has, that a task makes of them, and that it covers */
 
     int64_t tasks;
     int threads;
@@ -58,9 +73,13 @@ typedef struct {
     int64_t copy_row_k, copy_row_v;   /* elements per row of copied K and V */
     size_t scratch_bytes;
     size_t partial_bytes;             /* all partial states of a split problem */
+    size_t shared_bytes;              /* those, what counts them, first tiles of ragged batches, and the summary */
 } qkv_plan;
 
 qkv_status qkv_make_plan(const qkv_problem *problem, qkv_plan *plan);
+
+/* Whether a sequence has few rows. */
+int qkv_has_few(const qkv_problem *problem, const qkv_plan *plan, int64_t sequence);
 
 /* Query tiles of one key head of a sequence. */
 int64_t qkv_tiles_of(const qkv_problem *problem, const qkv_plan *plan, int64_t sequence);

@@ -43,7 +43,7 @@ typedef struct {
 /* What a call did; filled (added to) only when the problem carries one. */
 typedef struct {
     /* Tiles of one key block and one vector of query rows, among the blocks that some row of the task sees; panels that
-     * run again count again. */
+     * run again count again. Few rows (decode) are one panel of one vector, and a chunk is their block. */
     int64_t tiles_full;               /* every row sees every key that is left after cutting the tile */
     int64_t tiles_partial;            /* rows differ */
     int64_t tiles_skipped;            /* no row sees any */
@@ -129,6 +129,7 @@ enum {
 typedef struct {
     qkv_counters counts;              /* as the call will count, if the pool is free and all results are finite */
     int64_t pair;                     /* elements that are multiplied at a time: 2 for pairs of bfloat16 */
+    int64_t decode;                   /* few rows, lanes along the head dimension: a tile is all of them and one chunk */
     int64_t panel_rows, vector_rows, kernel_keys;       /* query rows in a panel and in a vector, keys in registers */
     int64_t rows;                     /* of one key head: len_q * group */
     int64_t tile_panels;              /* panels in the query tile of a task */

@@ -20,8 +20,7 @@ int64_t qkv_sequence_offset(const qkv_problem *p, const qkv_strides *at, int64_t
     return offset;
 }
 
-/* Where the rows of a sequence begin in q and out. */
-static int64_t rows_offset(const qkv_problem *p, const qkv_strides *at, int64_t sequence)
+int64_t qkv_rows_offset(const qkv_problem *p, const qkv_strides *at, int64_t sequence)
 {
     return p->q_starts ? p->q_starts[sequence] * at->row : qkv_sequence_offset(p, at, sequence);
 }
@@ -120,8 +119,8 @@ void qkv_open_tile(qkv_query_tile *t, const qkv_problem *p, const qkv_plan *plan
         .panels = (int)qkv_min(plan->tile_panels, panels - first_panel),
         .summary = summary, .scratch = scratch, .counters = counters,
     };
-    t->q_offset = rows_offset(p, &p->q_at, sequence) + head * plan->group * p->q_at.head;
-    t->out_offset = rows_offset(p, &p->out_at, sequence) + head * plan->group * p->out_at.head;
+    t->q_offset = qkv_rows_offset(p, &p->q_at, sequence) + head * plan->group * p->q_at.head;
+    t->out_offset = qkv_rows_offset(p, &p->out_at, sequence) + head * plan->group * p->out_at.head;
     t->k_offset = head * p->k_at.head + (p->run_of ? 0 : qkv_sequence_offset(p, &p->k_at, sequence));
     t->v_offset = head * p->v_at.head + (p->run_of ? 0 : qkv_sequence_offset(p, &p->v_at, sequence));
     lay_out_panels(t, first_panel);
@@ -131,46 +130,59 @@ void qkv_open_tile(qkv_query_tile *t, const qkv_problem *p, const qkv_plan *plan
     pack_queries(t);
 }
 
-void qkv_begin_state(const qkv_query_tile *t, const qkv_panel *x, char *state)
+/* A sink as a maximum of the kernels: in units of what is left of the scale, and within the type. */
+static double sink_of(const qkv_problem *p, const qkv_plan *plan, int64_t head)
 {
-    const qkv_problem *p = t->problem;
-    const qkv_plan *plan = t->plan;
-    void *m = qkv_state_m(plan, state), *l = qkv_state_l(plan, state);
-    plan->kernels->reset(state, m, l, x->nv, (int)p->dim_v);
-    qkv_row r = qkv_first_row(t, x);
-    for (int j = 0; p->sinks && j < x->n; j++, qkv_next_row(&r)) {
-        double sink = p->sinks[t->head * plan->group + r.head] / plan->rest;
+    double sink = p->sinks[head] / plan->rest, most = p->type == QKV_F64 ? DBL_MAX : FLT_MAX;
+    sink = sink == -INFINITY ? sink : fmin(fmax(sink, -most), most);
+    return p->type == QKV_F64 ? sink : (float)sink;
+}
+
+void qkv_begin_sinks(const qkv_problem *p, const qkv_plan *plan, int64_t head, int64_t row, int64_t n, void *m, void *l)
+{
+    qkv_row r = qkv_row_of(row, plan->group);
+    for (int64_t j = 0; p->sinks && j < n; j++, qkv_next_row(&r)) {
+        double sink = sink_of(p, plan, head * plan->group + r.head);
         if (sink == -INFINITY)
             continue;
         if (p->type == QKV_F64) {
             ((double *)m)[j] = sink;
             ((double *)l)[j] = 1;
         } else {
-            ((float *)m)[j] = (float)fmin(fmax(sink, -FLT_MAX), FLT_MAX);
+            ((float *)m)[j] = (float)sink;
             ((float *)l)[j] = 1;
         }
     }
 }
 
-static void write_lse(const qkv_query_tile *t, const qkv_panel *x)
+void qkv_begin_state(const qkv_query_tile *t, const qkv_panel *x, char *state)
 {
-    const qkv_problem *p = t->problem;
     const qkv_plan *plan = t->plan;
-    const void *m = qkv_state_m(plan, x->total), *l = qkv_state_l(plan, x->total);
+    void *m = qkv_state_m(plan, state), *l = qkv_state_l(plan, state);
+    plan->kernels->reset(state, m, l, x->nv, (int)t->problem->dim_v);
+    qkv_begin_sinks(t->problem, plan, t->head, x->row, x->n, m, l);
+}
+
+void qkv_write_lse(const qkv_problem *p, const qkv_plan *plan, int64_t sequence, int64_t head, int64_t row, int64_t n,
+                   const void *m, const void *l)
+{
     /* (sequences, heads, queries), or (heads, queries of all sequences) */
-    int64_t first_head = t->head * plan->group, queries = p->len_q;
+    int64_t first_head = head * plan->group, queries = p->len_q;
     if (p->q_starts)
         queries = p->q_starts[plan->sequences];
     else
-        first_head += t->sequence * p->heads_q;
-    int64_t first_query = p->q_starts ? p->q_starts[t->sequence] : 0;
-    qkv_row r = qkv_first_row(t, x);
-    for (int j = 0; j < x->n; j++, qkv_next_row(&r)) {
+        first_head += sequence * p->heads_q;
+    int64_t first_query = p->q_starts ? p->q_starts[sequence] : 0;
+    qkv_row r = qkv_row_of(row, plan->group);
+    for (int64_t j = 0; j < n; j++, qkv_next_row(&r)) {
         int64_t at = (first_head + r.head) * queries + first_query + r.position;
         int wide = p->type == QKV_F64;
         double top = wide ? ((const double *)m)[j] : ((const float *)m)[j];
         double sum = wide ? ((const double *)l)[j] : ((const float *)l)[j];
         double lse = sum == 0 ? -INFINITY : top * plan->rest + log(sum);
+        int64_t query_head = head * plan->group + r.head;
+        if (p->sinks && sum == 1 && top == sink_of(p, plan, query_head))
+            lse = p->sinks[query_head];                 /* as it was given, if nothing else weighs */
         if (wide)
             ((double *)p->lse)[at] = lse;
         else
@@ -214,6 +226,7 @@ void qkv_write_tile(const qkv_query_tile *t)
             plan->kernels->scatter(&to, rows[j], 0, 1, (int)p->dim_v);
         }
         if (p->lse)
-            write_lse(t, x);
+            qkv_write_lse(p, plan, t->sequence, t->head, x->row, x->n, qkv_state_m(plan, x->total),
+                          qkv_state_l(plan, x->total));
     }
 }

@@ -39,10 +39,14 @@ typedef struct {
 /* Rows of a panel in order: row r is query r / group of the sequence, head r % group of the group. */
 typedef struct { int64_t position, head, group; } qkv_row;
 
+static inline qkv_row qkv_row_of(int64_t row, int64_t group)
+{
+    return (qkv_row){row / group, row % group, group};
+}
+
 static inline qkv_row qkv_first_row(const qkv_query_tile *t, const qkv_panel *x)
 {
-    int64_t group = t->plan->group;
-    return (qkv_row){x->row / group, x->row % group, group};
+    return qkv_row_of(x->row, t->plan->group);
 }
 
 static inline void qkv_next_row(qkv_row *r)
@@ -63,6 +67,16 @@ void qkv_begin_state(const qkv_query_tile *tile, const qkv_panel *panel, char *s
 /* Where a sequence begins, in bytes, by the strides of its axes. */
 int64_t qkv_sequence_offset(const qkv_problem *problem, const qkv_strides *at, int64_t sequence);
 
+/* Where the rows of a sequence begin in q and out. */
+int64_t qkv_rows_offset(const qkv_problem *problem, const qkv_strides *at, int64_t sequence);
+
+/* m and l of n rows of a key head, the first of which is `row`: those of its sinks alone, where there are any. */
+void qkv_begin_sinks(const qkv_problem *problem, const qkv_plan *plan, int64_t head, int64_t row, int64_t n, void *m, void *l);
+
+/* Writes the log-sum-exp of n rows of a key head with these m and l. */
+void qkv_write_lse(const qkv_problem *problem, const qkv_plan *plan, int64_t sequence, int64_t head, int64_t row, int64_t n,
+                   const void *m, const void *l);
+
 /* Tells the memory that O of this panel is written soon. */
 void qkv_expect_writing(const qkv_query_tile *tile, const qkv_panel *panel);
 
@@ -81,11 +95,11 @@ void qkv_summarise(const qkv_problem *problem, const qkv_plan *plan, int64_t fir
 void qkv_set_mask(const qkv_query_tile *tile, const qkv_panel *panel, int lane, int n, int64_t first, int64_t last,
                   qkv_tile *to);
 
-/* Whether it hides all of these keys, some or none; sets it if some. */
+/* Whether it hides all of these keys (or, with a summary, of their block), some or none; sets it if some. */
 qkv_kind qkv_look(const qkv_query_tile *tile, const qkv_panel *panel, int lane, int n, int64_t first, int64_t last,
                   qkv_tile *to);
 
-/* All else that changes these scores; after the mask. */
+/* All else that changes these scores; after the mask, on which `adjust` depends as well. */
 void qkv_set_changes(const qkv_query_tile *tile, const qkv_panel *panel, int lane, int n, int64_t first, int64_t last,
                      qkv_tile *to);
 

@@ -165,7 +165,7 @@ NOTES = {
     "k: addresses": lambda q, k, v: (q, _unaligned(k), v),
     "v: rows that lie far apart": lambda q, k, v: (q, k, _far_apart(v)),
     "q: a list": lambda q, k, v: (list(q), k, v),
-    "queries: 3 rows": lambda q, k, v: (q[:, :3], k, v),
+    "queries: 5 rows": lambda q, k, v: (q[:, :5, :8], k[..., :8], v[..., :8]),
 }
 
 

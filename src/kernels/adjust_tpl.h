@@ -38,7 +38,7 @@ static QKV_INLINE void X(element_square)(const qkv_tile *t, int i, int j, int n,
     X(transpose)(x);
 }
 
-/* Lanes of ALiBi: -slope, and the position counted from the tile's first key. */
+/* Lanes of ALiBi: -slope, and the position counted from the block's first key. */
 typedef struct { VEC slope, position; } X(alibi);
 
 static inline X(alibi) X(alibi_of)(const qkv_tile *t, int j)
@@ -62,10 +62,11 @@ static QKV_INLINE void X(adjust_square)(const qkv_tile *t, int i, int j, const i
     else
         EACH x[r] = zero;
     if (t->slope) {
-        VEC from = X(sub)(alibi->position, X(set1)((REAL)i));
+        VEC from = X(set1)((REAL)(t->skew + i));        /* counted from the block, wherever the tile begins in it */
         EACH {
-            VEC at = X(set1)((REAL)r);
-            x[r] = X(fma)(alibi->slope, X(max)(X(sub)(from, at), X(sub)(at, from)), x[r]);
+            VEC at = X(add)(from, X(set1)((REAL)r));
+            VEC distance = X(max)(X(sub)(alibi->position, at), X(sub)(at, alibi->position));
+            x[r] = X(fma)(alibi->slope, distance, x[r]);
         }
     }
     if (t->careful)                   /* what is excluded may be NaN, and NaN - inf is NaN; else that shows in the result */
@@ -85,7 +86,7 @@ static QKV_INLINE void X(adjust_square)(const qkv_tile *t, int i, int j, const i
 /* Rows first .. last of S^T, as qkv_tile says. Not inline, like weigh_rows. */
 static QKV_NOINLINE void X(adjust_rows)(const qkv_tile *t, int first, int last)
 {
-    VEC factor = X(set1)((REAL)t->rest);
+    VEC factor = X(set1)((REAL)t->score_factor);
     for (int j = 0; j < t->nv * W; j += W) {
         X(alibi) alibi = {factor, factor};
         if (t->slope)
@@ -98,7 +99,7 @@ static QKV_NOINLINE void X(adjust_rows)(const qkv_tile *t, int first, int last)
         if (t->bias)                  /* rows of a matrix lie too far apart for the CPU to see what comes next */
             for (int l = j; l < j + W; l++)
                 for (int k = first; k < last; k += 64 / (int)sizeof(REAL))
-                    QKV_PREFETCH_L2((const REAL *)t->bias[l] + k + BIAS_AHEAD);
+                    QKV_PREFETCH_L2((const void *)((uintptr_t)t->bias[l] + (uintptr_t)(k + BIAS_AHEAD) * sizeof(REAL)));
     }
 }
 

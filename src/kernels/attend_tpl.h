@@ -171,6 +171,9 @@ static QKV_INLINE void X(weigh_vectors)(const int nv, const int careful, const q
     for (int j = 0; j < nv; j++) {
         m[j] = X(load)(shift + j * W);
         l[j] = X(set1)(0);
+#if PAIR == 2
+        even[j] = X(set1)(0);         /* for compilers that do not see that i begins even */
+#endif
     }
     for (int i = first; i < last; i++) {
         REAL *s = (REAL *)t->s + (ptrdiff_t)i * LANES;
@@ -318,7 +321,7 @@ static QKV_INLINE void X(weigh)(const int nv, const int careful, const qkv_tile 
             raise |= X(any)(X(beyond)(X(load)(lanes->sum + j), unseen));
         }
     }
-    if (!weighed | raise) {
+    if (!weighed || raise) {
         X(score)(nv, 0, careful, t, &limits, lanes);
         X(raise_maxima)(nv, weighed, t, lanes);
         for (int i = 0, end; i < t->nk; i = end)

@@ -104,6 +104,19 @@ static inline void transpose_f32(vec_f32 x[8])
         x[i] = y[i];
 }
 
+/* Halves, then within halves; the pairs are chosen so that sums end up in order. */
+static inline vec_f32 sum_each_f32(vec_f32 x[8])
+{
+    vec_f32 y[4];
+    QKV_UNROLL
+    for (int i = 0; i < 4; i++)
+        y[i] = _mm256_add_ps(_mm256_blend_ps(x[i], x[i + 4], 0xf0), _mm256_permute2f128_ps(x[i], x[i + 4], 0x21));
+    QKV_UNROLL
+    for (int i = 0; i < 4; i += 2)
+        y[i] = _mm256_add_ps(_mm256_blend_ps(y[i], y[i + 1], 0xcc), _mm256_shuffle_ps(y[i], y[i + 1], 0x4e));
+    return _mm256_add_ps(_mm256_shuffle_ps(y[0], y[2], 0x88), _mm256_shuffle_ps(y[0], y[2], 0xdd));
+}
+
 #define T f32
 #define LANE_VECTORS 3
 #define ROW_TILE 4
@@ -174,6 +187,13 @@ static inline void transpose_f64(vec_f64 x[4])
     x[1] = _mm256_permute2f128_pd(b, d, 0x20);
     x[2] = _mm256_permute2f128_pd(a, c, 0x31);
     x[3] = _mm256_permute2f128_pd(b, d, 0x31);
+}
+
+static inline vec_f64 sum_each_f64(vec_f64 x[4])
+{
+    vec_f64 a = _mm256_add_pd(_mm256_blend_pd(x[0], x[2], 0xc), _mm256_permute2f128_pd(x[0], x[2], 0x21));
+    vec_f64 b = _mm256_add_pd(_mm256_blend_pd(x[1], x[3], 0xc), _mm256_permute2f128_pd(x[1], x[3], 0x21));
+    return _mm256_add_pd(_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b));
 }
 
 #define T f64

@@ -9,6 +9,24 @@
 
 #include "avx512_tpl.h"
 
+/* Halves, then quarters, then within quarters; the pairs are chosen so that sums end up in order. */
+static inline vec_f32 sum_each_f32(vec_f32 x[16])
+{
+    vec_f32 y[8], z[4];
+    QKV_UNROLL
+    for (int i = 0; i < 8; i++) {
+        vec_f32 a = x[i % 4 + i / 4 * 8], b = x[i % 4 + i / 4 * 8 + 4];
+        y[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xff00, a, b), _mm512_shuffle_f32x4(a, b, 0x4e));
+    }
+    QKV_UNROLL
+    for (int i = 0; i < 4; i++)
+        z[i] = _mm512_add_ps(_mm512_shuffle_f32x4(y[i], y[i + 4], 0x88), _mm512_shuffle_f32x4(y[i], y[i + 4], 0xdd));
+    QKV_UNROLL
+    for (int i = 0; i < 4; i += 2)
+        z[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xcccc, z[i], z[i + 1]), _mm512_shuffle_ps(z[i], z[i + 1], 0x4e));
+    return _mm512_add_ps(_mm512_shuffle_ps(z[0], z[2], 0x88), _mm512_shuffle_ps(z[0], z[2], 0xdd));
+}
+
 #define T f32
 #define LANE_VECTORS 3
 #define ROW_TILE 8
@@ -86,6 +104,20 @@ static inline void transpose_f64(vec_f64 x[8])
         x[2 + c] = _mm512_shuffle_f64x2(d, e, 0x88);
         x[6 + c] = _mm512_shuffle_f64x2(d, e, 0xdd);
     }
+}
+
+static inline vec_f64 sum_each_f64(vec_f64 x[8])
+{
+    vec_f64 y[4], z[2];
+    QKV_UNROLL
+    for (int i = 0; i < 4; i++) {
+        vec_f64 a = x[i % 2 + i / 2 * 4], b = x[i % 2 + i / 2 * 4 + 2];
+        y[i] = _mm512_add_pd(_mm512_mask_blend_pd(0xf0, a, b), _mm512_shuffle_f64x2(a, b, 0x4e));
+    }
+    QKV_UNROLL
+    for (int i = 0; i < 2; i++)
+        z[i] = _mm512_add_pd(_mm512_shuffle_f64x2(y[i], y[i + 2], 0x88), _mm512_shuffle_f64x2(y[i], y[i + 2], 0xdd));
+    return _mm512_add_pd(_mm512_unpacklo_pd(z[0], z[1]), _mm512_unpackhi_pd(z[0], z[1]));
 }
 
 #define T f64

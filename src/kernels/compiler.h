@@ -8,6 +8,7 @@
 /* Small arrays of vectors stay in registers only if every loop over them is unrolled: gcc needs to be told. */
 #define QKV_UNROLL _Pragma("GCC unroll 16")
 #define QKV_UNROLL_2 _Pragma("GCC unroll 2")
+#define QKV_UNROLL_4 _Pragma("GCC unroll 4")
 #define QKV_PREFETCH(p) __builtin_prefetch(p)
 #define QKV_PREFETCH_L2(p) __builtin_prefetch(p, 0, 2)       /* not into the nearest cache */
 #define QKV_PREFETCH_WRITE(p) __builtin_prefetch(p, 1)
@@ -16,6 +17,7 @@
 #define QKV_NOINLINE __declspec(noinline)
 #define QKV_UNROLL
 #define QKV_UNROLL_2
+#define QKV_UNROLL_4
 #define QKV_PREFETCH(p) ((void)(p))
 #define QKV_PREFETCH_L2(p) ((void)(p))
 #define QKV_PREFETCH_WRITE(p) ((void)(p))
@@ -24,6 +26,7 @@
 #define QKV_NOINLINE
 #define QKV_UNROLL
 #define QKV_UNROLL_2
+#define QKV_UNROLL_4
 #define QKV_PREFETCH(p) ((void)(p))
 #define QKV_PREFETCH_L2(p) ((void)(p))
 #define QKV_PREFETCH_WRITE(p) ((void)(p))

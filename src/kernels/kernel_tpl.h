@@ -31,6 +31,7 @@
  *   power(t)                 2^n, where t is n + 1.5 * 2^mantissa / EXP2_STEPS in its own rounding: n, a multiple of
  *                            1 / EXP2_STEPS, lies in t's low bits. 0 at the lowest exponent, infinity past the highest
  *   transpose(x)             x[w] as a w * w matrix, in place
+ *   sum_each(x)              of x[w], which it may change: element i is the sum of x[i], all of them in the same order
  */
 #include <float.h>
 #include <math.h>
@@ -54,12 +55,15 @@
 #include "rows_tpl.h"
 #include "peak_tpl.h"
 #if PAIR == 1
+#include "decode_tpl.h"
 #include "product_tpl.h"
 #include "softmax_tpl.h"
-#define STAGES \
+#define UNPAIRED \
+    .decode_stack = X(decode_stack), .decode_score = X(decode_score), .decode_weigh = X(decode_weigh), \
+    .decode_value = X(decode_value), .decode_merge = X(decode_merge), .decode_finish = X(decode_finish), \
     .multiply = X(multiply), .fence = X(fence), .softmax_rows = X(softmax_rows), .softmax_columns = X(softmax_columns),
 #else
-#define STAGES
+#define UNPAIRED
 #endif
 
 #define KERNELS { \
@@ -67,14 +71,14 @@
     .attend = X(attend), .reset = X(reset), .merge = X(merge), \
     .pack = X(pack), .expect = X(expect), .finish = X(finish), .finite = X(finite), \
     .gather = X(gather), .scatter = X(scatter), .gather_terms = X(gather_terms), .gather_values = X(gather_values), \
-    STAGES \
+    UNPAIRED \
     .exp2 = X(exp2_array), .fma = X(fma_rounds) }
 
 static const qkv_kernels X(kernels) = KERNELS;
 
 #undef KERNELS
 #undef REAL_LARGEST
-#undef STAGES
+#undef UNPAIRED
 #undef LANES
 #undef W
 #undef VEC

@@ -31,24 +31,39 @@ typedef struct {
     void *s;                          /* (nk, lanes), scratch */
     void *o, *m, *l;                  /* (dv, lanes), (lanes), (lanes): the state that is updated */
     const int32_t *lo, *hi;           /* (lanes): lane j sees the keys lo[j] <= i < hi[j] of the tile; NULL: all */
-    double c;                         /* log2(e) * what of the scale is neither in Q^T nor in `rest`; positive */
+    double c;                         /* log2(e) * what of the scale is neither in Q^T nor in score_factor; positive */
     int nk, d, dv, nv;                /* nk <= QKV_KEYS */
     int skew;                         /* keys of the block before the first, even with pairs: sums do not depend on where
                                        * a tile is cut */
     int cold;                         /* fetch k and v ahead: they are not in a near cache yet, and fit into it */
     int careful;                      /* take nothing from V where the lane's key is excluded, even NaN; nv is 1 */
 
-    /* What becomes of scores before lo and hi exclude some, if `adjust`: they are multiplied by `rest`, become
-     * softcap * tanh(x / softcap) unless that is 0, and what is not NULL is added. Per lane: a slope, a position, and a
+    /* What becomes of scores before lo and hi exclude some, if `adjust`: they are multiplied by score_factor, become
+     * softcap * tanh(x) unless that is 0, and what is not NULL is added. Per lane: a slope, a position, and a
      * row of elements for the nk keys. */
     int adjust;
-    double rest, softcap;
+    double score_factor, softcap;
     const double *slope;              /* -slope * |position - key| is added */
     const int64_t *position;
-    int64_t key;                      /* of the first row, where positions count from */
+    int64_t key;                      /* of the block's first, where positions count from */
     const void *const *bias;          /* -inf excludes */
     const uint8_t *const *mask;       /* 0 excludes, else nothing is added */
 } qkv_tile;
+
+/* Few rows that share their keys, against one chunk of them: here a lane is an element of the head dimension. All pointers
+ * are to the table's element type and aligned to a vector, and so are rows. A position is that of a key in the chunk. */
+typedef struct {
+    const void *q;                    /* (rows, q_row), from decode_stack */
+    void *s;                          /* (rows, s_row): scores, then weights, by position; s_row is a multiple of 2 vectors */
+    void *sums;                       /* (rows, o_row): what decode_value keeps from one call to the next */
+    void *o, *m, *l;                  /* (rows, o_row), (rows), (rows): the state */
+    ptrdiff_t q_row, s_row, o_row;    /* elements */
+    const int32_t *lo, *hi;           /* (rows): row r sees the positions lo[r] <= i < hi[r], between first and last */
+    double c;                         /* log2(e) * what of the scale is not in q; positive */
+    int rows, d, dv;
+    int first, last;                  /* positions that some row sees */
+    int careful;                      /* take nothing from V where the row's key is excluded, even NaN */
+} qkv_stack;
 
 /* A block of a matrix product: C <- factor * A B, or C + factor * A B. Pointers are to the table's element type and aligned
  * to it, B to a vector. What an element of C becomes depends on its row of A, its column of B and the bounds of n alone. */
@@ -130,7 +145,19 @@ typedef struct {
     void (*gather_terms)(void *to, ptrdiff_t to_row, const qkv_rows *from, int n, int d);
     void (*gather_values)(void *to, ptrdiff_t to_row, const qkv_rows *from, int n, int d);
 
-    /* NULL where pairs are multiplied, up to exp2. */
+    /* From here up to exp2 NULL where pairs are multiplied. */
+
+    /* Few rows. In this order: q <- factor * n rows of d elements at unit stride, 0 behind each; positions at .. at + n of
+     * S <- Q K^T; S -> P, m and l, where -inf is excluded; positions at .. at + n of P V, added to O, from 0 at the first to
+     * the last in order; the state of the keys so far <- that, followed by that of another chunk, and
+     * rows <- O / l (0 where l = 0), which returns whether O and l hold no NaN and no infinity. */
+    void (*decode_stack)(void *q, ptrdiff_t q_row, const void *const *rows, int n, int d, double factor);
+    void (*decode_score)(const qkv_stack *stack, const void *k, ptrdiff_t k_row, int at, int n);
+    void (*decode_weigh)(const qkv_stack *stack);
+    void (*decode_value)(const qkv_stack *stack, const void *v, ptrdiff_t v_row, int at, int n);
+    void (*decode_merge)(const qkv_stack *stack, const void *o2, const void *m2, const void *l2);
+    int (*decode_finish)(void *const *rows, const qkv_stack *stack);
+
     void (*multiply)(const qkv_product_tile *tile);
     void (*fence)(void);              /* other threads see what was streamed */
 

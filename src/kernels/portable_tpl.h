@@ -123,6 +123,15 @@ static inline void P(transpose)(P(vec) *x)
     memcpy(x, to, sizeof to);
 }
 
+static inline P(vec) P(sum_each)(P(vec) *x)
+{
+    P(transpose)(x);
+    for (int half = P(width) / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++)
+            x[i] = x[i] + x[i + half];
+    return x[0];
+}
+
 #undef ALL_ONES
 #undef P
 #undef P2

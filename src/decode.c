@@ -1,0 +1,263 @@
+/* Few query rows: all rows of one key head of one sequence at once, against its keys chunk by chunk.
+ *
+ * A chunk is scored piece by piece (a piece lies in one run, or was copied to scratch), its scores become weights, then
+ * its values are added up by the same pieces. Between the two products the scores of a chunk lie in scratch, (rows, chunk).
+ * Chunks start from an empty state and merge in order of position, whoever computed them, as in forward.c.
+ */
+#include <stdatomic.h>
+#include <string.h>
+
+#include "call.h"
+#include "tile.h"
+
+typedef struct {
+    const qkv_problem *problem;
+    const qkv_plan *plan;
+    int64_t sequence, head;           /* head: a key head */
+    int64_t count;                    /* rows */
+    int64_t k_offset, v_offset, q_offset, out_offset;   /* bytes to them */
+    qkv_range *sees;                  /* (rows): keys */
+    qkv_range any;                    /* that some row sees */
+    int32_t *lo, *hi;                 /* (rows): positions in the chunk at hand */
+    int64_t run;                      /* where the last piece lay */
+    qkv_stack stack;
+    char *scratch;
+    qkv_counters *counters;
+} few;
+
+/* Row r is position r / group, query head head * group + r % group. */
+static int64_t row_offset(const few *t, int64_t r, const qkv_strides *at)
+{
+    return r / t->plan->group * at->row + r % t->plan->group * at->head;
+}
+
+static void find_limits(few *t)
+{
+    t->any = qkv_no_limits().any;
+    for (int64_t r = 0; r < t->count; r++) {
+        t->sees[r] = r % t->plan->group ? t->sees[r - 1] : qkv_visible(t->problem, t->sequence, r / t->plan->group);
+        if (t->sees[r].lo < t->sees[r].hi) {
+            t->any.lo = qkv_min(t->any.lo, t->sees[r].lo);
+            t->any.hi = qkv_max(t->any.hi, t->sees[r].hi);
+        }
+    }
+}
+
+static void stack_queries(few *t)
+{
+    const qkv_problem *p = t->problem;
+    const qkv_plan *plan = t->plan;
+    const void **rows = (const void **)(t->scratch + plan->few.at_rows);
+    for (int64_t r = 0; r < t->count; r++) {
+        char *from = (char *)p->q + t->q_offset + row_offset(t, r, &p->q_at);
+        rows[r] = from;
+        if (!plan->few.direct_q) {
+            char *copy = t->scratch + plan->few.at_copies + (size_t)(r * p->dim) * (size_t)plan->few.kernels->size;
+            qkv_rows one = {from, 0, (ptrdiff_t)p->q_at.dim, p->type, p->swapped_q};
+            plan->few.kernels->gather(copy, 0, &one, 1, (int)p->dim);
+            rows[r] = copy;
+        }
+    }
+    plan->few.kernels->decode_stack(t->scratch + plan->few.at_q, plan->few.q_row, rows, (int)t->count, (int)p->dim,
+                                plan->q_factor);
+}
+
+/* The state whose O, m and l follow one another at `state`. */
+static void use_state(few *t, char *state)
+{
+    t->stack.o = state;
+    t->stack.m = state + t->count * t->plan->few.o_row * t->plan->few.kernels->size;
+    t->stack.l = state + (int64_t)t->plan->few.state_bytes - (int64_t)t->plan->few.l_bytes;
+}
+
+static void open_rows(few *t, const qkv_call *job, int worker, int64_t sequence, int64_t head)
+{
+    const qkv_problem *p = job->problem;
+    const qkv_plan *plan = job->plan;
+    char *scratch = job->scratch[worker] + sizeof(qkv_counters);
+    *t = (few){
+        .problem = p, .plan = plan, .sequence = sequence, .head = head, .count = qkv_queries(p, sequence) * plan->group,
+        .scratch = scratch, .counters = (qkv_counters *)job->scratch[worker],
+        .sees = (qkv_range *)(scratch + plan->few.at_limits), .run = p->run_of ? p->run_of[sequence] : 0,
+    };
+    t->lo = (int32_t *)(t->sees + t->count);
+    t->hi = t->lo + t->count;
+    t->stack = (qkv_stack){
+        .q = scratch + plan->few.at_q, .s = scratch + plan->few.at_s, .sums = scratch + plan->few.at_sums,
+        .q_row = (ptrdiff_t)plan->few.q_row, .s_row = (ptrdiff_t)plan->chunk, .o_row = (ptrdiff_t)plan->few.o_row,
+        .lo = t->lo, .hi = t->hi, .c = plan->c, .rows = (int)t->count, .d = (int)p->dim, .dv = (int)p->dim_v,
+    };
+    t->q_offset = qkv_rows_offset(p, &p->q_at, sequence) + head * plan->group * p->q_at.head;
+    t->out_offset = qkv_rows_offset(p, &p->out_at, sequence) + head * plan->group * p->out_at.head;
+    t->k_offset = head * p->k_at.head + (p->run_of ? 0 : qkv_sequence_offset(p, &p->k_at, sequence));
+    t->v_offset = head * p->v_at.head + (p->run_of ? 0 : qkv_sequence_offset(p, &p->v_at, sequence));
+    find_limits(t);
+    stack_queries(t);
+}
+
+/* K or V of the keys from `first` on, of which it says the last: where they lie, to the end of their run, or a copy. */
+static const char *piece(few *t, int values, int64_t first, int64_t *last, ptrdiff_t *row)
+{
+    const qkv_problem *p = t->problem;
+    const qkv_plan *plan = t->plan;
+    const qkv_strides *at = values ? &p->v_at : &p->k_at;
+    while (p->runs[t->run].first > first)
+        t->run--;
+    while (p->runs[t->run].first + p->runs[t->run].count <= first)
+        t->run++;
+    const qkv_run *run = &p->runs[t->run];
+    char *data = (char *)(values ? run->v : run->k) + (values ? t->v_offset : t->k_offset) + (first - run->first) * at->row;
+    *last = qkv_min(*last, run->first + run->count);
+    if (!(values ? plan->few.copy_v : plan->few.copy_k)) {
+        *row = (ptrdiff_t)(at->row / plan->few.kernels->size);
+        return data;
+    }
+    *last = qkv_min(*last, first + plan->few.pass);
+    *row = (ptrdiff_t)(values ? plan->copy_row_v : plan->copy_row_k);
+    qkv_rows from = {data, (ptrdiff_t)at->row, (ptrdiff_t)at->dim, p->kv_type,
+                     values ? p->swapped_v : p->swapped_k};
+    char *copy = t->scratch + (values ? plan->few.at_v : plan->few.at_k);
+    plan->few.kernels->gather(copy, *row, &from, (int)(*last - first), (int)(values ? p->dim_v : p->dim));
+    t->counters->tiles_copied++;
+    return copy;
+}
+
+/* What each row sees of the keys first .. last of the chunk that begins at `base`. */
+static void limit_rows(few *t, int64_t base, int64_t first, int64_t last)
+{
+    int partial = 0;
+    t->stack.first = (int)(first - base);
+    t->stack.last = (int)(last - base);
+    for (int64_t r = 0; r < t->count; r++) {
+        t->lo[r] = (int32_t)(qkv_min(qkv_max(t->sees[r].lo, first), last) - base);
+        t->hi[r] = (int32_t)(qkv_max(qkv_min(t->sees[r].hi, last) - base, t->lo[r]));
+        partial |= t->lo[r] > t->stack.first || t->hi[r] < t->stack.last;
+    }
+    if (first < last && partial)
+        t->counters->tiles_partial++;
+    else if (first < last)
+        t->counters->tiles_full++;
+}
+
+/* The state of one chunk's keys alone. */
+static void attend_chunk(few *t, int64_t chunk, char *state)
+{
+    const qkv_kernels *kernels = t->plan->few.kernels;
+    const char *rows;
+    ptrdiff_t row;
+    int64_t base = chunk * t->plan->chunk, first = qkv_max(base, t->any.lo), last = qkv_min(base + t->plan->chunk, t->any.hi);
+    if (first >= last)
+        first = last = base;
+    limit_rows(t, base, first, last);
+    use_state(t, state);
+    memset(state, 0, (size_t)(t->count * t->plan->few.o_row * kernels->size));
+    for (int64_t key = first, end; key < last; key = end) {
+        rows = piece(t, 0, key, (end = last, &end), &row);
+        kernels->decode_score(&t->stack, rows, row, (int)(key - base), (int)(end - key));
+    }
+    kernels->decode_weigh(&t->stack);
+    for (int64_t key = first, end; key < last; key = end) {
+        rows = piece(t, 1, key, (end = last, &end), &row);
+        kernels->decode_value(&t->stack, rows, row, (int)(key - base), (int)(end - key));
+    }
+}
+
+static void merge(few *t, char *total, char *state)
+{
+    use_state(t, state);
+    qkv_stack of = t->stack;
+    use_state(t, total);
+    t->plan->few.kernels->decode_merge(&t->stack, of.o, of.m, of.l);
+}
+
+/* The total of no keys: the sinks. */
+static void begin_total(few *t)
+{
+    char *total = t->scratch + t->plan->few.at_total;
+    use_state(t, total);
+    memset(total, 0, (size_t)(t->count * t->plan->few.o_row * t->plan->few.kernels->size));
+    limit_rows(t, 0, 0, 0);
+    t->plan->few.kernels->decode_weigh(&t->stack);
+    qkv_begin_sinks(t->problem, t->plan, t->head, 0, t->count, t->stack.m, t->stack.l);
+}
+
+/* All chunks that some row sees, into the total. Returns 0 if the call is given up before the last. */
+static int attend_all(qkv_call *job, int worker, few *t)
+{
+    const qkv_plan *plan = t->plan;
+    char *total = t->scratch + plan->few.at_total, *state = t->scratch + plan->few.at_state;
+    int64_t chunk = t->any.lo / plan->chunk, last = (t->any.hi - 1) / plan->chunk;
+    if (t->any.lo >= t->any.hi || t->problem->sinks) {
+        begin_total(t);
+    } else {                          /* what is merged into nothing stays as it is */
+        attend_chunk(t, chunk, total);
+        chunk++;
+    }
+    for (; t->any.lo < t->any.hi && chunk <= last; chunk++) {
+        attend_chunk(t, chunk, state);
+        merge(t, total, state);
+        if (chunk < last && qkv_must_stop(&job->stop, worker))
+            return 0;
+    }
+    return 1;
+}
+
+/* Writes O and the log-sum-exp of the total. Returns whether it was finite. */
+static int write_rows(few *t)
+{
+    const qkv_problem *p = t->problem;
+    const qkv_plan *plan = t->plan;
+    void **rows = (void **)(t->scratch + plan->few.at_rows);
+    use_state(t, t->scratch + plan->few.at_total);
+    for (int64_t r = 0; r < t->count; r++)
+        rows[r] = plan->direct_out
+            ? p->out + t->out_offset + row_offset(t, r, &p->out_at)
+            : t->scratch + plan->few.at_copies + (size_t)(r * p->dim_v) * (size_t)plan->few.kernels->size;
+    int finite = plan->few.kernels->decode_finish(rows, &t->stack);
+    for (int64_t r = 0; r < t->count && !plan->direct_out; r++) {
+        qkv_rows to = {p->out + t->out_offset + row_offset(t, r, &p->out_at), 0, (ptrdiff_t)p->out_at.dim,
+                       p->out_type, p->swapped_out};
+        plan->few.kernels->scatter(&to, rows[r], 0, 1, (int)p->dim_v);
+    }
+    if (p->lse)
+        qkv_write_lse(p, plan, t->sequence, t->head, 0, t->count, t->stack.m, t->stack.l);
+    return finite;
+}
+
+/* With the total computed on the assumption that V is finite: write it. If it is not finite, a hidden NaN may have met a
+ * weight of 0, so the rows run again and take nothing from excluded keys. */
+static void conclude(qkv_call *job, int worker, few *t)
+{
+    if (write_rows(t))
+        return;
+    t->counters->panels_careful++;
+    t->stack.careful = 1;
+    if (attend_all(job, worker, t))
+        write_rows(t);
+}
+
+/* One chunk of a split call. Whoever computes the last missing one merges them all, in order. */
+static void attend_split(qkv_call *job, int worker, few *t, int64_t base, int64_t chunk)
+{
+    const qkv_plan *plan = job->plan;
+    size_t chunk_bytes = (size_t)plan->tile_panels * plan->state_bytes;
+    char *mine = job->partials + (size_t)(base * plan->chunks) * chunk_bytes;
+    attend_chunk(t, chunk, mine + (size_t)chunk * chunk_bytes);
+    t->counters->splits++;
+    if (atomic_fetch_sub(&job->pending[base], 1) != 1)
+        return;
+    begin_total(t);
+    for (int64_t c = 0; c < plan->chunks; c++)
+        merge(t, t->scratch + plan->few.at_total, mine + (size_t)c * chunk_bytes);
+    conclude(job, worker, t);
+}
+
+void qkv_decode(qkv_call *job, int worker, int64_t sequence, int64_t head, int64_t base, int64_t chunk)
+{
+    few t;
+    open_rows(&t, job, worker, sequence, head);
+    if (job->plan->split)
+        attend_split(job, worker, &t, base, chunk);
+    else if (attend_all(job, worker, &t))
+        conclude(job, worker, &t);
+}

@@ -1,0 +1,340 @@
+/* Few query rows against the keys of one chunk: S = Q K^T, P = 2^(c (S - m)), O = P V, each K and V row read once.
+ *
+ * Here a SIMD lane is an element of the head dimension, and a row of the state is a query row: with a handful of rows,
+ * rows in the lanes (attend_tpl.h) would leave most of each vector idle. A score is a sum across lanes; SUMS of them are
+ * kept as vectors and summed by one transposing tree. Scores of the chunk lie row by row in a buffer, (rows, s_row), by
+ * position in the chunk, so that what becomes of a score between product and weights needs no kernel of its own. It loses
+ * to rows in the lanes once these fill a few vectors: the trees are work that attend has not.
+ *
+ * What a row computes depends on its own data and on positions in the chunk alone: not on other rows, on where the keys
+ * that are seen begin or end, or on the pieces in which K and V are handed over.
+ */
+
+/* Sums that are held in registers: some rows times some keys, or times some vectors of columns. */
+#define SUMS (2 * ROW_TILE)
+
+/* Keys whose values, or weights, are summed from zero before they are added to those of the others. */
+#define PART 32
+
+/* Bytes of K or V between what is read and what is fetched, into L2: fetching into L1 holds up the loads that are due.
+ * One row alone is read so fast that more would come too early. */
+#define AHEAD_ONE 4096
+#define AHEAD_MORE 16384
+
+/* q (n, q_row) <- factor * rows, 0 behind each. */
+static void X(decode_stack)(void *q, ptrdiff_t q_row, const void *const *rows, int n, int d, double factor)
+{
+    VEC scale = X(set1)((REAL)factor);
+    for (int i = 0; i < n; i++) {
+        REAL *to = (REAL *)q + i * q_row;
+        const REAL *from = rows[i];
+        for (int e = 0; e < d; e += W)
+            X(store)(to + e, X(mul)(scale, e + W <= d ? X(loadu)(from + e) : X(load_part)(from + e, d - e)));
+    }
+}
+
+/* Bytes from where rows of n elements are read to where they are fetched. */
+static inline ptrdiff_t X(decode_ahead)(const qkv_stack *t, ptrdiff_t row, int n)
+{
+    int bytes = t->rows == 1 ? AHEAD_ONE : AHEAD_MORE, rows = bytes / (int)sizeof(REAL) / (n > 0 ? n : 1);
+    return (rows > 1 ? rows : 1) * row * (ptrdiff_t)sizeof(REAL);
+}
+
+/* Adds the products of `some` elements of nr rows and `few` keys to c, whose rows have nk sums. */
+static QKV_INLINE void X(decode_score_step)(const int nr, const int nk, const int few, const int fetch, const REAL *q,
+                                            ptrdiff_t q_row, const REAL *k, ptrdiff_t k_row, ptrdiff_t ahead, int last,
+                                            int some, VEC *c)
+{
+    VEC x[4];
+    QKV_UNROLL
+    for (int r = 0; r < nr; r++)
+        x[r] = X(load)(q + r * q_row);
+    QKV_UNROLL
+    for (int i = 0; i < few; i++) {
+        const REAL *from = k + (i < last ? i : last) * k_row;
+        VEC y = some == W ? X(loadu)(from) : X(load_part)(from, some);
+        if (fetch)
+            QKV_PREFETCH_L2((const void *)((uintptr_t)from + (uintptr_t)ahead));
+        QKV_UNROLL
+        for (int r = 0; r < nr; r++)
+            c[r * nk + i] = X(fma)(x[r], y, c[r * nk + i]);
+    }
+}
+
+/* S of nr rows and nk = SUMS / nr keys, or of the first n of them, the others repeating the last. The first rows to meet
+ * the keys read them one by one, in the order that suits memory, and fetch; the others find them in L1. */
+static QKV_INLINE void X(decode_score_tile)(const int nr, const int nk, const int fetch, const int n, const qkv_stack *t,
+                                            int row, const REAL *k, ptrdiff_t k_row, ptrdiff_t ahead, int at)
+{
+    const int few = fetch ? 1 : nk < 4 ? nk : 4;
+    const REAL *q = (const REAL *)t->q + row * t->q_row;
+    VEC c[SUMS];
+    QKV_UNROLL
+    for (int i = 0; i < SUMS; i++)
+        c[i] = X(set1)(0);
+    QKV_UNROLL
+    for (int i = 0; i < nk; i += few) {
+        const REAL *from = k + (i < n ? i : n - 1) * k_row;
+        int last = n - 1 - i, e = 0;
+        QKV_UNROLL_4
+        for (; e + W <= t->d; e += W)
+            X(decode_score_step)(nr, nk, few, fetch, q + e, t->q_row, from + e, k_row, ahead, last > 0 ? last : 0, W, c + i);
+        if (e < t->d)
+            X(decode_score_step)(nr, nk, few, fetch, q + e, t->q_row, from + e, k_row, ahead, last > 0 ? last : 0, t->d - e,
+                                 c + i);
+    }
+    QKV_ALIGN REAL sums[SUMS];
+    QKV_UNROLL
+    for (int i = 0; i < SUMS; i += W)
+        X(store)(sums + i, X(sum_each)(c + i));
+    QKV_UNROLL
+    for (int r = 0; r < nr; r++) {
+        REAL *s = (REAL *)t->s + (row + r) * t->s_row + at;
+        if (n == nk)
+            memcpy(s, sums + r * nk, (size_t)nk * sizeof(REAL));
+        else
+            for (int i = 0; i < n; i++)
+                s[i] = sums[r * nk + i];
+    }
+}
+
+static QKV_INLINE void X(decode_score_rows)(const int nr, const int fetch, const qkv_stack *t, int row, const REAL *k,
+                                            ptrdiff_t k_row, ptrdiff_t ahead, int at, int n)
+{
+    const int nk = SUMS / nr;
+    int i = 0;
+    for (; i + nk <= n; i += nk)
+        X(decode_score_tile)(nr, nk, fetch, nk, t, row, k + i * k_row, k_row, ahead, at + i);
+    if (i < n)
+        X(decode_score_tile)(nr, nk, fetch, n - i, t, row, k + i * k_row, k_row, ahead, at + i);
+}
+
+/* Positions at .. at + n of S. K goes through SUMS keys at a time: they stay in L1 while all rows meet them. */
+static void X(decode_score)(const qkv_stack *t, const void *keys, ptrdiff_t k_row, int at, int n)
+{
+    ptrdiff_t ahead = X(decode_ahead)(t, k_row, t->d);
+    for (int i = 0; i < n; i += SUMS) {
+        const REAL *k = (const REAL *)keys + i * k_row;
+        int some = n - i < SUMS ? n - i : SUMS, row = 0;
+#define ROWS(nr, fetch) (X(decode_score_rows)(nr, fetch, t, row, k, k_row, ahead, at + i, some), row += nr)
+        if (t->rows >= 4)
+            ROWS(4, 1);
+        else if (t->rows >= 2)
+            ROWS(2, 1);
+        else
+            ROWS(1, 1);
+        while (row + 4 <= t->rows)
+            ROWS(4, 0);
+        if (row + 2 <= t->rows)
+            ROWS(2, 0);
+        if (row < t->rows)
+            ROWS(1, 0);
+#undef ROWS
+    }
+}
+
+/* The largest of s[begin .. end), whole pairs of vectors. NaN does not count. */
+static REAL X(decode_top)(const REAL *s, int begin, int end)
+{
+    VEC m[2] = {X(set1)(-(REAL)INFINITY), X(set1)(-(REAL)INFINITY)};
+    QKV_ALIGN REAL lane[W];
+    for (int i = begin; i < end; i += 2 * W) {
+        m[0] = X(max)(X(load)(s + i), m[0]);
+        m[1] = X(max)(X(load)(s + i + W), m[1]);
+    }
+    X(store)(lane, X(max)(m[0], m[1]));
+    for (int half = W / 2; half > 0; half /= 2)
+        for (int j = 0; j < half; j++)
+            lane[j] = lane[j + half] > lane[j] ? lane[j + half] : lane[j];
+    return lane[0];
+}
+
+/* s[begin .. end) -> weights; returns their sum. If careful, the weight of an excluded key is -1. */
+static REAL X(decode_exp)(REAL *s, int begin, int end, REAL top, double factor, int careful)
+{
+    VEC none = X(set1)(-(REAL)INFINITY), shift = X(set1)(top == -(REAL)INFINITY ? 0 : top), total = X(set1)(0);
+    X(factor) c = X(factor_of)(factor);
+    QKV_ALIGN REAL lane[W];
+    for (int i = begin; i < end;) {
+        int last = (i / PART + 1) * PART < end ? (i / PART + 1) * PART : end;
+        VEC sum = X(set1)(0);
+        for (; i < last; i += 2 * W) {
+            VEC x[2] = {X(load)(s + i), X(load)(s + i + W)};
+            VEC p[2] = {X(sub)(x[0], shift), X(sub)(x[1], shift)};
+            X(exp2)(2, c, p);
+            QKV_UNROLL
+            for (int j = 0; j < 2; j++) {
+                sum = X(add)(sum, p[j]);
+                if (careful)
+                    p[j] = X(select)(X(equal)(x[j], none), X(set1)(-1), p[j]);
+                X(store)(s + i + j * W, p[j]);
+            }
+        }
+        total = X(add)(total, sum);
+    }
+    X(store)(lane, total);
+    for (int half = W / 2; half > 0; half /= 2)
+        for (int j = 0; j < half; j++)
+            lane[j] += lane[j + half];
+    return lane[0];
+}
+
+/* S -> P, m and l of the positions first .. last. */
+static void X(decode_weigh)(const qkv_stack *t)
+{
+    int begin = t->first / (2 * W) * (2 * W), end = (t->last + 2 * W - 1) / (2 * W) * (2 * W);
+    for (int r = 0; r < t->rows; r++) {
+        REAL *s = (REAL *)t->s + r * t->s_row;
+        for (int i = begin; i < t->lo[r]; i++)
+            s[i] = -(REAL)INFINITY;
+        for (int i = t->hi[r]; i < end; i++)
+            s[i] = -(REAL)INFINITY;
+        REAL top = X(decode_top)(s, begin, end);
+        ((REAL *)t->m)[r] = top;
+        ((REAL *)t->l)[r] = X(decode_exp)(s, begin, end, top, t->c, t->careful);
+    }
+}
+
+/* nc vectors of columns from column e on, or the first `some` elements of one, of the values of nr rows: n keys of one
+ * part, whose first one begins it if `begins`, whose last one ends it if `ends`. If careful, excluded keys are left out. */
+static QKV_INLINE void X(decode_value_tile)(const int nr, const int nc, const int fetch, const int careful, int some,
+                                            const qkv_stack *t, int row, int e, const REAL *v, ptrdiff_t v_row,
+                                            ptrdiff_t ahead, int at, int n, int begins, int ends)
+{
+    REAL *sums = (REAL *)t->sums + row * t->o_row + e, *o = (REAL *)t->o + row * t->o_row + e;
+    const REAL *p = (const REAL *)t->s + row * t->s_row + at;
+    VEC c[SUMS];
+    QKV_UNROLL
+    for (int r = 0; r < nr; r++) {
+        QKV_UNROLL
+        for (int j = 0; j < nc; j++)
+            c[r * nc + j] = begins ? X(set1)(0) : X(load)(sums + r * t->o_row + j * W);
+    }
+    v += e;
+    QKV_UNROLL_2
+    for (int i = 0; i < n; i++, v += v_row) {
+        if (careful && p[i] < 0)
+            continue;
+        VEC y[8];
+        QKV_UNROLL
+        for (int j = 0; j < nc; j++) {
+            y[j] = some == W ? X(loadu)(v + j * W) : X(load_part)(v, some);
+            if (fetch)
+                QKV_PREFETCH_L2((const void *)((uintptr_t)(v + j * W) + (uintptr_t)ahead));
+        }
+        QKV_UNROLL
+        for (int r = 0; r < nr; r++) {
+            VEC x = X(set1)(p[r * t->s_row + i]);
+            QKV_UNROLL
+            for (int j = 0; j < nc; j++)
+                c[r * nc + j] = X(fma)(x, y[j], c[r * nc + j]);
+        }
+    }
+    QKV_UNROLL
+    for (int r = 0; r < nr; r++) {
+        QKV_UNROLL
+        for (int j = 0; j < nc; j++) {
+            REAL *to = (ends ? o : sums) + r * t->o_row + j * W;
+            X(store)(to, ends ? X(add)(X(load)(to), c[r * nc + j]) : c[r * nc + j]);
+        }
+    }
+}
+
+static QKV_INLINE void X(decode_value_rows)(const int nr, const int fetch, const int careful, const qkv_stack *t, int row,
+                                            const REAL *v, ptrdiff_t v_row, ptrdiff_t ahead, int at, int n, int begins,
+                                            int ends)
+{
+    int e = 0;
+#define TILE(nc, some) \
+    X(decode_value_tile)(nr, nc, fetch, careful, some, t, row, e, v, v_row, ahead, at, n, begins, ends)
+    if (!careful && SUMS / nr >= 8)
+        for (; e + 8 * W <= t->dv; e += 8 * W)
+            TILE(8, W);
+    if (!careful && SUMS / nr >= 4)
+        for (; e + 4 * W <= t->dv; e += 4 * W)
+            TILE(4, W);
+    if (!careful)
+        for (; e + 2 * W <= t->dv; e += 2 * W)
+            TILE(2, W);
+    for (; e + W <= t->dv; e += W)
+        TILE(1, W);
+    if (e < t->dv)
+        TILE(1, t->dv - e);
+#undef TILE
+}
+
+/* O += P V for the positions at .. at + n. V goes through a part at a time: it stays in L1 while all rows meet it. */
+static void X(decode_value)(const qkv_stack *t, const void *values, ptrdiff_t v_row, int at, int n)
+{
+    const REAL *v = values;
+    ptrdiff_t ahead = X(decode_ahead)(t, v_row, t->dv);
+    /* Four rows only if their registers hold all columns: memory likes whole rows of V. */
+    const int four = t->dv <= SUMS / 4 * W;
+    for (int some; n > 0; at += some, n -= some, v += some * v_row) {
+        some = PART - at % PART < n ? PART - at % PART : n;
+        int begins = at % PART == 0 || at == t->first, ends = (at + some) % PART == 0 || at + some == t->last, row = 0;
+#define ROWS(nr, fetch, careful) \
+    (X(decode_value_rows)(nr, fetch, careful, t, row, v, v_row, ahead, at, some, begins, ends), row += nr)
+        while (t->careful && row < t->rows)
+            ROWS(1, 0, 1);
+        if (row == 0 && t->rows >= 4 && four)
+            ROWS(4, 1, 0);
+        while (row + 4 <= t->rows && four)
+            ROWS(4, 0, 0);
+        while (row + 2 <= t->rows)        /* each pair fetches: twice as fast as if the first alone did */
+            ROWS(2, 1, 0);
+        if (row < t->rows)
+            ROWS(1, 1, 0);
+#undef ROWS
+    }
+}
+
+/* O, m, l <- those of the keys before, then those of `o2 m2 l2`. */
+static void X(decode_merge)(const qkv_stack *t, const void *o2, const void *m2, const void *l2)
+{
+    VEC one = X(set1)(1);
+    X(factor) c = X(factor_of)(t->c);
+    for (int r = 0; r < t->rows; r++) {
+        REAL *m = (REAL *)t->m + r, *l = (REAL *)t->l + r, *o = (REAL *)t->o + r * t->o_row;
+        const REAL *from = (const REAL *)o2 + r * t->o_row;
+        VEC ma = X(set1)(*m), mb = X(set1)(((const REAL *)m2)[r]), top = X(max)(ma, mb);
+        /* Equal maxima have weight 1, infinite ones too: the difference would be NaN. */
+        VEC wa = X(select)(X(equal)(ma, top), one, X(exp2_one)(c, X(sub)(ma, top)));
+        VEC wb = X(select)(X(equal)(mb, top), one, X(exp2_one)(c, X(sub)(mb, top)));
+        VEC sum = X(fma)(wa, X(set1)(*l), X(mul)(wb, X(set1)(((const REAL *)l2)[r])));
+        X(store_part)(m, top, 1);
+        X(store_part)(l, sum, 1);
+        for (ptrdiff_t e = 0; e < t->o_row; e += W)
+            X(store)(o + e, X(fma)(wa, X(load)(o + e), X(mul)(wb, X(load)(from + e))));
+    }
+}
+
+/* rows <- O / l (0 where l = 0). Returns whether O and l held no NaN and no infinity. */
+static int X(decode_finish)(void *const *rows, const qkv_stack *t)
+{
+    VEC bad = X(set1)(0), zero = bad;
+    for (int r = 0; r < t->rows; r++) {
+        const REAL *o = (const REAL *)t->o + r * t->o_row;
+        REAL *to = rows[r];
+        VEC sum = X(set1)(((const REAL *)t->l)[r]);
+        VEC inverse = X(select)(X(equal)(sum, zero), zero, X(div)(X(set1)(1), sum));
+        /* x - x is 0 for every finite x and NaN for the others. */
+        bad = X(add)(bad, X(sub)(sum, sum));
+        for (int e = 0; e < t->dv; e += W) {
+            VEC x = X(load)(o + e);
+            bad = X(add)(bad, X(sub)(x, x));
+            /* Adding 0 turns -0 into 0: the sign of a zero would tell which keys were skipped. */
+            x = X(add)(X(mul)(x, inverse), zero);
+            if (e + W <= t->dv)
+                X(storeu)(to + e, x);
+            else
+                X(store_part)(to + e, x, t->dv - e);
+        }
+    }
+    return !X(any)(X(beyond)(bad, zero));
+}
+
+#undef AHEAD_MORE
+#undef AHEAD_ONE
+#undef PART
+#undef SUMS
