@@ -48,7 +48,7 @@ class CpuPath:
         return (f"QKV_HAVE_{self.name.upper()}", "1")
 
 
-AVX2 = ("-mavx2", "-mfma")
+AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mavx512cd")
 
 PATHS = (
@@ -66,12 +66,12 @@ PATHS = (
         probe=X86_64 + "__m512 f(__m512 a, __mmask16 m);\n"
         "__m512 f(__m512 a, __mmask16 m) { return _mm512_and_ps(_mm512_mask_fmadd_ps(a, m, a, a), a); }\n",
     ),
-    CpuPath(  # no path of its own: an instruction that a CPU may have beside avx512
+    CpuPath(
         "avx512bf16",
         flags=(*AVX512, "-mavx512bf16"),
         optional=("-mprefer-vector-width=512",),
-        probe=X86_64 + "__m512 f(__m512 a, __m512bh b);\n"
-        "__m512 f(__m512 a, __m512bh b) { return _mm512_dpbf16_ps(a, b, b); }\n",
+        probe=X86_64 + "__m512 f(__m512 a, __m512bh b, float c);\n"  # some clang cannot take a broadcast for pairs
+        "__m512 f(__m512 a, __m512bh b, float c) { return _mm512_dpbf16_ps(a, b, (__m512bh)_mm512_set1_ps(c)); }\n",
     ),
 )
 

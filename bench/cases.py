@@ -14,10 +14,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .operations import OPERATIONS
+import qkv_fast
+
+from .operations import HALVES, OPERATIONS
 
 STREAM_BYTES = 1 << 28  # what the inputs of a streaming case total: several times the largest common L3
 TINY_FLOPS = 1e7  # fewer than these take less than 0.1 ms: such a case is about the cost of a call
+
+
+SHORT = {"float64": "f64", "float16": "f16", "bfloat16": "bf16"}
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class Case:
     kv_len: int
     value_dim: int
     dtype: str = "float32"
+    kv_dtype: str | None = None  # of k and v, if another
     operation: str = "attention"  # a name in OPERATIONS
     causal: bool = False
     window: tuple[int | None, int | None] | None = None
@@ -57,6 +63,10 @@ class Case:
     stream: bool = False  # limited by memory: inputs come from there and not from a cache; GB/s instead of GF/s
     suites: tuple[str, ...] = ()
     goal: Goal | None = None
+
+    @property
+    def kv_type(self) -> str:
+        return self.kv_dtype or self.dtype
 
     @property
     def work(self) -> type:
@@ -110,11 +120,15 @@ class Case:
 
     @property
     def limited_by(self) -> str:
-        """What a call can at best be as fast as: "read" or "copy" (memory), "calls" (Python), or a type's FMA peak."""
+        """What a call can at best be as fast as: "read" or "copy" (memory), "calls" (Python), or a type's FMA peak:
+        for 16 bits that of bfloat16 where its pairs are multiplied, else that of float32."""
         flops = self.flops()
         if flops is None:
             return "copy"
-        return "read" if self.stream else "calls" if flops < TINY_FLOPS else self.dtype
+        if self.stream or flops < TINY_FLOPS:
+            return "read" if self.stream else "calls"
+        pairs = self.dtype == self.kv_type == "bfloat16" and (self.isa or qkv_fast.isa()) == "avx512bf16"
+        return "float32" if self.dtype in HALVES and not pairs else self.dtype
 
     @property
     def amount(self) -> int:
@@ -149,7 +163,9 @@ def case(
     if options.get("layout", "bhld") != "bhld":
         name += "-" + options["layout"]
     if options.get("dtype", "float32") != "float32":
-        name += "-" + {"float64": "f64"}.get(options["dtype"], options["dtype"])
+        name += "-" + SHORT[options["dtype"]]
+    if options.get("kv_dtype"):
+        name += "-kv_" + SHORT[options["kv_dtype"]]
     if options.get("isa"):
         name += "@" + options["isa"]
     return Case(
@@ -192,6 +208,16 @@ CASES: tuple[Case, ...] = (
     case("1x12x2048", 64, isa="avx2", suites=("foundation",), goal=_peak(79, 85)),
     case("1x8x2048", 128, isa="avx2", suites=("foundation",), goal=_peak(84, 89)),
     case("1x12x2048", 64, dtype="float64", suites=("foundation", "prefill", "main"), goal=_peak(76, 83)),
+    # 16 bits, whose goals are shares of the peak that the path in use has for them.
+    case("1x12x2048", 64, dtype="bfloat16", suites=("half",), goal=_peak(78, 86)),
+    case("1x8x2048", 128, dtype="bfloat16", suites=("half",), goal=_peak(83, 89)),
+    case("1x12x2048", 64, dtype="bfloat16", causal=True, suites=("half",), goal=_peak(74, 82)),
+    case("32x12x128", 32, dtype="bfloat16", suites=("half",), goal=_peak(45, 55)),
+    case("1x12x2048", 64, dtype="float16", suites=("half",), goal=_peak(83, 89)),
+    case("1x8x2048", 128, dtype="float16", suites=("half",), goal=_peak(83, 89)),
+    case("1x8x2048", 128, kv_dtype="bfloat16", suites=("half",), goal=_peak(83, 89)),
+    case("1x8x2048", 128, kv_dtype="float16", suites=("half",), goal=_peak(83, 89)),
+    case("1x12x2048", 64, dtype="bfloat16", isa="avx2", suites=("half",), goal=_peak(72, 80)),
     # Calls so small that Python and the thread pool decide.
     case("1x8x1", 64, suites=("foundation", "small", "quick", "main"), goal=_micros(5, 4)),
     case("1x1x64", 64, suites=("foundation", "small", "quick"), goal=_micros(18, 15)),
@@ -248,7 +274,7 @@ CASES: tuple[Case, ...] = (
 )
 
 SUITES: tuple[str, ...] = (
-    *("foundation", "quick", "prefill", "decode", "small", "masks", "stages", "memory", "scaling"),
+    *("foundation", "quick", "prefill", "decode", "small", "masks", "stages", "half", "memory", "scaling"),
     "all",
 )
 

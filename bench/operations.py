@@ -25,11 +25,25 @@ import qkv_fast
 if TYPE_CHECKING:
     from .cases import Case
 
-TOLERANCE = {"float32": 2e-5, "float64": 1e-12}  # times max|v|: far above rounding, far below a narrower type
+HALVES = ("float16", "bfloat16")
+# Times max|v|: far above rounding, far below a narrower type. In 16 bits weights, their sums and results are rounded.
+TOLERANCE = {"float32": 2e-5, "float64": 1e-12, "float16": 3 * 2**-11, "bfloat16": 3 * 2**-8}
 
 
 def normal(shapes: tuple[tuple[int, ...], ...], case: Case, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-    return tuple(rng.standard_normal(shape, dtype=case.dtype) for shape in shapes)
+    """The first in the case's type, the others in that of its keys and values."""
+    drawn = (rng.standard_normal(shape, dtype="float64" if case.dtype == "float64" else "float32") for shape in shapes)
+    first, *others = drawn
+    return first.astype(element(case.dtype), copy=False), *(x.astype(element(case.kv_type), copy=False) for x in others)
+
+
+def element(name: str) -> np.dtype:
+    """A type by its name; that of bfloat16 is in ml_dtypes."""
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
 
 
 class Attention:
@@ -58,8 +72,9 @@ class Attention:
     def bytes(case: Case) -> int:
         low, high = case.limits()
         keys = int(np.maximum(high.max(axis=1) - low.min(axis=1), 0).sum()) if case.q_len else 0
-        rows = case.batch * case.q_len * case.heads + keys * case.kv_heads
-        return rows * (case.dim + case.value_dim) * np.dtype(case.dtype).itemsize
+        rows = case.batch * case.q_len * case.heads * element(case.dtype).itemsize
+        rows += keys * case.kv_heads * element(case.kv_type).itemsize
+        return rows * (case.dim + case.value_dim)
 
     @staticmethod
     def call(case: Case, arrays: tuple[np.ndarray, ...], threads: int, reuse_out: bool) -> Callable[[], np.ndarray]:
@@ -89,7 +104,7 @@ class Attention:
 
     @staticmethod
     def tolerance(case: Case, arrays: tuple[np.ndarray, ...]) -> float:
-        return TOLERANCE[case.dtype] * float(np.abs(arrays[2]).max(initial=0.0))
+        return TOLERANCE[case.dtype] * float(np.abs(arrays[2].astype(np.float64)).max(initial=0.0))
 
 
 class Stage:

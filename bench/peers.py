@@ -19,6 +19,7 @@ import numpy as np
 
 from .cases import Case
 from .method import Refused
+from .operations import HALVES, element
 
 Way = tuple[str, list[Callable[[], object]], Callable[[], np.ndarray]]
 
@@ -31,7 +32,14 @@ def sets(case: Case) -> list[tuple[np.ndarray, ...]]:
     return found
 
 
-def refuse(case: Case, *, float64: bool = False, groups: bool = False, top_left: bool = False) -> None:
+def refuse(
+    case: Case,
+    *,
+    float64: bool = False,
+    halves: tuple[str, ...] = (),
+    groups: bool = False,
+    top_left: bool = False,
+) -> None:
     """Refuse what frameworks in general lack; the keywords say what this one has."""
     if case.window is not None:
         raise Refused("no sliding window")
@@ -39,6 +47,10 @@ def refuse(case: Case, *, float64: bool = False, groups: bool = False, top_left:
         raise Refused("no lengths per sequence")
     if case.dtype == "float64" and not float64:
         raise Refused("no float64")
+    if case.dtype in HALVES and case.dtype not in halves:
+        raise Refused(f"no {case.dtype}")
+    if case.kv_type != case.dtype:
+        raise Refused("no keys of another type")
     if case.kv_heads != case.heads and not groups:
         raise Refused("no grouped heads")
     if case.causal and case.q_len != case.kv_len and top_left:
@@ -70,6 +82,8 @@ class NumPy:
     def prepare(self, case: Case) -> list[Way]:
         if case.operation != "attention":
             return self.prepare_stage(case)
+        if {case.dtype, case.kv_type} & {*HALVES}:
+            raise Refused("no products of 16-bit types")
         group = case.heads // case.kv_heads
         grouped = (case.batch, case.kv_heads, group, case.q_len, case.dim)
         shape = (case.batch, case.heads, case.q_len, case.value_dim)
@@ -160,7 +174,7 @@ class Torch:
         return {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
 
     def prepare(self, case: Case) -> list[Way]:
-        refuse(case, float64=True, groups=True, top_left=True)
+        refuse(case, float64=True, halves=HALVES, groups=True, top_left=True)
         if case.operation == "softmax":
             (x,) = map(self.torch.from_numpy, case.inputs())
             out = self.torch.zeros_like(x)
@@ -172,8 +186,19 @@ class Torch:
         def on(q, k, v):
             return lambda: attend(q, k, v, **options)
 
-        calls = [on(*map(self.torch.from_numpy, arrays)) for arrays in sets(case)]
-        return [("SDPA", calls, lambda: calls[0]().numpy())]
+        def tensor(x):
+            if case.dtype == "bfloat16":  # which torch takes from NumPy as bits alone
+                return self.torch.from_numpy(x.view(np.int16)).view(self.torch.bfloat16)
+            return self.torch.from_numpy(x)
+
+        def fetch():
+            out = calls[0]()
+            if case.dtype == "bfloat16":
+                return out.view(self.torch.int16).numpy().view(element("bfloat16"))
+            return out.numpy()
+
+        calls = [on(*map(tensor, arrays)) for arrays in sets(case)]
+        return [("SDPA", calls, fetch)]
 
 
 class OnnxRuntime:
@@ -314,15 +339,16 @@ class OpenVINO:
     def prepare(self, case: Case) -> list[Way]:
         from openvino import opset13
 
-        refuse(case, top_left=True)
-        found = sets(case)
+        refuse(case, halves=("bfloat16",), top_left=True)
+        # It computes in bfloat16 what it is given in float32: that is how its users ask for it.
+        found = [tuple(a.astype(np.float32, copy=False) for a in arrays) for arrays in sets(case)]
         q, k, v = (opset13.parameter(a.shape, np.float32) for a in found[0])
         node = opset13.scaled_dot_product_attention(q, k, v, causal=case.causal)
         model = self.openvino.Model([node], [q, k, v])
         settings = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": self.threads,
-            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_PRECISION_HINT": "bf16" if case.dtype == "bfloat16" else "f32",
         }
         compiled = self.core.compile_model(model, "CPU", settings)
         self.threads = compiled.get_property("INFERENCE_NUM_THREADS")
@@ -342,7 +368,7 @@ class OpenVINO:
 
         def fetch() -> np.ndarray:
             calls[0]()
-            return np.array(requests[0].get_output_tensor(0).data)
+            return np.array(requests[0].get_output_tensor(0).data).astype(element(case.dtype), copy=False)
 
         return [("SDPA", calls, fetch)]
 

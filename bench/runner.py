@@ -22,7 +22,7 @@ from .ours import OURS, Ours, ours
 from .peers import PEERS
 from .worker import Ready, Worker, first_call_memory
 
-GOAL_ISA = "avx512"  # the path that goals without a path of their own are for
+GOAL_ISAS = ("avx512bf16", "avx512")  # the paths that goals without a path of their own are for
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Row:
         """What the case must reach, if it is meant for this thread count and path."""
         case = self.job.case
         fits = case.threads is None or self.job.threads in case.threads
-        return case.goal if fits and self.isa == (case.isa or GOAL_ISA) else None
+        return case.goal if fits and self.isa in ((case.isa,) if case.isa else GOAL_ISAS) else None
 
     @property
     def verdict(self) -> str:

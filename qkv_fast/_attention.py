@@ -7,8 +7,9 @@ import numpy as np
 
 from . import _core, _masks, _runtime
 from ._checks import (
+    _NAMES,
+    _NUMPY_TYPES,
     _TYPES,
-    _WIDTHS,
     Array,
     _as_array,
     _broadcast,
@@ -22,6 +23,7 @@ from ._checks import (
     _check_types,
     _empty,
     _fail_shapes,
+    _is_known,
     _per_sequence,
 )
 
@@ -55,10 +57,10 @@ def attention(
     Parameters
     ----------
     q : array_like, shape (..., Hq, Lq, D)
-        Queries, float32 or float64; D up to 1024. Or (Lq, D), if all three are 2-D.
+        Queries, float16, bfloat16 (of ml_dtypes), float32 or float64; D up to 1024. Or (Lq, D), if all three are 2-D.
     k : array_like, shape (..., Hkv, Lk, D)
-        Keys, of q's type or a narrower one. ``Hq`` is a multiple of ``Hkv``; query head h reads key head
-        ``h // (Hq // Hkv)`` (grouped-query attention).
+        Keys, of q's type or a narrower one; float16 and bfloat16 do not mix. ``Hq`` is a multiple of ``Hkv``; query
+        head h reads key head ``h // (Hq // Hkv)`` (grouped-query attention).
     v : array_like, shape (..., Hkv, Lk, Dv)
         Values, of k's type. The axes left of the heads broadcast among q, k and v.
     mask : array_like of bool, optional
@@ -66,8 +68,8 @@ def attention(
         (Lq, Lk) for 2-D arrays, without enlarging it; any strides, never copied. Where a tile of keys is hidden from
         all of its queries, keys and values are not even read.
     bias : array_like, optional
-        float32 or float64, added to the scaled (and capped) scores; -inf excludes, as False in a mask does. Broadcasts
-        as `mask` does; any strides and byte order, never copied.
+        Of any of these types, added to the scaled (and capped) scores; -inf excludes, as False in a mask does.
+        Broadcasts as `mask` does; any strides and byte order, never copied.
     causal : bool or "top-left", default False
         Exclude the keys after the query's position. ``"top-left"`` also sets `q_offset` to 0.
     window : int or (left, right), optional
@@ -102,7 +104,8 @@ def attention(
     return_lse : bool, default False
         Return the natural log-sum-exp of each row's scores as well.
     out : ndarray, optional
-        Where to write the result: its exact shape, q's type, any strides. It may overlap an input.
+        Where to write the result: its exact shape, q's type (or float32 for 16-bit q), any strides. It may overlap an
+        input.
     num_threads : int, optional
         Threads for this call; see `get_num_threads` for the default.
 
@@ -117,7 +120,7 @@ def attention(
     Raises
     ------
     TypeError
-        An argument of the wrong kind: element types other than float32 and float64, a mask that is not bool, masked
+        An argument of the wrong kind: other element types, a mask that is not bool, masked
         arrays, `np.matrix`.
     ValueError
         Shapes that do not fit, values out of range, an unknown word.
@@ -138,7 +141,9 @@ def attention(
     All arguments compose: a key counts where each of them allows it. A score passes through scale, softcap, ALiBi and
     bias, exclusion, sink and softmax, in this order.
 
-    Products are accumulated in q's type. An excluded key has no influence on the result, even if it or its value is
+    Products are accumulated in q's type, those of 16-bit types in float32, and results are rounded once, to nearest
+    even. Where the CPU multiplies pairs of bfloat16 (path avx512bf16), weights are rounded to bfloat16 too, and
+    subnormal bfloat16 inputs may count as 0. An excluded key has no influence on the result, even if it or its value is
     NaN; NaN and infinity in visible keys do what IEEE arithmetic makes them do. A score of -inf excludes its key.
     The division by the sum of weights comes last, so visible keys times max|v| must fit the type.
 
@@ -171,7 +176,7 @@ def attention(
     if type(v) is not np.ndarray:
         v = _as_array("v", v)
     char = q.dtype.char
-    if not (char == k.dtype.char == v.dtype.char and char in _WIDTHS):
+    if not (char == k.dtype.char == v.dtype.char and char in _NUMPY_TYPES):
         _check_types("attention", q, k, v)
 
     # Shapes: heads and lengths by layout, the axes left of them broadcast.
@@ -249,8 +254,10 @@ def attention(
     else:
         result = target = _check_out(out, shape, char)
         if any(np.may_share_memory(out, x) for x in (q, k, v)) or (extras and extras.overlaps(out)):
-            target = _empty(shape, char)
-    lse = _empty((*batch, q_heads, len_q) if len(shape) > 2 else (len_q,), char) if return_lse else None
+            target = _empty(shape, out.dtype.char)
+    lse = None
+    if return_lse:
+        lse = _empty((*batch, q_heads, len_q) if len(shape) > 2 else (len_q,), "d" if char == "d" else "f")
 
     plan = _core.forward(
         q, k, v, target, lse, heads_first, scale, left, right, offsets, lengths, threads, isa, counters,
@@ -285,7 +292,7 @@ def merge_partials(outs: Sequence[Any], lses: Sequence[Any], *, layout: str = "b
     Raises
     ------
     TypeError
-        Element types other than float32 and float64, or not the same in all.
+        Other element types than `attention` takes (for `lses`: gives), or not the same in all.
     ValueError
         No partials, or shapes that do not fit.
 
@@ -310,10 +317,11 @@ def merge_partials(outs: Sequence[Any], lses: Sequence[Any], *, layout: str = "b
     if not outs or len(outs) != len(lses):
         given = f"{len(outs)} outs and {len(lses)} lses"
         raise ValueError(f"merge_partials: one lse for each out, and at least one, got {given}")
-    for name, arrays in (("outs", outs), ("lses", lses)):
-        if any(x.dtype.char not in _WIDTHS or x.dtype.char != arrays[0].dtype.char for x in arrays):
+    for name, arrays, names in (("outs", outs, _NAMES), ("lses", lses, "float32 or float64")):
+        chars = {x.dtype.char for x in arrays}
+        if len(chars) > 1 or not _is_known(arrays[0].dtype) or (name == "lses" and not chars <= {"f", "d"}):
             given = ", ".join(str(x.dtype) for x in arrays)
-            raise TypeError(f"merge_partials: {name} must all be float32 or all float64, got {given}")
+            raise TypeError(f"merge_partials: {name} must be of one type, {names}, got {given}")
     shape = outs[0].shape
     rows = shape[:-1] if heads_first or len(shape) < 3 else (*shape[:-3], shape[-2], shape[-3])
     if len(shape) < 2 or any(x.shape != shape for x in outs) or any(x.shape != rows for x in lses):

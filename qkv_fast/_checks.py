@@ -10,8 +10,9 @@ from . import _core
 
 Array = np.ndarray[Any, Any]
 
-_WIDTHS = {"f": 4, "d": 8}  # element types by dtype.char, and their bytes
-_TYPES: dict[str, np.dtype[Any]] = {"f": np.dtype(np.float32), "d": np.dtype(np.float64)}
+_NUMPY_TYPES = "fde"  # element types by dtype.char; bfloat16 is none of NumPy's own
+_TYPES: dict[str, np.dtype[Any]] = {char: np.dtype(char) for char in _NUMPY_TYPES}  # and bfloat16, once it was seen
+_NAMES = "float16, bfloat16, float32 or float64"
 _FARTHEST_OFFSET = 2**60  # positions and distances below this cannot overflow 63 bits in the core
 _OPEN_DISTANCE = 2**61  # beyond every key from every position
 
@@ -58,10 +59,34 @@ def _check_layout(layout: Any, where: str) -> bool:
     return layout == "bhld"
 
 
+def _is_known(dtype: np.dtype[Any]) -> bool:
+    """Whether calls take this type. Who has an array of bfloat16 has imported ml_dtypes, which registers it:
+    we never need to."""
+    if dtype.char in _NUMPY_TYPES:
+        return True
+    if dtype.name != "bfloat16":
+        return False
+    _TYPES[dtype.char] = np.dtype(dtype.type)
+    return True
+
+
 def _check_type(where: str, name: str, x: Array) -> None:
-    if x.dtype.char not in _WIDTHS:
-        way_out = f"; pass {name}.astype('float32')" if x.dtype.kind in "biuf" else ""
-        raise TypeError(f"{where}: {name} must be float32 or float64, got {x.dtype}{way_out}")
+    if _is_known(x.dtype):
+        return
+    way_out = f"; pass {name}.astype('float32')" if x.dtype.kind in "biuf" else ""
+    if x.dtype.kind in "iuV" and x.dtype.itemsize == 2:  # what bfloat16 looks like where NumPy does not know it
+        way_out += "; if these are the bits of bfloat16, pip install ml_dtypes and pass "
+        way_out += f"{name}.view(ml_dtypes.bfloat16)"
+    raise TypeError(f"{where}: {name} must be {_NAMES}, got {x.dtype}{way_out}")
+
+
+def _check_narrower(where: str, given: dict[str, Array]) -> None:
+    """That the second of two arrays has the type of the first, or a narrower one."""
+    (name, a), (other, b) = given.items()
+    if a.dtype.itemsize == b.dtype.itemsize == 2 and a.dtype.char != b.dtype.char:
+        raise TypeError(f"{where}: float16 and bfloat16 do not mix, got {name} in {a.dtype} and {other} in {b.dtype}")
+    if b.dtype.itemsize > a.dtype.itemsize:
+        raise TypeError(f"{where}: {other} must have {name}'s type or a narrower one, got {b.dtype} for {a.dtype}")
 
 
 def _check_types(where: str, q: Array, k: Array, v: Array) -> None:
@@ -69,8 +94,7 @@ def _check_types(where: str, q: Array, k: Array, v: Array) -> None:
         _check_type(where, name, x)
     if k.dtype.char != v.dtype.char:
         raise TypeError(f"{where}: k and v must have one type, got {k.dtype} and {v.dtype}")
-    if _WIDTHS[k.dtype.char] > _WIDTHS[q.dtype.char]:
-        raise TypeError(f"{where}: k and v must have q's type or a narrower one, got {k.dtype} for q's {q.dtype}")
+    _check_narrower(where, {"q": q, "k and v": k})
 
 
 def _check_fit(where: str, q: Array, k: Array, v: Array, heads: tuple[int, ...], lengths: tuple[int, int]) -> None:
@@ -196,8 +220,10 @@ def _check_lengths(where: str, lengths: Array, len_q: Any, len_k: Any, ambiguous
 def _check_out(out: Any, shape: tuple[int, ...], char: str, where: str = "attention", like: str = "q") -> Array:
     if not isinstance(out, np.ndarray) or isinstance(out, (np.ma.MaskedArray, np.matrix)):
         raise TypeError(f"{where}: out must be a plain numpy.ndarray, got {type(out).__name__}")
-    if out.dtype.char != char:
-        raise TypeError(f"{where}: out must have {like}'s type {_TYPES[char]}, got {out.dtype}")
+    if out.dtype.char != char or not _is_known(out.dtype):
+        wider = "" if char in "fd" else ", or float32"
+        if not wider or out.dtype.char != "f":
+            raise TypeError(f"{where}: out must have {like}'s type {_TYPES[char]}{wider}, got {out.dtype}")
     if out.shape != shape:
         raise ValueError(f"{where}: out must have the shape {shape}, got out.shape={out.shape}")
     if not out.flags.writeable:

@@ -70,9 +70,9 @@ COUNTERS = ("tiles_full", "tiles_partial", "tiles_skipped", "tiles_copied", "pan
 MAX_DIM = QKV_MAX_DIM
 MAX_THREADS = QKV_MAX_THREADS
 OBSTACLES = {
-    QKV_WIDENED: "a type narrower than q's", QKV_SWAPPED: "swapped bytes",
+    QKV_WIDENED: "a type narrower than that of the arithmetic", QKV_SWAPPED: "swapped bytes",
     QKV_STRIDED: "rows whose elements are not adjacent", QKV_UNALIGNED: "addresses that are not aligned",
-    QKV_SCATTERED: "rows that lie far apart",
+    QKV_SCATTERED: "rows that lie far apart", QKV_UNPAIRED: "pairs of bfloat16 that are multiplied, to be put side by side",
 }
 PLAN = object()                                 # as counters: see forward
 
@@ -132,7 +132,12 @@ cdef void fill_strides(qkv_strides *at, cnp.ndarray x, bint heads_first, cnp.nda
 
 
 cdef qkv_type type_of(cnp.ndarray x) noexcept:
-    return QKV_F32 if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT32 else QKV_F64
+    cdef int number = cnp.PyArray_TYPE(x)
+    if number == cnp.NPY_FLOAT32:
+        return QKV_F32
+    if number == cnp.NPY_FLOAT64:
+        return QKV_F64
+    return QKV_F16 if number == cnp.NPY_FLOAT16 else QKV_BF16         # which is not NumPy's: its number is not known
 
 
 cdef const int64_t *integers_of(cnp.ndarray x) noexcept:
@@ -228,6 +233,7 @@ def forward(cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not No
 
     p.type = type_of(q)
     p.kv_type = type_of(k)
+    p.out_type = type_of(out)
     p.swapped_q = cnp.PyArray_ISBYTESWAPPED(q)
     p.swapped_k = cnp.PyArray_ISBYTESWAPPED(k)
     p.swapped_v = cnp.PyArray_ISBYTESWAPPED(v)
@@ -309,6 +315,7 @@ def product(cnp.ndarray a not None, cnp.ndarray b not None, cnp.ndarray c not No
         p.heads_b = cnp.PyArray_DIM(b, cnp.PyArray_NDIM(b) - (3 if b_heads_first else 2))
     p.type = type_of(a)
     p.b_type = type_of(b)
+    p.c_type = type_of(c)
     p.swapped_a = cnp.PyArray_ISBYTESWAPPED(a)
     p.swapped_b = cnp.PyArray_ISBYTESWAPPED(b)
     p.swapped_c = cnp.PyArray_ISBYTESWAPPED(c)
@@ -340,6 +347,7 @@ def softmax(cnp.ndarray x not None, cnp.ndarray mask, cnp.ndarray out not None, 
     cdef qkv_status status
     cdef int i, at, n = cnp.PyArray_NDIM(x)
     p.type = type_of(x)
+    p.out_type = type_of(out)
     p.swapped_x = cnp.PyArray_ISBYTESWAPPED(x)
     p.swapped_out = cnp.PyArray_ISBYTESWAPPED(out)
     p.n_axes = n - 1

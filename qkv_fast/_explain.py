@@ -7,7 +7,7 @@ import numpy as np
 
 from . import _core, _runtime
 from ._attention import attention
-from ._checks import _TYPES, Array, _as_array
+from ._checks import Array, _as_array
 
 
 class Plan(NamedTuple):
@@ -42,8 +42,8 @@ class Plan(NamedTuple):
         results; (query, key) pairs that see each other.
     pairs_all : float
         Pairs if nothing were hidden.
-    shapes : dict
-        Shapes of q, k, v and the result.
+    shapes, dtypes : dict
+        Shapes and element types of q, k, v and the result.
     notes : tuple of str
         Whatever makes the call slower than its shape alone would, in words.
     """
@@ -75,6 +75,7 @@ class Plan(NamedTuple):
     pairs: float
     pairs_all: float
     shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
     notes: tuple[str, ...]
 
     @property
@@ -84,7 +85,7 @@ class Plan(NamedTuple):
         The peaks are measured when this is first asked, in about 0.3 s and 256 MB, and then kept.
         """
         index = _runtime.available_isas().index(self.isa)
-        flops, bandwidth = _runtime.measured_peaks(index, self.dtype == "float64", max(1, self.threads))
+        flops, bandwidth = _runtime.measured_peaks(index, self.kernel.split("_")[1], max(1, self.threads))
         return self.operations / flops, self.bytes / bandwidth
 
     @property
@@ -96,8 +97,11 @@ class Plan(NamedTuple):
         return "\n".join(self._lines())
 
     def _lines(self) -> list[str]:
-        arrays = ", ".join(f"{name} {shape}" for name, shape in self.shapes.items())
-        lines = [f"attention of {arrays}, {self.dtype}"]
+        mixed = set(self.dtypes.values()) != {self.dtype}
+        arrays = ", ".join(
+            f"{name} {shape}" + f" {self.dtypes[name]}" * mixed for name, shape in self.shapes.items()
+        )
+        lines = [f"attention of {arrays}, " + "computed in " * mixed + self.dtype]
         others = ", ".join(name for name in _runtime.available_isas() if name != self.isa)
         lines.append(_row("CPU path", self.isa + (f" (also here: {others})" if others else "")))
         if not self.operations:
@@ -226,12 +230,16 @@ return_lse, out, num_threads
     source = _runtime.threads_source()
     if num_threads is not None:
         asked, source = _runtime.check_threads(num_threads, "explain: num_threads"), "num_threads="
-    isa, dtype = _runtime.available_isas()[index], _TYPES[used["out"].dtype.char].name
+    isa, dtype = _runtime.available_isas()[index], "float64" if used["q"].dtype.itemsize == 8 else "float32"
+    kernel = "decode" if report["decode"] else "attend"
+    kernel += f"_{'f64' if dtype == 'float64' else 'f32'}_{isa.removesuffix('bf16')}"
+    if report["pair"] == 2:  # which is all that this path has of its own
+        kernel = f"attend_bf16_{isa}"
     keys = used["k"].shape[-3 if layout == "blhd" and used["k"].ndim > 2 else -2]
     return Plan(
         isa=isa,
         dtype=dtype,
-        kernel=f"{'decode' if report['decode'] else 'attend'}_{'f64' if dtype == 'float64' else 'f32'}_{isa}",
+        kernel=kernel,
         rows=report["rows"],
         panel_rows=report["panel_rows"],
         vector_rows=report["vector_rows"],
@@ -256,6 +264,7 @@ return_lse, out, num_threads
         pairs=report["pairs"],
         pairs_all=float(math.prod(used["out"].shape[:-1])) * keys,
         shapes={name: x.shape for name, x in used.items()},
+        dtypes={name: x.dtype.name for name, x in used.items()},
         notes=tuple(_notes(report, given, used, out, asked, index)),
     )
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._checks import Array, _as_array, _check_scale, _fail_shapes
+from ._checks import _NAMES, Array, _as_array, _check_scale, _fail_shapes, _is_known
 
 _STEEPEST_SLOPE = 2.0**60  # times any distance, up to 2**62, it is within float32
 
@@ -77,12 +77,12 @@ def _check_mask(where: str, mask: Any) -> Array:
 
 def _check_bias(where: str, bias: Any) -> Array:
     given = _as_array("bias", bias, where)
-    if given.dtype.char in "fd":
+    if _is_known(given.dtype):
         return np.atleast_1d(given)
     ways_out = "; True where a query attends to a key is mask=" if given.dtype == bool else ""
     if given.dtype.kind in "iufV":
         ways_out = "; pass bias.astype('float32') to add it, or as a bool mask= what is not 0 where a query attends"
-    raise TypeError(f"{where}: bias, added to the scores, must be float32 or float64, got {given.dtype}{ways_out}")
+    raise TypeError(f"{where}: bias, added to the scores, must be {_NAMES}, got {given.dtype}{ways_out}")
 
 
 def _check_broadcast(where: str, name: str, x: Array, logits: tuple[int, ...]) -> None:

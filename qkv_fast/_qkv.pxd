@@ -12,6 +12,8 @@ cdef extern from "qkv.h" nogil:
     ctypedef enum qkv_type:
         QKV_F32
         QKV_F64
+        QKV_F16
+        QKV_BF16
 
     ctypedef enum qkv_status:
         QKV_OK
@@ -39,6 +41,7 @@ cdef extern from "qkv.h" nogil:
 
     ctypedef struct qkv_problem:
         qkv_type type, kv_type
+        qkv_type out_type
         int swapped_q, swapped_k, swapped_v, swapped_out
         int n_axes
         int64_t axes[64]
@@ -83,9 +86,11 @@ cdef extern from "qkv.h" nogil:
         QKV_STRIDED
         QKV_UNALIGNED
         QKV_SCATTERED
+        QKV_UNPAIRED
 
     ctypedef struct qkv_report:
         qkv_counters counts
+        int64_t pair
         int64_t decode
         int64_t panel_rows, vector_rows, kernel_keys
         int64_t rows
@@ -101,6 +106,7 @@ cdef extern from "qkv.h" nogil:
 
     ctypedef struct qkv_product_problem:
         qkv_type type, b_type
+        qkv_type c_type
         int swapped_a, swapped_b, swapped_c
         int transposed
         int n_axes
@@ -120,7 +126,7 @@ cdef extern from "qkv.h" nogil:
     qkv_status qkv_product(const qkv_product_problem *problem)
 
     ctypedef struct qkv_softmax_problem:
-        qkv_type type
+        qkv_type type, out_type
         int swapped_x, swapped_out
         int n_axes
         int64_t axes[64]

@@ -306,9 +306,10 @@ def planning() -> contextlib.AbstractContextManager[None]:
 
 
 @functools.lru_cache
-def measured_peaks(isa: int, wide: bool, threads: int) -> tuple[float, float]:
+def measured_peaks(isa: int, kind: str, threads: int) -> tuple[float, float]:
     """Floating-point operations and bytes per second that this machine reaches; measured once, in about 0.3 s."""
-    return _core.fma_rate(wide, threads, 0.03, isa), _core.read_rate(np.ones(1 << 25), threads, 0.1)
+    flops = _core.pair_rate(threads, 0.03) if kind == "bf16" else _core.fma_rate(kind == "f64", threads, 0.03, isa)
+    return flops, _core.read_rate(np.ones(1 << 25), threads, 0.1)
 
 
 # For tests and benchmarks

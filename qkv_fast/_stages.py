@@ -8,11 +8,11 @@ import numpy as np
 
 from . import _core, _runtime
 from ._checks import (
-    _WIDTHS,
     Array,
     _as_array,
     _broadcast,
     _check_layout,
+    _check_narrower,
     _check_out,
     _check_scale,
     _check_type,
@@ -35,16 +35,17 @@ def scores(
     Parameters
     ----------
     q : array_like, shape (..., Hq, Lq, D)
-        Queries, float32 or float64. Or (Lq, D), if k is 2-D as well.
+        Queries, float16, bfloat16 (of ml_dtypes), float32 or float64. Or (Lq, D), if k is 2-D as well.
     k : array_like, shape (..., Hkv, Lk, D)
-        Keys, of q's type or a narrower one. ``Hq`` is a multiple of ``Hkv``; query head h reads key head
-        ``h // (Hq // Hkv)``. The axes left of the heads broadcast.
+        Keys, of q's type or a narrower one; float16 and bfloat16 do not mix. ``Hq`` is a multiple of ``Hkv``; query
+        head h reads key head ``h // (Hq // Hkv)``. The axes left of the heads broadcast.
     scale : float, optional
         Any finite number; ``1 / sqrt(D)`` by default (1 for D = 0).
     layout : {"bhld", "blhd"}, default "bhld"
         ``"blhd"`` swaps the head and length axes of q and k. The scores are head-first in either.
     out : ndarray, optional
-        Where to write the result: its exact shape, q's type, any strides. It may overlap an input.
+        Where to write the result: its exact shape, q's type (or float32 for 16-bit q), any strides. It may overlap an
+        input.
     num_threads : int, optional
         Threads for this call; see `get_num_threads` for the default.
 
@@ -56,7 +57,7 @@ def scores(
     Raises
     ------
     TypeError
-        An argument of the wrong kind: element types other than float32 and float64, masked arrays, `np.matrix`.
+        An argument of the wrong kind: other element types, masked arrays, `np.matrix`.
     ValueError
         Shapes that do not fit, a scale that is not finite, an unknown layout.
     OverflowError
@@ -115,14 +116,16 @@ def weighted_values(
     Parameters
     ----------
     p : array_like, shape (..., Hq, Lq, Lk)
-        Weights, float32 or float64, as from `softmax`. Or (Lq, Lk), if v is 2-D as well.
+        Weights, as from `softmax`; float16, bfloat16 (of ml_dtypes), float32 or float64. Or (Lq, Lk), if v is 2-D as
+        well.
     v : array_like, shape (..., Hkv, Lk, Dv)
-        Values, of p's type or a narrower one. ``Hq`` is a multiple of ``Hkv``; weight head h reads value head
-        ``h // (Hq // Hkv)``. The axes left of the heads broadcast.
+        Values, of p's type or a narrower one; float16 and bfloat16 do not mix. ``Hq`` is a multiple of ``Hkv``; weight
+        head h reads value head ``h // (Hq // Hkv)``. The axes left of the heads broadcast.
     layout : {"bhld", "blhd"}, default "bhld"
         ``"blhd"`` swaps the head and length axes of v and of the result. The weights are head-first in either.
     out : ndarray, optional
-        Where to write the result: its exact shape, p's type, any strides. It may overlap an input.
+        Where to write the result: its exact shape, p's type (or float32 for 16-bit p), any strides. It may overlap an
+        input.
     num_threads : int, optional
         Threads for this call; see `get_num_threads` for the default.
 
@@ -134,7 +137,7 @@ def weighted_values(
     Raises
     ------
     TypeError
-        An argument of the wrong kind: element types other than float32 and float64, masked arrays, `np.matrix`.
+        An argument of the wrong kind: other element types, masked arrays, `np.matrix`.
     ValueError
         Shapes that do not fit, an unknown layout.
     OverflowError
@@ -186,13 +189,14 @@ def softmax(
     Parameters
     ----------
     x : array_like
-        float32 or float64, of any shape with at least one axis.
+        float16, bfloat16 (of ml_dtypes), float32 or float64, of any shape with at least one axis.
     axis : int, default -1
         The axis whose elements sum to 1.
     mask : array_like of bool, optional
         Broadcasts to x's shape. True: the element takes part; False: its weight is 0, whatever it is.
     out : ndarray, optional
-        Where to write the result: x's shape and type, any strides. It may be x itself, or overlap an input.
+        Where to write the result: x's shape and type (or float32 for 16-bit x), any strides. It may be x itself, or
+        overlap an input.
     num_threads : int, optional
         Threads for this call; see `get_num_threads` for the default.
 
@@ -205,7 +209,7 @@ def softmax(
     Raises
     ------
     TypeError
-        An argument of the wrong kind: element types other than float32 and float64, a mask that is not bool.
+        An argument of the wrong kind: other element types, a mask that is not bool.
     ValueError
         No axis, a mask that does not broadcast to x, an `out` that does not fit.
     numpy.exceptions.AxisError
@@ -267,7 +271,7 @@ def softmax(
         result = target = _check_out(out, x.shape, x.dtype.char, where, "x")
         in_place = _same_memory(out, x)
         if any(np.may_share_memory(out, y) for y in (x, mask) if y is not None and not (y is x and in_place)):
-            target = _empty(x.shape, x.dtype.char, where)
+            target = _empty(x.shape, out.dtype.char, where)
     _core.softmax(x, mask, target, axis % x.ndim, threads, isa, counters)
     if target is not result:
         result[...] = target
@@ -279,8 +283,7 @@ def _matrices(where: str, **given: Any) -> tuple[Array, Array]:
     (name, a), (other, b) = ((name, _as_array(name, x, where)) for name, x in given.items())
     _check_type(where, name, a)
     _check_type(where, other, b)
-    if _WIDTHS[b.dtype.char] > _WIDTHS[a.dtype.char]:
-        raise TypeError(f"{where}: {other} must have {name}'s type or a narrower one, got {b.dtype} for {a.dtype}")
+    _check_narrower(where, {name: a, other: b})
     if not a.ndim == b.ndim == 2 and min(a.ndim, b.ndim) < 3:
         _fail_shapes(where, f"{name}, {other} must have 3 or more axes each, or 2 each", **{name: a, other: b})
     return a, b
@@ -312,19 +315,21 @@ def _product(
     else:
         result = target = _check_out(out, shape, a.dtype.char, where, like)
         if np.may_share_memory(out, a) or np.may_share_memory(out, b):
-            target = _empty(shape, a.dtype.char, where)
+            target = _empty(shape, out.dtype.char, where)
     rest = 1.0
-    if a.dtype.itemsize == 4 and scale and not 2.0**-200 < abs(scale) < 2.0**200:
+    if a.dtype.itemsize < 8 and scale and not 2.0**-200 < abs(scale) < 2.0**200:
         scale, rest = math.copysign(2.0 ** (200 if abs(scale) > 1 else -200), scale), abs(scale)
         rest /= abs(scale)
+        if target.itemsize == 2:  # which are rounded once
+            target = _empty(shape, "f", where)
     _core.product(a, b, target, where == "scores", *heads_first, scale, threads, isa, counters)
     with np.errstate(all="ignore"):
         while rest != 1:  # in steps within the type: 0 times infinity would be NaN
             step = min(max(rest, 2.0**-100), 2.0**100)
             np.multiply(target, target.dtype.type(step), out=target)
             rest /= step
-    if target is not result:
-        result[...] = target
+        if target is not result:
+            result[...] = target
     return result
 
 

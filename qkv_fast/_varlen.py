@@ -50,7 +50,7 @@ def attention_varlen(
     Parameters
     ----------
     q : array_like, shape (Tq, Hq, D)
-        Queries of all sequences, float32 or float64; D up to 1024.
+        Queries of all sequences, float16, bfloat16 (of ml_dtypes), float32 or float64; D up to 1024.
     k : array_like, shape (Tk, Hkv, D)
         Keys of all sequences, of q's type or a narrower one. ``Hq`` is a multiple of ``Hkv``.
     v : array_like, shape (Tk, Hkv, Dv)
@@ -74,7 +74,8 @@ def attention_varlen(
     return_lse : bool, default False
         Return the natural log-sum-exp of each row's scores as well.
     out : ndarray, optional
-        Where to write the result: its exact shape, q's type, any strides. It may overlap an input.
+        Where to write the result: its exact shape, q's type (or float32 for 16-bit q), any strides. It may overlap an
+        input.
     num_threads : int, optional
         Threads for this call; see `get_num_threads` for the default.
 
@@ -155,8 +156,8 @@ def attention_varlen(
     else:
         result = target = _check_out(out, shape, char, where)
         if any(np.may_share_memory(out, x) for x in (q, k, v)) or extras.overlaps(out):
-            target = _empty(shape, char, where)
-    lse = _empty((q.shape[1], q.shape[0]), char, where) if return_lse else None
+            target = _empty(shape, out.dtype.char, where)
+    lse = _empty((q.shape[1], q.shape[0]), "d" if char == "d" else "f", where) if return_lse else None
     _core.forward(
         q, k, v, target, lse, False, scale, left, right, offsets, lengths, threads, isa, counters, extras
     )  # fmt: skip

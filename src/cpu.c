@@ -9,10 +9,12 @@
 
 #include "qkv.h"
 
-extern const qkv_isa qkv_avx512, qkv_avx2, qkv_portable;
-extern const qkv_pairs qkv_avx512bf16;
+extern const qkv_isa qkv_avx512bf16, qkv_avx512, qkv_avx2, qkv_portable;
 
 static const qkv_isa *const built[] = {                /* best first */
+#ifdef QKV_HAVE_AVX512BF16
+    &qkv_avx512bf16,
+#endif
 #ifdef QKV_HAVE_AVX512
     &qkv_avx512,
 #endif
@@ -22,13 +24,6 @@ static const qkv_isa *const built[] = {                /* best first */
     &qkv_portable,
 };
 enum { BUILT = sizeof built / sizeof built[0] };
-
-static const qkv_pairs *const built_pairs[] = {
-#ifdef QKV_HAVE_AVX512BF16
-    &qkv_avx512bf16,
-#endif
-    NULL
-};
 
 #if defined(__x86_64__) || defined(_M_X64)
 
@@ -54,13 +49,14 @@ static uint64_t enabled_states(void)
 static uint32_t detect(void)
 {
     enum { EAX = 0, EBX = 1, ECX = 2 };
-    enum { FMA = 1 << 12, OSXSAVE = 1 << 27, AVX = 1 << 28 };                         /* leaf 1, ecx */
+    enum { FMA = 1 << 12, OSXSAVE = 1 << 27, AVX = 1 << 28, F16C = 1 << 29 };         /* leaf 1, ecx */
     enum { AVX2 = 1 << 5, F = 1 << 16, DQ = 1 << 17, CD = 1 << 28, BW = 1 << 30 };    /* leaf 7, ebx */
     enum { BF16 = 1 << 5 };                                                           /* leaf 7.1, eax */
     const uint32_t VL = 1u << 31;
     const uint64_t YMM = 0x6, ZMM = 0xe6;              /* register states that the system saves */
-    uint32_t one[4], seven[4], more[4], have = 0;
+    uint32_t zero[4], one[4], seven[4], more[4], have = 0;
 
+    cpuid(0, 0, zero);
     cpuid(1, 0, one);
     if (!(one[ECX] & OSXSAVE) || !(one[ECX] & AVX))
         return 0;
@@ -69,11 +65,15 @@ static uint32_t detect(void)
     cpuid(7, seven[EAX] >= 1, more);                   /* seven's eax is the last of its subleaves */
     if ((states & YMM) == YMM) {
         have |= one[ECX] & FMA ? QKV_CPU_FMA : 0;
+        have |= one[ECX] & F16C ? QKV_CPU_F16C : 0;
         have |= seven[EBX] & AVX2 ? QKV_CPU_AVX2 : 0;
     }
     const uint32_t all = F | DQ | CD | BW | VL;
     if ((states & ZMM) == ZMM && (seven[EBX] & all) == all)
         have |= QKV_CPU_AVX512 | (seven[EAX] >= 1 && more[EAX] & BF16 ? QKV_CPU_AVX512BF16 : 0);
+    /* Twice the rate of multiply-adds on Zen 4 and later; on Sapphire Rapids less than theirs. */
+    if (have & QKV_CPU_AVX512BF16 && zero[ECX] == 0x444d4163)      /* AuthentiCAMD */
+        have |= QKV_CPU_FAST_PAIRS;
     return have;
 }
 
@@ -108,7 +108,8 @@ uint32_t qkv_built_needs(int path) { return path >= 0 && path < BUILT ? built[pa
 
 const char *qkv_feature_name(int bit)
 {
-    static const char *const names[] = {"avx2", "fma", "avx512 (f, vl, dq, bw, cd)", "avx512bf16"};     /* as QKV_CPU_... */
+    static const char *const names[] = {"avx2", "fma", "avx512 (f, vl, dq, bw, cd)", "avx512bf16", "f16c",
+                                        "fast avx512bf16 (amd)"};     /* as QKV_CPU_... */
     return bit >= 0 && (size_t)bit < sizeof names / sizeof names[0] ? names[bit] : NULL;
 }
 
@@ -127,10 +128,11 @@ const char *qkv_compiler(void)
 #endif
 }
 
-const qkv_pairs *qkv_pairs_here(void)
+const qkv_kernels *qkv_kernels_at(int index, int type)
 {
-    const qkv_pairs *pairs = built_pairs[0];
-    return pairs && (qkv_features() & pairs->needs) == pairs->needs ? pairs : NULL;
+    while (!qkv_isa_at(index)->type[type])
+        index++;
+    return qkv_isa_at(index)->type[type];
 }
 
 const char *qkv_isa_name(int index)

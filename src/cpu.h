@@ -5,6 +5,6 @@
 #include "kernels/kernels.h"
 
 const qkv_isa *qkv_isa_at(int index);                  /* best first; NULL past the end */
-const qkv_pairs *qkv_pairs_here(void);                 /* NULL where the build or the CPU has none */
+const qkv_kernels *qkv_kernels_at(int index, int type);      /* of float32 or float64, of this path or the first after it that has them */
 
 #endif

@@ -51,14 +51,14 @@ static void stack_queries(few *t)
     for (int64_t r = 0; r < t->count; r++) {
         char *from = (char *)p->q + t->q_offset + row_offset(t, r, &p->q_at);
         rows[r] = from;
-        if (!plan->direct_q) {
-            char *copy = t->scratch + plan->few.at_copies + (size_t)(r * p->dim) * (size_t)plan->kernels->size;
-            qkv_rows one = {from, 0, (ptrdiff_t)p->q_at.dim, plan->kernels->size, p->swapped_q};
-            plan->kernels->gather(copy, 0, &one, 1, (int)p->dim);
+        if (!plan->few.direct_q) {
+            char *copy = t->scratch + plan->few.at_copies + (size_t)(r * p->dim) * (size_t)plan->few.kernels->size;
+            qkv_rows one = {from, 0, (ptrdiff_t)p->q_at.dim, p->type, p->swapped_q};
+            plan->few.kernels->gather(copy, 0, &one, 1, (int)p->dim);
             rows[r] = copy;
         }
     }
-    plan->kernels->decode_stack(t->scratch + plan->few.at_q, plan->few.q_row, rows, (int)t->count, (int)p->dim,
+    plan->few.kernels->decode_stack(t->scratch + plan->few.at_q, plan->few.q_row, rows, (int)t->count, (int)p->dim,
                                 plan->q_factor);
 }
 
@@ -66,7 +66,7 @@ static void stack_queries(few *t)
 static void use_state(few *t, char *state)
 {
     t->stack.o = state;
-    t->stack.m = state + t->count * t->plan->few.o_row * t->plan->kernels->size;
+    t->stack.m = state + t->count * t->plan->few.o_row * t->plan->few.kernels->size;
     t->stack.l = state + (int64_t)t->plan->few.state_bytes - (int64_t)t->plan->few.l_bytes;
 }
 
@@ -108,16 +108,16 @@ static const char *piece(few *t, int values, int64_t first, int64_t *last, ptrdi
     const qkv_run *run = &p->runs[t->run];
     char *data = (char *)(values ? run->v : run->k) + (values ? t->v_offset : t->k_offset) + (first - run->first) * at->row;
     *last = qkv_min(*last, run->first + run->count);
-    if (!(values ? plan->copy_v : plan->copy_k)) {
-        *row = (ptrdiff_t)(at->row / plan->kernels->size);
+    if (!(values ? plan->few.copy_v : plan->few.copy_k)) {
+        *row = (ptrdiff_t)(at->row / plan->few.kernels->size);
         return data;
     }
     *last = qkv_min(*last, first + plan->few.pass);
     *row = (ptrdiff_t)(values ? plan->copy_row_v : plan->copy_row_k);
-    qkv_rows from = {data, (ptrdiff_t)at->row, (ptrdiff_t)at->dim, p->kv_type == QKV_F32 ? 4 : 8,
+    qkv_rows from = {data, (ptrdiff_t)at->row, (ptrdiff_t)at->dim, p->kv_type,
                      values ? p->swapped_v : p->swapped_k};
     char *copy = t->scratch + (values ? plan->few.at_v : plan->few.at_k);
-    plan->kernels->gather(copy, *row, &from, (int)(*last - first), (int)(values ? p->dim_v : p->dim));
+    plan->few.kernels->gather(copy, *row, &from, (int)(*last - first), (int)(values ? p->dim_v : p->dim));
     t->counters->tiles_copied++;
     return copy;
 }
@@ -156,7 +156,7 @@ static void find_mask(few *t, int64_t base)
 /* The state of one chunk's keys alone. */
 static void attend_chunk(few *t, int64_t chunk, char *state)
 {
-    const qkv_kernels *kernels = t->plan->kernels;
+    const qkv_kernels *kernels = t->plan->few.kernels;
     const char *rows;
     ptrdiff_t row;
     int64_t base = chunk * t->plan->chunk, first = qkv_max(base, t->any.lo), last = qkv_min(base + t->plan->chunk, t->any.hi);
@@ -182,7 +182,7 @@ static void merge(few *t, char *total, char *state)
     use_state(t, state);
     qkv_stack of = t->stack;
     use_state(t, total);
-    t->plan->kernels->decode_merge(&t->stack, of.o, of.m, of.l);
+    t->plan->few.kernels->decode_merge(&t->stack, of.o, of.m, of.l);
 }
 
 /* The total of no keys: the sinks. */
@@ -190,10 +190,10 @@ static void begin_total(few *t)
 {
     char *total = t->scratch + t->plan->few.at_total;
     use_state(t, total);
-    memset(total, 0, (size_t)(t->count * t->plan->few.o_row * t->plan->kernels->size));
+    memset(total, 0, (size_t)(t->count * t->plan->few.o_row * t->plan->few.kernels->size));
     limit_rows(t, 0, 0, 0);
     find_mask(t, 0);
-    t->plan->kernels->decode_weigh(&t->stack);
+    t->plan->few.kernels->decode_weigh(&t->stack);
     qkv_begin_sinks(t->problem, t->plan, t->head, 0, t->count, t->stack.m, t->stack.l);
 }
 
@@ -228,12 +228,12 @@ static int write_rows(few *t)
     for (int64_t r = 0; r < t->count; r++)
         rows[r] = plan->direct_out
             ? p->out + t->out_offset + row_offset(t, r, &p->out_at)
-            : t->scratch + plan->few.at_copies + (size_t)(r * p->dim_v) * (size_t)plan->kernels->size;
-    int finite = plan->kernels->decode_finish(rows, &t->stack);
+            : t->scratch + plan->few.at_copies + (size_t)(r * p->dim_v) * (size_t)plan->few.kernels->size;
+    int finite = plan->few.kernels->decode_finish(rows, &t->stack);
     for (int64_t r = 0; r < t->count && !plan->direct_out; r++) {
         qkv_rows to = {p->out + t->out_offset + row_offset(t, r, &p->out_at), 0, (ptrdiff_t)p->out_at.dim,
-                       plan->kernels->size, p->swapped_out};
-        plan->kernels->scatter(&to, rows[r], 0, 1, (int)p->dim_v);
+                       p->out_type, p->swapped_out};
+        plan->few.kernels->scatter(&to, rows[r], 0, 1, (int)p->dim_v);
     }
     if (p->lse)
         qkv_write_lse(p, plan, t->sequence, t->head, 0, t->count, t->stack.m, t->stack.l);

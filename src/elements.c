@@ -56,7 +56,7 @@ static const void *const *bias_rows(const qkv_query_tile *t, const qkv_panel *x,
             rows[j] = rows[j - 1];
         } else {
             char *copy = t->scratch + plan->at_bias + (size_t)j * row_bytes;
-            qkv_rows one = {from, 0, (ptrdiff_t)p->bias_at.dim, p->bias_type == QKV_F32 ? 4 : 8, p->swapped_bias};
+            qkv_rows one = {from, 0, (ptrdiff_t)p->bias_at.dim, p->bias_type, p->swapped_bias};
             plan->kernels->gather(copy, 0, &one, 1, (int)(last - first));
             rows[j] = copy;
         }

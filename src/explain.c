@@ -182,7 +182,7 @@ static qkv_status walk(const qkv_problem *p, const qkv_plan *plan, qkv_counters 
     kernels.expect = no_expect;
     kernels.finish = no_finish;
     kernels.finite = all_finite;
-    kernels.gather = no_gather;
+    kernels.gather = kernels.gather_terms = kernels.gather_values = no_gather;
     kernels.scatter = no_scatter;
     kernels.decode_stack = no_stack;
     kernels.decode_score = kernels.decode_value = no_product;
@@ -190,7 +190,7 @@ static qkv_status walk(const qkv_problem *p, const qkv_plan *plan, qkv_counters 
     kernels.decode_merge = no_states;
     kernels.decode_finish = finite_rows;
     qkv_plan dry_plan = *plan;
-    dry_plan.kernels = &kernels;
+    dry_plan.kernels = dry_plan.few.kernels = &kernels;
     qkv_problem dry = *p;
     dry.lse = NULL;
     dry.counters = counters;
@@ -272,6 +272,7 @@ qkv_status qkv_explain(const qkv_problem *p, qkv_report *report)
     qkv_plan plan;
     qkv_status status = qkv_make_plan(p, &plan);
     memset(report, 0, sizeof *report);
+    report->pair = plan.kernels->pair;
     report->decode = plan.decode;
     report->panel_rows = plan.decode ? plan.rows : plan.kernels->lanes;
     report->vector_rows = plan.decode ? plan.rows : plan.kernels->vector;
@@ -292,7 +293,8 @@ qkv_status qkv_explain(const qkv_problem *p, qkv_report *report)
     report->obstacles_out = plan.obstacles_out;
     report->scratch_bytes = (double)plan.threads * (double)(sizeof(qkv_counters) + plan.scratch_bytes) + (double)plan.shared_bytes;
 
-    int64_t kv_size = p->kv_type == QKV_F32 ? 4 : 8;
+    double sizes = (double)(p->dim * qkv_size(p->type) + p->dim_v * qkv_size(p->out_type))
+        + (p->lse ? plan.kernels->size : 0);
     double all_keys = 0;
     if (p->q_starts || p->spans || plan.masked) {
         status = count_by_walking(p, &plan, report, &all_keys);
@@ -303,7 +305,7 @@ qkv_status qkv_explain(const qkv_problem *p, qkv_report *report)
     }
     report->operations = 2 * report->pairs * (double)(p->dim + p->dim_v);
     double rows = (double)p->heads_q * (double)qkv_query_index(p, plan.sequences, 0);
-    report->bytes = rows * (double)(p->dim + p->dim_v + (p->lse != NULL)) * plan.kernels->size
-                    + all_keys * (double)(p->dim + p->dim_v) * (double)kv_size;
+    report->bytes = rows * sizes
+                    + all_keys * (double)(p->dim + p->dim_v) * qkv_size(p->kv_type);
     return QKV_OK;
 }

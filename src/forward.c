@@ -54,14 +54,13 @@ static const char *fetch(const qkv_query_tile *t, int values, int64_t first, int
         return (values ? r->v : r->k) + offset + (first - r->first) * at->row;
     }
     t->counters->tiles_copied++;
-    int size = p->kv_type == QKV_F32 ? 4 : 8;
     char *copy = t->scratch + (values ? plan->at_v : plan->at_k);
     for (int64_t key = first; key < last; r++) {
         int64_t end = qkv_min(last, r->first + r->count);
         char *data = (char *)(values ? r->v : r->k) + offset + (key - r->first) * at->row;
-        qkv_rows from = {data, (ptrdiff_t)at->row, (ptrdiff_t)at->dim, size, values ? p->swapped_v : p->swapped_k};
-        plan->kernels->gather(copy + (key - first) * copy_row * plan->kernels->size, copy_row, &from, (int)(end - key),
-                              (int)d);
+        qkv_rows from = {data, (ptrdiff_t)at->row, (ptrdiff_t)at->dim, p->kv_type, values ? p->swapped_v : p->swapped_k};
+        char *to = copy + (key - first) / (values ? plan->kernels->pair : 1) * copy_row * plan->kernels->size;
+        (values ? plan->kernels->gather_values : plan->kernels->gather_terms)(to, copy_row, &from, (int)(end - key), (int)d);
         key = end;
     }
     *row = (ptrdiff_t)copy_row;
@@ -86,7 +85,7 @@ static void attend_keys(const qkv_query_tile *t, pass_rows *kv, int64_t block_fi
     tile->k_row = kv->k_row;
     tile->v_row = kv->v_row;
     tile->k = kv->k + (first - kv->first) * kv->k_row * (int64_t)kernels->size;
-    tile->v = kv->v + (first - kv->first) * kv->v_row * (int64_t)kernels->size;
+    tile->v = kv->v + (first - kv->first) / kernels->pair * kv->v_row * (int64_t)kernels->size;
     tile->nk = (int)(last - first);
     tile->skew = (int)(first - block_first);
     kernels->attend(tile);
@@ -131,14 +130,15 @@ static void attend_block(const qkv_query_tile *t, const qkv_panel *x, pass_rows 
     qkv_tile whole = {
         .q = x->q, .s = t->scratch + plan->at_s,
         .o = x->state, .m = qkv_state_m(plan, x->state), .l = qkv_state_l(plan, x->state), .c = plan->c,
-        .d = (int)p->dim, .dv = (int)p->dim_v, .nv = x->nv, .cold = cold, .careful = careful,
+        .d = (int)plan->terms, .dv = (int)p->dim_v, .nv = x->nv, .cold = cold, .careful = careful,
     };
     qkv_kind kind = qkv_cut(&x->limits[0], &first, &last);
     if (kind == QKV_SKIP) {
         t->counters->tiles_skipped += x->nv;
         return;
     }
-    if (kind == QKV_FULL && !careful && attend_full(t, x, kv, block_first, first, last, whole))
+    int whole_pairs = (first - block_first) % kernels->pair == 0;
+    if (kind == QKV_FULL && !careful && whole_pairs && attend_full(t, x, kv, block_first, first, last, whole))
         return;
     /* Rows of the panel see different keys: vector by vector, each cut down to its own, wastes least. */
     int32_t lo[MAX_VECTOR], hi[MAX_VECTOR];
@@ -153,7 +153,8 @@ static void attend_block(const qkv_query_tile *t, const qkv_panel *x, pass_rows 
             last = qkv_min(block_last, last + (rows - (last - block_first) % rows) % rows);
         }
         qkv_tile one = whole;
-        int limited = kind == QKV_PARTIAL;
+        int odd = kind == QKV_FULL && (first - block_first) % kernels->pair, limited = kind == QKV_PARTIAL || odd;
+        first -= odd;
         if (kind != QKV_SKIP && plan->masked) {
             qkv_kind masked = qkv_look(t, x, i * w, w, first, last, &one);
             kind = masked == QKV_FULL ? kind : masked;

@@ -12,7 +12,7 @@ int qkv_exp2(int isa, qkv_type type, const void *x, void *y, int64_t n)
     const qkv_isa *path = qkv_isa_at(isa);
     if (!path)
         return 0;
-    path->type[type]->exp2(x, y, n);
+    qkv_kernels_at(isa, type)->exp2(x, y, n);
     return 1;
 }
 
@@ -91,13 +91,15 @@ static double measure(qkv_task function, measurement m, int threads)
 double qkv_fma_rate(int isa, qkv_type type, int threads, double seconds)
 {
     const qkv_isa *path = qkv_isa_at(isa);
-    return path ? measure(measure_fma, (measurement){.fma = path->type[type]->fma, .seconds = seconds}, threads) : 0;
+    return path ? measure(measure_fma, (measurement){.fma = qkv_kernels_at(isa, type)->fma, .seconds = seconds}, threads) : 0;
 }
 
 double qkv_pair_rate(int threads, double seconds)
 {
-    const qkv_pairs *pairs = qkv_pairs_here();
-    return pairs ? measure(measure_fma, (measurement){.fma = pairs->fma, .seconds = seconds}, threads) : 0;
+    for (int isa = 0; qkv_isa_at(isa); isa++)
+        if (qkv_isa_at(isa)->pairs)
+            return measure(measure_fma, (measurement){.fma = qkv_isa_at(isa)->pairs->fma, .seconds = seconds}, threads);
+    return 0;
 }
 
 double qkv_read_rate(const void *data, size_t bytes, int threads, double seconds)

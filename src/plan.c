@@ -54,6 +54,11 @@ static const double SERIAL_FLOPS = 3e6;                 /* about 30 us of one co
 static const double SERIAL_BYTES = 1 << 20;             /* the same where K and V are read once */
 static const double TASK_FLOPS = 2e9;                   /* about 20 ms, so that an interrupt is seen between tasks */
 
+_Static_assert((int)QKV_AS_F32 == QKV_F32 && (int)QKV_AS_F64 == QKV_F64 && (int)QKV_AS_F16 == QKV_F16
+               && (int)QKV_AS_BF16 == QKV_BF16, "kernels number types as problems do");
+
+static const qkv_kernels *kernels_of(int isa, qkv_type type) { return qkv_kernels_at(isa, (int)qkv_arithmetic(type)); }
+
 static size_t align(size_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
 static int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
@@ -65,13 +70,27 @@ static int multiply(int64_t a, int64_t b, int64_t *product)
     return 1;
 }
 
-/* What keeps a row of elements from being used where it lies; 0 if nothing does. */
-static int obstacles(const void *data, int n_axes, const qkv_strides *at, int swapped, int size)
+/* A number that is a multiple of a power of two if all addresses of rows are. */
+static int64_t places(const void *data, int n_axes, const qkv_strides *at)
 {
     int64_t bits = (int64_t)(uintptr_t)data | at->head | at->row;
     for (int i = 0; i < n_axes; i++)
         bits |= at->axis[i];
+    return bits;
+}
+
+/* What keeps a row of elements from being used where it lies; 0 if nothing does. */
+static int obstacles(const void *data, int n_axes, const qkv_strides *at, int swapped, int size)
+{
+    int64_t bits = places(data, n_axes, at);
     return (swapped ? QKV_SWAPPED : 0) | (at->dim != size ? QKV_STRIDED : 0) | (bits % size ? QKV_UNALIGNED : 0);
+}
+
+/* The same for rows of which pairs are multiplied. */
+static int pair_obstacles(const void *data, int n_axes, const qkv_strides *at, int swapped, int64_t dim)
+{
+    int odd = dim % 2 || places(data, n_axes, at) % 4;
+    return obstacles(data, n_axes, at, swapped, 2) | (odd ? QKV_UNPAIRED : 0);
 }
 
 /* Rows that lie far apart, as in (length, heads, dim) arrays. */
@@ -83,24 +102,29 @@ static int is_scattered(const qkv_strides *at, int64_t dim)
 
 static void choose_copies(const qkv_problem *p, qkv_plan *plan)
 {
-    int size = plan->kernels->size, kv_size = p->kv_type == QKV_F32 ? 4 : 8;
-    int widened = p->kv_type != p->type ? QKV_WIDENED : 0;
+    qkv_type arithmetic = qkv_arithmetic(p->type);
+    int kv_size = qkv_size(p->kv_type), widened = p->kv_type != arithmetic ? QKV_WIDENED : 0;
     /* A copy of scattered rows pays only if several panels share it. */
     int shared = plan->rows > 2 * plan->kernels->lanes;
     int kv_axes = p->run_of ? 0 : p->n_axes;
-    plan->copy_k = widened | (shared && is_scattered(&p->k_at, p->dim) ? QKV_SCATTERED : 0);
-    plan->copy_v = widened | (shared && is_scattered(&p->v_at, p->dim_v) ? QKV_SCATTERED : 0);
+    int pairs = plan->kernels->pair > 1;
+    plan->copy_k = (pairs ? 0 : widened) | (shared && is_scattered(&p->k_at, p->dim) ? QKV_SCATTERED : 0);
+    plan->copy_v = (pairs ? QKV_UNPAIRED : widened) | (shared && is_scattered(&p->v_at, p->dim_v) ? QKV_SCATTERED : 0);
     for (int64_t i = 0; i < p->n_runs; i++) {
-        plan->copy_k |= obstacles(p->runs[i].k, kv_axes, &p->k_at, p->swapped_k, kv_size);
+        plan->copy_k |= pairs ? pair_obstacles(p->runs[i].k, kv_axes, &p->k_at, p->swapped_k, p->dim)
+                              : obstacles(p->runs[i].k, kv_axes, &p->k_at, p->swapped_k, kv_size);
         plan->copy_v |= obstacles(p->runs[i].v, kv_axes, &p->v_at, p->swapped_v, kv_size);
     }
     int row_axes = p->q_starts ? 0 : p->n_axes;
-    plan->obstacles_q = obstacles(p->q, row_axes, &p->q_at, p->swapped_q, size);
-    plan->obstacles_out = obstacles(p->out, row_axes, &p->out_at, p->swapped_out, size);
+    plan->obstacles_q = pairs ? pair_obstacles(p->q, row_axes, &p->q_at, p->swapped_q, p->dim)
+        : (p->type != arithmetic ? QKV_WIDENED : 0)
+          | obstacles(p->q, row_axes, &p->q_at, p->swapped_q, qkv_size(p->type));
+    plan->obstacles_out = (p->out_type != arithmetic ? QKV_WIDENED : 0)
+        | obstacles(p->out, row_axes, &p->out_at, p->swapped_out, qkv_size(p->out_type));
     plan->direct_q = !plan->obstacles_q;
     plan->direct_out = !plan->obstacles_out;
-    plan->direct_bias = p->bias && p->bias_type == p->type
-        && !obstacles(p->bias, p->n_axes, &p->bias_at, p->swapped_bias, size);
+    plan->direct_bias = p->bias && p->bias_type == arithmetic
+        && !obstacles(p->bias, p->n_axes, &p->bias_at, p->swapped_bias, qkv_size(arithmetic));
     plan->direct_mask = p->mask && p->mask_at.dim == 1 && !p->q_ids;
 }
 
@@ -142,16 +166,17 @@ static void lay_out_scratch(const qkv_problem *p, qkv_plan *plan)
     size_t vectors = lanes / (size_t)plan->kernels->vector;
     size_t panels = (size_t)plan->tile_panels, dim = (size_t)p->dim, dim_v = (size_t)p->dim_v;
     size_t at = 0;
+    int64_t pair = plan->kernels->pair;
 #define TAKE(field, bytes) (plan->field = at, at += align(bytes))
     TAKE(at_panels, panels * QKV_PANEL_BYTES);
     TAKE(at_limits, panels * ((vectors + 1) * sizeof(qkv_limits) + lanes * sizeof(qkv_range)));
     TAKE(at_rows, lanes * sizeof(void *));
-    TAKE(at_q, panels * dim * lanes * size);
+    TAKE(at_q, panels * (size_t)plan->terms * lanes * size);
     TAKE(at_state, panels * plan->state_bytes);
     TAKE(at_total, plan->merges ? panels * plan->state_bytes : 0);
     TAKE(at_s, (size_t)plan->block * lanes * size);
     TAKE(at_k, plan->copy_k || p->n_runs > 1 ? (size_t)(plan->pass * plan->copy_row_k) * size : 0);
-    TAKE(at_v, plan->copy_v || p->n_runs > 1 ? (size_t)(plan->pass * plan->copy_row_v) * size : 0);
+    TAKE(at_v, plan->copy_v || p->n_runs > 1 ? (size_t)(plan->pass / pair * plan->copy_row_v) * size : 0);
     TAKE(at_tile, plan->direct_q && plan->direct_out ? 0 : lanes * (dim > dim_v ? dim : dim_v) * size);
     TAKE(at_lanes, plan->adjust ? panels * lanes * QKV_LANE_BYTES : 0);
     TAKE(at_pointers, plan->adjust ? 2 * lanes * sizeof(void *) : 0);
@@ -213,6 +238,10 @@ static void plan_few(const qkv_problem *p, qkv_plan *plan)
     plan->decode = plan->rows <= few->most;
     if (!plan->decode && !p->q_starts)
         return;
+    few->kernels = plan->kernels;
+    few->copy_k = plan->copy_k;
+    few->copy_v = plan->copy_v;
+    few->direct_q = plan->direct_q;
     int64_t n = qkv_min(few->most, plan->rows);
     size_t at = 0, rows = (size_t)n, dim = (size_t)qkv_max(p->dim, p->dim_v);
     few->pass = qkv_min(CHUNK, qkv_max(16, COPY_PASS_BYTES / ((p->dim + p->dim_v + 1) * size) / 16 * 16));
@@ -268,12 +297,21 @@ static int count_work(const qkv_problem *p, const qkv_plan *plan, int64_t *panel
     return 1;
 }
 
+/* Pairs are multiplied where Q, K and V hold them: what goes into Q is its sign alone, and keys come in pairs. */
+static int multiplies_pairs(const qkv_problem *p, const qkv_plan *plan)
+{
+    const qkv_kernels *pairs = qkv_isa_at(p->isa)->pairs;
+    int fits = pairs && p->type == QKV_BF16 && p->kv_type == QKV_BF16 && fabs(plan->q_factor) == 1;
+    for (int64_t i = 0; fits && i < p->n_runs; i++)
+        fits = p->runs[i].first % pairs->pair == 0;
+    return fits;
+}
+
 qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
 {
-    *plan = (qkv_plan){.kernels = qkv_isa_at(p->isa)->type[p->type]};
-    const qkv_kernels *kernels = plan->kernels;
-
+    *plan = (qkv_plan){0};
     choose_scale(p, plan);
+    const qkv_kernels *kernels = plan->kernels = kernels_of(p->isa, p->type);
     plan->sequences = 1;
     for (int i = 0; i < p->n_axes; i++)
         if (!multiply(plan->sequences, p->axes[i], &plan->sequences))
@@ -284,7 +322,6 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
 
     plan->state_bytes = align((size_t)(p->dim_v + 2) * (size_t)kernels->lanes * (size_t)kernels->size);
     plan->block = BLOCK;
-    plan->cold = BLOCK * (p->dim + p->dim_v) * kernels->size <= COLD_BYTES;
     plan->chunk = CHUNK;
     plan->chunks = p->len_k > 0 ? ceil_div(p->len_k, CHUNK) : 1;
     /* A sink is merged even with a single chunk: how many there are must not show in a sequence that has only one. */
@@ -293,15 +330,22 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     plan->copy_row_k = p->dim + COPY_PAD;
     plan->copy_row_v = p->dim_v + COPY_PAD;
     plan_few(p, plan);
+    if (!plan->decode && multiplies_pairs(p, plan)) {
+        kernels = plan->kernels = qkv_isa_at(p->isa)->pairs;
+        choose_copies(p, plan);
+    }
+    plan->terms = ceil_div(p->dim, kernels->pair);
+    int64_t row_bytes = (p->dim + p->dim_v) * kernels->size / kernels->pair;
+    plan->cold = BLOCK * row_bytes <= COLD_BYTES;
     /* Copies want many panels to share them, and leave them the room by being short. */
     int copies = (plan->copy_k | plan->copy_v) != 0;
-    int64_t pass = (copies ? COPY_PASS_BYTES : PASS_BYTES) / ((p->dim + p->dim_v + 1) * kernels->size) / BLOCK * BLOCK;
+    int64_t pass = (copies ? COPY_PASS_BYTES : PASS_BYTES) / (row_bytes + kernels->size) / BLOCK * BLOCK;
     plan->pass = qkv_min(CHUNK, qkv_max(BLOCK, pass));
 
     /* Query tiles: as many panels as stay in cache together, but enough tiles for all threads. */
     int64_t panels = ceil_div(plan->rows, kernels->lanes), base;
     double flops;
-    int64_t panel_bytes = (p->dim + 2 * p->dim_v + 4) * kernels->lanes * kernels->size;
+    int64_t panel_bytes = (plan->terms + 2 * p->dim_v + 4) * kernels->lanes * kernels->size;
     int64_t most = qkv_min(TILE_PANELS, qkv_max(1, (copies ? COPY_STATE_BYTES : STATE_BYTES) / panel_bytes));
     if (!count_work(p, plan, &base, &flops))
         return QKV_OVERFLOW;
@@ -316,7 +360,7 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
         for (int64_t b = 0; b < plan->sequences; b++)
             plan->tasks += p->heads_kv * qkv_tiles_of(p, plan, b);
     }
-    double bytes = plan->decode ? flops / (double)(2 * plan->rows) * kernels->size : 0;      /* of K and V */
+    double bytes = plan->decode ? flops / (double)(2 * plan->rows) * qkv_size(p->kv_type) : 0;      /* of K and V */
     plan->threads = flops < SERIAL_FLOPS && bytes < SERIAL_BYTES ? 1 : p->threads;
     plan->partial_bytes = plan->state_bytes * (size_t)(plan->tasks * plan->tile_panels);
     if (plan->threads > 1 && plan->chunks > 1 && plan->tasks < 2 * plan->threads
@@ -353,7 +397,7 @@ static void choose_rows(const qkv_product_problem *p, qkv_product_plan *plan)
 
 qkv_status qkv_plan_product(const qkv_product_problem *p, qkv_product_plan *plan)
 {
-    *plan = (qkv_product_plan){.kernels = qkv_isa_at(p->isa)->type[p->type], .sequences = 1};
+    *plan = (qkv_product_plan){.kernels = kernels_of(p->isa, p->type), .sequences = 1};
     const qkv_kernels *kernels = plan->kernels;
     int64_t lanes = kernels->lanes, size = kernels->size, rows, heads, base;
     for (int i = 0; i < p->n_axes; i++)
@@ -367,9 +411,10 @@ qkv_status qkv_plan_product(const qkv_product_problem *p, qkv_product_plan *plan
     plan->factor = p->scale;
     if (p->transposed)
         split_scale(p->scale, p->type == QKV_F64, &plan->b_factor, &plan->factor);
-    plan->direct_a = !obstacles(p->a, p->n_axes, &p->a_at, p->swapped_a, (int)size);
-    plan->direct_b = p->b_type == p->type && !obstacles(p->b, p->n_axes, &p->b_at, p->swapped_b, (int)size);
-    plan->direct_c = !obstacles(p->c, p->n_axes, &p->c_at, p->swapped_c, (int)size);
+    qkv_type arithmetic = qkv_arithmetic(p->type);
+    plan->direct_a = p->type == arithmetic && !obstacles(p->a, p->n_axes, &p->a_at, p->swapped_a, (int)size);
+    plan->direct_b = p->b_type == arithmetic && !obstacles(p->b, p->n_axes, &p->b_at, p->swapped_b, (int)size);
+    plan->direct_c = p->c_type == arithmetic && !obstacles(p->c, p->n_axes, &p->c_at, p->swapped_c, (int)size);
 
     plan->pass = qkv_max(1, qkv_min(p->terms, TERMS_PASS));
     int64_t vector = kernels->vector * size, at_vectors = p->c_at.head | p->c_at.row;
@@ -464,7 +509,7 @@ static int is_direct_along(const void *data, int n_axes, const int64_t *at, int6
 
 qkv_status qkv_plan_softmax(const qkv_softmax_problem *p, qkv_softmax_plan *plan)
 {
-    *plan = (qkv_softmax_plan){.kernels = qkv_isa_at(p->isa)->type[p->type]};
+    *plan = (qkv_softmax_plan){.kernels = kernels_of(p->isa, p->type)};
     int64_t size = plan->kernels->size, w = plan->kernels->vector, outer = 1, total;
     int s = (int)size;
     for (int i = 0; i < p->n_axes; i++)
@@ -477,7 +522,8 @@ qkv_status qkv_plan_softmax(const qkv_softmax_problem *p, qkv_softmax_plan *plan
     merge_axes(p, plan);
     outer /= plan->run;
     int n_axes = plan->n_axes, fits = p->n <= STRIP_ROWS;
-    plan->across = fits && plan->run > 1
+    int plain_x = p->type == qkv_arithmetic(p->type), plain_out = p->out_type == qkv_arithmetic(p->type);
+    plan->across = fits && plan->run > 1 && plain_x && plain_out
         && is_direct_along(p->x, n_axes, plan->x_at, plan->x_run, p->x_step, p->swapped_x, s)
         && is_direct_along(p->out, n_axes, plan->out_at, plan->out_run, p->out_step, p->swapped_out, s)
         && (p->x_step != size || p->out_step != size);
@@ -496,8 +542,9 @@ qkv_status qkv_plan_softmax(const qkv_softmax_problem *p, qkv_softmax_plan *plan
         plan->scratch_bytes = plan->at_state + align((size_t)((3 * w + 4) * plan->strip * size));
         plan->direct_x = plan->direct_out = 1;
     } else {
-        plan->direct_x = is_direct_along(p->x, n_axes, plan->x_at, p->x_step, plan->x_run, p->swapped_x, s);
-        plan->direct_out = is_direct_along(p->out, n_axes, plan->out_at, p->out_step, plan->out_run, p->swapped_out, s);
+        plan->direct_x = plain_x && is_direct_along(p->x, n_axes, plan->x_at, p->x_step, plan->x_run, p->swapped_x, s);
+        plan->direct_out = plain_out
+            && is_direct_along(p->out, n_axes, plan->out_at, p->out_step, plan->out_run, p->swapped_out, s);
         plan->in_out = plan->direct_out && p->n > ROW_BYTES / size;
         plan->piece = qkv_min(plan->run, ceil_div(SOFTMAX_TASK, p->n));
         plan->pieces = ceil_div(plan->run, plan->piece);

@@ -5,12 +5,18 @@
 #include "kernels/kernels.h"
 #include "qkv.h"
 
+/* Bytes of an element in memory, and the type that it is computed in. */
+static inline int qkv_size(qkv_type type) { return type == QKV_F64 ? 8 : type == QKV_F32 ? 4 : 2; }
+static inline qkv_type qkv_arithmetic(qkv_type type) { return type == QKV_F64 ? QKV_F64 : QKV_F32; }
+
 enum { QKV_PANEL_BYTES = 128 };       /* room for a qkv_panel of tile.h */
 enum { QKV_SEEN = 1, QKV_HIDDEN = 2 };                  /* of a mask's elements: some are */
 enum { QKV_LANE_BYTES = 48 };         /* room for what one lane has in a qkv_panel's arrays by element */
 
 /* Few rows: all those of a sequence and key head are a tile of their own kind (decode.c), and a chunk is its block. */
 typedef struct {
+    const qkv_kernels *kernels;       /* of one element at a time, where tiles may be of pairs; and what is copied for them */
+    int copy_k, copy_v, direct_q;
     int64_t most;                     /* rows that are few; 0: what scores meet is not for this kernel */
     int64_t pass;                     /* keys that are copied at a time */
     int64_t q_row, o_row;             /* elements per row of Q and O, whole vectors */
@@ -33,6 +39,7 @@ typedef struct {
     int changes;                      /* which does more than to exclude some */
     int masked;                       /* by element: a mask, or segments in any order */
 
+    int64_t terms;                    /* of a score: dim, or pairs of them */
     int64_t sequences, group;         /* query heads per key head */
     int64_t rows;                     /* of one key head: len_q * group; in ragged batches, at most */
     int decode;                       /* all sequences have few rows */

@@ -18,7 +18,8 @@ enum { QKV_MAX_DIM = 1024 };          /* largest head dimension */
 enum { QKV_MAX_THREADS = 1024 };      /* most threads of a call */
 enum { QKV_OPEN = -1 };               /* a window side without a limit */
 
-typedef enum { QKV_F32, QKV_F64 } qkv_type;
+/* How elements are stored. What is computed from 16 bits is computed in float32. */
+typedef enum { QKV_F32, QKV_F64, QKV_F16, QKV_BF16 } qkv_type;
 
 typedef enum {
     QKV_OK,
@@ -53,7 +54,8 @@ typedef struct {
 } qkv_counters;
 
 typedef struct {
-    qkv_type type, kv_type;           /* of q, out and lse, and of k and v: the same or narrower */
+    qkv_type type, kv_type;           /* of q, and of k and v: the same or narrower */
+    qkv_type out_type;                /* of out: q's, or float32 for 16 bits. lse has the type of the arithmetic */
     int swapped_q, swapped_k, swapped_v, swapped_out;     /* byte order differs from the machine's */
 
     int n_axes;                       /* leading axes; their product is the number of sequences */
@@ -115,16 +117,18 @@ qkv_status qkv_forward(const qkv_problem *problem);
 
 /* Why rows of an array cannot be used where they lie and go through scratch. */
 enum {
-    QKV_WIDENED = 1,                  /* the type is narrower than q's */
+    QKV_WIDENED = 1,                  /* the type is narrower than that of the arithmetic */
     QKV_SWAPPED = 2,                  /* byte order differs from the machine's */
     QKV_STRIDED = 4,                  /* elements of a row are not next to each other */
     QKV_UNALIGNED = 8,                /* addresses are no multiples of the element size */
-    QKV_SCATTERED = 16                /* rows lie so far apart that they would fight for cache sets and pages */
+    QKV_SCATTERED = 16,               /* rows lie so far apart that they would fight for cache sets and pages */
+    QKV_UNPAIRED = 32                 /* pairs are multiplied, and are not side by side at multiples of their size: never in V */
 };
 
 /* What a call would do; all 0 but the kernel's numbers if it has nothing to compute. */
 typedef struct {
     qkv_counters counts;              /* as the call will count, if the pool is free and all results are finite */
+    int64_t pair;                     /* elements that are multiplied at a time: 2 for pairs of bfloat16 */
     int64_t decode;                   /* few rows, lanes along the head dimension: a tile is all of them and one chunk */
     int64_t panel_rows, vector_rows, kernel_keys;       /* query rows in a panel and in a vector, keys in registers */
     int64_t rows;                     /* of one key head: len_q * group */
@@ -144,7 +148,8 @@ qkv_status qkv_explain(const qkv_problem *problem, qkv_report *report);
 
 /* Scores are Q K^T with A = Q, B = K by its columns; weighted values are P V. */
 typedef struct {
-    qkv_type type, b_type;            /* of a and c, and of b: the same or narrower */
+    qkv_type type, b_type;            /* of a, and of b: the same or narrower */
+    qkv_type c_type;                  /* of c: a's, or float32 for 16 bits */
     int swapped_a, swapped_b, swapped_c;
     int transposed;                   /* b is given by its columns: (axes..., heads_b, columns, terms) */
 
@@ -169,7 +174,7 @@ qkv_status qkv_product(const qkv_product_problem *problem);
 
 /* out <- softmax of x along one axis, over the elements whose mask is not 0. */
 typedef struct {
-    qkv_type type;
+    qkv_type type, out_type;          /* of x, and of out: the same, or float32 for 16 bits */
     int swapped_x, swapped_out;
 
     int n_axes;                       /* the others; strides are in bytes */

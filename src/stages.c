@@ -81,7 +81,7 @@ static void prepare_panel(const qkv_product_problem *p, const qkv_product_plan *
     int size = kernels->size;
     int64_t across = p->transposed ? p->b_at.row : p->b_at.dim, along = p->transposed ? p->b_at.dim : p->b_at.row;
     qkv_rows from = {(char *)b + first * along + column * across, (ptrdiff_t)p->b_at.row, (ptrdiff_t)p->b_at.dim,
-                     p->b_type == QKV_F32 ? 4 : 8, p->swapped_b};
+                     p->b_type, p->swapped_b};
     if (!p->transposed) {
         if (width % kernels->vector)                    /* lanes behind the last column are multiplied, too */
             memset(panel, 0, (size_t)n * (size_t)kernels->lanes * (size_t)size);
@@ -135,7 +135,7 @@ static void product_task(void *context, int64_t task, int worker)
                 .factor = plan->factor, .m = (int)m, .n = n, .add = first > 0, .stream = plan->stream,
             };
             if (!plan->direct_a) {
-                qkv_rows rows = {(char *)from, (ptrdiff_t)plan->a_row, (ptrdiff_t)p->a_at.dim, (int)size, p->swapped_a};
+                qkv_rows rows = {(char *)from, (ptrdiff_t)plan->a_row, (ptrdiff_t)p->a_at.dim, p->type, p->swapped_a};
                 kernels->gather(scratch + plan->at_a, (ptrdiff_t)plan->copy_row_a, &rows, (int)m, n);
                 tile.a = scratch + plan->at_a;
                 tile.a_row = (ptrdiff_t)plan->copy_row_a;
@@ -153,7 +153,7 @@ static void product_task(void *context, int64_t task, int worker)
                 kernels->multiply(&tile);
             }
             if (!plan->direct_c && first + n == p->terms) {
-                qkv_rows rows = {to + column * p->c_at.dim, (ptrdiff_t)plan->c_row, (ptrdiff_t)p->c_at.dim, (int)size,
+                qkv_rows rows = {to + column * p->c_at.dim, (ptrdiff_t)plan->c_row, (ptrdiff_t)p->c_at.dim, p->c_type,
                                  p->swapped_c};
                 kernels->scatter(&rows, block, (ptrdiff_t)plan->tile_columns, (int)m, (int)(last_column - column));
             }
@@ -182,7 +182,7 @@ static void copy_row(const qkv_kernels *kernels, int into_scratch, qkv_rows row,
 {
     for (int64_t i = 0; i < n; i += COPY_AT_ONCE) {
         int count = (int)qkv_min(COPY_AT_ONCE, n - i);
-        char *at = scratch + i * row.size;
+        char *at = scratch + i * kernels->size;
         if (into_scratch)
             kernels->gather(at, 0, &row, 1, count);
         else
@@ -199,7 +199,7 @@ static void softmax_row(const qkv_softmax_problem *p, const qkv_softmax_plan *pl
     tile.e = e = plan->in_out ? out : e;
     tile.count = 1;
     if (!plan->direct_x) {
-        qkv_rows from = {(char *)tile.x, 0, (ptrdiff_t)p->x_step, kernels->size, p->swapped_x};
+        qkv_rows from = {(char *)tile.x, 0, (ptrdiff_t)p->x_step, p->type, p->swapped_x};
         copy_row(kernels, 1, from, e, p->n);
         tile.x = e;
     }
@@ -207,7 +207,7 @@ static void softmax_row(const qkv_softmax_problem *p, const qkv_softmax_plan *pl
         tile.out = e;
     kernels->softmax_rows(&tile);
     if (!plan->direct_out) {
-        qkv_rows to = {out, 0, (ptrdiff_t)p->out_step, kernels->size, p->swapped_out};
+        qkv_rows to = {out, 0, (ptrdiff_t)p->out_step, p->out_type, p->swapped_out};
         copy_row(kernels, 0, to, e, p->n);
     }
 }

@@ -34,7 +34,7 @@ static void lay_out_panels(qkv_query_tile *t, int64_t first)
 {
     const qkv_plan *plan = t->plan;
     size_t lanes = (size_t)plan->kernels->lanes, vectors = lanes / (size_t)plan->kernels->vector;
-    size_t q_bytes = (size_t)t->problem->dim * qkv_lanes_bytes(plan);
+    size_t q_bytes = (size_t)plan->terms * qkv_lanes_bytes(plan);
     size_t limits_bytes = (vectors + 1) * sizeof(qkv_limits) + lanes * sizeof(qkv_range);
     t->panel = (qkv_panel *)(t->scratch + plan->at_panels);
     for (int i = 0; i < t->panels; i++) {
@@ -91,7 +91,7 @@ static void pack_queries(const qkv_query_tile *t)
     const qkv_problem *p = t->problem;
     const qkv_plan *plan = t->plan;
     const void **rows = (const void **)(t->scratch + plan->at_rows);
-    size_t row_bytes = (size_t)p->dim * (size_t)plan->kernels->size;
+    size_t row_bytes = (size_t)plan->terms * (size_t)plan->kernels->size;
     for (int i = 0; i < t->panels; i++) {
         const qkv_panel *x = &t->panel[i];
         qkv_row r = qkv_first_row(t, x);
@@ -100,12 +100,12 @@ static void pack_queries(const qkv_query_tile *t)
             rows[j] = from;
             if (!plan->direct_q) {
                 char *copy = t->scratch + plan->at_tile + (size_t)j * row_bytes;
-                qkv_rows one = {from, 0, (ptrdiff_t)p->q_at.dim, plan->kernels->size, p->swapped_q};
-                plan->kernels->gather(copy, 0, &one, 1, (int)p->dim);
+                qkv_rows one = {from, 0, (ptrdiff_t)p->q_at.dim, p->type, p->swapped_q};
+                plan->kernels->gather_terms(copy, 0, &one, 1, (int)p->dim);
                 rows[j] = copy;
             }
         }
-        plan->kernels->pack(x->q, rows, x->n, (int)p->dim, plan->q_factor);
+        plan->kernels->pack(x->q, rows, x->n, (int)plan->terms, plan->q_factor);
     }
 }
 
@@ -222,7 +222,7 @@ void qkv_write_tile(const qkv_query_tile *t)
         qkv_row r = qkv_first_row(t, x);
         for (int j = 0; j < x->n && !plan->direct_out; j++, qkv_next_row(&r)) {
             qkv_rows to = {p->out + t->out_offset + row_offset(&r, &p->out_at), 0,
-                           (ptrdiff_t)p->out_at.dim, plan->kernels->size, p->swapped_out};
+                           (ptrdiff_t)p->out_at.dim, p->out_type, p->swapped_out};
             plan->kernels->scatter(&to, rows[j], 0, 1, (int)p->dim_v);
         }
         if (p->lse)

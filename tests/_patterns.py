@@ -32,6 +32,11 @@ def _odd_steps(x):
     return fields["x"]
 
 
+def fits(name, dtype):
+    """Whether an array of this type can lie so: ml_dtypes' bfloat16 has no other byte order."""
+    return "swapped" not in name or dtype != "bfloat16"
+
+
 def readonly(x):
     x = x.copy()
     x.flags.writeable = False
@@ -48,12 +53,13 @@ PATTERNS = {
     "every second row": lambda x: _placed(x, np.s_[: x.shape[0], : x.shape[1], ::2, : x.shape[3]], 2),
     "every second element": lambda x: _placed(x, np.s_[: x.shape[0], : x.shape[1], : x.shape[2], ::2], 2),
     "every third, backwards": lambda x: _placed(x, np.s_[::-3, ::3, ::-3, ::-3], 3),
-    "rows and dimension swapped": lambda x: _permuted(x, (0, 1, 3, 2)),
-    "heads and rows swapped": lambda x: _permuted(x, (0, 2, 1, 3)),
+    "rows and dimension exchanged": lambda x: _permuted(x, (0, 1, 3, 2)),
+    "heads and rows exchanged": lambda x: _permuted(x, (0, 2, 1, 3)),
     "Fortran order": lambda x: np.asfortranarray(x),
     "batch innermost": lambda x: _permuted(x, (1, 2, 3, 0)),
     "unaligned by 1": lambda x: _unaligned(x, 1),
     "unaligned by 4": lambda x: _unaligned(x, 4),
+    "unaligned by 2": lambda x: _unaligned(x, 2),
     "odd steps": _odd_steps,
     "byte-swapped": lambda x: x.astype(x.dtype.newbyteorder("S")),
     "byte-swapped, unaligned, reversed": lambda x: _unaligned(x[..., ::-1, :].astype(x.dtype.newbyteorder("S")), 3)[

@@ -52,6 +52,20 @@ def installed_package():
         pytest.fail(f"the tests import {package.parent}: run `pip install '.[test]'`, then `pytest`")
 
 
+def pytest_collection_modifyitems(config, items):
+    """A path that only multiplies pairs of bfloat16 leaves all else to the next: other types are tested there."""
+    given = [(item, getattr(item, "callspec", None)) for item in items]
+    others = ("float16", "float32", "float64")
+    extra = [
+        item
+        for item, spec in given
+        if spec and spec.params.get("isa") == "avx512bf16" and spec.params.get("dtype") in others
+    ]
+    if extra:
+        config.hook.pytest_deselected(items=extra)
+        items[:] = [item for item in items if item not in set(extra)]
+
+
 @pytest.fixture(params=qkv_fast.available_isas())
 def isa(request):
     """Each CPU path of this machine in turn; calls inside the test use it."""

@@ -32,6 +32,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -91,6 +92,17 @@ def test_embeddings_are_those_of_the_original_framework(model, isa):
         result = model.embed(SENTENCES)
     assert result.dtype == np.float32 and result.shape == golden.shape == (6, 384)
     assert np.abs(result - golden).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_attention_in_16_bits_keeps_the_similarities(example, model, embeddings, monkeypatch, dtype):
+    def attention(q, k, v, **keywords):
+        return qkv_fast.attention(*(x.astype(dtype) for x in (q, k, v)), **keywords).astype(np.float32)
+
+    monkeypatch.setattr(example, "attention", attention)
+    result = model.embed(SENTENCES)
+    assert np.abs(result - embeddings).max() > TOLERANCE
+    assert np.abs(result @ result.T - embeddings @ embeddings.T).max() <= 1e-2
 
 
 def test_sentence_alone_is_as_in_the_batch(model, embeddings):

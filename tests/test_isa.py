@@ -16,7 +16,7 @@ NAMES = qkv_fast.available_isas()
 def test_names():
     """Best first; portable is everywhere and last."""
     assert isinstance(NAMES, tuple) and len(set(NAMES)) == len(NAMES) and NAMES[-1] == "portable"
-    known = ("avx512", "avx2", "portable")
+    known = ("avx512bf16", "avx512", "avx2", "portable")
     assert tuple(name for name in known if name in NAMES) == NAMES
     assert qkv_fast.isa() in NAMES
 

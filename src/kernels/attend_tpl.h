@@ -17,6 +17,11 @@
  * block, wherever the tile does. */
 #define STRIP 32
 
+#if PAIR == 1
+static inline VEC X(mad)(VEC x, VEC y, VEC z) { return X(fma)(x, y, z); }
+static inline VEC X(mad_seen)(VEC v, VEC p, VEC z) { return X(select)(X(less)(p, X(set1)(0)), z, X(fma)(v, p, z)); }
+#endif
+
 /* nr rows of C, all of it in registers: nr and nv are compile-time constants wherever this is inlined. */
 static QKV_INLINE void X(product)(const int nr, const int nv, const REAL *a, ptrdiff_t row, ptrdiff_t step,
                                   const REAL *b, int n, VEC c[ROW_TILE][LANE_VECTORS])
@@ -38,7 +43,7 @@ static QKV_INLINE void X(product)(const int nr, const int nv, const REAL *a, ptr
             VEC y = X(set1)(a[i * row]);
             QKV_UNROLL
             for (int j = 0; j < nv; j++)
-                c[i][j] = X(fma)(y, x[j], c[i][j]);
+                c[i][j] = X(mad)(y, x[j], c[i][j]);
         }
     }
 }
@@ -138,7 +143,7 @@ static QKV_INLINE void X(top_rows)(const int nv, const qkv_tile *t, int first, i
 static QKV_INLINE void X(value_rows)(const int nr, const int nv, const qkv_tile *t, int i, const REAL *alpha)
 {
     VEC c[ROW_TILE][LANE_VECTORS];
-    X(product)(nr, nv, (const REAL *)t->v + i, 1, t->v_row, t->s, t->nk, c);
+    X(product)(nr, nv, (const REAL *)t->v + i, 1, t->v_row, t->s, (t->nk + PAIR - 1) / PAIR, c);
     REAL *o = (REAL *)t->o + (ptrdiff_t)i * LANES;
     QKV_UNROLL
     for (int j = 0; j < nv; j++) {
@@ -151,17 +156,24 @@ static QKV_INLINE void X(value_rows)(const int nr, const int nv, const qkv_tile 
     }
 }
 
-/* Rows first .. last of S^T -> P^T = 2^(c (S - m)) in place, added to sum. If careful, P of an excluded key is -1. */
+/* Rows first .. last of S^T -> P^T = 2^(c (S - m)) in place, added to sum. If careful, P of an excluded key is -1.
+ * Of pairs, rows i and i + 1 are joined in row i / 2; a last row without another is joined with what an excluded key has. */
 static QKV_INLINE void X(weigh_vectors)(const int nv, const int careful, const qkv_tile *t, int first, int last,
                                         const REAL *shift, REAL *sum)
 {
     VEC none = X(set1)(-(REAL)INFINITY);
     X(factor) c = X(factor_of)(t->c);
     VEC m[LANE_VECTORS], l[LANE_VECTORS];
+#if PAIR == 2
+    VEC even[LANE_VECTORS];
+#endif
     QKV_UNROLL
     for (int j = 0; j < nv; j++) {
         m[j] = X(load)(shift + j * W);
         l[j] = X(set1)(0);
+#if PAIR == 2
+        even[j] = X(set1)(0);         /* for compilers that do not see that i begins even */
+#endif
     }
     for (int i = first; i < last; i++) {
         REAL *s = (REAL *)t->s + (ptrdiff_t)i * LANES;
@@ -176,8 +188,24 @@ static QKV_INLINE void X(weigh_vectors)(const int nv, const int careful, const q
             l[j] = X(add)(l[j], p[j]);
             if (careful)
                 p[j] = X(select)(X(equal)(X(load)(s + j * W), none), X(set1)(-1), p[j]);
+#if PAIR == 1
             X(store)(s + j * W, p[j]);
         }
+#else
+        }
+        REAL *to = (REAL *)t->s + (ptrdiff_t)(i / 2) * LANES;
+        if (i % 2) {
+            QKV_UNROLL
+            for (int j = 0; j < nv; j++)
+                X(store)(to + j * W, X(join)(even[j], p[j]));
+        } else {
+            QKV_UNROLL
+            for (int j = 0; j < nv; j++)
+                even[j] = p[j];
+            for (int j = 0; i + 1 == last && j < nv; j++)
+                X(store)(to + j * W, X(join)(p[j], X(set1)(careful ? -1 : 0)));
+        }
+#endif
     }
     QKV_UNROLL
     for (int j = 0; j < nv; j++)
@@ -210,7 +238,7 @@ static QKV_NOINLINE void X(prefetch_tile)(const qkv_tile *t, int i)
 {
     int n = t->nk - i < ROW_TILE ? t->nk - i : ROW_TILE, next = i + 2 * ROW_TILE <= t->nk ? i + ROW_TILE : i;
     X(prefetch_rows)((const REAL *)t->k + next * t->k_row, t->k_row, n, t->d);
-    X(prefetch_rows)((const REAL *)t->v + i * t->v_row, t->v_row, n, t->dv);
+    X(prefetch_rows)((const REAL *)t->v + i / PAIR * t->v_row, t->v_row, (n + PAIR - 1) / PAIR, t->dv);
 }
 
 /* First row behind the strip that row i is in. */
@@ -293,7 +321,7 @@ static QKV_INLINE void X(weigh)(const int nv, const int careful, const qkv_tile 
             raise |= X(any)(X(beyond)(X(load)(lanes->sum + j), unseen));
         }
     }
-    if (!weighed | raise) {
+    if (!weighed || raise) {
         X(score)(nv, 0, careful, t, &limits, lanes);
         X(raise_maxima)(nv, weighed, t, lanes);
         for (int i = 0, end; i < t->nk; i = end)
@@ -312,10 +340,10 @@ static void X(value_careful)(const qkv_tile *t, const REAL *alpha)
     for (int i = 0; i < t->dv; i++) {
         REAL *o = (REAL *)t->o + (ptrdiff_t)i * LANES;
         VEC c = X(set1)(0);
-        for (int k = 0; k < t->nk; k++) {
+        for (int k = 0; k < (t->nk + PAIR - 1) / PAIR; k++) {
             VEC p = X(load)((const REAL *)t->s + (ptrdiff_t)k * LANES);
             VEC v = X(set1)(((const REAL *)t->v)[k * t->v_row + i]);
-            c = X(select)(X(less)(p, X(set1)(0)), c, X(fma)(v, p, c));
+            c = X(mad_seen)(v, p, c);
         }
         X(store)(o, X(fma)(X(load)(alpha), X(load)(o), c));
     }

@@ -1,5 +1,5 @@
-/* The avx2 path: primitives for 8 floats or 4 doubles, 16 registers, fused multiply-add. Built with the flags of AVX2
- * and FMA, so nothing of this file may run before cpu.c has seen both. */
+/* The avx2 path: primitives for 8 floats or 4 doubles, 16 registers, fused multiply-add. Built with the flags of AVX2,
+ * FMA and F16C, so nothing of this file may run before cpu.c has seen all of them. */
 #include <immintrin.h>
 #include <stdint.h>
 #include <string.h>
@@ -34,6 +34,25 @@ static inline mask_f32 seen_f32(const uint8_t *p, int n)
     memcpy(&bytes, p, (size_t)n);
     __m256i wide = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)bytes));
     return _mm256_castsi256_ps(_mm256_cmpgt_epi32(wide, _mm256_setzero_si256()));
+}
+static inline vec_f32 widen_f16_f32(const void *p) { return _mm256_cvtph_ps(_mm_loadu_si128(p)); }
+static inline vec_f32 widen_bf16_f32(const void *p)
+{
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(p)), 16));
+}
+static inline void narrow_f16_f32(void *p, vec_f32 x)
+{
+    _mm_storeu_si128(p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+/* A NaN may lose all its bits but this one. */
+static inline void narrow_bf16_f32(void *p, vec_f32 x)
+{
+    __m256i bits = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000)), nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    up = _mm256_srli_epi32(_mm256_blendv_epi8(up, quiet, nan), 16);
+    up = _mm256_permute4x64_epi64(_mm256_packus_epi32(up, up), 0x08);
+    _mm_storeu_si128(p, _mm256_castsi256_si128(up));
 }
 static inline vec_f32 set1_f32(float a) { return _mm256_set1_ps(a); }
 static inline vec_f32 add_f32(vec_f32 x, vec_f32 y) { return _mm256_add_ps(x, y); }
@@ -101,6 +120,8 @@ static inline vec_f32 sum_each_f32(vec_f32 x[8])
 #define T f32
 #define LANE_VECTORS 3
 #define ROW_TILE 4
+#define PAIR 1
+#define NARROWS 1
 #define EXP2_STEPS 8
 #include "kernel_tpl.h"
 
@@ -131,6 +152,11 @@ static inline mask_f64 seen_f64(const uint8_t *p, int n)
     memcpy(&bytes, p, (size_t)n);
     __m256i wide = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128((int32_t)bytes));
     return _mm256_castsi256_pd(_mm256_cmpgt_epi64(wide, _mm256_setzero_si256()));
+}
+static inline vec_f64 widen_f16_f64(const void *p) { return _mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64(p))); }
+static inline vec_f64 widen_bf16_f64(const void *p)
+{
+    return _mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64(p)), 16)));
 }
 static inline vec_f64 set1_f64(double a) { return _mm256_set1_pd(a); }
 static inline vec_f64 add_f64(vec_f64 x, vec_f64 y) { return _mm256_add_pd(x, y); }
@@ -173,11 +199,13 @@ static inline vec_f64 sum_each_f64(vec_f64 x[4])
 #define T f64
 #define LANE_VECTORS 3
 #define ROW_TILE 4
+#define PAIR 1
+#define NARROWS 0
 #define EXP2_STEPS 1
 #include "kernel_tpl.h"
 
 const qkv_isa qkv_avx2 = {
     .name = "avx2",
-    .needs = QKV_CPU_AVX2 | QKV_CPU_FMA,
+    .needs = QKV_CPU_AVX2 | QKV_CPU_FMA | QKV_CPU_F16C,
     .type = {&kernels_f32, &kernels_f64},
 };

@@ -1,34 +1,61 @@
-/* The multiply-add of bfloat16 pairs, VDPBF16PS: two products to a float32 lane. Built with the flags of the avx512
- * path and AVX512_BF16, so nothing of this file may run before cpu.c has seen both. */
+/* The avx512bf16 path: VDPBF16PS multiplies pairs of bfloat16 and adds both products to a float32 lane, at twice the rate of
+ * multiply-adds. Attention of bfloat16 arrays alone; all else is the avx512 path's. Built with its flags and AVX512_BF16, so
+ * nothing of this file may run before cpu.c has seen them.
+ *
+ * A pair is 32 bits, so what moves elements of a float moves pairs. Only where they are multiplied do they differ.
+ */
 #include <immintrin.h>
+#include <stdint.h>
 
 #include "kernels.h"
 #include "compiler.h"
+#include "avx512_tpl.h"
 
-/* Elements are pairs' halves, 32 to a vector; what they are summed into is 16 floats. x and y come as floats and are
- * rounded to pairs of equals, outside the loop. (clang 16 crashes where a broadcast is reinterpreted as bfloat16.) */
+static inline __m512bh pairs_of(vec_f32 x) { return (__m512bh)x; }
 
-typedef float real_bf16;
-typedef __m512 vec_bf16;
-enum { width_bf16 = 32 };
+static inline vec_f32 mad_f32(vec_f32 y, vec_f32 x, vec_f32 z) { return _mm512_dpbf16_ps(z, pairs_of(y), pairs_of(x)); }
 
-static inline vec_bf16 set1_bf16(float a) { return _mm512_set1_ps(a); }
-static inline vec_bf16 add_bf16(vec_bf16 x, vec_bf16 y) { return _mm512_add_ps(x, y); }
-static inline void store_bf16(float *p, vec_bf16 x) { _mm512_store_ps(p, x); }
-static inline vec_bf16 fma_bf16(vec_bf16 x, vec_bf16 y, vec_bf16 z)
+/* Where a weight is -1, neither it nor its value takes part. */
+static inline vec_f32 mad_seen_f32(vec_f32 v, vec_f32 p, vec_f32 z)
 {
-    return _mm512_dpbf16_ps(z, _mm512_cvtne2ps_pbh(x, x), _mm512_cvtne2ps_pbh(y, y));
+    __m512i weights = _mm512_castps_si512(p), values = _mm512_castps_si512(v);
+    __mmask32 seen = _mm512_cmpneq_epi16_mask(weights, _mm512_set1_epi16((short)0xbf80));
+    weights = _mm512_maskz_mov_epi16(seen, weights);
+    values = _mm512_maskz_mov_epi16(seen, values);
+    return mad_f32(_mm512_castsi512_ps(values), _mm512_castsi512_ps(weights), z);
 }
 
-#define X(name) name##_bf16
-#define REAL real_bf16
-#define VEC vec_bf16
-#define W width_bf16
+static inline vec_f32 join_f32(vec_f32 x, vec_f32 y)
+{
+    const __m512i order = _mm512_add_epi32(                 /* halves 0, 16, 1, 17 ... */
+        _mm512_mullo_epi32(_mm512_set1_epi32(0x00010001), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)),
+        _mm512_set1_epi32(0x00100000));
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(y, x)));
+}
+
+static inline vec_f32 interleave_f32(const void *a, const void *b)
+{
+    __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(a)), high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(b));
+    return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
+
+static inline vec_f32 turn_f32(vec_f32 factor, vec_f32 x)
+{
+    __m512i sign = _mm512_and_si512(_mm512_castps_si512(factor), _mm512_set1_epi32(INT32_MIN));
+    sign = _mm512_or_si512(sign, _mm512_srli_epi32(sign, 16));
+    return _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(x), sign));
+}
+
+#define T f32
 #define LANE_VECTORS 3
 #define ROW_TILE 8
-#include "peak_tpl.h"
+#define PAIR 2
+#define NARROWS 1
+#define EXP2_STEPS 8
+#include "kernel_tpl.h"
 
-const qkv_pairs qkv_avx512bf16 = {
-    .needs = QKV_CPU_AVX512 | QKV_CPU_AVX512BF16,
-    .fma = fma_rounds_bf16,
+const qkv_isa qkv_avx512bf16 = {
+    .name = "avx512bf16",
+    .needs = QKV_CPU_AVX512 | QKV_CPU_AVX512BF16 | QKV_CPU_FAST_PAIRS,
+    .pairs = &kernels_f32,
 };

@@ -4,6 +4,8 @@
  *   T              suffix of the type: f32, f64; every name below ends in _##T
  *   LANE_VECTORS   vectors in a panel row (3)
  *   ROW_TILE       keys, or output columns, that the product holds in registers at a time
+ *   PAIR           elements that one multiplication takes: 2 where it adds the products of pairs of 16 bits, else 1
+ *   NARROWS        1 where 16-bit types are computed in this one, else 0
  *   EXP2_STEPS     fractions of an exponent that power can look up: 8, or 1 where looking up is slow
  *
  * Primitives, static inline functions of that file (w is the number of elements in a vector):
@@ -14,6 +16,15 @@
  *   stream(p, x) fence()     aligned, past the caches where the CPU can; visible to other threads after the fence
  *   load_part(p, n) store_part(p, x, n)      the first n <= w elements, any alignment; nothing past them is touched
  *   seen(p, n)               comparison: which of the first n <= w bytes at p are not 0; not those past them
+ *   widen_f16(p) widen_bf16(p)           w elements of 16 bits, any alignment, subnormal ones too
+ *   narrow_f16(p, x) narrow_bf16(p, x)   back, rounded to nearest even; if NARROWS
+ * and where PAIR is 2 (a pair is as large as a real; its first element is the low half):
+ *   mad(x, y, z)             z + both products of the pairs x and y
+ *   mad_seen(v, p, z)        the same without those where p is -1
+ *   join(x, y)               pairs of the elements of x and of y, rounded
+ *   interleave(a, b)         pairs of w elements of 16 bits each, any alignment
+ *   turn(a, x)               x with the sign of a
+ * and in any case:
  *   set1(a)  add sub mul div(x, y)  fma(x, y, z) = x * y + z
  *   min max(x, y)            y where either is NaN
  *   less(x, y)  equal(x, y)  beyond(x, y) = !(x <= y)      comparisons; select(mask, x, y) = mask ? x : y; any(mask)
@@ -42,25 +53,32 @@
 #include "adjust_tpl.h"
 #include "attend_tpl.h"
 #include "rows_tpl.h"
+#include "peak_tpl.h"
+#if PAIR == 1
 #include "product_tpl.h"
 #include "softmax_tpl.h"
 #include "decode_tpl.h"
-#include "peak_tpl.h"
-
-#define KERNELS { \
-    .size = sizeof(REAL), .vector = W, .lanes = LANES, .row_tile = ROW_TILE, \
-    .attend = X(attend), .reset = X(reset), .merge = X(merge), \
-    .pack = X(pack), .expect = X(expect), .finish = X(finish), .finite = X(finite), \
-    .gather = X(gather), .scatter = X(scatter), \
+#define UNPAIRED \
     .decode_stack = X(decode_stack), .decode_score = X(decode_score), .decode_weigh = X(decode_weigh), \
     .decode_value = X(decode_value), .decode_merge = X(decode_merge), .decode_finish = X(decode_finish), \
-    .multiply = X(multiply), .fence = X(fence), .softmax_rows = X(softmax_rows), .softmax_columns = X(softmax_columns), \
+    .multiply = X(multiply), .fence = X(fence), .softmax_rows = X(softmax_rows), .softmax_columns = X(softmax_columns),
+#else
+#define UNPAIRED
+#endif
+
+#define KERNELS { \
+    .size = sizeof(REAL), .pair = PAIR, .vector = W, .lanes = LANES, .row_tile = ROW_TILE, \
+    .attend = X(attend), .reset = X(reset), .merge = X(merge), \
+    .pack = X(pack), .expect = X(expect), .finish = X(finish), .finite = X(finite), \
+    .gather = X(gather), .scatter = X(scatter), .gather_terms = X(gather_terms), .gather_values = X(gather_values), \
+    UNPAIRED \
     .exp2 = X(exp2_array), .fma = X(fma_rounds) }
 
 static const qkv_kernels X(kernels) = KERNELS;
 
 #undef KERNELS
 #undef REAL_LARGEST
+#undef UNPAIRED
 #undef LANES
 #undef W
 #undef VEC
@@ -69,6 +87,8 @@ static const qkv_kernels X(kernels) = KERNELS;
 #undef QKV_JOIN
 #undef QKV_JOIN2
 #undef EXP2_STEPS
+#undef NARROWS
+#undef PAIR
 #undef ROW_TILE
 #undef LANE_VECTORS
 #undef T

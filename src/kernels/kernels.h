@@ -25,15 +25,16 @@ enum { QKV_KEYS = 1024 };             /* most keys in one tile: key numbers are 
  * aligned to it; panel pointers (q s o m l) are aligned to a vector and have rows of `lanes` elements. */
 typedef struct {
     const void *q;                    /* (d, lanes), from pack */
-    const void *k;                    /* (nk, d), unit stride along d */
-    const void *v;                    /* (nk, dv), unit stride along dv */
+    const void *k;                    /* (nk, d), unit stride along d; where pairs are multiplied, d counts them */
+    const void *v;                    /* (nk / pair, dv), unit stride along dv */
     ptrdiff_t k_row, v_row;           /* strides in elements */
     void *s;                          /* (nk, lanes), scratch */
     void *o, *m, *l;                  /* (dv, lanes), (lanes), (lanes): the state that is updated */
     const int32_t *lo, *hi;           /* (lanes): lane j sees the keys lo[j] <= i < hi[j] of the tile; NULL: all */
     double c;                         /* log2(e) * what of the scale is neither in Q^T nor in score_factor; positive */
     int nk, d, dv, nv;                /* nk <= QKV_KEYS */
-    int skew;                         /* keys of the block before the first: sums do not depend on where a tile is cut */
+    int skew;                         /* keys of the block before the first, even with pairs: sums do not depend on where
+                                       * a tile is cut */
     int cold;                         /* fetch k and v ahead: they are not in a near cache yet, and fit into it */
     int careful;                      /* take nothing from V where the lane's key is excluded, even NaN; nv is 1 */
 
@@ -94,17 +95,21 @@ typedef struct {
     int stream;                       /* write past the caches */
 } qkv_softmax_tile;
 
+/* Types in memory, numbered as qkv_type. */
+enum { QKV_AS_F32, QKV_AS_F64, QKV_AS_F16, QKV_AS_BF16 };
+
 /* A run of rows anywhere in memory, for copies: element (i, j) lies at data + i * row + j * col bytes. */
 typedef struct {
     char *data;
     ptrdiff_t row, col;
-    int size;                         /* bytes per element: float32 or float64 */
+    int type;                         /* how elements are stored: QKV_AS_... */
     int swapped;                      /* byte order differs from the machine's */
 } qkv_rows;
 
 /* The functions of one CPU path for one element type. */
 typedef struct {
     int size;                         /* bytes per element */
+    int pair;                         /* elements that a term of a product has: 2 where pairs are multiplied, else 1 */
     int vector;                       /* elements per vector */
     int lanes;                        /* elements per panel row, a multiple of vector */
     int row_tile;                     /* keys that attend works on at a time: other numbers of keys are slower */
@@ -132,10 +137,17 @@ typedef struct {
     /* Whether O and l of the first nv vectors hold no NaN and no infinity. */
     int (*finite)(const void *o, const void *l, int nv, int dv);
 
-    /* (n, d) elements from any strides, alignment, byte order and type to unit stride; and back, where the type is the
-     * table's. Of a wider type, what is finite stays so. */
+    /* (n, d) elements from any strides, alignment, byte order and type to unit stride; of a wider type, what is finite
+     * stays so. And back, to the table's type or from float32 to 16 bits, rounded to nearest even. */
     void (*gather)(void *to, ptrdiff_t to_row, const qkv_rows *from, int n, int d);
     void (*scatter)(const qkv_rows *to, const void *from, ptrdiff_t from_row, int n, int d);
+
+    /* K, or Q for pack, as pairs of elements of a row, and V as pairs of two rows; what is missing of the last is 0. Without
+     * pairs, gather. Strides of `to` are in the table's elements, which pairs are as large as. */
+    void (*gather_terms)(void *to, ptrdiff_t to_row, const qkv_rows *from, int n, int d);
+    void (*gather_values)(void *to, ptrdiff_t to_row, const qkv_rows *from, int n, int d);
+
+    /* From here up to exp2 NULL where pairs are multiplied. */
 
     /* Few rows. In this order: q <- factor * n rows of d elements at unit stride, 0 behind each; positions at .. at + n of
      * S <- Q K^T; S -> P, m and l, where -inf is excluded; positions at .. at + n of P V, added to O, from 0 at the first to
@@ -164,16 +176,11 @@ typedef struct {
 typedef struct {
     const char *name;
     uint32_t needs;                   /* QKV_CPU_... bits that the CPU and its system must have */
-    const qkv_kernels *type[2];       /* by qkv_type: float32, float64 */
+    const qkv_kernels *type[2];       /* of the arithmetic, by qkv_type: float32, float64; NULL: the next path's */
+    const qkv_kernels *pairs;         /* attention of bfloat16 alone, whose pairs are multiplied; or NULL */
 } qkv_isa;
 
-/* The multiply-add of bfloat16 pairs, which some CPUs have beside their path. */
-typedef struct {
-    uint32_t needs;
-    double (*fma)(int64_t rounds, double *flops);             /* as in qkv_kernels */
-} qkv_pairs;
-
 enum { QKV_CPU_AVX2 = 1, QKV_CPU_FMA = 2, QKV_CPU_AVX512 = 4 };      /* AVX512 is F, VL, DQ, BW and CD together */
-enum { QKV_CPU_AVX512BF16 = 8 };
+enum { QKV_CPU_AVX512BF16 = 8, QKV_CPU_F16C = 16, QKV_CPU_FAST_PAIRS = 32 };
 
 #endif

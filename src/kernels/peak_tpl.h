@@ -17,7 +17,7 @@ static double X(fma_rounds)(int64_t rounds, double *flops)
         for (int i = 0; i < ROW_TILE; i++) {
             QKV_UNROLL
             for (int j = 0; j < LANE_VECTORS; j++)
-                c[i][j] = X(fma)(x, y, c[i][j]);
+                c[i][j] = X(mad)(x, y, c[i][j]);
         }
     }
     VEC sum = X(set1)(0);
@@ -28,6 +28,6 @@ static double X(fma_rounds)(int64_t rounds, double *flops)
             sum = X(add)(sum, c[i][j]);
     }
     X(store)(lane, sum);
-    *flops = 2.0 * (double)rounds * ROW_TILE * LANE_VECTORS * W;
+    *flops = 2.0 * PAIR * (double)rounds * ROW_TILE * LANE_VECTORS * W;
     return (double)lane[0];
 }

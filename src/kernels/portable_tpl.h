@@ -82,6 +82,29 @@ static inline P(vec) P(select)(P(mask) m, P(vec) x, P(vec) y)
     return P(from_bits)((m & P(bits)(x)) | (~m & P(bits)(y)));
 }
 
+/* Elements of 16 bits, a sign, an exponent and `mantissa` bits: the exponent only needs its bias exchanged, except that of
+ * infinity and NaN, and that of subnormals, which are normal once 2^exponent is added, and taken away again. */
+static inline P(vec) P(widen)(const void *p, int mantissa, int bias)
+{
+    uint16_t half[P(width)];
+    BITS_TYPE lanes[P(width)];
+    P(mask) bits;
+    memcpy(half, p, sizeof half);
+    for (int i = 0; i < P(width); i++)
+        lanes[i] = half[i];
+    memcpy(&bits, lanes, sizeof bits);
+    const BITS_TYPE one = (BITS_TYPE)1 << MANTISSA_BITS, rebias = (BITS_TYPE)(EXPONENT_BIAS - bias) * one;
+    P(mask) size = (bits & 0x7fff) << (MANTISSA_BITS - mantissa), none = bits ^ bits;
+    P(mask) x = size + rebias, far = ALL_ONES(size >= (((BITS_TYPE)1 << (15 - mantissa)) - 1) * one);
+    P(vec) small = P(from_bits)(x + one) - P(from_bits)(none + rebias + one);
+    x += far & rebias;
+    x = P(bits)(P(select)(ALL_ONES(size < one), small, P(from_bits)(x)));
+    return P(from_bits)(x | (bits & 0x8000) << (8 * sizeof(P(real)) - 16));
+}
+
+static inline P(vec) P(widen_f16)(const void *p) { return P(widen)(p, 10, 15); }
+static inline P(vec) P(widen_bf16)(const void *p) { return P(widen)(p, 7, 127); }
+
 static inline P(vec) P(max)(P(vec) x, P(vec) y) { return P(select)(P(less)(y, x), x, y); }
 static inline P(vec) P(min)(P(vec) x, P(vec) y) { return P(select)(P(less)(x, y), x, y); }
 

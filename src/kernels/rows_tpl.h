@@ -1,8 +1,12 @@
-/* Rows to lanes and back: Q into a panel, O out of it, and tiles of any strides and byte order.
+/* Rows to lanes and back: Q into a panel, O out of it, and tiles of any strides, byte order and type.
  *
  * A panel row is LANES elements, so element e of lane i lies at e * LANES + i. Rows move through w x w transposes in
  * registers; a single row is not worth one.
  */
+#if PAIR == 1
+static inline VEC X(turn)(VEC factor, VEC x) { return X(mul)(factor, x); }
+#endif
+
 /* Columns e .. e + part of the w lanes that begin at rows[0]; of n rows, lanes without one repeat the last. */
 static QKV_INLINE void X(pack_square)(REAL *to, const void *const *rows, int n, int e, int part, VEC scale)
 {
@@ -14,7 +18,7 @@ static QKV_INLINE void X(pack_square)(REAL *to, const void *const *rows, int n, 
     QKV_UNROLL
     for (int i = 0; i < W; i++)
         if (i < part)
-            X(store)(to + (ptrdiff_t)(e + i) * LANES, X(mul)(scale, x[i]));
+            X(store)(to + (ptrdiff_t)(e + i) * LANES, X(turn)(scale, x[i]));
 }
 
 static void X(pack)(void *qt, const void *const *rows, int n, int d, double factor)
@@ -26,7 +30,7 @@ static void X(pack)(void *qt, const void *const *rows, int n, int d, double fact
         if (n - g == 1) {
             const REAL *row = rows[g];
             for (; e < d; e++)
-                X(store)(to + (ptrdiff_t)e * LANES, X(mul)(scale, X(set1)(row[e])));
+                X(store)(to + (ptrdiff_t)e * LANES, X(turn)(scale, X(set1)(row[e])));
             return;
         }
         for (; e + W <= d; e += W)
@@ -113,37 +117,137 @@ static inline void X(copy_bytes)(void *to, const void *from, size_t size, int sw
         memcpy(to, from, size);
 }
 
+/* d elements of 16 bits, W at a time; those that do not lie side by side are put there first. */
+static void X(widen_row)(REAL *to, const char *data, const qkv_rows *from, int d)
+{
+    int plain = from->col == sizeof(uint16_t) && !from->swapped;
+    for (int e = 0; e < d; e += W) {
+        uint16_t some[W] = {0};
+        const void *at = data + e * from->col;
+        int n = d - e < W ? d - e : W;
+        if (!plain || n < W) {
+            for (int i = 0; i < n; i++)
+                X(copy_bytes)(some + i, data + (e + i) * from->col, sizeof(uint16_t), from->swapped);
+            at = some;
+        }
+        VEC x = from->type == QKV_AS_F16 ? X(widen_f16)(at) : X(widen_bf16)(at);
+        if (n < W)
+            X(store_part)(to + e, x, n);
+        else
+            X(storeu)(to + e, x);
+    }
+}
+
 static void X(gather)(void *to, ptrdiff_t to_row, const qkv_rows *from, int n, int d)
 {
+    const int own = sizeof(REAL) == 4 ? QKV_AS_F32 : QKV_AS_F64;
     for (int i = 0; i < n; i++) {
         REAL *row = (REAL *)to + i * to_row;
         const char *data = from->data + i * from->row;
-        if (from->size > (int)sizeof(REAL))
-            for (int e = 0; e < d; e++) {
-                double wide;
-                X(copy_bytes)(&wide, data + e * from->col, sizeof wide, from->swapped);
-                /* What is finite stays finite: a bias of the least number is no exclusion. */
-                row[e] = isfinite(wide) ? (REAL)fmin(fmax(wide, -(double)REAL_LARGEST), (double)REAL_LARGEST) : (REAL)wide;
-            }
-        else if (from->size != sizeof(REAL))
-            for (int e = 0; e < d; e++) {
-                float narrow;
-                X(copy_bytes)(&narrow, data + e * from->col, sizeof narrow, from->swapped);
-                row[e] = (REAL)narrow;
-            }
-        else if (from->col == sizeof(REAL) && !from->swapped)
+        if (from->type == own && from->col == sizeof(REAL) && !from->swapped)
             memcpy(row, data, (size_t)d * sizeof(REAL));
-        else
+        else if (from->type == own)
             for (int e = 0; e < d; e++)
                 X(copy_bytes)(row + e, data + e * from->col, sizeof(REAL), from->swapped);
+        else if (from->type == QKV_AS_F32)
+            for (int e = 0; e < d; e++) {
+                float x;
+                X(copy_bytes)(&x, data + e * from->col, sizeof x, from->swapped);
+                row[e] = (REAL)x;
+            }
+        else if (from->type == QKV_AS_F64)
+            for (int e = 0; e < d; e++) {
+                double x, most = (double)REAL_LARGEST;      /* finite stays finite: a bias that averages excludes nothing */
+                X(copy_bytes)(&x, data + e * from->col, sizeof x, from->swapped);
+                row[e] = (REAL)(isfinite(x) ? x > most ? most : x < -most ? -most : x : x);
+            }
+        else
+            X(widen_row)(row, data, from, d);
     }
 }
+
+#if PAIR == 1
+static void X(gather_terms)(void *to, ptrdiff_t to_row, const qkv_rows *from, int n, int d)
+{
+    X(gather)(to, to_row, from, n, d);
+}
+
+static void X(gather_values)(void *to, ptrdiff_t to_row, const qkv_rows *from, int n, int d)
+{
+    X(gather)(to, to_row, from, n, d);
+}
+#else
+/* count elements of 16 bits from any strides and byte order, side by side. */
+static void X(collect)(uint16_t *to, const char *data, const qkv_rows *from, int count)
+{
+    if (from->col == sizeof(uint16_t) && !from->swapped)
+        memcpy(to, data, (size_t)count * sizeof(uint16_t));
+    else
+        for (int e = 0; e < count; e++)
+            X(copy_bytes)(to + e, data + e * from->col, sizeof(uint16_t), from->swapped);
+}
+
+static void X(gather_terms)(void *to, ptrdiff_t to_row, const qkv_rows *from, int n, int d)
+{
+    for (int i = 0; i < n; i++) {
+        uint16_t *row = (uint16_t *)((REAL *)to + i * to_row);
+        X(collect)(row, from->data + i * from->row, from, d);
+        if (d % 2)
+            row[d] = 0;
+    }
+}
+
+static void X(gather_values)(void *to, ptrdiff_t to_row, const qkv_rows *from, int n, int d)
+{
+    int plain = from->col == sizeof(uint16_t) && !from->swapped;
+    for (int i = 0; i < n; i += 2) {
+        REAL *row = (REAL *)to + i / 2 * to_row;
+        const char *a = from->data + i * from->row, *b = a + from->row;
+        for (int e = 0; e < d; e += W) {
+            int part = d - e < W ? d - e : W;
+            if (plain && part == W && i + 1 < n) {
+                X(storeu)(row + e, X(interleave)(a + e * from->col, b + e * from->col));
+                continue;
+            }
+            uint16_t first[W] = {0}, second[W] = {0};
+            X(collect)(first, a + e * from->col, from, part);
+            if (i + 1 < n)
+                X(collect)(second, b + e * from->col, from, part);
+            X(store_part)(row + e, X(interleave)(first, second), part);
+        }
+    }
+}
+#endif
+
+#if NARROWS
+static void X(narrow_row)(char *data, const qkv_rows *to, const REAL *from, int d)
+{
+    for (int e = 0; e < d; e += W) {
+        uint16_t some[W];
+        int n = d - e < W ? d - e : W, direct = n == W && to->col == sizeof(uint16_t) && !to->swapped;
+        VEC x = n < W ? X(load_part)(from + e, n) : X(loadu)(from + e);
+        void *at = direct ? data + e * to->col : (char *)some;
+        if (to->type == QKV_AS_F16)
+            X(narrow_f16)(at, x);
+        else
+            X(narrow_bf16)(at, x);
+        for (int i = 0; i < n && !direct; i++)
+            X(copy_bytes)(data + (e + i) * to->col, some + i, sizeof(uint16_t), to->swapped);
+    }
+}
+#endif
 
 static void X(scatter)(const qkv_rows *to, const void *from, ptrdiff_t from_row, int n, int d)
 {
     for (int i = 0; i < n; i++) {
         const REAL *row = (const REAL *)from + i * from_row;
         char *data = to->data + i * to->row;
+#if NARROWS
+        if (to->type != QKV_AS_F32) {
+            X(narrow_row)(data, to, row, d);
+            continue;
+        }
+#endif
         for (int e = 0; e < d; e++)
             X(copy_bytes)(data + e * to->col, row + e, sizeof(REAL), to->swapped);
     }

@@ -36,7 +36,7 @@ static problem make(qkv_type type, int64_t sequences, int64_t heads, int64_t gro
     problem x = {.sequences = sequences};
     qkv_problem *p = &x.p;
     int64_t size = size_of(type);
-    p->type = p->kv_type = type;
+    p->type = p->kv_type = p->out_type = type;
     if (sequences > 1) {
         p->n_axes = 1;
         p->axes[0] = sequences;

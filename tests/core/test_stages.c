@@ -14,7 +14,7 @@ static void test_product(int isa, qkv_type type, int64_t heads_b, int64_t group,
     void *again = block(n * size);
     qkv_counters counters = {0};
     qkv_product_problem p = {
-        .type = type, .b_type = type, .transposed = transposed, .heads = heads, .heads_b = heads_b, .rows = rows,
+        .type = type, .b_type = type, .c_type = type, .transposed = transposed, .heads = heads, .heads_b = heads_b, .rows = rows,
         .terms = terms, .columns = columns, .a = a, .b = b, .c = c, .scale = -0.5, .threads = 1, .isa = isa,
         .a_at = {.head = rows * a_row * size, .row = a_row * size, .dim = size},
         .b_at = {.head = b_rows * b_dim * size, .row = b_dim * size, .dim = size},
@@ -51,7 +51,7 @@ static void test_softmax(int isa, qkv_type type, int64_t outer, int64_t n, int64
     for (int64_t i = 0; i < total; i++)
         mask[i] = masked ? (char)between(0, 1) : 1;
     qkv_softmax_problem p = {
-        .type = type, .n_axes = 2, .axes = {outer, inner}, .x_at = {n * inner * size, size}, .mask_at = {n * inner, 1},
+        .type = type, .out_type = type, .n_axes = 2, .axes = {outer, inner}, .x_at = {n * inner * size, size}, .mask_at = {n * inner, 1},
         .out_at = {n * inner * size, size}, .n = n, .x_step = inner * size, .mask_step = inner, .out_step = inner * size,
         .x = x, .mask = masked ? mask : NULL, .out = out, .threads = 1, .isa = isa,
     };
@@ -99,7 +99,7 @@ static void test_interrupt(void)
         isa++;                                          /* the slowest: long enough for two looks */
     void *a = uniform(QKV_F64, n * n), *c = block(n * n * 8);
     qkv_product_problem p = {
-        .type = QKV_F64, .b_type = QKV_F64, .heads = 1, .heads_b = 1, .rows = n, .terms = n, .columns = n, .a = a, .b = a,
+        .type = QKV_F64, .b_type = QKV_F64, .c_type = QKV_F64, .heads = 1, .heads_b = 1, .rows = n, .terms = n, .columns = n, .a = a, .b = a,
         .c = c, .scale = 1, .threads = 2, .isa = isa, .interrupted = interrupt, .interrupted_arg = &count,
         .a_at = {.row = n * 8, .dim = 8}, .b_at = {.row = n * 8, .dim = 8}, .c_at = {.row = n * 8, .dim = 8},
     };
