@@ -153,7 +153,10 @@ def check_ragged_segments(
     each = np.arange(q_starts.size - 1)
     of_queries, of_keys = np.repeat(each, np.diff(q_starts)), np.repeat(each, np.diff(k_starts))
     spans, complete = _find_spans(q_ids, k_ids, of_queries, of_keys, k_starts)
-    return (spans, None, None) if complete else (spans, *_numbered(q_ids, k_ids))
+    if complete:
+        return spans, None, None
+    q_ids, k_ids = _numbered(q_ids, k_ids)
+    return spans, q_ids, k_ids
 
 
 def _check_ids(where: str, segments: Any) -> list[Array]:
