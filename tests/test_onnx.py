@@ -277,7 +277,7 @@ def test_outputs_that_are_left_out():
         ({"V": np.zeros((2, 3), "float32")}, r"V must have 4 axes.*\(2, 3\)"),
         ({"nonpad_kv_seqlen": np.array([1, 6])}, r"kv_lengths must be in 0\.\.5.*got 6"),
         ({"left_window_size": -2}, "window"),
-        ({"softmax_precision": 99}, r"softmax_precision must be one of 1 \(FLOAT\).*got 99"),
+        ({"softmax_precision": 99}, r"softmax_precision must be 1 \(FLOAT\).*got 99"),
         ({"softmax_precision": TensorProto.INT32}, "softmax_precision.*got 6"),
         ({"qk_matmul_output_mode": 4}, "qk_matmul_output_mode.*got 4"),
         ({"attn_mask": np.zeros((2, 3, 5), bool)}, "mask"),

@@ -30,7 +30,7 @@ from .. import attention, scores, softmax
 
 _Array = np.ndarray[Any, Any]
 
-_PRECISIONS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
+_PRECISIONS: tuple[int, ...] = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
 
 
 class Attention(OpRun):
@@ -89,8 +89,8 @@ class Attention(OpRun):
         present = k, v
 
         if softmax_precision not in (None, *_PRECISIONS):
-            allowed = ", ".join(f"{n} ({TensorProto.DataType.Name(n)})" for n in _PRECISIONS)
-            raise ValueError(f"Attention: softmax_precision must be one of {allowed}, got {softmax_precision}")
+            allowed = "1 (FLOAT), 10 (FLOAT16), 11 (DOUBLE) or 16 (BFLOAT16)"
+            raise ValueError(f"Attention: softmax_precision must be {allowed}, got {softmax_precision}")
         least = np.float32 if softmax_precision is None else tensor_dtype_to_np_dtype(softmax_precision)
         types = (x.dtype for x in (q, k, v, attn_mask) if x is not None)
         wide = functools.reduce(np.promote_types, types, np.promote_types(np.float32, least))
