@@ -293,7 +293,7 @@ static QKV_INLINE void X(weigh)(const int nv, const int careful, const qkv_tile 
             raise |= X(any)(X(beyond)(X(load)(lanes->sum + j), unseen));
         }
     }
-    if (!weighed | raise) {
+    if (!weighed || raise) {
         X(score)(nv, 0, careful, t, &limits, lanes);
         X(raise_maxima)(nv, weighed, t, lanes);
         for (int i = 0, end; i < t->nk; i = end)
