@@ -65,11 +65,11 @@ def attention(
         Values, of k's type. The axes left of the heads broadcast among q, k and v.
     mask : array_like of bool, optional
         True where a query may attend to a key, False where not. Broadcasts from the right against (..., Hq, Lq, Lk), or
-        (Lq, Lk) for 2-D arrays, without enlarging it; any strides, never copied. Where a tile of keys is hidden from
-        all of its queries, keys and values are not even read.
+        (Lq, Lk) for 2-D arrays, without enlarging it; any strides, never copied whole. Where a tile of keys is hidden
+        from all of its queries, keys and values are not even read.
     bias : array_like, optional
         Of any of these types, added to the scaled (and capped) scores; -inf excludes, as False in a mask does.
-        Broadcasts as `mask` does; any strides and byte order, never copied.
+        Broadcasts as `mask` does; any strides and byte order, never copied whole.
     causal : bool or "top-left", default False
         Exclude the keys after the query's position. ``"top-left"`` also sets `q_offset` to 0.
     window : int or (left, right), optional

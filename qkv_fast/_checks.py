@@ -43,7 +43,8 @@ def _broadcast(where: str, **arrays: Array) -> tuple[int, ...]:
 def _as_array(name: str, x: Any, where: str = "attention") -> Array:
     """x as an array; of the subclasses of ndarray only those that mean the same by multiplication and by a value."""
     if isinstance(x, np.ma.MaskedArray):
-        raise TypeError(f"{where}: {name} is a masked array, whose mask would be lost; pass {name}.filled(0)")
+        fill = False if x.dtype == bool else 0
+        raise TypeError(f"{where}: {name} is a masked array, whose mask would be lost; pass {name}.filled({fill})")
     if isinstance(x, np.matrix):
         raise TypeError(f"{where}: {name} is a numpy.matrix; pass numpy.asarray({name})")
     try:

@@ -116,7 +116,7 @@ class Plan(NamedTuple):
                             f"for {_many(self.tasks, 'task')}"),
             _row("scratch", _unit(self.scratch_bytes, "B")),
             _row("work", f"{_unit(self.operations, 'F')} and {_unit(self.bytes, 'B')}; of all pairs "
-                         f"{self.pairs / self.pairs_all:.0%} are visible"),
+                         f"{100 * self.pairs / self.pairs_all:.3g}% are visible"),
             _row("roofline", self._roofline()),
         ]  # fmt: skip
         return lines + [_row("note" if i == 0 else "", note) for i, note in enumerate(self.notes)]
@@ -265,7 +265,7 @@ return_lse, out, num_threads
         pairs_all=float(math.prod(used["out"].shape[:-1])) * keys,
         shapes={name: x.shape for name, x in used.items()},
         dtypes={name: x.dtype.name for name, x in used.items()},
-        notes=tuple(_notes(report, given, used, out, asked, index)),
+        notes=tuple(_notes(report, given, used, mask, bias, out, asked, index)),
     )
 
 
@@ -283,8 +283,9 @@ _COPIED = {
 
 
 def _notes(
-    report: dict[str, Any], given: dict[str, Any], used: dict[str, Array], out: Any, asked: int, index: int
-) -> list[str]:
+    report: dict[str, Any], given: dict[str, Any], used: dict[str, Array], mask: Any, bias: Any, out: Any, asked: int,
+    index: int,
+) -> list[str]:  # fmt: skip
     """Whatever makes the call slower than its shape alone would."""
     notes = []
     for name, x in used.items():
@@ -293,6 +294,9 @@ def _notes(
         if found := report[f"obstacles_{name}"]:
             why = " and ".join(words for bit, words in _core.OBSTACLES.items() if found & bit)
             notes.append(f"{name}: {why}; {_COPIED[name]} ({x.dtype}, strides {x.strides})")
+    for name, x in (("mask", mask), ("bias", bias)):
+        if x is not None and (found := _obstacles(x := np.atleast_1d(np.asarray(x)), used["q"])):
+            notes.append(f"{name}: {' and '.join(found)}; copied a tile at a time ({x.dtype}, strides {x.strides})")
     if out is not None and used["out"] is not out:
         notes.append("out: may overlap an input, so the result is computed in a temporary array and copied")
     threads, tasks = report["counts"]["threads"], report["counts"]["tasks"]
@@ -312,6 +316,19 @@ def _notes(
         best, used_isa = _runtime.available_isas()[0], _runtime.available_isas()[index]
         notes.append(f"CPU path: {used_isa}, though {best} is available ({_runtime.isa_source()})")
     return notes
+
+
+def _obstacles(x: Array, q: Array) -> list[str]:
+    """What keeps rows of a mask or bias from being used where they lie, as choose_copies() in plan.c has it."""
+    _, swapped, strided, unaligned, _ = _core.OBSTACLES.values()
+    step = x.strides[-1] if x.shape[-1] > 1 else 0  # of a row that is one element, that one is repeated
+    found = {
+        "a type that is not q's": x.dtype != bool and x.dtype.char != q.dtype.char,
+        swapped: not x.dtype.isnative,
+        strided: step not in (0, x.itemsize),
+        unaligned: not x.flags.aligned,
+    }
+    return [words for words, is_so in found.items() if is_so]
 
 
 def _row(name: str, text: str) -> str:

@@ -93,6 +93,8 @@ def _check_broadcast(where: str, name: str, x: Array, logits: tuple[int, ...]) -
     hint = ""
     if x.ndim > 2 and _fits((*x.shape[:-2], 1, *x.shape[-2:]), logits):
         hint = f"; for one per sequence pass {name}[{':, None' if x.ndim == 3 else '..., None, :, :'}]"
+    elif x.ndim > 1 and _fits((*x.shape[:-1], 1, 1, x.shape[-1]), logits):  # (sequences, keys)
+        hint = f"; for one row per sequence pass {name}[{':, None, None' if x.ndim == 2 else '..., None, None, :'}]"
     _fail_shapes(where, f"{name} does not broadcast to {axes} = {logits}{hint}", **{name: x})
 
 
@@ -121,10 +123,8 @@ def check_segments(
     q_ids, k_ids = _check_ids(where, segments)
     for name, ids, length in (("query", q_ids, len_q), ("key", k_ids, len_k)):
         if ids.ndim == 0 or ids.shape[-1] != length or not _fits(ids.shape[:-1], batch):
-            raise ValueError(
-                f"{where}: segments must have {name} ids of shape ({length},) or, per sequence, {(*batch, length)}, "
-                f"got {ids.shape}"
-            )
+            own_ids = f" or, per sequence, {(*batch, length)}" if batch else ""
+            raise ValueError(f"{where}: segments must have {name} ids of shape ({length},){own_ids}, got {ids.shape}")
     own = np.broadcast_shapes(q_ids.shape[:-1], k_ids.shape[:-1])
     each = np.arange(math.prod(own))
     spans, complete = _find_spans(
@@ -153,7 +153,10 @@ def check_ragged_segments(
     each = np.arange(q_starts.size - 1)
     of_queries, of_keys = np.repeat(each, np.diff(q_starts)), np.repeat(each, np.diff(k_starts))
     spans, complete = _find_spans(q_ids, k_ids, of_queries, of_keys, k_starts)
-    return (spans, None, None) if complete else (spans, *_numbered(q_ids, k_ids))
+    if complete:
+        return spans, None, None
+    q_ids, k_ids = _numbered(q_ids, k_ids)
+    return spans, q_ids, k_ids
 
 
 def _check_ids(where: str, segments: Any) -> list[Array]:
@@ -163,8 +166,8 @@ def _check_ids(where: str, segments: Any) -> list[Array]:
     if len(segments) != 2:
         raise ValueError(f"{where}: segments must be a pair, (query ids, key ids), got {len(segments)} items")
     made = []
-    for name, ids in zip(("query", "key"), segments, strict=True):
-        given = _as_array(f"the {name} ids of segments", ids, where)
+    for i, (name, ids) in enumerate(zip(("query", "key"), segments, strict=True)):
+        given = _as_array(f"segments[{i}]", ids, where)
         if given.dtype.kind not in "iu" and not (given.size == 0 and isinstance(ids, (list, tuple))):
             raise TypeError(f"{where}: segments must have integers as {name} ids, got {given.dtype}")
         if given.dtype.kind == "u" and given.size and int(given.max()) >= 2**63:

@@ -242,6 +242,8 @@ def test_units():
     """1 row of 8 floats against 1000 keys: 32 kB of K, as much of V, and 64 bytes more."""
     text = str(qkv_fast.explain(*qkv(1, lengths=(1, 1000), dims=(8, 8)), num_threads=1))
     assert "work      32 kF and 64.1 kB; of all pairs 100% are visible" in text, text
+    mask = np.arange(1000) < 5
+    assert "0.5% are visible" in str(qkv_fast.explain(*qkv(1, lengths=(1, 1000)), mask=mask, num_threads=1))
 
 
 def test_identical_sequences():

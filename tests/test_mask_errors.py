@@ -99,6 +99,28 @@ def test_one_per_sequence():
         qkv_fast.attention(q, k, v, mask=mask[..., None, :, :])
 
 
+def test_padding_of_keys():
+    """(B, Lk) is read as (Lq, Lk): likewise."""
+    mask, bias = np.ones((2, 9), bool), np.zeros((2, 9), "f4")
+    refuses(ValueError, "mask[:, None, None", (2, 9), mask=mask)
+    refuses(ValueError, "bias[:, None, None", (2, 9), bias=bias)
+    qkv_fast.attention(*arrays(), mask=mask[:, None, None], bias=bias[:, None, None])
+    q, k, v = (x.reshape(1, 2, *x.shape[1:]) for x in arrays())
+    mask = mask[None]
+    says(ValueError, lambda: qkv_fast.attention(q, k, v, mask=mask), "mask[..., None, None, :")
+    qkv_fast.attention(q, k, v, mask=mask[..., None, None, :])
+
+
+def test_advice_can_be_typed():
+    refuses(TypeError, "mask.filled(False", mask=np.ma.masked_array(np.ones((5, 9), bool)))
+    refuses(TypeError, "bias.filled(0", bias=np.ma.masked_array(np.ones((5, 9), "f4")))
+    for i, masked in enumerate(((np.ma.zeros(5, int), IDS[1]), (IDS[0], np.ma.zeros(9, int)))):
+        refuses(TypeError, f"pass segments[{i}].filled(0", segments=masked)
+    q, k, v = (x[0, 0] for x in arrays())
+    with pytest.raises(ValueError, match=r"query ids of shape \(5,\), got \(4,\)"):
+        qkv_fast.attention(q, k, v, segments=(np.zeros(4, int), IDS[1]))
+
+
 def test_two_dimensions():
     q, k, v = (x[0] for x in qkv(2, lengths=(5, 9)))
     for shape in ((1, 5, 9), (2, 5, 9), (9, 5), (5, 1, 1)):

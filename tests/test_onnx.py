@@ -233,6 +233,18 @@ def test_softmax_precision():
         assert np.array_equal(run(feeds, softmax_precision=least)[0], qkv_fast.attention(*feeds.values()))
 
 
+@pytest.mark.parametrize("dtype", ["uint64", "uint8", "int32"])
+def test_types_of_lengths(dtype):
+    """Positions before the first key are negative, which an unsigned type would not hold."""
+    lengths = np.array([1, 5])
+    expected, got = (
+        run({**qkv(), "nonpad_kv_seqlen": x}, outputs=OUTPUTS, is_causal=1, qk_matmul_output_mode=2)
+        for x in (lengths, lengths.astype(dtype))
+    )
+    for x, y in zip(got, expected, strict=True):
+        assert np.array_equal(x, y)
+
+
 @pytest.mark.parametrize("changes", [{"batch": 0}, {"lengths": (0, 5)}])
 def test_nothing_to_compute(changes):
     flat = {name: flattened(x) for name, x in qkv(**changes).items()}
@@ -265,6 +277,8 @@ def test_outputs_that_are_left_out():
         ({"V": np.zeros((2, 3), "float32")}, r"V must have 4 axes.*\(2, 3\)"),
         ({"nonpad_kv_seqlen": np.array([1, 6])}, r"kv_lengths must be in 0\.\.5.*got 6"),
         ({"left_window_size": -2}, "window"),
+        ({"softmax_precision": 99}, r"softmax_precision must be 1 \(FLOAT\).*got 99"),
+        ({"softmax_precision": TensorProto.INT32}, "softmax_precision.*got 6"),
         ({"qk_matmul_output_mode": 4}, "qk_matmul_output_mode.*got 4"),
         ({"attn_mask": np.zeros((2, 3, 5), bool)}, "mask"),
     ],

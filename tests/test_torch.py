@@ -11,6 +11,7 @@ from _util import child_says
 pytest.importorskip("torch", reason="the extra [test] leaves it out for its size; [torch] has it")
 
 import torch
+from torch.autograd import forward_ad
 
 import qkv_fast
 from qkv_fast.integrations import torch as adapter
@@ -177,9 +178,49 @@ def test_gradients(name):
     torch.testing.assert_close(scaled_dot_product_attention(**inputs), expected)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # make_dual() calls it
+@pytest.mark.parametrize("name", ["query", "key", "value", "attn_mask"])
+def test_forward_gradients(name):
+    """Refused also where reverse ones are off; what carries none is computed at any level."""
+    inputs = dict(zip(("query", "key", "value", "attn_mask"), tensors("4-D"), strict=True))
+    with forward_ad.dual_level():
+        torch.testing.assert_close(scaled_dot_product_attention(**inputs), THEIRS(**inputs))
+        inputs[name] = forward_ad.make_dual(inputs[name], torch.ones_like(inputs[name]))
+        with torch.no_grad(), pytest.raises(NotImplementedError, match=f"gradients: {name} carries a forward"):
+            scaled_dot_product_attention(**inputs)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
+def test_a_trace_would_keep_the_result():
+    inputs = tensors("4-D")[:3]
+    with pytest.raises(NotImplementedError, match=r"jit\.trace"):
+        torch.jit.trace(lambda *x: scaled_dot_product_attention(*x), inputs)
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors(layout):
+    inputs = dict(zip(("query", "key", "value"), tensors("4-D")[:3], strict=True))
+    for name in inputs:
+        nested = torch.nested.nested_tensor([torch.zeros(n, E) for n in (2, 3)], layout=layout)
+        with pytest.raises(NotImplementedError, match=f"nested tensors: {name} is one"):
+            scaled_dot_product_attention(**{**inputs, name: nested})
+
+
+def test_autocast_keeps_the_type():
+    inputs = tensors("4-D")[:3]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert THEIRS(*inputs).dtype == torch.bfloat16
+        assert scaled_dot_product_attention(*inputs).dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     "changes, error, words",
     [
+        ({"is_causal": 1}, TypeError, "is_causal must be bool, got 1"),
+        ({"enable_gqa": None}, TypeError, "enable_gqa must be bool, got None"),
+        ({"dropout_p": None}, TypeError, "dropout_p must be a real number, got None"),
+        ({"dropout_p": "0"}, TypeError, "dropout_p must be a real number, got '0'"),
         ({"dropout_p": 0.1}, NotImplementedError, "dropout_p must be 0, got 0.1"),
         ({"query": torch.zeros(4, L, E, device="meta")}, NotImplementedError, "query is .* on meta"),
         ({"attn_mask": torch.zeros(L, S, device="meta")}, NotImplementedError, "attn_mask is .* on meta"),

@@ -22,12 +22,15 @@ import functools
 from typing import Any
 
 import numpy as np
+from onnx import TensorProto
 from onnx.helper import tensor_dtype_to_np_dtype
 from onnx.reference.op_run import OpRun
 
 from .. import attention, scores, softmax
 
 _Array = np.ndarray[Any, Any]
+
+_PRECISIONS: tuple[int, ...] = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
 
 
 class Attention(OpRun):
@@ -38,13 +41,15 @@ class Attention(OpRun):
 
     float16, bfloat16 and inputs of several types, a mask of numbers among them, are widened (to float32, or to float64
     where one of them needs it) and the outputs rounded once. So `softmax_precision` is the least precision: float64 has
-    an effect, what is narrower than the type of computation has none.
+    an effect, what is narrower than the type of computation has none. With a softcap, qk_matmul_output_mode 0 shows the
+    product before it, as the operator's text says; ONNX's own evaluator shows it after.
 
     Raises
     ------
     ValueError
         A 3-D input without its number of heads, one of past_key and past_value without the other, nonpad_kv_seqlen
-        with a past, a qk_matmul_output_mode other than 0 to 3, and whatever :func:`qkv_fast.attention` refuses.
+        with a past, a qk_matmul_output_mode other than 0 to 3, a softmax_precision that is no floating type of the
+        operator, and whatever :func:`qkv_fast.attention` refuses.
     """
 
     def _run(  # names as in the operator, which the evaluator passes by keyword
@@ -80,9 +85,12 @@ class Attention(OpRun):
         elif past_key is not past_value:
             raise ValueError("Attention: past_key and past_value come together, got one of them")
         elif nonpad_kv_seqlen is not None:
-            offset = nonpad_kv_seqlen - q.shape[2]
+            offset = nonpad_kv_seqlen.astype(np.int64, casting="same_kind") - q.shape[2]  # unsigned, it would wrap
         present = k, v
 
+        if softmax_precision not in (None, *_PRECISIONS):
+            allowed = "1 (FLOAT), 10 (FLOAT16), 11 (DOUBLE) or 16 (BFLOAT16)"
+            raise ValueError(f"Attention: softmax_precision must be {allowed}, got {softmax_precision}")
         least = np.float32 if softmax_precision is None else tensor_dtype_to_np_dtype(softmax_precision)
         types = (x.dtype for x in (q, k, v, attn_mask) if x is not None)
         wide = functools.reduce(np.promote_types, types, np.promote_types(np.float32, least))

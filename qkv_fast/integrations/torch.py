@@ -9,10 +9,12 @@ Examples
 torch.Size([1, 12, 100, 64])
 """
 
+import numbers
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from torch.autograd import forward_ad
 
 from .. import attention
 
@@ -58,16 +60,17 @@ def scaled_dot_product_attention(
     Returns
     -------
     torch.Tensor, shape (..., Hq, L, Ev)
-        Of query's type, contiguous. Rows that may attend to nothing are 0.
+        Of query's type, under autocast too, and contiguous. Rows that may attend to nothing are 0.
 
     Raises
     ------
     TypeError
-        Not tensors, or of types other than the supported.
+        Not tensors, or of types other than the supported; a switch that is no bool, a dropout_p that is no real number.
     ValueError
         Shapes that do not fit.
     NotImplementedError
-        What torch does and this does not: an input needs a gradient, is not on the CPU or not strided, dropout.
+        What torch does and this does not: an input needs a gradient or carries a forward one, is nested, not on the CPU
+        or not strided; dropout; `torch.jit.trace`, which would keep the result as a constant.
 
     Notes
     -----
@@ -92,6 +95,16 @@ def scaled_dot_product_attention(
     needing = [name for name, x in tensors.items() if x.requires_grad]
     if needing and torch.is_grad_enabled():
         _refuse(f"no gradients: {', '.join(needing)} has requires_grad set; use torch.no_grad() or detach()")
+    carrying = [name for name, x in tensors.items() if forward_ad.unpack_dual(x).tangent is not None]
+    if carrying:
+        _refuse(f"no gradients: {', '.join(carrying)} carries a forward-mode tangent; pass unpack_dual(...).primal")
+    if torch.jit.is_tracing():
+        _refuse("no torch.jit.trace: the result for these inputs would become a constant of the trace")
+    for name, switch in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
+        if not isinstance(switch, bool):
+            raise TypeError(f"scaled_dot_product_attention: {name} must be bool, got {switch!r}")
+    if not isinstance(dropout_p, numbers.Real):
+        raise TypeError(f"scaled_dot_product_attention: dropout_p must be a real number, got {dropout_p!r}")
     if dropout_p != 0:
         _refuse(f"no dropout: dropout_p must be 0, got {dropout_p!r}")
 
@@ -109,6 +122,8 @@ def _refuse(what: str) -> NoReturn:
 def _check(name: str, x: Any, types: tuple[torch.dtype, ...]) -> None:
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"scaled_dot_product_attention: {name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.is_nested:
+        _refuse(f"no nested tensors: {name} is one; pass its parts one by one, or padded with an attn_mask")
     if x.device.type != "cpu" or x.layout != torch.strided:
         _refuse(f"strided tensors on the CPU only: {name} is {x.layout} on {x.device}")
     if x.dtype not in types:

@@ -60,7 +60,9 @@ static QKV_INLINE void X(adjust_square)(const qkv_tile *t, int i, int j, const i
     if (t->bias || t->mask)
         X(element_square)(t, i, j, n, x);
     else
-        EACH x[r] = zero;
+        QKV_UNROLL
+        for (int r = 0; r < W; r++)
+            x[r] = zero;
     if (t->slope) {
         VEC from = X(set1)((REAL)(t->skew + i));        /* counted from the block, wherever the tile begins in it */
         EACH {
