@@ -442,7 +442,7 @@ class KVCache:
         """
         where = "KVCache.truncate"
         batch, capacity, window, keep, _ = self._geometry
-        stay = _per_sequence(where, "n", n, (batch,))
+        stay = _per_sequence(where, "n", n, (batch,)).copy()
         if (wrong := (stay < 0) | (stay > self._lengths)).any():
             at = int(wrong.argmax())
             raise ValueError(f"{where}: n must be in 0..{self._lengths[at]} for sequence {at}, got {stay[at]}")
