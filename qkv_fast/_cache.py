@@ -331,7 +331,7 @@ class KVCache:
             Queries, of the cache's type or a wider one; ``Hq`` is a multiple of the key heads.
         lengths : int or array_like of int, optional
             How many of the L queries each sequence has, where they differ: its first ones, at its last tokens. The
-            results of the others are 0.
+            results of the others are 0. (The bits are then those of a call with L queries, not of one with fewer.)
         mask, bias : array_like, optional
             Broadcast against (batch, Hq, L, tokens of the longest sequence).
         causal : bool, default True

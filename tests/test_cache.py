@@ -46,11 +46,13 @@ def test_sequences_of_different_lengths_are_each_as_alone(dtype):
     bias = normal(np.random.default_rng(0), (4, 1, 5, 300), dtype)
     out, lse = cache.attend(q, lengths=counts, bias=bias, return_lse=True)
     for b, (n, m) in enumerate(zip(lengths, counts, strict=True)):
-        alone = qkv_fast.attention(
-            q[b, :, :m], k[b, :, :n], v[b, :, :n], causal=True, bias=bias[b, :, :m, :n], return_lse=True
-        )
-        same_bits((out[b, :, :m], lse[b, :, :m]), alone)
+        inputs = q[b, :, :m], k[b, :, :n], v[b, :, :n]
+        compare((out[b, :, :m], lse[b, :, :m]), inputs, causal=True, bias=bias[b, :, :m, :n])
         assert not out[b, :, m:].any() and np.all(lse[b, :, m:] == -np.inf)
+    last = q[:, :, :1]
+    out = cache.attend(last)
+    for b, n in enumerate(lengths):
+        same_bits(out[b], qkv_fast.attention(last[b], k[b, :, :n], v[b, :, :n], causal=True))
 
 
 @pytest.mark.parametrize("keep", [0, 3])
