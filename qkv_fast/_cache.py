@@ -383,7 +383,7 @@ class KVCache:
             scale, layout, return_lse, out, num_threads,
         )  # fmt: skip
 
-    def _find(self, left: int | None, queries: Any) -> Keys:
+    def _find(self, left: int | None, queries: Any, join: bool) -> Keys:
         _, capacity, window, keep, _ = self._geometry
         if window < 0:
             return Keys(self._k[:, :, : self._most], self._v[:, :, : self._most])
@@ -397,6 +397,8 @@ class KVCache:
                 f"KVCache.attend: the first query's window begins at token {needed[at]}, the ring holds {held}: append "
                 f"and attend to fewer tokens at a time (window={left})"
             )
+        if join:
+            return self._join(left)
         laps = np.maximum((np.stack([needed - _BLOCK, self._lengths - 1]) - keep) // size, 0).T.tolist()
         if self._laps is None or self._laps[0] != laps:
             self._laps = laps, self._make_runs(laps)
@@ -414,6 +416,18 @@ class KVCache:
             table += [(*ring, keep + lap * size, size) for lap in range(first, last + 1)]
             run_of.append(len(table))
         return Keys(self._k, self._v, np.array(table, np.int64), np.array(run_of, np.int64))
+
+    def _join(self, left: int) -> Keys:
+        """The kept tokens and the window of the last one, as if they followed one another."""
+        keep, size = self._geometry.keep, self._geometry.capacity - self._geometry.keep
+        gaps = np.maximum(self._lengths - 1 - left - keep, 0)
+        table = []
+        for b, gap in enumerate((gaps % size).tolist()):
+            for row, first, n in ((0, 0, keep), (keep + gap, keep, size - gap), (keep, keep + size - gap, gap)):
+                at = [b * x.strides[0] + row * x.strides[2] for x in (self._k, self._v)]
+                table.append((*at, first, n))
+        run_of = np.arange(0, len(table) + 1, 3)
+        return Keys(self._k, self._v, np.array(table, np.int64), run_of, self._lengths - gaps)
 
     def truncate(self, n: Any) -> None:
         """Forget the tokens of each sequence from number `n` on.

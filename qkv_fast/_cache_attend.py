@@ -45,6 +45,7 @@ class Keys(NamedTuple):
     v: Array  # the same with dim_v
     runs: Array | None = None  # see Extras
     run_of: Array | None = None
+    seen: Array | None = None  # (batch,) int64: all that the one query sees, moved together, and nothing else
 
 
 class Tokens(NamedTuple):
@@ -112,7 +113,7 @@ def attend(
     where: str,
     form: Form,
     tokens: Tokens,
-    find: Callable[[int | None, Any], Keys],
+    find: Callable[[int | None, Any, bool], Keys],
     limit: int | None,
     keep: int,
     q: Any,
@@ -132,8 +133,9 @@ def attend(
 ) -> Any:
     """Attention of q over the cache.
 
-    `find(left, queries)` says where the keys from `left` (None: all) before the first query on lie, `queries` being
-    their number, one or per sequence. A ring has a `limit` to the left and may `keep` its first keys beyond it.
+    `find(left, queries, join)` says where the keys from `left` (None: all) before the first query on lie, `queries`
+    being their number, one or per sequence. A ring has a `limit` to the left and may `keep` its first keys beyond it;
+    with `join` its positions do not matter.
     """
     if type(q) is not np.ndarray:
         q = _as_array("q", q, where)
@@ -184,8 +186,13 @@ def attend(
     if out is not None and (np.may_share_memory(out, q) or (extras and extras.overlaps(out))):
         target = _empty(view.shape, char, where)
 
-    keys = find(left, queries)
     apart = min(keep, tokens.most) if left is not None and tokens.most - 1 > left else 0  # kept keys beyond the window
+    join = apart > 0 and len_q == 1 and (counts is mask is bias is alibi_slopes is None)
+    keys = find(left, queries, join)
+    if keys.seen is not None:
+        tokens = Tokens(keys.seen, 0, int(keys.seen.max()))
+        left = right = None
+        apart = 0
     lse = _empty((batch, heads, len_q), char, where) if return_lse or apart else None
     if counts is not None or apart:
         spans = np.zeros((batch, len_q, 2), np.int64)  # nothing for a row beyond the sequence's queries

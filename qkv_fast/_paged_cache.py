@@ -450,7 +450,7 @@ class PagedKVCache:
         tokens = Tokens(np.array(held, np.int64), min(held), max(held))
         tables = [self._pages[s] for s in chosen]
         return _cache_attend.attend(
-            where, self._form, tokens, lambda left, queries: self._find(tables), None, 0, q, lengths, mask, bias,
+            where, self._form, tokens, lambda *_: self._find(tables), None, 0, q, lengths, mask, bias,
             causal, window, alibi_slopes, sinks, softcap, scale, layout, return_lse, out, num_threads,
         )  # fmt: skip
 
