@@ -266,8 +266,9 @@ class KVCache:
         k, v, n, counts = _cache_attend.check_tokens(where, geometry.form, geometry.batch, k, v, lengths, layout)
         if self._store is not None:
             self._store.check_writable(where)
-        even = counts is None and self._least == self._most
-        if even:
+        if geometry.window >= 0 and (np.may_share_memory(k, self._k) or np.may_share_memory(v, self._v)):
+            k, v = k.copy(), v.copy()  # rows of the ring itself, which are about to be overwritten
+        if counts is None and self._least == self._most:
             if geometry.window < 0 and self._most + n > geometry.capacity:
                 self._fail_capacity(where, self._most, n)
             self._write(slice(None), k, v, self._most, n)
@@ -384,27 +385,28 @@ class KVCache:
         )  # fmt: skip
 
     def _find(self, left: int | None, queries: Any, join: bool) -> Keys:
-        _, capacity, window, keep, _ = self._geometry
+        batch, capacity, window, keep, _ = self._geometry
         if window < 0:
             return Keys(self._k[:, :, : self._most], self._v[:, :, : self._most])
         assert left is not None
         size = capacity - keep
-        needed = np.maximum(self._lengths - queries - left, keep)
-        if np.any(lost := (self._reach - size > needed) & (self._lengths > needed)):
-            at = int(lost.argmax())
-            held = f"{size} tokens from {self._reach[at] - size} on"
-            raise ValueError(
-                f"KVCache.attend: the first query's window begins at token {needed[at]}, the ring holds {held}: append "
-                f"and attend to fewer tokens at a time (window={left})"
-            )
+        many = [queries] * batch if isinstance(queries, int) else queries.tolist()
+        laps = []
+        for n, reach, new in zip(self._lengths.tolist(), self._reach.tolist(), many, strict=True):
+            first = max(n - new - left, keep)
+            if n > first < reach - size:
+                raise ValueError(
+                    f"KVCache.attend: the first query's window begins at token {first}, the ring holds {size} tokens "
+                    f"from {reach - size} on: append and attend to fewer tokens at a time (window={left})"
+                )
+            laps.append((max((first - _BLOCK - keep) // size, 0), max((n - 1 - keep) // size, 0)))
         if join:
             return self._join(left)
-        laps = np.maximum((np.stack([needed - _BLOCK, self._lengths - 1]) - keep) // size, 0).T.tolist()
         if self._laps is None or self._laps[0] != laps:
             self._laps = laps, self._make_runs(laps)
         return self._laps[1]
 
-    def _make_runs(self, laps: list[list[int]]) -> Keys:
+    def _make_runs(self, laps: list[tuple[int, int]]) -> Keys:
         """Every lap around the ring is a run over the same rows. Older laps stand for what the window hides."""
         keep, size = self._geometry.keep, self._geometry.capacity - self._geometry.keep
         table, run_of = [], [0]

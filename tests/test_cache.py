@@ -113,6 +113,16 @@ def test_layout_out_and_types():
     same_bits(cache.attend(q), qkv_fast.attention(q, k, v, causal=True))
 
 
+def test_ring_takes_its_own_rows():
+    k = np.arange(14, dtype="float32").reshape(1, 1, 7, 2)
+    cache = KVCache(1, 1, 2, 6, window=3)
+    cache.append(k, k)
+    rows = cache.keys.copy()
+    cache.append(cache.keys, cache.values)
+    at = cache.positions[0].argsort()
+    same_bits(cache.keys[0, 0, at], rows[0, 0])
+
+
 def test_keys_and_values_are_views():
     k = np.ones((1, 2, 3, 4), "float32")
     cache = filled(k, k, 10)
