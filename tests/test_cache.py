@@ -113,6 +113,19 @@ def test_layout_out_and_types():
     same_bits(cache.attend(q), qkv_fast.attention(q, k, v, causal=True))
 
 
+@pytest.mark.parametrize("stay", [0, 3])
+def test_ring_begins_again(stay):
+    q, k, v = qkv(7, batch=(1,), heads=(2, 2), lengths=(2, 60))
+    cache = KVCache(1, 2, 16, 20, window=8, keep=3)
+    cache.append(k, v)
+    cache.truncate(stay)
+    cache.append(k[:, :, stay:10], v[:, :, stay:10])
+    assert cache.positions[0, :10].tolist() == list(range(10))
+    j, at = np.arange(10), np.arange(8, 10)[:, None]
+    seen = dict(mask=(j < 3) | (j >= at - 8), causal=True)
+    compare(cache.attend(q, return_lse=True), (q, k[:, :, :10], v[:, :, :10]), **seen)
+
+
 def test_ring_takes_its_own_rows():
     k = np.arange(14, dtype="float32").reshape(1, 1, 7, 2)
     cache = KVCache(1, 1, 2, 6, window=3)
