@@ -17,9 +17,11 @@ except ModuleNotFoundError as error:
 
 from . import reference
 from ._attention import attention, merge_partials
+from ._cache import KVCache
 from ._config import show_config
 from ._explain import explain
 from ._masks import alibi_slopes
+from ._paged_cache import PagedKVCache
 from ._runtime import available_isas, get_num_threads, isa, num_threads, set_num_threads
 from ._stages import scores, softmax, weighted_values
 from ._varlen import attention_varlen
@@ -28,6 +30,8 @@ if hasattr(_sys.modules.get("threadpoolctl"), "register"):  # loaded, and new en
     from . import _threadpoolctl  # noqa: F401 (it registers itself)
 
 __all__ = [
+    "KVCache",
+    "PagedKVCache",
     "__version__",
     "alibi_slopes",
     "attention",

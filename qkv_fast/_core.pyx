@@ -187,6 +187,26 @@ cdef bytearray fill_extras(qkv_problem *p, extras, cnp.ndarray out):
         p.len_k = extras.longest_k
         p.q_at.axis[0] = p.k_at.axis[0] = p.v_at.axis[0] = p.out_at.axis[0] = 0
         room = fill_runs(p, p.axes[0])
+    if extras.runs is not None:
+        p.len_k = extras.longest_k
+        room = place_runs(p, extras.runs)
+        p.run_of = integers_of(extras.run_of)
+    return room
+
+
+cdef bytearray place_runs(qkv_problem *p, cnp.ndarray table):
+    """The runs of a cache, from a table of (bytes from k, bytes from v, first key, keys); to be kept as long as p."""
+    cdef const int64_t *entry = integers_of(table)
+    cdef int64_t i, n = cnp.PyArray_DIM(table, 0)
+    cdef bytearray room = bytearray(n * sizeof(qkv_run))
+    cdef qkv_run *runs = <qkv_run *><char *>room
+    for i in range(n):
+        runs[i].k = p.runs[0].k + entry[4 * i]
+        runs[i].v = p.runs[0].v + entry[4 * i + 1]
+        runs[i].first = entry[4 * i + 2]
+        runs[i].count = entry[4 * i + 3]
+    p.runs = runs
+    p.n_runs = n
     return room
 
 
@@ -219,7 +239,7 @@ def forward(cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not No
     (..., heads, rows) is contiguous. `offset` and `length` are contiguous int64, one per sequence, or None, `left` and
     `right` distances or None, `counters` contiguous int64 in the order of COUNTERS, or None. `extras` is an Extras of
     _masks.py, or None; with its starts the rows of all arrays are those of packed sequences, and `offset` and `length`
-    are given.
+    are given. With its runs k and v (..., heads, rows, dim) are where these point into, and `length` is given.
     """
     cdef qkv_problem p
     cdef qkv_run run

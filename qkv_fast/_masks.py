@@ -30,7 +30,9 @@ class Extras(NamedTuple):
     q_starts: Array | None = None  # ragged batches: (sequences + 1,) int64
     k_starts: Array | None = None
     longest_q: int = 0
-    longest_k: int = 0
+    longest_k: int = 0  # of runs as well
+    runs: Array | None = None  # caches: (runs, 4) int64: bytes from k, bytes from v, first key, number of keys
+    run_of: Array | None = None  # (sequences + 1,) int64: the first run of each sequence, and their number
 
     def overlaps(self, out: Array) -> bool:
         """Whether the core would read what it writes. The other arrays are copies."""

@@ -12,6 +12,8 @@ import qkv_fast
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 FUNCTIONS = {name: getattr(qkv_fast, name) for name in qkv_fast.__all__ if callable(getattr(qkv_fast, name))}
+for name in ("KVCache", "PagedKVCache"):
+    FUNCTIONS |= {f"{name}.{key}": getattr(FUNCTIONS[name], key) for key in vars(FUNCTIONS[name]) if key[0] != "_"}
 FUNCTIONS |= {f"reference.{name}": getattr(qkv_fast.reference, name) for name in qkv_fast.reference.__all__}
 
 
@@ -39,12 +41,14 @@ def test_examples_of_integrations(host):
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_sections(name):
     """Every parameter, result and error has its place."""
-    text, signature = inspect.getdoc(FUNCTIONS[name]), inspect.signature(FUNCTIONS[name])
-    for parameter in signature.parameters:
+    text = inspect.getdoc(FUNCTIONS[name])
+    signature = inspect.signature(FUNCTIONS[name]) if callable(FUNCTIONS[name]) else inspect.Signature()
+    parameters = [parameter for parameter in signature.parameters if parameter != "self"]
+    for parameter in parameters:
         name = rf"(\*\*)?{parameter}"
         assert re.search(rf"^({name}|.*, {name}(, .*)?|{name}, .*)( :|$)", text, re.MULTILINE), parameter
     for section in ("Parameters", "Raises"):
-        assert not signature.parameters or f"\n{section}\n{'-' * len(section)}\n" in text
+        assert not parameters or f"\n{section}\n{'-' * len(section)}\n" in text
     assert re.search(r"\nExamples\n--------\n", text)
 
 

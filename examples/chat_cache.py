@@ -1,0 +1,83 @@
+"""Chat through a KV cache: a small decoder with deterministic random weights, not a trained model.
+
+Token by token, each seeing those before it through a `KVCache` per layer, against all tokens at once with causal
+attention: the same result to rounding. Then the speed and the size of each type of cache.
+
+    python examples/chat_cache.py [--tokens 256] [--layers 4]
+"""
+
+import argparse
+import time
+
+import numpy as np
+
+import qkv_fast
+
+DIM, HEADS, KV_HEADS, HEAD_DIM = 256, 8, 2, 32  # four query heads share each key head
+CACHE_TYPES = ("float32", "float64")
+
+
+class Decoder:
+    """Layers of attention and a two-layer network, each with a norm before and a residual connection around it."""
+
+    def __init__(self, layers, dtype="float32"):
+        rng = np.random.default_rng(0)
+        widths = (DIM, (HEADS + 2 * KV_HEADS) * HEAD_DIM), (HEADS * HEAD_DIM, DIM), (DIM, 4 * DIM), (4 * DIM, DIM)
+        self.layers = [
+            [(rng.standard_normal(width) / np.sqrt(width[0])).astype(dtype) for width in widths] for _ in range(layers)
+        ]
+        self.dtype = dtype
+
+    def caches(self, batch, capacity):
+        return [qkv_fast.KVCache(batch, KV_HEADS, HEAD_DIM, capacity, dtype=self.dtype) for _ in self.layers]
+
+    def __call__(self, x, caches=None):
+        """x (batch, tokens, DIM) to the same: of the next tokens, if the caches have those before, else of all."""
+        for i, (w_qkv, w_out, w_up, w_down) in enumerate(self.layers):
+            heads = (norm(x) @ w_qkv).reshape(*x.shape[:2], -1, HEAD_DIM)
+            q, k, v = np.split(heads, [HEADS, HEADS + KV_HEADS], axis=2)
+            if caches is None:
+                seen = qkv_fast.attention(q, k, v, causal=True, layout="blhd")
+            else:
+                caches[i].append(k, v, layout="blhd")
+                seen = caches[i].attend(q, layout="blhd")
+            x = x + seen.reshape(*x.shape[:2], -1) @ w_out
+            x = x + np.maximum(norm(x) @ w_up, 0) @ w_down
+        return x
+
+
+def norm(x):
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+
+
+def compare(dtype, tokens, layers):
+    """The largest difference between the two ways, in units of the result; seconds; bytes per token."""
+    decoder = Decoder(layers, dtype)
+    x = np.random.default_rng(1).standard_normal((1, tokens, DIM)).astype(dtype)
+    caches = decoder.caches(1, tokens)
+    start = time.perf_counter()
+    steps = [decoder(x[:, t : t + 1], caches) for t in range(tokens)]
+    seconds = time.perf_counter() - start
+    at_once = decoder(x)
+    error = np.abs(np.concatenate(steps, axis=1) - at_once).max() / np.abs(at_once).max()
+    stored = sum(cache.keys.nbytes + cache.values.nbytes for cache in caches)
+    return error, seconds, stored / tokens
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    options = parser.parse_args()
+    if min(options.tokens, options.layers) < 1:
+        parser.error("--tokens and --layers must be at least 1")
+    heads = f"{HEADS} query heads on {KV_HEADS} key heads of {HEAD_DIM}"
+    print(f"{options.tokens} tokens, {options.layers} layers, {heads}")
+    for dtype in CACHE_TYPES:
+        error, seconds, size = compare(dtype, options.tokens, options.layers)
+        speed = f"{options.tokens / seconds:7.0f} tokens/s {size:7.0f} bytes/token"
+        print(f"{dtype:>8}: {speed}   largest difference from one call: {error:.1e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,673 @@
+"""KVCache: the keys and values of a batch of growing sequences, in memory or in a file, and attention over them.
+
+One slab of (batch, kv_heads, capacity, dim), written once. As a ring, token t of a sequence lies in row t while
+t < keep, else in row keep + (t - keep) % size: positions stay what they are, and attention reads laps as runs.
+"""
+
+import os
+from typing import Any, Self
+
+import numpy as np
+
+from . import _cache_attend, _cache_files
+from ._cache_attend import Keys, Tokens
+from ._cache_files import Geometry, Store
+from ._checks import Array, _as_array, _per_sequence
+
+_BLOCK = 1024  # keys, at most, that the core fetches together: those of a block before the window need a place too
+
+
+class KVCache:
+    """Keys and values of a batch of growing sequences, and attention of new queries over them.
+
+    Memory for all tokens is taken at once; appending copies the new ones in, and attending reads them where they lie.
+
+    Parameters
+    ----------
+    batch : int
+        Number of sequences.
+    kv_heads : int
+        Heads of keys and values.
+    head_dim : int
+        Elements of a key, up to 1024.
+    capacity : int
+        Tokens that a sequence can have; with `window`, tokens that are kept of each.
+    value_dim : int, optional
+        Elements of a value; `head_dim` by default.
+    dtype : dtype_like, default "float32"
+        Of the stored keys and values: float32 or float64.
+    window : int, optional
+        Sequences grow without end, and a query sees the `window` tokens before it and itself: `attention`'s window of
+        (window, None). The cache is then a ring of ``capacity - keep`` tokens, which must be more than `window`: with n
+        more, n + 1 tokens can be appended and attended to at a time.
+    keep : int, default 0
+        With `window`: the number of first tokens that stay, and that every later query sees as well.
+    path : str or path-like, optional
+        The cache is a memory map of this file, which other processes can `open`. It is made if it does not exist; else
+        it must be that of a cache with these parameters, and the cache has the tokens of its last `flush`. Not with
+        `window`. One process at a time may write.
+
+    Raises
+    ------
+    TypeError
+        A number that is no integer, or a type that caches do not have.
+    ValueError
+        Numbers out of range, or a file that is of another version or shape, truncated or damaged.
+    OSError
+        A file that cannot be made, read or written.
+    MemoryError
+        No memory for that many tokens.
+
+    See Also
+    --------
+    PagedKVCache : Sequences that come and go, of very different lengths, and that share beginnings.
+
+    Notes
+    -----
+    A result has the bits that `attention` has for the same keys in one array, of any batch; for a ring with `keep`,
+    once the first tokens are out of the window, that is true to rounding. Memory past the lengths has no influence.
+
+    To keep the first tokens of a sliding window is from G. Xiao et al., "Efficient Streaming Language Models with
+    Attention Sinks", 2023, section 3.2; here tokens keep their positions.
+
+    A cache is not to be changed by two threads at once.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import qkv_fast
+    >>> rng = np.random.default_rng(0)
+    >>> q = rng.standard_normal((2, 8, 10, 64), dtype=np.float32)  # batch, heads, tokens, dim
+    >>> k, v = rng.standard_normal((2, 2, 4, 10, 64), dtype=np.float32)  # 4 key heads for 8 query heads
+    >>> cache = qkv_fast.KVCache(batch=2, kv_heads=4, head_dim=64, capacity=100)
+    >>> cache.append(k[:, :, :7], v[:, :, :7])  # a prompt
+    >>> first = cache.attend(q[:, :, :7])
+    >>> steps = [first]
+    >>> for t in range(7, 10):
+    ...     cache.append(k[:, :, t : t + 1], v[:, :, t : t + 1])
+    ...     steps.append(cache.attend(q[:, :, t : t + 1]))
+    >>> np.allclose(np.concatenate(steps, axis=2), qkv_fast.attention(q, k, v, causal=True), atol=1e-6)
+    True
+    >>> cache
+    KVCache(batch=2, kv_heads=4, head_dim=64, capacity=100, dtype='float32', lengths=[10, 10])
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        kv_heads: int,
+        head_dim: int,
+        capacity: int,
+        *,
+        value_dim: int | None = None,
+        dtype: Any = "float32",
+        window: int | None = None,
+        keep: int = 0,
+        path: str | os.PathLike[str] | None = None,
+    ) -> None:
+        where = "KVCache"
+        form = _cache_attend.check_form(where, kv_heads, head_dim, value_dim, dtype)
+        batch = _cache_attend.count(where, "batch", batch)
+        capacity = _cache_attend.count(where, "capacity", capacity)
+        keep = _cache_attend.count(where, "keep", keep, 0)
+        if window is None and keep:
+            raise ValueError(f"{where}: keep is for a ring, which takes window as well (keep={keep})")
+        reach = -1 if window is None else _cache_attend.count(where, "window", window, 0)
+        if capacity - keep <= reach:
+            given = f"capacity={capacity}, keep={keep}, window={window}"
+            raise ValueError(f"{where}: capacity must be more than keep + window: the window and the token ({given})")
+        geometry = Geometry(batch, capacity, reach, keep, form)
+        if path is None:
+            self._take(geometry, None)
+            return
+        if window is not None:
+            raise ValueError(f"{where}: a ring is not written in place: use path without window, or save()")
+        if not os.path.exists(path):
+            _cache_files.create(path, geometry)
+        store = Store(where, path, True)
+        if store.geometry != geometry:
+            raise ValueError(f"{where}: {os.fspath(path)!r} is a cache of {store.geometry}; asked for was {geometry}")
+        self._take(geometry, store)
+
+    def _take(self, geometry: Geometry, store: Store | None) -> None:
+        self._geometry, self._store = geometry, store
+        if store is None:
+            try:
+                self._k, self._v = (np.empty(shape, geometry.form.dtype) for shape in geometry.shapes())
+            except ValueError:
+                raise OverflowError(f"KVCache: no array is as large as a cache of {geometry}") from None
+            self._lengths, self._reach = np.zeros((2, geometry.batch), np.int64)
+        else:
+            self._k, self._v = store.k, store.v
+            self._lengths, self._reach = store.lengths.copy(), store.reach.copy()
+        self._least, self._most = int(self._lengths.min()), int(self._lengths.max())
+        self._laps: tuple[Any, Keys] | None = None  # the last runs of a ring, and what they were made for
+
+    def _set_lengths(self, lengths: Array) -> None:
+        self._lengths = lengths
+        self._reach = np.maximum(self._reach, lengths)  # of a ring: one past the last token that overwrote an older one
+        self._least, self._most = int(lengths.min()), int(lengths.max())
+
+    @property
+    def lengths(self) -> Array:
+        """Tokens of each sequence, (batch,) int64: a copy.
+
+        Examples
+        --------
+        >>> import qkv_fast
+        >>> qkv_fast.KVCache(3, 1, 8, 10).lengths
+        array([0, 0, 0])
+        """
+        return self._lengths.copy()
+
+    @property
+    def keys(self) -> Array:
+        """The stored keys, (batch, kv_heads, rows, head_dim): a read-only view.
+
+        Row t holds token t; in a ring `positions` says which. Rows past a sequence's length hold anything.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import qkv_fast
+        >>> cache = qkv_fast.KVCache(1, 2, 8, 10)
+        >>> cache.append(np.ones((1, 2, 3, 8), "float32"), np.zeros((1, 2, 3, 8), "float32"))
+        >>> cache.keys.shape
+        (1, 2, 3, 8)
+        """
+        return self._view(self._k)
+
+    @property
+    def values(self) -> Array:
+        """The stored values, (batch, kv_heads, rows, value_dim), as `keys` has the keys.
+
+        Examples
+        --------
+        >>> import qkv_fast
+        >>> qkv_fast.KVCache(1, 2, 8, 10, value_dim=4).values.shape
+        (1, 2, 0, 4)
+        """
+        return self._view(self._v)
+
+    def _view(self, x: Array) -> Array:
+        view = x[:, :, : self._most]
+        view.flags.writeable = False
+        return view
+
+    @property
+    def positions(self) -> Array:
+        """Which token each row of `keys` and `values` holds, (batch, rows) int64; -1 where it holds none.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import qkv_fast
+        >>> cache = qkv_fast.KVCache(1, 1, 8, capacity=5, window=2, keep=1)
+        >>> for _ in range(7):
+        ...     cache.append(np.zeros((1, 1, 1, 8), "float32"), np.zeros((1, 1, 1, 8), "float32"))
+        >>> cache.positions  # token 0 is kept, the ring holds the last four
+        array([[0, 5, 6, 3, 4]])
+        """
+        keep, size = self._geometry.keep, self._geometry.capacity - self._geometry.keep
+        rows = np.arange(min(self._most, self._geometry.capacity))
+        lengths = self._lengths[:, None]
+        reach = self._reach[:, None] if self._geometry.window >= 0 else lengths
+        # the last token before `reach` in this row, which is the last one written there
+        at = np.where(rows < keep, rows, rows + (reach - 1 - rows) // size * size)
+        return np.where((rows <= at) & (at < lengths), at, -1)
+
+    def __repr__(self) -> str:
+        batch, capacity, window, keep, form = self._geometry
+        value_dim = f", value_dim={form.dim_v}" if form.dim_v != form.dim else ""
+        ring = f", window={window}, keep={keep}" if window >= 0 else ""
+        return (
+            f"KVCache(batch={batch}, kv_heads={form.kv_heads}, head_dim={form.dim}, capacity={capacity}{value_dim}, "
+            f"dtype={str(form.dtype)!r}{ring}, lengths={self._lengths.tolist()})"
+        )
+
+    def append(self, k: Any, v: Any, *, lengths: Any = None, layout: str = "bhld") -> None:
+        """Add tokens to the ends of the sequences.
+
+        Parameters
+        ----------
+        k : array_like, shape (batch, kv_heads, L, head_dim)
+            Keys of L tokens per sequence, of the cache's type or float32.
+        v : array_like, shape (batch, kv_heads, L, value_dim)
+            Their values.
+        lengths : int or array_like of int, optional
+            How many of the L tokens each sequence gets: its first ones. All by default.
+        layout : {"bhld", "blhd"}, default "bhld"
+            ``"blhd"``: k and v are (batch, L, kv_heads, dim).
+
+        Raises
+        ------
+        TypeError
+            Other element types.
+        ValueError
+            Shapes that do not fit the cache, lengths out of range, or more tokens than the cache has room for; the
+            cache is then as it was. A cache that was opened for reading.
+
+        Notes
+        -----
+        A ring takes any number of tokens and holds the last ones.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import qkv_fast
+        >>> cache = qkv_fast.KVCache(2, 4, 64, capacity=100)
+        >>> prompt = np.zeros((2, 4, 9, 64), "float32")
+        >>> cache.append(prompt, prompt, lengths=[9, 5])  # the second prompt is shorter
+        >>> cache.lengths
+        array([9, 5])
+        """
+        where = "KVCache.append"
+        geometry = self._geometry
+        k, v, n, counts = _cache_attend.check_tokens(where, geometry.form, geometry.batch, k, v, lengths, layout)
+        if self._store is not None:
+            self._store.check_writable(where)
+        if geometry.window >= 0 and (np.may_share_memory(k, self._k) or np.may_share_memory(v, self._v)):
+            k, v = k.copy(), v.copy()  # rows of the ring itself, which are about to be overwritten
+        if counts is None and self._least == self._most:
+            if geometry.window < 0 and self._most + n > geometry.capacity:
+                self._fail_capacity(where, self._most, n)
+            self._write(slice(None), k, v, self._most, n)
+            self._lengths += n
+            self._least = self._most = self._most + n
+            if geometry.window >= 0:
+                np.maximum(self._reach, self._lengths, out=self._reach)
+            return
+        ends = self._lengths + (n if counts is None else counts)
+        if geometry.window < 0 and ends.max() > geometry.capacity:
+            at = int(ends.argmax())
+            self._fail_capacity(where, int(self._lengths[at]), int(ends[at] - self._lengths[at]))
+        for b, (begin, end) in enumerate(zip(self._lengths.tolist(), ends.tolist(), strict=True)):
+            self._write(slice(b, b + 1), k, v, begin, end - begin)
+        self._set_lengths(ends)
+
+    def _fail_capacity(self, where: str, used: int, more: int) -> None:
+        capacity = self._geometry.capacity
+        raise ValueError(f"{where}: {more} tokens after {used} are {used + more}, the capacity is {capacity}")
+
+    def _write(self, at: slice, k: Array, v: Array, begin: int, n: int) -> None:
+        """The first n tokens of k and v to the rows of the tokens from `begin` on, for the sequences `at`."""
+        keep, size = self._geometry.keep, self._geometry.capacity - self._geometry.keep
+        t = 0
+        while t < n:
+            if begin + t < keep:
+                row, end = begin + t, keep
+            else:
+                t = max(t, n - size)  # those before would be overwritten by the last
+                row, end = keep + (begin + t - keep) % size, keep + size
+            many = min(end - row, n - t)
+            self._k[at, :, row : row + many] = k[at, :, t : t + many]
+            self._v[at, :, row : row + many] = v[at, :, t : t + many]
+            t += many
+
+    def attend(
+        self,
+        q: Any,
+        *,
+        lengths: Any = None,
+        mask: Any = None,
+        bias: Any = None,
+        causal: bool = True,
+        window: int | tuple[int | None, int | None] | None = None,
+        alibi_slopes: Any = None,
+        sinks: Any = None,
+        softcap: float | None = None,
+        scale: float | None = None,
+        layout: str = "bhld",
+        return_lse: bool = False,
+        out: Array | None = None,
+        num_threads: int | None = None,
+    ) -> Any:
+        """Attention of the newest tokens' queries over all that is stored.
+
+        Append the tokens first: the last query is that of the last token. What is not said here is as in `attention`.
+
+        Parameters
+        ----------
+        q : array_like, shape (batch, Hq, L, head_dim)
+            Queries, of the cache's type or a wider one; ``Hq`` is a multiple of the key heads.
+        lengths : int or array_like of int, optional
+            How many of the L queries each sequence has, where they differ: its first ones, at its last tokens. The
+            results of the others are 0. (The bits are then those of a call with L queries, not of one with fewer.)
+        mask, bias : array_like, optional
+            Broadcast against (batch, Hq, L, tokens of the longest sequence).
+        causal : bool, default True
+            A query sees no token after its own.
+        window : int or (left, right), optional
+            For a ring: not further to the left than its own window, which is the default.
+        alibi_slopes, sinks, softcap, scale : optional
+            As in `attention`.
+        layout : {"bhld", "blhd"}, default "bhld"
+            ``"blhd"``: q and the result are (batch, L, Hq, dim).
+        return_lse : bool, default False
+            Return the natural log-sum-exp of each row's scores as well.
+        out : ndarray, optional
+            Where to write the result: its exact shape, q's type.
+        num_threads : int, optional
+            Threads for this call.
+
+        Returns
+        -------
+        out : ndarray, shape (batch, Hq, L, value_dim)
+            In q's type.
+        lse : ndarray, shape (batch, Hq, L)
+            Only with ``return_lse=True``.
+
+        Raises
+        ------
+        TypeError
+            Arguments of the wrong kind.
+        ValueError
+            Shapes that do not fit, more queries than a sequence has tokens, or queries whose window reaches back to
+            tokens that a ring no longer has.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import qkv_fast
+        >>> cache = qkv_fast.KVCache(1, 2, 64, capacity=5000, window=4095, keep=4)
+        >>> for _ in range(3):
+        ...     token = np.ones((1, 2, 1, 64), "float32")
+        ...     cache.append(token, token)
+        ...     out = cache.attend(np.ones((1, 8, 1, 64), "float32"))
+        >>> out.shape
+        (1, 8, 1, 64)
+        """
+        _, _, reach, keep, form = self._geometry
+        return _cache_attend.attend(
+            "KVCache.attend", form, Tokens(self._lengths, self._least, self._most), self._find,
+            None if reach < 0 else reach, keep, q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap,
+            scale, layout, return_lse, out, num_threads,
+        )  # fmt: skip
+
+    def _find(self, left: int | None, queries: Any, join: bool) -> Keys:
+        batch, capacity, window, keep, _ = self._geometry
+        if window < 0:
+            return Keys(self._k[:, :, : self._most], self._v[:, :, : self._most])
+        assert left is not None
+        size = capacity - keep
+        many = [queries] * batch if isinstance(queries, int) else queries.tolist()
+        laps = []
+        for n, reach, new in zip(self._lengths.tolist(), self._reach.tolist(), many, strict=True):
+            first = max(n - new - left, keep)
+            if n > first < reach - size:
+                raise ValueError(
+                    f"KVCache.attend: the first query's window begins at token {first}, the ring holds {size} tokens "
+                    f"from {reach - size} on: append and attend to fewer tokens at a time (window={left})"
+                )
+            laps.append((max((first - _BLOCK - keep) // size, 0), max((n - 1 - keep) // size, 0)))
+        if join:
+            return self._join(left)
+        if self._laps is None or self._laps[0] != laps:
+            self._laps = laps, self._make_runs(laps)
+        return self._laps[1]
+
+    def _make_runs(self, laps: list[tuple[int, int]]) -> Keys:
+        """Every lap around the ring is a run over the same rows. Older laps stand for what the window hides."""
+        keep, size = self._geometry.keep, self._geometry.capacity - self._geometry.keep
+        table, run_of = [], [0]
+        for b, (first, last) in enumerate(laps):
+            kept = [b * x.strides[0] for x in (self._k, self._v)]
+            ring = [b * x.strides[0] + keep * x.strides[2] for x in (self._k, self._v)]
+            if keep and first == 0:
+                table.append((*kept, 0, keep))
+            table += [(*ring, keep + lap * size, size) for lap in range(first, last + 1)]
+            run_of.append(len(table))
+        return Keys(self._k, self._v, np.array(table, np.int64), np.array(run_of, np.int64))
+
+    def _join(self, left: int) -> Keys:
+        """The kept tokens and the window of the last one, as if they followed one another."""
+        keep, size = self._geometry.keep, self._geometry.capacity - self._geometry.keep
+        gaps = np.maximum(self._lengths - 1 - left - keep, 0)
+        table = []
+        for b, gap in enumerate((gaps % size).tolist()):
+            for row, first, n in ((0, 0, keep), (keep + gap, keep, size - gap), (keep, keep + size - gap, gap)):
+                at = [b * x.strides[0] + row * x.strides[2] for x in (self._k, self._v)]
+                table.append((*at, first, n))
+        run_of = np.arange(0, len(table) + 1, 3)
+        return Keys(self._k, self._v, np.array(table, np.int64), run_of, self._lengths - gaps)
+
+    def truncate(self, n: Any) -> None:
+        """Forget the tokens of each sequence from number `n` on.
+
+        Parameters
+        ----------
+        n : int or array_like of int, shape (batch,)
+            Tokens that stay: at most as many as there are.
+
+        Raises
+        ------
+        TypeError
+            Not integers.
+        ValueError
+            A number out of range; or, of a ring, one whose window has been overwritten. The cache is then as it was.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import qkv_fast
+        >>> cache = qkv_fast.KVCache(2, 1, 8, capacity=10)
+        >>> cache.append(np.zeros((2, 1, 6, 8), "float32"), np.zeros((2, 1, 6, 8), "float32"))
+        >>> cache.truncate([6, 2])
+        >>> cache.lengths
+        array([6, 2])
+        """
+        where = "KVCache.truncate"
+        batch, capacity, window, keep, _ = self._geometry
+        stay = _per_sequence(where, "n", n, (batch,)).copy()
+        if (wrong := (stay < 0) | (stay > self._lengths)).any():
+            at = int(wrong.argmax())
+            raise ValueError(f"{where}: n must be in 0..{self._lengths[at]} for sequence {at}, got {stay[at]}")
+        if self._store is not None:
+            self._store.check_writable(where)
+        if window >= 0:
+            oldest = self._reach - (capacity - keep)
+            if (lost := (stay < self._lengths) & (stay > keep) & (np.maximum(stay - window, keep) < oldest)).any():
+                at = int(lost.argmax())
+                begin = max(int(stay[at]) - window, keep)
+                held = f"of sequence {at} the ring holds the tokens from {oldest[at]} on"
+                raise ValueError(f"{where}: the window of token {stay[at]} begins at {begin}, {held}")
+            self._reach = np.where(stay <= keep, stay, self._reach)  # nothing of the ring is left to be overwritten
+        if self._store is not None:
+            self._store.withdraw(np.minimum(self._store.lengths, stay))
+        self._set_lengths(stay)
+
+    def reorder(self, index: Any) -> None:
+        """Replace the sequences: the new sequence b is the old ``index[b]``, as beam search wants it.
+
+        Parameters
+        ----------
+        index : array_like of int, shape (batch,)
+            Numbers of sequences, in any order, also several times.
+
+        Raises
+        ------
+        TypeError
+            Not integers.
+        ValueError
+            Another shape, or numbers outside 0..batch - 1. The cache is then as it was.
+
+        Notes
+        -----
+        Sequences that change are copied. In a file, those are empty until the next `flush`, should the process end.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import qkv_fast
+        >>> cache = qkv_fast.KVCache(2, 1, 1, capacity=10)
+        >>> tokens = np.array([1, 2], "float32").reshape(2, 1, 1, 1)
+        >>> cache.append(tokens, tokens)
+        >>> cache.reorder([1, 1])
+        >>> cache.keys.ravel()
+        array([2., 2.], dtype=float32)
+        """
+        where = "KVCache.reorder"
+        batch = self._geometry.batch
+        order = _as_array("index", index, where)
+        if order.dtype.kind not in "iu":
+            raise TypeError(f"{where}: index must be integers, got {order.dtype}")
+        if order.shape != (batch,):
+            raise ValueError(f"{where}: index must have the shape ({batch},), one per sequence, got {order.shape}")
+        if (wrong := (order < 0) | (order >= batch)).any():
+            raise ValueError(f"{where}: index must be in 0..{batch - 1}, got {order[wrong][0]}")
+        changed = np.flatnonzero(order != np.arange(batch))
+        if self._store is not None:
+            self._store.check_writable(where)
+            confirmed = self._store.lengths.copy()
+            confirmed[changed] = 0
+            self._store.withdraw(confirmed)
+        source = order[changed]
+        rows = slice(int(self._lengths[source].max(initial=0)) if self._geometry.window < 0 else None)
+        for x in (self._k, self._v):
+            x[changed, :, rows] = x[source, :, rows]
+        self._reach = self._reach[order]
+        self._set_lengths(self._lengths[order])
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, writable: bool = False) -> Self:
+        """A cache in a file, in place: a memory map with the tokens of the last `flush`.
+
+        Parameters
+        ----------
+        path : str or path-like
+            What `path` or `save` made.
+        writable : bool, default False
+            Whether to change it. One process at a time may, while others read; a ring cannot be changed in a file.
+
+        Returns
+        -------
+        KVCache
+            If not `writable`, one whose `append`, `truncate`, `reorder` and `flush` are a ValueError.
+
+        Raises
+        ------
+        OSError
+            A file that cannot be opened, for writing if `writable`.
+        ValueError
+            No file of a cache, one of another version, or one that is truncated or damaged. It is not touched.
+
+        Notes
+        -----
+        A file that becomes shorter while it is open ends the process: that is what memory maps do.
+
+        Examples
+        --------
+        >>> import os, tempfile
+        >>> import qkv_fast
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = os.path.join(folder, "chat.kv")
+        ...     cache = qkv_fast.KVCache(1, 2, 64, capacity=10, path=path)
+        ...     cache.flush()
+        ...     reader = qkv_fast.KVCache.open(path)
+        ...     del cache, reader  # systems without POSIX keep open files from being deleted
+        """
+        store = Store("KVCache.open", path, bool(writable))
+        if writable and store.geometry.window >= 0:
+            raise ValueError(f"KVCache.open: a ring is not written in place; load() it ({os.fspath(path)!r})")
+        cache = cls.__new__(cls)
+        cache._take(store.geometry, store)
+        return cache
+
+    def flush(self) -> None:
+        """Write what has been appended to the file, and then say in it that it is there.
+
+        Whatever happens to the process afterwards, the file opens with these tokens. A cache in memory has nothing to
+        flush.
+
+        Raises
+        ------
+        ValueError
+            A cache that was opened for reading.
+        OSError
+            The disk does not take it.
+
+        Notes
+        -----
+        `truncate` and `reorder` withdraw from the file at once what they make invalid: tokens that are cut off, and
+        sequences that change.
+
+        Examples
+        --------
+        >>> import qkv_fast
+        >>> qkv_fast.KVCache(1, 2, 64, capacity=10).flush()
+        """
+        if self._store is not None:
+            self._store.check_writable("KVCache.flush")
+            self._store.commit(self._lengths, self._lengths)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a copy of the cache to a file, over what is there.
+
+        Parameters
+        ----------
+        path : str or path-like
+            For `load` and `open`.
+
+        Raises
+        ------
+        OSError
+            A file that cannot be written. What was there is then as it was.
+
+        Examples
+        --------
+        >>> import os, tempfile
+        >>> import qkv_fast
+        >>> cache = qkv_fast.KVCache(1, 2, 64, capacity=10)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     cache.save(os.path.join(folder, "chat.kv"))
+        ...     again = qkv_fast.KVCache.load(os.path.join(folder, "chat.kv"))
+        >>> again
+        KVCache(batch=1, kv_heads=2, head_dim=64, capacity=10, dtype='float32', lengths=[0])
+        """
+        rows = slice(min(int(self._reach.max() if self._geometry.window >= 0 else self._most), self._geometry.capacity))
+        reach = self._reach if self._geometry.window >= 0 else self._lengths
+        with _cache_files.replacing(path) as new:
+            _cache_files.create(new, self._geometry)
+            store = Store("KVCache.save", new, True)
+            store.k[:, :, rows], store.v[:, :, rows] = self._k[:, :, rows], self._v[:, :, rows]
+            store.commit(self._lengths, reach)
+            del store
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """A cache in memory from a file that `save` or `path` made.
+
+        Parameters
+        ----------
+        path : str or path-like
+            The file.
+
+        Returns
+        -------
+        KVCache
+            As it was saved or last flushed.
+
+        Raises
+        ------
+        OSError, ValueError
+            As `open`.
+        MemoryError
+            No memory for it.
+
+        Examples
+        --------
+        See `save`.
+
+        >>> import qkv_fast
+        >>> qkv_fast.KVCache.load("absent.kv")
+        Traceback (most recent call last):
+        FileNotFoundError: [Errno 2] No such file or directory: 'absent.kv'
+        """
+        store = Store("KVCache.load", path, False)
+        cache = cls.__new__(cls)
+        cache._take(store.geometry, None)
+        cache._reach = store.reach.copy()
+        cache._set_lengths(store.lengths.copy())
+        rows = slice(min(int(cache._reach.max()), store.geometry.capacity))
+        cache._k[:, :, rows], cache._v[:, :, rows] = store.k[:, :, rows], store.v[:, :, rows]
+        return cache

@@ -1,0 +1,231 @@
+"""What caches share: checks of what is appended and asked, and attention over keys that lie as runs.
+
+Slabs, rings and pages differ only in where the keys of a sequence lie, which `Keys` says. The queries of a call are the
+newest tokens of their sequences, so positions need no argument.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import _core, _masks, _runtime
+from ._attention import merge_partials
+from ._checks import (
+    _TYPES,
+    Array,
+    _as_array,
+    _check_layout,
+    _check_out,
+    _check_positions,
+    _check_scale,
+    _check_types,
+    _empty,
+    _fail_shapes,
+    _index,
+    _per_sequence,
+)
+
+DTYPES = {str(dtype): dtype for dtype in _TYPES.values()}
+
+
+class Form(NamedTuple):
+    """What every token of a cache has: a key (kv_heads, dim) and a value (kv_heads, dim_v) of one type."""
+
+    kv_heads: int
+    dim: int
+    dim_v: int
+    dtype: np.dtype[Any]
+
+
+class Keys(NamedTuple):
+    """Where the keys of a batch lie: in the rows of k and v, or in runs of them."""
+
+    k: Array  # (batch, kv_heads, rows, dim), or (kv_heads, rows, dim) with runs
+    v: Array  # the same with dim_v
+    runs: Array | None = None  # see Extras
+    run_of: Array | None = None
+    seen: Array | None = None  # (batch,) int64: all that the one query sees, moved together, and nothing else
+
+
+class Tokens(NamedTuple):
+    """How many tokens the sequences have."""
+
+    lengths: Array  # (batch,) int64
+    least: int
+    most: int
+
+
+def count(where: str, name: str, n: Any, least: int = 1) -> int:
+    found = None if isinstance(n, (bool, np.bool_)) else _index(n)
+    if found is None:
+        raise TypeError(f"{where}: {name} must be an integer, got {n!r}")
+    if found < least:
+        raise ValueError(f"{where}: {name} must be at least {least}, got {found}")
+    return found
+
+
+def check_form(where: str, kv_heads: Any, head_dim: Any, value_dim: Any, dtype: Any) -> Form:
+    heads, dim = count(where, "kv_heads", kv_heads), count(where, "head_dim", head_dim)
+    dim_v = dim if value_dim is None else count(where, "value_dim", value_dim)
+    if max(dim, dim_v) > _core.MAX_DIM:
+        raise ValueError(f"{where}: head_dim and value_dim are at most {_core.MAX_DIM}, got {dim} and {dim_v}")
+    try:
+        name = str(np.dtype(dtype))
+    except TypeError:
+        name = str(dtype)
+    if name not in DTYPES:
+        raise TypeError(f"{where}: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    return Form(heads, dim, dim_v, DTYPES[name])
+
+
+def check_tokens(
+    where: str, form: Form, batch: int, k: Any, v: Any, lengths: Any, layout: str
+) -> tuple[Array, Array, int, Array | None]:
+    """k and v as (batch, heads, tokens, dim), the number of tokens, and those of each sequence if they differ."""
+    if type(k) is not np.ndarray:
+        k = _as_array("k", k, where)
+    if type(v) is not np.ndarray:
+        v = _as_array("v", v, where)
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != form.dtype and x.dtype != np.float32:
+            raise TypeError(f"{where}: {name} must be float32 or the cache's {form.dtype}, got {x.dtype}")
+    if layout != "bhld" and not _check_layout(layout, where) and k.ndim == v.ndim == 4:
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    shape = k.shape
+    if len(shape) != 4 or shape[:2] != (batch, form.kv_heads) or shape[3] != form.dim or v.shape != (
+        *shape[:3], form.dim_v,
+    ):  # fmt: skip
+        fits = f"({batch}, {form.kv_heads}, tokens, {form.dim}) and ({batch}, {form.kv_heads}, tokens, {form.dim_v})"
+        _fail_shapes(where, f"k and v must be of shapes {fits}, heads first", k=k, v=v)
+    return k, v, shape[2], None if lengths is None else check_counts(where, lengths, batch, shape[2])
+
+
+def check_counts(where: str, lengths: Any, batch: int, most: int) -> Array:
+    """One count of 0..most per sequence."""
+    counts = _per_sequence(where, "lengths", lengths, (batch,))
+    if (wrong := (counts < 0) | (counts > most)).any():
+        raise ValueError(f"{where}: lengths must be in 0..{most} (the tokens given), got {counts[wrong][0]}")
+    return counts
+
+
+def attend(
+    where: str,
+    form: Form,
+    tokens: Tokens,
+    find: Callable[[int | None, Any, bool], Keys],
+    limit: int | None,
+    keep: int,
+    q: Any,
+    lengths: Any,
+    mask: Any,
+    bias: Any,
+    causal: Any,
+    window: Any,
+    alibi_slopes: Any,
+    sinks: Any,
+    softcap: Any,
+    scale: Any,
+    layout: str,
+    return_lse: bool,
+    out: Array | None,
+    num_threads: int | None,
+) -> Any:
+    """Attention of q over the cache.
+
+    `find(left, queries, join)` says where the keys from `left` (None: all) before the first query on lie, `queries`
+    being their number, one or per sequence. A ring has a `limit` to the left and may `keep` its first keys beyond it;
+    with `join` its positions do not matter.
+    """
+    if type(q) is not np.ndarray:
+        q = _as_array("q", q, where)
+    if q.dtype != form.dtype:
+        example = np.empty(0, form.dtype)
+        _check_types(where, q, example, example)
+    if layout != "bhld" and not _check_layout(layout, where) and q.ndim == 4:
+        q = q.swapaxes(1, 2)
+    batch = len(tokens.lengths)
+    if q.ndim != 4 or q.shape[0] != batch or q.shape[1] % form.kv_heads or q.shape[3] != form.dim:
+        fits = f"({batch}, a multiple of {form.kv_heads}, queries, {form.dim})"
+        _fail_shapes(where, f"q must be of shape {fits}, heads first", q=q)
+    _, heads, len_q, dim = q.shape
+    scale = dim**-0.5 if scale is None else _check_scale(scale, where)
+
+    left: int | None = None
+    right: int | None = 0
+    if causal is not True or window is not None:
+        if isinstance(causal, str):
+            raise ValueError(f"{where}: causal must be True or False, got {causal!r}")
+        left, right, _ = _check_positions(where, causal, window, None)
+    if limit is not None:
+        if window is not None and (left is None or left > limit):
+            raise ValueError(f"{where}: window reaches {left} back, the cache keeps {limit} (window={window!r})")
+        left = limit if window is None else left
+    counts = offsets = None
+    if lengths is not None:
+        counts = check_counts(where, lengths, batch, len_q)
+        offsets = tokens.lengths - counts
+    queries = len_q if counts is None else counts
+    positions = left is not None or right is not None or alibi_slopes is not None
+    if tokens.least < len_q and positions and np.any(short := (tokens.lengths > 0) & (tokens.lengths < queries)):
+        at = int(np.argmax(short))
+        given = f"{np.broadcast_to(queries, batch)[at]} queries, of which sequence {at} has {tokens.lengths[at]} tokens"
+        raise ValueError(f"{where}: the queries are the newest tokens: append these first ({given})")
+
+    extras = None
+    if not (mask is bias is alibi_slopes is sinks is softcap is None):
+        logits = (batch, heads, len_q, tokens.most)
+        extras = _masks.check_extras(where, logits, heads, mask, bias, alibi_slopes, sinks, softcap)
+    threads, isa, counters = _runtime.current()
+    if num_threads is not None:
+        threads = _runtime.check_threads(num_threads, f"{where}: num_threads")
+    char = q.dtype.char
+    shape = (batch, heads, len_q, form.dim_v) if layout == "bhld" else (batch, len_q, heads, form.dim_v)
+    result = _empty(shape, char, where) if out is None else _check_out(out, shape, char, where)
+    view = target = result if layout == "bhld" else result.swapaxes(1, 2)
+    if out is not None and (np.may_share_memory(out, q) or (extras and extras.overlaps(out))):
+        target = _empty(view.shape, char, where)
+
+    apart = min(keep, tokens.most) if left is not None and tokens.most - 1 > left else 0  # kept keys beyond the window
+    join = apart > 0 and len_q == 1 and (counts is mask is bias is alibi_slopes is None)
+    keys = find(left, queries, join)
+    if keys.seen is not None:
+        tokens = Tokens(keys.seen, 0, int(keys.seen.max()))
+        left = right = None
+        apart = 0
+    lse = _empty((batch, heads, len_q), char, where) if return_lse or apart else None
+    if counts is not None or apart:
+        spans = np.zeros((batch, len_q, 2), np.int64)  # nothing for a row beyond the sequence's queries
+        spans[..., 1] = np.where(np.arange(len_q) < np.reshape(queries, (-1, 1)), tokens.most, 0)
+        extras = (extras or _masks.Extras())._replace(spans=spans)
+        if apart:
+            first = _see_kept(tokens, keys, apart, q, scale, right, queries, extras, threads, isa, counters)
+            spans[..., 0] = apart
+            extras = extras._replace(sinks=None)  # the first has them
+    if keys.runs is not None:
+        extras = (extras or _masks.Extras())._replace(runs=keys.runs, run_of=keys.run_of, longest_k=tokens.most)
+    held = None if keys.runs is None and tokens.least == tokens.most else tokens.lengths
+    _core.forward(
+        q, keys.k, keys.v, target, lse, True, scale, left, right, offsets, held, threads, isa, counters, extras
+    )  # fmt: skip
+    if apart:
+        target[...], lse = merge_partials([first[0], target], [first[1], lse])
+    if target is not view:
+        view[...] = target
+    return (result, lse) if return_lse else result
+
+
+def _see_kept(
+    tokens: Tokens, keys: Keys, n: int, q: Array, scale: float, right: int | None, queries: Any, extras: _masks.Extras,
+    threads: int, isa: int, counters: Any,
+) -> tuple[Array, Array]:  # fmt: skip
+    """(out, lse) of q over the first n keys alone, whatever the window."""
+    k, v = keys.k[:, :, :n], keys.v[:, :, :n]
+    out = _empty((*q.shape[:3], v.shape[3]), q.dtype.char)
+    lse = _empty(q.shape[:3], q.dtype.char)
+    cut = {name: x[..., :n] for name in ("mask", "bias") if (x := getattr(extras, name)) is not None}
+    _core.forward(
+        q, k, v, out, lse, True, scale, None, right, tokens.lengths - queries, np.minimum(tokens.lengths, n),
+        threads, isa, counters, extras._replace(**cut),
+    )  # fmt: skip
+    return out, lse

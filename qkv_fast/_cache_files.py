@@ -1,0 +1,170 @@
+"""Caches in files: two headers, then all keys, then all values, as they lie in memory.
+
+A commit writes keys and values to the disk first, then a header over the older of the two: its number is one higher,
+and its checksum says whether it is whole. Whenever the process ends, the newest whole header describes tokens that are
+there.
+"""
+
+import contextlib
+import math
+import mmap
+import os
+import struct
+import sys
+import zlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ._cache_attend import DTYPES, Form
+from ._checks import Array
+
+MAGIC, VERSION = b"QKVCACHE", 1
+_PAGE = 1 << 16  # a multiple of every system's page, which a flush begins on
+# magic, version, bytes of one header, number of the commit, byte order and type, seven numbers of Geometry. Then
+# lengths and reach, (batch,) int64 each, and CRC-32 of all that.
+_HEAD = struct.Struct("<8sIQQ17s7q")
+
+
+class Geometry(NamedTuple):
+    """The shape of a cache; window -1 is none."""
+
+    batch: int
+    capacity: int
+    window: int
+    keep: int
+    form: Form
+
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        form = self.form
+        rows = (self.batch, form.kv_heads, self.capacity)
+        return (*rows, form.dim), (*rows, form.dim_v)
+
+    def places(self) -> tuple[int, int, int, int]:
+        """Bytes: of one header, before the keys, before the values, and of the file."""
+        head = _up(_HEAD.size + 16 * self.batch + 4)
+        size_k, size_v = (math.prod(shape) * self.form.dtype.itemsize for shape in self.shapes())
+        return head, 2 * head, 2 * head + _up(size_k), 2 * head + _up(size_k) + _up(size_v)
+
+    def __str__(self) -> str:
+        form = self.form
+        ring = f", window {self.window}, keep {self.keep}" if self.window >= 0 else ""
+        return (
+            f"batch {self.batch}, kv_heads {form.kv_heads}, head_dim {form.dim}, value_dim {form.dim_v}, "
+            f"capacity {self.capacity}, {form.dtype}{ring}"
+        )
+
+
+class Store:
+    """An open file: `k` and `v` are its memory, `lengths` and `reach` what its last commit confirmed."""
+
+    def __init__(self, where: str, path: Any, writable: bool) -> None:
+        with open(path, "r+b" if writable else "rb") as file:
+            self.geometry, self.lengths, self.reach, self._commits = _read_headers(where, path, file)
+            access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
+            self._map = mmap.mmap(file.fileno(), 0, access=access)
+        _, at_k, at_v, _ = self.geometry.places()
+        shape_k, shape_v = self.geometry.shapes()
+        self.k: Array = np.ndarray(shape_k, self.geometry.form.dtype, self._map, at_k)
+        self.v: Array = np.ndarray(shape_v, self.geometry.form.dtype, self._map, at_v)
+
+    def check_writable(self, where: str) -> None:
+        if not self.k.flags.writeable:
+            raise ValueError(f"{where}: the cache was opened for reading; open(path, writable=True) or load(path)")
+
+    def withdraw(self, lengths: Array) -> None:
+        """Before tokens beyond these are overwritten."""
+        if (lengths < self.lengths).any():
+            self.commit(lengths, lengths)
+
+    def commit(self, lengths: Array, reach: Array) -> None:
+        """From now on a process that opens the file finds these tokens, whatever happens to this one."""
+        head, at_k, *_, end = self.geometry.places()
+        self._map.flush(at_k, end - at_k)
+        made = _header(self.geometry, self._commits + 1, lengths, reach)
+        at = head * ((self._commits + 1) % 2)
+        self._map[at : at + len(made)] = made
+        self._map.flush(at, head)
+        self._commits += 1
+        self.lengths, self.reach = lengths.copy(), reach.copy()
+
+
+def create(path: Any, geometry: Geometry) -> None:
+    """An empty cache, under its name when it is whole."""
+    end = geometry.places()[3]
+    zeros = np.zeros(geometry.batch, np.int64)
+    with replacing(path) as new, open(new, "wb") as file:
+        file.write(_header(geometry, 0, zeros, zeros))
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error now, and not a signal later
+            os.posix_fallocate(file.fileno(), 0, end)
+        file.truncate(end)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def replacing(path: Any) -> Iterator[str]:
+    """A name beside `path`, whose file takes its place at the end."""
+    new = f"{os.fspath(path)}.new"
+    try:
+        yield new
+        os.replace(new, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(new)
+        raise
+
+
+def _up(size: int) -> int:
+    return -(-size // _PAGE) * _PAGE
+
+
+def _header(geometry: Geometry, commit: int, lengths: Array, reach: Array) -> bytes:
+    batch, capacity, window, keep, form = geometry
+    numbers = (batch, form.kv_heads, form.dim, form.dim_v, capacity, window, keep)
+    made = _HEAD.pack(MAGIC, VERSION, geometry.places()[0], commit, _type_name(form.dtype), *numbers)
+    made += lengths.astype("<i8").tobytes() + reach.astype("<i8").tobytes()
+    return made + struct.pack("<I", zlib.crc32(made))
+
+
+def _type_name(dtype: np.dtype[Any]) -> bytes:
+    return f"{sys.byteorder[0]}{dtype}".encode()
+
+
+def _read_headers(where: str, path: Any, file: Any) -> tuple[Geometry, Array, Array, int]:
+    """Of the newest whole header: the geometry, lengths, reach and the number of its commit."""
+
+    def fail(what: str) -> ValueError:
+        return ValueError(f"{where}: {os.fspath(path)!r} {what}")
+
+    begin = file.read(_HEAD.size)
+    if len(begin) < _HEAD.size or begin[:8] != MAGIC:
+        raise fail(f"is no cache of qkv_fast (it begins with {begin[:8]!r})")
+    _, version, head, *_ = _HEAD.unpack(begin)
+    if version != VERSION:
+        raise fail(f"has version {version} of the format, this qkv_fast reads version {VERSION}")
+    size = os.fstat(file.fileno()).st_size
+    whole = []
+    for at in (0, head):
+        file.seek(min(at, size))
+        made = file.read(min(head, size))
+        if len(made) < _HEAD.size or made[:8] != MAGIC:
+            continue
+        _, _, _, commit, name, batch, *numbers = _HEAD.unpack(made[: _HEAD.size])
+        end = _HEAD.size + 16 * batch
+        if batch < 1 or len(made) < end + 4 or made[end : end + 4] != struct.pack("<I", zlib.crc32(made[:end])):
+            continue
+        whole.append((commit, name.rstrip(b"\0"), batch, numbers, made[_HEAD.size : end]))
+    if not whole:
+        raise fail("is damaged or truncated: neither of its headers is whole")
+    commit, name, batch, (heads, dim, dim_v, capacity, window, keep), tables = max(whole)
+    types = {_type_name(dtype): dtype for dtype in DTYPES.values()}
+    if name not in types:
+        known = ", ".join(known.decode()[1:] for known in types)
+        raise fail(f"holds {name.decode()} (l or b: byte order), this machine and version read {known}")
+    geometry = Geometry(batch, capacity, window, keep, Form(heads, dim, dim_v, types[name]))
+    if size != geometry.places()[3]:
+        raise fail(f"is truncated or damaged: it has {size} bytes, a cache of {geometry} has {geometry.places()[3]}")
+    lengths, reach = np.frombuffer(tables, "<i8").astype(np.int64).reshape(2, batch)
+    return geometry, lengths.copy(), reach.copy(), commit

@@ -1,0 +1,505 @@
+"""PagedKVCache: sequences that come and go share one pool of pages; those with a common beginning share its pages.
+
+Page p is the rows p * page_size to (p + 1) * page_size of k (kv_heads, rows, dim) and v. A sequence is a list of pages,
+and attention reads pages that follow one another in the pool as one run. Who appends to a page that others have as
+well copies it first.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from . import _cache_attend
+from ._cache_attend import Keys, Tokens
+from ._checks import Array, _index
+
+
+class PagedKVCache:
+    """Keys and values of sequences of very different lengths in one pool of pages.
+
+    Sequences have numbers. `add` begins an empty one, `fork` one that shares the tokens of another, `remove` gives its
+    pages back. The tokens of a shared page are stored once; a sequence that grows beyond them copies that one page.
+
+    Parameters
+    ----------
+    kv_heads : int
+        Heads of keys and values.
+    head_dim : int
+        Elements of a key, up to 1024.
+    pages : int
+        Pages in the pool; their memory is taken at once.
+    page_size : int, default 128
+        Tokens in a page.
+    value_dim : int, optional
+        Elements of a value; `head_dim` by default.
+    dtype : dtype_like, default "float32"
+        Of the stored keys and values: float32 or float64.
+
+    Raises
+    ------
+    TypeError
+        A number that is no integer, or a type that caches do not have.
+    ValueError
+        Numbers out of range.
+    MemoryError
+        No memory for that many pages.
+
+    See Also
+    --------
+    KVCache : A batch that grows together; rings and files.
+
+    Notes
+    -----
+    A result has the bits that `attention` has for the same keys in one array. Pages are from W. Kwon et al., "Efficient
+    Memory Management for Large Language Model Serving with PagedAttention", 2023, section 4.
+
+    A cache is not to be changed by two threads at once.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import qkv_fast
+    >>> def tokens(n):
+    ...     return np.ones((1, 2, n, 64), "float32")  # sequences, heads, tokens, dim
+    >>> pool = qkv_fast.PagedKVCache(kv_heads=2, head_dim=64, pages=10, page_size=16)
+    >>> a = pool.add()
+    >>> pool.append([a], tokens(40), tokens(40))  # a prompt: 3 pages
+    >>> b = pool.fork(a)
+    >>> pool.free_pages
+    7
+    >>> pool.append([b], tokens(1), tokens(1))  # copies the last page, of which 8 rows are in use
+    >>> pool.free_pages, pool.lengths([a, b])
+    (6, array([40, 41]))
+    >>> pool.attend([a, b], np.ones((2, 8, 1, 64), "float32")).shape
+    (2, 8, 1, 64)
+    """
+
+    def __init__(
+        self,
+        kv_heads: int,
+        head_dim: int,
+        pages: int,
+        *,
+        page_size: int = 128,
+        value_dim: int | None = None,
+        dtype: Any = "float32",
+    ) -> None:
+        where = "PagedKVCache"
+        self._form = form = _cache_attend.check_form(where, kv_heads, head_dim, value_dim, dtype)
+        pages, self._size = (
+            _cache_attend.count(where, name, n) for name, n in (("pages", pages), ("page_size", page_size))
+        )
+        try:
+            self._k: Array = np.empty((form.kv_heads, pages * self._size, form.dim), form.dtype)
+            self._v: Array = np.empty((form.kv_heads, pages * self._size, form.dim_v), form.dtype)
+        except ValueError:
+            raise OverflowError(f"{where}: no array is as large as {pages} pages of {self._size} tokens") from None
+        self._owners = np.zeros(pages, np.int64)  # sequences that have the page
+        self._free = list(range(pages - 1, -1, -1))  # the first ones are taken first
+        self._pages: dict[int, list[int]] = {}
+        self._lengths: dict[int, int] = {}
+        self._next = 0
+        self._last: tuple[Any, Keys] | None = None  # the runs of the last call, and what they were made for
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that no sequence has.
+
+        Examples
+        --------
+        >>> import qkv_fast
+        >>> qkv_fast.PagedKVCache(1, 8, 20).free_pages
+        20
+        """
+        return len(self._free)
+
+    @property
+    def sequences(self) -> list[int]:
+        """The numbers of all sequences, the oldest first.
+
+        Examples
+        --------
+        >>> import qkv_fast
+        >>> pool = qkv_fast.PagedKVCache(1, 8, 20)
+        >>> pool.add(), pool.add(), pool.sequences
+        (0, 1, [0, 1])
+        """
+        return list(self._pages)
+
+    def __repr__(self) -> str:
+        form = self._form
+        value_dim = f", value_dim={form.dim_v}" if form.dim_v != form.dim else ""
+        return (
+            f"PagedKVCache(kv_heads={form.kv_heads}, head_dim={form.dim}, pages={self._owners.size}, "
+            f"page_size={self._size}{value_dim}, dtype={str(form.dtype)!r}, lengths={self._lengths})"
+        )
+
+    def lengths(self, sequences: Sequence[int]) -> Array:
+        """Tokens of these sequences, int64.
+
+        Parameters
+        ----------
+        sequences : sequence of int
+            Their numbers.
+
+        Raises
+        ------
+        TypeError, ValueError
+            What is no sequence here.
+
+        Examples
+        --------
+        >>> import qkv_fast
+        >>> pool = qkv_fast.PagedKVCache(1, 8, 20)
+        >>> pool.lengths([pool.add()])
+        array([0])
+        """
+        return np.array([self._lengths[s] for s in self._check("PagedKVCache.lengths", sequences)], np.int64)
+
+    def _check(self, where: str, sequences: Any) -> list[int]:
+        if not hasattr(sequences, "__iter__"):
+            raise TypeError(f"{where}: sequences must be a list of their numbers, got {sequences!r}")
+        return [self._known(where, s) for s in sequences]
+
+    def _known(self, where: str, sequence: Any) -> int:
+        found = None if isinstance(sequence, (bool, np.bool_)) else _index(sequence)
+        if found is None:
+            raise TypeError(f"{where}: a sequence's number is an integer, got {sequence!r}")
+        if found not in self._pages:
+            raise ValueError(f"{where}: there is no sequence {found}; there are {list(self._pages)}")
+        return found
+
+    def add(self) -> int:
+        """Begin an empty sequence.
+
+        Returns
+        -------
+        int
+            Its number, which no other sequence of this cache has or gets.
+
+        Examples
+        --------
+        >>> import qkv_fast
+        >>> qkv_fast.PagedKVCache(1, 8, 20).add()
+        0
+        """
+        made = self._next
+        self._next += 1
+        self._pages[made], self._lengths[made] = [], 0
+        return made
+
+    def fork(self, sequence: int, n: int | None = None) -> int:
+        """Begin a sequence with the first tokens of another, which both then share.
+
+        Parameters
+        ----------
+        sequence : int
+            The other's number.
+        n : int, optional
+            How many tokens; all by default.
+
+        Returns
+        -------
+        int
+            The number of the new sequence.
+
+        Raises
+        ------
+        TypeError, ValueError
+            No sequence here, or more tokens than it has.
+
+        Examples
+        --------
+        >>> import qkv_fast
+        >>> pool = qkv_fast.PagedKVCache(1, 8, 20)
+        >>> pool.fork(pool.add())
+        1
+        """
+        where = "PagedKVCache.fork"
+        sequence = self._known(where, sequence)
+        n = self._check_length(where, sequence, self._lengths[sequence] if n is None else n)
+        pages = self._pages[sequence][: -(-n // self._size)]
+        made = self.add()
+        self._pages[made], self._lengths[made] = pages, n
+        self._owners[pages] += 1
+        return made
+
+    def _check_length(self, where: str, sequence: int, n: Any) -> int:
+        stay = _cache_attend.count(where, "n", n, 0)
+        if stay > self._lengths[sequence]:
+            raise ValueError(f"{where}: n must be in 0..{self._lengths[sequence]} for sequence {sequence}, got {stay}")
+        return stay
+
+    def truncate(self, sequence: int, n: int) -> None:
+        """Forget the tokens of a sequence from number `n` on.
+
+        Parameters
+        ----------
+        sequence : int
+            Its number.
+        n : int
+            Tokens that stay: at most as many as there are.
+
+        Raises
+        ------
+        TypeError, ValueError
+            No sequence here, or `n` out of range.
+
+        Examples
+        --------
+        >>> import qkv_fast
+        >>> pool = qkv_fast.PagedKVCache(1, 8, 20)
+        >>> pool.truncate(pool.add(), 0)
+        """
+        where = "PagedKVCache.truncate"
+        sequence = self._known(where, sequence)
+        n = self._check_length(where, sequence, n)
+        pages = self._pages[sequence]
+        while len(pages) > -(-n // self._size):
+            self._release(pages.pop())
+        self._lengths[sequence] = n
+
+    def _release(self, page: int) -> None:
+        self._owners[page] -= 1
+        if not self._owners[page]:
+            self._free.append(page)
+
+    def remove(self, sequence: int) -> None:
+        """End a sequence; the pages that it shares with none are free.
+
+        Parameters
+        ----------
+        sequence : int
+            Its number.
+
+        Raises
+        ------
+        TypeError, ValueError
+            No sequence here.
+
+        Examples
+        --------
+        >>> import qkv_fast
+        >>> pool = qkv_fast.PagedKVCache(1, 8, 20)
+        >>> pool.remove(pool.add())
+        >>> pool.sequences
+        []
+        """
+        sequence = self._known("PagedKVCache.remove", sequence)
+        self.truncate(sequence, 0)
+        del self._pages[sequence], self._lengths[sequence]
+
+    def append(self, sequences: Sequence[int], k: Any, v: Any, *, lengths: Any = None, layout: str = "bhld") -> None:
+        """Add tokens to the ends of some sequences.
+
+        Parameters
+        ----------
+        sequences : sequence of int
+            Their numbers, each once.
+        k : array_like, shape (len(sequences), kv_heads, L, head_dim)
+            Keys of L tokens per sequence, of the cache's type or float32.
+        v : array_like, shape (len(sequences), kv_heads, L, value_dim)
+            Their values.
+        lengths : int or array_like of int, optional
+            How many of the L tokens each sequence gets: its first ones. All by default.
+        layout : {"bhld", "blhd"}, default "bhld"
+            ``"blhd"``: k and v are (sequences, L, kv_heads, dim).
+
+        Raises
+        ------
+        TypeError
+            Other element types.
+        ValueError
+            Unknown or repeated sequences, shapes that do not fit, lengths out of range, or more new pages than are
+            free; the cache is then as it was.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import qkv_fast
+        >>> pool = qkv_fast.PagedKVCache(1, 8, 20)
+        >>> token = np.ones((1, 1, 1, 8), "float32")
+        >>> pool.append([pool.add()], token, token)
+        """
+        where = "PagedKVCache.append"
+        chosen = self._check(where, sequences)
+        if len(set(chosen)) < len(chosen):
+            raise ValueError(f"{where}: sequences must be different ones, got {chosen}")
+        k, v, n, counts = _cache_attend.check_tokens(where, self._form, len(chosen), k, v, lengths, layout)
+        many = [n] * len(chosen) if counts is None else counts.tolist()
+        needed = self._count_needed(chosen, many)
+        if needed > len(self._free):
+            given = f"{sum(many)} tokens for {len(chosen)} sequences, {self._size} in a page"
+            raise ValueError(f"{where}: {needed} new pages are needed, {len(self._free)} are free ({given})")
+        for i, (sequence, n) in enumerate(zip(chosen, many, strict=True)):
+            done = 0
+            while done < n:
+                end, within = divmod(self._lengths[sequence], self._size)
+                row = self._own(self._pages[sequence], end, within) * self._size + within
+                m = min(n - done, self._size - within)
+                self._k[:, row : row + m] = k[i, :, done : done + m]
+                self._v[:, row : row + m] = v[i, :, done : done + m]
+                self._lengths[sequence] += m
+                done += m
+
+    def _count_needed(self, chosen: list[int], many: list[int]) -> int:
+        """Pages that an append takes: new ones at the ends, and copies of last ones that are shared."""
+        needed, left = 0, dict[int, int]()
+        for sequence, n in zip(chosen, many, strict=True):
+            pages, length = self._pages[sequence], self._lengths[sequence]
+            needed += -(-(length + n) // self._size) - len(pages)
+            if n and length % self._size:
+                owners = left.get(pages[-1], int(self._owners[pages[-1]]))
+                needed += owners > 1
+                left[pages[-1]] = owners - 1
+        return needed
+
+    def _own(self, pages: list[int], i: int, used: int) -> int:
+        """Page number i of a sequence as its own: taken if it has none, copied if others have it as well."""
+        if i < len(pages) and self._owners[pages[i]] == 1:
+            return pages[i]
+        page = self._free.pop()
+        self._owners[page] = 1
+        if i == len(pages):
+            pages.append(page)
+            return page
+        old, new = pages[i] * self._size, page * self._size
+        for x in (self._k, self._v):
+            x[:, new : new + used] = x[:, old : old + used]
+        self._release(pages[i])
+        pages[i] = page
+        return page
+
+    def attend(
+        self,
+        sequences: Sequence[int],
+        q: Any,
+        *,
+        lengths: Any = None,
+        mask: Any = None,
+        bias: Any = None,
+        causal: bool = True,
+        window: int | tuple[int | None, int | None] | None = None,
+        alibi_slopes: Any = None,
+        sinks: Any = None,
+        softcap: float | None = None,
+        scale: float | None = None,
+        layout: str = "bhld",
+        return_lse: bool = False,
+        out: Array | None = None,
+        num_threads: int | None = None,
+    ) -> Any:
+        """Attention of the newest tokens' queries over all that is stored of some sequences.
+
+        Append the tokens first: the last query is that of the last token. What is not said here is as in `attention`.
+
+        Parameters
+        ----------
+        sequences : sequence of int
+            Their numbers, at least one.
+        q : array_like, shape (len(sequences), Hq, L, head_dim)
+            Queries, of the cache's type or a wider one; ``Hq`` is a multiple of the key heads.
+        lengths : int or array_like of int, optional
+            How many of the L queries each sequence has, where they differ: its first ones, at its last tokens. The
+            results of the others are 0. (The bits are then those of a call with L queries, not of one with fewer.)
+        mask, bias : array_like, optional
+            Broadcast against (len(sequences), Hq, L, tokens of the longest).
+        causal : bool, default True
+            A query sees no token after its own.
+        window, alibi_slopes, sinks, softcap, scale : optional
+            As in `attention`.
+        layout : {"bhld", "blhd"}, default "bhld"
+            ``"blhd"``: q and the result are (sequences, L, Hq, dim).
+        return_lse : bool, default False
+            Return the natural log-sum-exp of each row's scores as well.
+        out : ndarray, optional
+            Where to write the result: its exact shape, q's type.
+        num_threads : int, optional
+            Threads for this call.
+
+        Returns
+        -------
+        out : ndarray, shape (len(sequences), Hq, L, value_dim)
+            In q's type.
+        lse : ndarray, shape (len(sequences), Hq, L)
+            Only with ``return_lse=True``.
+
+        Raises
+        ------
+        TypeError
+            Arguments of the wrong kind.
+        ValueError
+            Unknown sequences, shapes that do not fit, or more queries than a sequence has tokens.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import qkv_fast
+        >>> pool = qkv_fast.PagedKVCache(1, 8, 20)
+        >>> a, token = pool.add(), np.ones((1, 1, 1, 8), "float32")
+        >>> pool.append([a], token, token)
+        >>> float(pool.attend([a], token).sum())
+        8.0
+        """
+        where = "PagedKVCache.attend"
+        chosen = self._check(where, sequences)
+        if not chosen:
+            raise ValueError(f"{where}: at least one sequence is needed")
+        held = [self._lengths[s] for s in chosen]
+        tokens = Tokens(np.array(held, np.int64), min(held), max(held))
+        tables = [self._pages[s] for s in chosen]
+        return _cache_attend.attend(
+            where, self._form, tokens, lambda *_: self._find(tables), None, 0, q, lengths, mask, bias,
+            causal, window, alibi_slopes, sinks, softcap, scale, layout, return_lse, out, num_threads,
+        )  # fmt: skip
+
+    def _find(self, tables: list[list[int]]) -> Keys:
+        if self._last is None or self._last[0] != tables:
+            self._last = [list(pages) for pages in tables], self._make_runs(tables)
+        return self._last[1]
+
+    def _make_runs(self, tables: list[list[int]]) -> Keys:
+        """Pages that follow one another in the pool are one run."""
+        size, k_row, v_row = self._size, self._k.strides[1], self._v.strides[1]
+        table: list[list[int]] = []
+        run_of = [0]
+        for pages in tables:
+            for i, page in enumerate(pages):
+                if i and page == pages[i - 1] + 1:
+                    table[-1][3] += size
+                else:
+                    table.append([page * size * k_row, page * size * v_row, i * size, size])
+            run_of.append(len(table))
+        return Keys(self._k, self._v, np.array(table, np.int64).reshape(-1, 4), np.array(run_of, np.int64))
+
+    def gather(self, sequence: int) -> tuple[Array, Array]:
+        """Copies of the keys and values of one sequence, in order.
+
+        Parameters
+        ----------
+        sequence : int
+            Its number.
+
+        Returns
+        -------
+        k : ndarray, shape (kv_heads, tokens, head_dim)
+        v : ndarray, shape (kv_heads, tokens, value_dim)
+
+        Raises
+        ------
+        TypeError, ValueError
+            No sequence here.
+
+        Examples
+        --------
+        >>> import qkv_fast
+        >>> pool = qkv_fast.PagedKVCache(1, 8, 20)
+        >>> k, v = pool.gather(pool.add())
+        >>> k.shape
+        (1, 0, 8)
+        """
+        sequence = self._known("PagedKVCache.gather", sequence)
+        at = np.arange(self._lengths[sequence])
+        rows = np.array(self._pages[sequence], np.int64)[at // self._size] * self._size + at % self._size
+        return self._k[:, rows], self._v[:, rows]

@@ -1,0 +1,258 @@
+"""KVCache and PagedKVCache: what single calls give, and what is refused without a change."""
+
+import numpy as np
+import pytest
+from _util import TYPES, compare, normal, qkv, same_bits
+
+import qkv_fast
+from qkv_fast import KVCache, PagedKVCache
+
+pytestmark = pytest.mark.usefixtures("isa")
+dtypes = pytest.mark.parametrize("dtype", TYPES)
+
+
+def filled(k, v, capacity=None, lengths=None, **options):
+    batch, heads, n, dim = k.shape
+    cache = KVCache(batch, heads, dim, capacity or n + 5, value_dim=v.shape[3], dtype=k.dtype, **options)
+    spare = np.full((batch, heads, cache.positions.shape[1] or (capacity or n + 5), dim), np.nan, k.dtype)
+    cache.append(spare, np.full((*spare.shape[:3], v.shape[3]), np.nan, k.dtype))  # memory that must never show
+    cache.truncate(0)
+    cache.append(k, v, lengths=lengths)
+    return cache
+
+
+OPTIONS = [
+    {},
+    dict(causal=False),
+    dict(window=(30, 2), causal=False),
+    dict(window=(None, 3), causal=False, scale=0.3),
+    dict(softcap=2.0, alibi_slopes=[0.5, 0.25, 1.0, 0.0], sinks=[1.0, -np.inf, 3.0, 0.0]),
+]
+
+
+@dtypes
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_is_attention_over_what_was_appended(dtype, options):
+    q, k, v = qkv(1, dtype, batch=(3,), heads=(4, 2), lengths=(7, 1100), dims=(8, 6))
+    expected = qkv_fast.attention(q, k, v, return_lse=True, **{"causal": True, **options})
+    same_bits(filled(k, v).attend(q, return_lse=True, **options), expected)
+
+
+@dtypes
+def test_sequences_of_different_lengths_are_each_as_alone(dtype):
+    q, k, v = qkv(2, dtype, batch=(4,), heads=(4, 2), lengths=(5, 300), dims=(8, 8))
+    lengths, counts = [300, 1, 0, 97], [5, 1, 0, 2]
+    cache = filled(k, v, lengths=lengths)
+    bias = normal(np.random.default_rng(0), (4, 1, 5, 300), dtype)
+    out, lse = cache.attend(q, lengths=counts, bias=bias, return_lse=True)
+    for b, (n, m) in enumerate(zip(lengths, counts, strict=True)):
+        inputs = q[b, :, :m], k[b, :, :n], v[b, :, :n]
+        compare((out[b, :, :m], lse[b, :, :m]), inputs, causal=True, bias=bias[b, :, :m, :n])
+        assert not out[b, :, m:].any() and np.all(lse[b, :, m:] == -np.inf)
+    last = q[:, :, :1]
+    out = cache.attend(last)
+    for b, n in enumerate(lengths):
+        same_bits(out[b], qkv_fast.attention(last[b], k[b, :, :n], v[b, :, :n], causal=True))
+
+
+@pytest.mark.parametrize("keep", [0, 3])
+def test_ring_with_everything(keep):
+    """Masks and biases count tokens from the first, whatever the ring has forgotten."""
+    q, k, v = qkv(3, batch=(2,), heads=(4, 2), lengths=(4, 400), dims=(8, 8))
+    rng = np.random.default_rng(0)
+    mask, bias = rng.random((2, 1, 4, 400)) < 0.8, normal(rng, (4, 4, 400))
+    options = dict(mask=mask, bias=bias, alibi_slopes=[0.1, 0.2, 0.3, 0.4], sinks=[0.5, 1, -np.inf, 2], softcap=5.0)
+    cache = KVCache(2, 2, 8, 40, window=30, keep=keep)
+    for t in range(0, 400, 8):
+        cache.append(k[:, :, t : t + 8], v[:, :, t : t + 8])
+    got = cache.attend(q, return_lse=True, **options)
+    j, at = np.arange(400), np.arange(396, 400)[:, None]
+    seen = dict(options, mask=mask & ((j < keep) | (j >= at - 30)), causal=True)
+    compare(got, (q, k, v), **seen)
+    if not keep:
+        same_bits(got, qkv_fast.attention(q, k, v, causal=True, window=30, return_lse=True, **options))
+
+
+def test_ring_takes_a_prompt_of_any_length():
+    q, k, v = qkv(4, batch=(2,), heads=(2, 2), lengths=(1, 1000))
+    cache = KVCache(2, 2, 16, 50, window=20, keep=5)
+    cache.append(k, v)
+    j = np.arange(1000)
+    compare(cache.attend(q, return_lse=True), (q, k, v), mask=(j < 5) | (j >= 979))
+
+
+@pytest.mark.parametrize("ids", [[0, 1], [1, 0, 1]])
+def test_pages_are_attention_over_what_was_appended(ids):
+    q, k, v = qkv(5, "float64", batch=(2,), heads=(4, 2), lengths=(3, 500), dims=(8, 6))
+    pool = PagedKVCache(2, 8, 40, page_size=30, value_dim=6, dtype="float64")
+    pool.add(), pool.add()
+    for t in range(0, 500, 25):  # so that their pages alternate in the pool
+        pool.append([0, 1], k[:, :, t : t + 25], v[:, :, t : t + 25])
+    options = dict(softcap=2.0, sinks=[1, 2, 3, 4], return_lse=True)
+    same_bits(
+        pool.attend(ids, q[ids], window=200, **options),
+        qkv_fast.attention(q[ids], k[ids], v[ids], causal=True, window=200, **options),
+    )
+
+
+def test_layout_out_and_types():
+    q, k, v = qkv(6, batch=(2,), heads=(4, 2), lengths=(9, 9))
+    expected = qkv_fast.attention(q, k, v, causal=True)
+    swapped = [x.swapaxes(1, 2) for x in (q, k, v)]
+    cache = KVCache(2, 2, 16, 20)
+    cache.append(*swapped[1:], layout="blhd")
+    same_bits(cache.attend(swapped[0], layout="blhd").swapaxes(1, 2), expected)
+    out = q.copy()
+    assert cache.attend(out, out=out) is out
+    same_bits(out, expected)
+    wide = KVCache(2, 2, 16, 20, dtype="float64")
+    wide.append(k, v)  # widened as they are stored
+    q = q.astype("float64")
+    expected = qkv_fast.attention(q, k.astype("float64"), v.astype("float64"), causal=True)
+    same_bits(wide.attend(q), expected)
+    same_bits(cache.attend(q), qkv_fast.attention(q, k, v, causal=True))
+
+
+@pytest.mark.parametrize("stay", [0, 3])
+def test_ring_begins_again(stay):
+    q, k, v = qkv(7, batch=(1,), heads=(2, 2), lengths=(2, 60))
+    cache = KVCache(1, 2, 16, 20, window=8, keep=3)
+    cache.append(k, v)
+    cache.truncate(stay)
+    cache.append(k[:, :, stay:10], v[:, :, stay:10])
+    assert cache.positions[0, :10].tolist() == list(range(10))
+    j, at = np.arange(10), np.arange(8, 10)[:, None]
+    seen = dict(mask=(j < 3) | (j >= at - 8), causal=True)
+    compare(cache.attend(q, return_lse=True), (q, k[:, :, :10], v[:, :, :10]), **seen)
+
+
+def test_ring_takes_its_own_rows():
+    k = np.arange(14, dtype="float32").reshape(1, 1, 7, 2)
+    cache = KVCache(1, 1, 2, 6, window=3)
+    cache.append(k, k)
+    rows = cache.keys.copy()
+    cache.append(cache.keys, cache.values)
+    at = cache.positions[0].argsort()
+    same_bits(cache.keys[0, 0, at], rows[0, 0])
+
+
+def test_keys_and_values_are_views():
+    k = np.ones((1, 2, 3, 4), "float32")
+    cache = filled(k, k, 10)
+    assert cache.keys.shape == (1, 2, 3, 4) and not cache.keys.flags.writeable and not cache.keys.flags.owndata
+    assert np.shares_memory(cache.keys, cache.keys) and cache.positions.tolist() == [[0, 1, 2]]
+    cache.lengths[:] = 7
+    assert cache.lengths.tolist() == [3]
+
+
+def state(cache):
+    if isinstance(cache, PagedKVCache):
+        return repr(cache), cache.free_pages, [tuple(x.tobytes() for x in cache.gather(s)) for s in cache.sequences]
+    return repr(cache), cache.positions.tolist(), cache.keys.tobytes(), cache.values.tobytes()
+
+
+K = np.ones((2, 2, 3, 4), "float32")
+Q = np.ones((2, 4, 1, 4), "float32")
+ERRORS = {
+    "type of k": (lambda c: c.append(K.astype("float64"), K), TypeError, "k must be float32 .* got float64"),
+    "type of v": (lambda c: c.append(K, K.astype(int)), TypeError, "v must be float32 .* got int64"),
+    "masked": (lambda c: c.append(np.ma.array(K), K), TypeError, "masked array"),
+    "batch": (lambda c: c.append(K[:1], K[:1]), ValueError, r"\(2, 2, tokens, 4\) .*k.shape=\(1, 2, 3, 4\)"),
+    "heads": (lambda c: c.append(K[:, :1], K[:, :1]), ValueError, "k.shape"),
+    "dim": (lambda c: c.append(K[..., :3], K), ValueError, "k.shape"),
+    "tokens": (lambda c: c.append(K, K[:, :, :2]), ValueError, "v.shape"),
+    "axes": (lambda c: c.append(K[0], K[0]), ValueError, "k.shape"),
+    "layout": (lambda c: c.append(K, K, layout="bdhl"), ValueError, "layout"),
+    "lengths": (lambda c: c.append(K, K, lengths=[4, 1]), ValueError, "0..3 .*, got 4"),
+    "lengths' type": (lambda c: c.append(K, K, lengths=[1.0, 1.0]), TypeError, "lengths"),
+    "capacity": (lambda c: c.append(*[np.ones((2, 2, 6, 4), "float32")] * 2), ValueError, "6 tokens after 5 .* is 10"),
+    "capacity of one": (
+        lambda c: c.append(*[np.ones((2, 2, 8, 4), "float32")] * 2, lengths=[0, 8]), ValueError, "8 tokens after 3",
+    ),
+    "truncate": (lambda c: c.truncate([5, 4]), ValueError, "0..3 for sequence 1, got 4"),
+    "truncate below": (lambda c: c.truncate(-1), ValueError, "got -1"),
+    "truncate's type": (lambda c: c.truncate(1.5), TypeError, "n must be"),
+    "truncate's shape": (lambda c: c.truncate([1, 1, 1]), ValueError, "one per sequence"),
+    "index": (lambda c: c.reorder([0, 2]), ValueError, "0..1, got 2"),
+    "index below": (lambda c: c.reorder([-1, 0]), ValueError, "got -1"),
+    "index's shape": (lambda c: c.reorder([0]), ValueError, r"shape \(2,\)"),
+    "index's type": (lambda c: c.reorder([True, False]), TypeError, "bool"),
+    "q's type": (lambda c: c.attend(Q.astype("float16")), TypeError, "q must be"),
+    "q's batch": (lambda c: c.attend(Q[:1]), ValueError, r"q.shape=\(1, 4, 1, 4\)"),
+    "q's heads": (lambda c: c.attend(Q[:, :3]), ValueError, "multiple of 2"),
+    "q's dim": (lambda c: c.attend(Q[..., :2]), ValueError, "q.shape"),
+    "more queries than tokens": (
+        lambda c: c.attend(np.ones((2, 4, 4, 4), "float32")), ValueError, "4 queries, of which sequence 1 has 3 tokens",
+    ),
+    "causal": (lambda c: c.attend(Q, causal="top-left"), ValueError, "True or False"),
+    "mask": (lambda c: c.attend(Q, mask=np.ones((1, 6), bool)), ValueError, "mask"),
+    "out": (lambda c: c.attend(Q, out=Q[:1].copy()), ValueError, "out must have the shape"),
+    "flush": (lambda c: KVCache(2, 2, 4, 5, window=2, path="no.kv"), ValueError, "without window"),
+    "kind": (lambda c: KVCache(2, 2, 4, 5.0), TypeError, "capacity must be an integer, got 5.0"),
+    "least": (lambda c: KVCache(0, 2, 4, 5), ValueError, "batch must be at least 1, got 0"),
+    "dtype": (lambda c: KVCache(1, 2, 4, 5, dtype="int8"), TypeError, "float32, float64, got 'int8'"),
+    "no dtype": (lambda c: KVCache(1, 2, 4, 5, dtype="int4"), TypeError, "float32, float64, got 'int4'"),
+    "dims": (lambda c: KVCache(1, 2, 1025, 5), ValueError, "1024"),
+    "keep": (lambda c: KVCache(1, 2, 4, 5, keep=1), ValueError, "keep=1"),
+    "room": (lambda c: KVCache(1, 2, 4, 5, window=4, keep=1), ValueError, "capacity=5, keep=1, window=4"),
+    "size": (lambda c: KVCache(2**40, 2**20, 4, 5), OverflowError, "no array"),
+    "too much": (lambda c: KVCache(2**20, 2**20, 4, 2**10), MemoryError, "allocate"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_change_nothing(name):
+    call, error, message = ERRORS[name]
+    cache = KVCache(2, 2, 4, 10)
+    cache.append(*[np.arange(80, dtype="float32").reshape(2, 2, 5, 4)] * 2, lengths=[5, 3])
+    before = state(cache)
+    with pytest.raises(error, match=message):
+        call(cache)
+    assert state(cache) == before
+
+
+RING_ERRORS = {
+    "window": (lambda c: c.attend(Q, window=9), "reaches 9 back, the cache keeps 6"),
+    "open window": (lambda c: c.attend(Q, window=(None, 0)), "reaches None back"),
+    "too many queries": (lambda c: c.attend(np.ones((2, 4, 5, 4), "float32")), "the ring holds 10 tokens from 20 on"),
+    "truncate": (lambda c: c.truncate(25), "window of token 25 begins at 19"),
+}
+
+
+@pytest.mark.parametrize("name", RING_ERRORS)
+def test_errors_of_rings(name):
+    call, message = RING_ERRORS[name]
+    cache = KVCache(2, 2, 4, 12, window=6, keep=2)
+    cache.append(*[np.ones((2, 2, 30, 4), "float32")] * 2)
+    before = state(cache)
+    with pytest.raises(ValueError, match=message):
+        call(cache)
+    assert state(cache) == before
+
+
+PAGE_ERRORS = {
+    "pages": (lambda p: p.append([0], *[np.ones((1, 2, 20, 4), "float32")] * 2), ValueError, "5 new .* 4 are free"),
+    "unknown": (lambda p: p.append([0, 7], K, K), ValueError, r"no sequence 7; there are \[0, 1\]"),
+    "twice": (lambda p: p.append([1, 1], K, K), ValueError, "different"),
+    "no list": (lambda p: p.append(1, K, K), TypeError, "list of their numbers, got 1"),
+    "no number": (lambda p: p.attend([1.0], Q[:1]), TypeError, "integer, got 1.0"),
+    "none": (lambda p: p.attend([], Q[:0]), ValueError, "at least one"),
+    "shape": (lambda p: p.append([0], K, K), ValueError, "k.shape"),
+    "queries": (lambda p: p.attend([0, 1], Q.repeat(4, 2)), ValueError, "4 queries, of which sequence 0 has 3"),
+    "fork": (lambda p: p.fork(1, 4), ValueError, "0..3 for sequence 1, got 4"),
+    "truncate": (lambda p: p.truncate(1, -1), ValueError, "at least 0, got -1"),
+    "remove": (lambda p: p.remove(2), ValueError, "no sequence 2"),
+    "page size": (lambda p: PagedKVCache(1, 2, 3, page_size=0), ValueError, "page_size must be at least 1"),
+}
+
+
+@pytest.mark.parametrize("name", PAGE_ERRORS)
+def test_errors_of_pages(name):
+    call, error, message = PAGE_ERRORS[name]
+    pool = PagedKVCache(2, 4, 6, page_size=4)
+    pool.add(), pool.add()
+    pool.append([0, 1], K, K)
+    before = state(pool)
+    with pytest.raises(error, match=message):
+        call(pool)
+    assert state(pool) == before

@@ -1,0 +1,270 @@
+"""Caches in files: opened elsewhere, killed in the middle, damaged; and keys in files larger than memory may be."""
+
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+from _util import child_says, normal, same_bits
+
+import qkv_fast
+from qkv_fast import KVCache
+
+HEADER = 1 << 16  # bytes of one, for a small batch
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "chat.kv"
+
+
+def tokens(seed, n, batch=2):
+    rng = np.random.default_rng(seed)
+    return normal(rng, (batch, 2, n, 8)), normal(rng, (batch, 2, n, 4))
+
+
+def made(path, n=7):
+    cache = KVCache(2, 2, 8, 20, value_dim=4, path=path)
+    cache.append(*tokens(0, n), lengths=[n, n - 2])
+    cache.flush()
+    return cache
+
+
+def same_tokens(a, b):
+    assert a.lengths.tolist() == b.lengths.tolist() and np.array_equal(a.positions, b.positions)
+    there = a.positions >= 0
+    same_bits(a.keys.swapaxes(1, 2)[there], b.keys.swapaxes(1, 2)[there])
+    same_bits(a.values.swapaxes(1, 2)[there], b.values.swapaxes(1, 2)[there])
+
+
+def test_another_process_attends_in_place(path):
+    cache = made(path)
+    cache.append(*tokens(1, 1))  # not flushed
+    q = normal(np.random.default_rng(2), (2, 4, 1, 8))
+    np.save(path.with_suffix(".npy"), q)
+    code = f"""
+import numpy as np, qkv_fast
+cache = qkv_fast.KVCache.open({str(path)!r})
+assert not cache.keys.flags.owndata
+np.save({str(path.with_suffix(".npy"))!r}, cache.attend(np.load({str(path.with_suffix(".npy"))!r})))
+print(cache.lengths)
+"""
+    assert child_says(code) == "[7 5]"
+    cache.truncate([7, 5])
+    same_bits(np.load(path.with_suffix(".npy")), cache.attend(q))
+
+
+def test_constructor_opens_what_is_there(path):
+    first = made(path)
+    again = KVCache(2, 2, 8, 20, value_dim=4, path=path)
+    same_tokens(first, again)
+    with pytest.raises(ValueError, match=r"capacity 20, float32; asked for was .* capacity 21, float32"):
+        KVCache(2, 2, 8, 21, value_dim=4, path=path)
+
+
+@pytest.mark.parametrize("ring", [{}, dict(window=6, keep=2)], ids=["slab", "ring"])
+def test_saved_and_loaded(path, ring):
+    cache = KVCache(2, 2, 8, 12, value_dim=4, **ring)
+    for seed in range(5 if ring else 1):
+        cache.append(*tokens(seed, 9), lengths=[9, 4])
+    cache.save(path)
+    q = normal(np.random.default_rng(9), (2, 4, 3, 8))
+    for copy in (KVCache.load(path), KVCache.open(path)):
+        same_tokens(copy, cache)
+        same_bits(copy.attend(q), cache.attend(q))
+        assert repr(copy) == repr(cache)
+    loaded = KVCache.load(path)
+    for each in (cache, loaded):
+        each.append(*tokens(7, 1))
+    same_tokens(loaded, cache)
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_opened_for_reading_changes_nothing(path):
+    made(path)
+    before = path.read_bytes()
+    reader = KVCache.open(path)
+    calls = (
+        lambda: reader.append(*tokens(0, 1)), lambda: reader.truncate(0), lambda: reader.reorder([1, 0]), reader.flush,
+    )  # fmt: skip
+    for call in calls:
+        with pytest.raises(ValueError, match="opened for reading"):
+            call()
+    assert reader.lengths.tolist() == [7, 5] and path.read_bytes() == before
+
+
+def test_a_ring_is_not_written_in_place(path):
+    KVCache(1, 1, 8, 12, window=3).save(path)
+    with pytest.raises(ValueError, match="a ring is not written in place"):
+        KVCache.open(path, writable=True)
+
+
+def test_what_becomes_invalid_is_withdrawn_at_once(path):
+    cache = made(path)
+    cache.truncate([3, 5])
+    assert KVCache.open(path).lengths.tolist() == [3, 5]
+    cache.append(*tokens(1, 2))
+    assert KVCache.open(path).lengths.tolist() == [3, 5]
+    cache.flush()
+    cache.reorder([0, 0])
+    assert KVCache.open(path).lengths.tolist() == [5, 0]
+    cache.flush()
+    same_tokens(KVCache.open(path), cache)
+
+
+def checked(header):
+    """A header with its checksum."""
+    end = struct.calcsize("<8sIQQ17s7q") + 2 * 16
+    return header[:end] + struct.pack("<I", zlib.crc32(header[:end])) + header[end + 4 :]
+
+
+DAMAGE = {
+    "empty": (lambda data: b"", "is no cache"),
+    "other": (lambda data: b"\x93NUMPY" + data[6:], "is no cache .*NUMPY"),
+    "version": (lambda data: data[:8] + struct.pack("<I", 2) + data[12:], "version 2 .* reads version 1"),
+    "short": (lambda data: data[:-1], "is truncated or damaged"),
+    "very short": (lambda data: data[:20], "is no cache"),
+    "short of a header": (lambda data: data[:110], "is damaged or truncated"),
+    "long": (lambda data: data + b"\0", "is truncated or damaged"),
+    "both headers": (
+        lambda data: data[:40] + b"?" + data[41 : HEADER + 40] + b"?" + data[HEADER + 41 :], "neither of its headers",
+    ),
+    "type": (
+        lambda data: checked(data[:29] + b"int9\0\0\0" + data[36:HEADER]) + bytes(HEADER) + data[2 * HEADER :], "int9",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_files(path, name):
+    damage, message = DAMAGE[name]
+    made(path)
+    data = damage(path.read_bytes())
+    path.write_bytes(data)
+    for call in (
+        lambda: KVCache.open(path), lambda: KVCache.open(path, writable=True), lambda: KVCache.load(path),
+        lambda: KVCache(2, 2, 8, 20, value_dim=4, path=path),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert path.read_bytes() == data and os.listdir(path.parent) == [path.name]
+
+
+def test_one_header_is_enough(path):
+    cache = made(path)
+    cache.append(*tokens(1, 1))
+    cache.flush()
+    data = path.read_bytes()
+    numbers = [struct.unpack_from("<Q", data, at + 20)[0] for at in (0, HEADER)]
+    newest = HEADER * int(numbers[1] > numbers[0])
+    path.write_bytes(data[: newest + 60] + b"torn" + data[newest + 64 :])
+    assert KVCache.open(path).lengths.tolist() == [7, 5]  # of the flush before
+
+
+def test_paths_that_cannot_be(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        KVCache.open(tmp_path / "absent")
+    with pytest.raises(FileNotFoundError):
+        KVCache(1, 1, 8, 5, path=tmp_path / "absent" / "x")
+    with pytest.raises(IsADirectoryError):
+        KVCache.open(tmp_path)
+    with pytest.raises(IsADirectoryError):
+        KVCache(1, 1, 8, 5).save(tmp_path)
+    assert os.listdir(tmp_path) == [] and not tmp_path.with_name(f"{tmp_path.name}.new").exists()
+
+
+WRITER = """
+import sys, random, numpy as np, qkv_fast
+path, seed = sys.argv[1], int(sys.argv[2])
+cache = qkv_fast.KVCache(1, 2, 16, 4000, path=path)
+random.seed(seed)
+n, epoch = int(cache.lengths[0]), seed * 100000
+while True:
+    many = min(random.randint(1, 9), 4000 - n)
+    at = np.arange(n, n + many)[:, None] + np.arange(16) / 16 + epoch
+    cache.append(np.broadcast_to(at, (1, 2, many, 16)).astype("float32"), np.full((1, 2, many, 16), epoch, "float32"))
+    n += many
+    if random.random() < 0.4:
+        cache.flush()
+        print("flushed", n, flush=True)
+    if random.random() < 0.2 or n == 4000:
+        n, epoch = random.randint(n // 2, n), epoch + 1
+        print("cut", n, flush=True)
+        cache.truncate(n)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="the system has no SIGKILL")
+def test_a_killed_process_leaves_what_flush_confirmed(path):
+    """Keys tell token and epoch, values the epoch: a row that is half new would not fit."""
+    random.seed(0)
+    confirmed = 0
+    for seed in range(1, 7):
+        command = [sys.executable, "-P", "-c", WRITER, str(path), str(seed)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
+            said = [writer.stdout.readline() for _ in range(random.randint(5, 300))]
+            writer.send_signal(signal.SIGKILL)
+            said += writer.stdout.read().splitlines()  # what it still said before it died
+        assert writer.returncode == -signal.SIGKILL
+        confirmed = int([line for line in said if line.strip()][-1].split()[1])
+        cache = KVCache.open(path)
+        n = int(cache.lengths[0])
+        assert n >= confirmed
+        epoch = cache.values[0, 0, :, 0]
+        assert np.all(cache.values[0] == epoch[:, None])
+        expected = (np.arange(n, dtype="f4")[:, None] + np.arange(16) / 16 + epoch[:, None]).astype("f4")
+        assert np.array_equal(cache.keys[0, 0], expected) and np.array_equal(cache.keys[0, 1], expected)
+        assert np.all(np.diff(epoch) >= 0)
+
+
+LARGE = """
+import resource, sys, numpy as np, qkv_fast
+shape, k_path, v_path, q_path = (16, 65536, 64), *sys.argv[1:]
+k, v = (np.memmap(path, "float32", "r", shape=shape) for path in (k_path, v_path))
+q = np.load(q_path)
+qkv_fast.attention(q, q, q, num_threads=2)  # the pool's stacks are there
+with open("/proc/self/status") as status:
+    used = next(int(line.split()[1]) << 10 for line in status if line.startswith("VmSize"))
+limit = 64 << 20
+assert k.nbytes + v.nbytes == 8 * limit
+resource.setrlimit(resource.RLIMIT_AS, (used + limit, used + limit))
+try:
+    np.array(k)
+except MemoryError:
+    pass
+else:
+    raise AssertionError("the limit does not hold")
+for name, kind in (("single", "float32"), ("double", "float64")):  # keys in place, and widened
+    np.save(f"{q_path}.{name}.npy", qkv_fast.attention(q.astype(kind), k, v, causal=True, num_threads=2))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS and /proc are Linux's")
+def test_files_eight_times_larger_than_the_memory_that_may_be_taken(tmp_path):
+    """What bounds a call over a memory map is what it allocates: the pages of a file that is only read can be dropped
+    at any time, so they are the system's to keep. The limit is therefore set when the files are mapped, that much above
+    what the process has by then; RLIMIT_AS counts mappings as well."""
+    shape, rng = (16, 65536, 64), np.random.default_rng(0)
+    paths = [tmp_path / name for name in ("k", "v")]
+    arrays = [np.memmap(path, "float32", "w+", shape=shape) for path in paths]
+    for x in arrays:  # the rest stays a hole of zeros
+        x[:, ::4096] = normal(rng, (16, 16, 64))
+        x.flush()
+    q = normal(rng, (16, 5, 64))
+    np.save(tmp_path / "q.npy", q)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", LARGE, *map(str, paths), str(tmp_path / "q.npy")],
+        capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    k, v = arrays
+    for name, kind in (("single", "float32"), ("double", "float64")):
+        got = np.load(tmp_path / f"q.npy.{name}.npy")
+        for head in (0, 15):
+            expected = qkv_fast.attention(q[head].astype(kind), np.array(k[head]), np.array(v[head]), causal=True)
+            same_bits(got[head], expected)

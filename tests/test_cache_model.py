@@ -1,0 +1,270 @@
+"""Caches against a plain model: lists of tokens. Random appends, cuts, reorders, wraps and forks, by hypothesis.
+
+The result is that of `attention` for each sequence alone, to the last bit, and that of `reference.attention` by the
+error rule. By the rule alone: a ring that has lost sight of kept tokens, and numbers of queries that differ, since how
+many there are decides which kernel takes them. Memory starts as NaN, which must never show.
+"""
+
+import numpy as np
+import pytest
+from _util import compare, normal, same_bits
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+import qkv_fast
+
+DIM, DIM_V = 8, 4
+TURNS = settings(stateful_step_count=25, max_examples=max(10, settings.default.max_examples // 2))
+
+
+class Model:
+    """The tokens of one sequence: k (kv_heads, n, DIM) and v."""
+
+    def __init__(self, heads, dtype):
+        self.k, self.v = (np.empty((heads, 0, dim), dtype) for dim in (DIM, DIM_V))
+
+    def __len__(self):
+        return self.k.shape[1]
+
+    def cut(self, n):
+        cut = Model.__new__(Model)
+        cut.k, cut.v = self.k[:, :n], self.v[:, :n]
+        return cut
+
+    def grow(self, k, v):
+        self.k, self.v = np.concatenate([self.k, k], 1), np.concatenate([self.v, v], 1)
+
+    def check(self, got, q, exact, kept=0, window=None, **options):
+        """(out, lse) of the queries q, which are the newest tokens, in a ring's window and kept tokens if it is one."""
+        if q.shape[1] == 0:
+            return
+        inputs, options = (q, self.k, self.v), dict(causal=True, window=window, **options)
+        at = np.arange(len(self) - q.shape[1], len(self))[:, None]
+        if kept and len(self) - 1 > window:
+            j = np.arange(len(self))
+            options |= dict(window=None, mask=(j < kept) | (j >= at - window))
+        elif exact:
+            same_bits(got, qkv_fast.attention(*inputs, return_lse=True, **options))
+        compare(got, inputs, **options)
+
+
+def draw_tokens(data, heads, dtype, batch, most=9):
+    n = data.draw(st.integers(0, most), "tokens")
+    seed = data.draw(st.integers(0, 2**32 - 1), "seed")
+    rng = np.random.default_rng(seed)
+    return normal(rng, (batch, heads, n, DIM), dtype), normal(rng, (batch, heads, n, DIM_V), dtype)
+
+
+def draw_counts(data, batch, most):
+    return data.draw(st.none() | st.lists(st.integers(0, most), min_size=batch, max_size=batch), "lengths")
+
+
+def draw_queries(data, lengths, heads, dtype):
+    """Queries, and how many of them each sequence has."""
+    n = data.draw(st.integers(1, 6), "queries")
+    most = [min(n, length) for length in lengths]
+    counts = [data.draw(st.integers(0, m)) for m in most]
+    if all(m == n for m in most) and data.draw(st.booleans()):
+        counts = None
+    q = normal(np.random.default_rng(n), (len(lengths), heads, n, DIM), dtype)
+    return q, counts, [n] * len(lengths) if counts is None else counts
+
+
+def draw_options(data, heads):
+    drawn = {}
+    if data.draw(st.booleans()):
+        drawn["alibi_slopes"] = np.linspace(0.1, 0.5, heads)
+    if data.draw(st.booleans()):
+        drawn["sinks"] = np.linspace(-1, 1, heads)
+    return drawn
+
+
+@TURNS
+class Slab(RuleBasedStateMachine):
+    """KVCache, as a slab or a ring."""
+
+    @initialize(data=st.data())
+    def make(self, data):
+        self.batch, self.heads = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 2))
+        self.group = data.draw(st.integers(1, 3))
+        self.dtype = data.draw(st.sampled_from(["float32", "float64"]))
+        self.window = data.draw(st.none() | st.integers(1, 12))
+        self.keep = 0 if self.window is None else data.draw(st.integers(0, 5))
+        least = 1 if self.window is None else self.keep + self.window + 1
+        self.capacity = least + data.draw(st.integers(0, 20))
+        self.cache = qkv_fast.KVCache(
+            self.batch, self.heads, DIM, self.capacity, value_dim=DIM_V, dtype=self.dtype, window=self.window,
+            keep=self.keep,
+        )  # fmt: skip
+        poison = np.full((self.batch, self.heads, self.capacity, DIM), np.nan, self.dtype)
+        self.cache.append(poison, poison[..., :DIM_V])
+        self.cache.truncate(0)
+        self.model = [Model(self.heads, self.dtype) for _ in range(self.batch)]
+
+    @rule(data=st.data())
+    def append(self, data):
+        k, v = draw_tokens(data, self.heads, self.dtype, self.batch, most=30 if self.window else 9)
+        counts = draw_counts(data, self.batch, k.shape[2])
+        added = [k.shape[2]] * self.batch if counts is None else counts
+        if self.window is None and any(len(m) + n > self.capacity for m, n in zip(self.model, added, strict=True)):
+            with pytest.raises(ValueError, match=f"capacity is {self.capacity}"):
+                self.cache.append(k, v, lengths=counts)
+            return
+        self.cache.append(k, v, lengths=counts)
+        for b, n in enumerate(added):
+            self.model[b].grow(k[b, :, :n], v[b, :, :n])
+
+    @rule(data=st.data())
+    def truncate(self, data):
+        stay = [data.draw(st.integers(0, len(m))) for m in self.model]
+        if self.window and any(not self.has(b, n, n) for b, n in enumerate(stay) if n < len(self.model[b])):
+            with pytest.raises(ValueError, match="the ring holds"):
+                self.cache.truncate(stay)
+            return
+        self.cache.truncate(stay)
+        self.model = [m.cut(n) for m, n in zip(self.model, stay, strict=True)]
+
+    def has(self, b, first, end):
+        """Whether the ring still has what tokens `first` to `end` see of those before `end`."""
+        needed = {*range(min(self.keep, end)), *range(max(0, first - self.window), end)}
+        return needed <= set(self.cache.positions[b].tolist())
+
+    @rule(data=st.data())
+    def reorder(self, data):
+        index = [data.draw(st.integers(0, self.batch - 1)) for _ in range(self.batch)]
+        self.cache.reorder(index)
+        self.model = [self.model[i].cut(None) for i in index]
+
+    @rule(data=st.data())
+    def attend(self, data):
+        heads = self.heads * self.group
+        q, lengths, counts = draw_queries(data, [len(m) for m in self.model], heads, self.dtype)
+        options = draw_options(data, heads)
+        firsts = [len(m) - n for m, n in zip(self.model, counts, strict=True)]
+        if self.window and not all(self.has(b, firsts[b], len(m)) for b, m in enumerate(self.model) if len(m)):
+            with pytest.raises(ValueError, match="the ring holds"):
+                self.cache.attend(q, lengths=lengths, **options)
+            return
+        out, lse = self.cache.attend(q, lengths=lengths, return_lse=True, **options)
+        for b, (m, n) in enumerate(zip(self.model, counts, strict=True)):
+            m.check((out[b, :, :n], lse[b, :, :n]), q[b, :, :n], lengths is None, self.keep, self.window, **options)
+            assert not out[b, :, n:].any()
+
+    @invariant()
+    def holds_the_tokens(self):
+        if not hasattr(self, "cache"):
+            return
+        assert self.cache.lengths.tolist() == [len(m) for m in self.model]
+        for b, at in enumerate(self.cache.positions):
+            there = np.flatnonzero(at >= 0)
+            same_bits(self.cache.keys[b][:, there], self.model[b].k[:, at[there]])
+            same_bits(self.cache.values[b][:, there], self.model[b].v[:, at[there]])
+            n = len(self.model[b])
+            expected = range(n) if self.window is None else range(min(self.keep, n))
+            assert set(expected) <= set(at.tolist())
+
+
+@TURNS
+class Pages(RuleBasedStateMachine):
+    """PagedKVCache: a small pool, so that pages run out and are used again."""
+
+    SIZE, PAGES, HEADS, GROUP, DTYPE = 4, 15, 2, 2, "float32"
+
+    @initialize()
+    def make(self):
+        self.pool = qkv_fast.PagedKVCache(self.HEADS, DIM, self.PAGES, page_size=self.SIZE, value_dim=DIM_V)
+        poison = np.full((1, self.HEADS, self.SIZE * self.PAGES, DIM), np.nan, self.DTYPE)
+        everything = self.pool.add()
+        self.pool.append([everything], poison, poison[..., :DIM_V])
+        self.pool.remove(everything)
+        self.model = {}
+
+    def any_of(self, data, least=1):
+        return data.draw(st.lists(st.sampled_from(sorted(self.model)), min_size=least, max_size=3, unique=True))
+
+    @rule()
+    def add(self):
+        self.model[self.pool.add()] = Model(self.HEADS, self.DTYPE)
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def fork(self, data):
+        (s,) = self.any_of(data)[:1]
+        n = data.draw(st.none() | st.integers(0, len(self.model[s])))
+        free = self.pool.free_pages
+        self.model[self.pool.fork(s, n)] = self.model[s].cut(n)
+        assert self.pool.free_pages == free
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def truncate(self, data):
+        (s,) = self.any_of(data)[:1]
+        n = data.draw(st.integers(0, len(self.model[s])))
+        self.pool.truncate(s, n)
+        self.model[s] = self.model[s].cut(n)
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def remove(self, data):
+        (s,) = self.any_of(data)[:1]
+        self.pool.remove(s)
+        del self.model[s]
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def append(self, data):
+        chosen = self.any_of(data)
+        k, v = draw_tokens(data, self.HEADS, self.DTYPE, len(chosen))
+        counts = draw_counts(data, len(chosen), k.shape[2])
+        try:
+            self.pool.append(chosen, k, v, lengths=counts)
+        except ValueError as error:
+            assert "new pages are needed" in str(error)  # nothing has changed, as the invariant sees
+            assert self.pool.free_pages < sum(-(-9 // self.SIZE) + 1 for _ in chosen)
+            return
+        for b, s in enumerate(chosen):
+            n = k.shape[2] if counts is None else counts[b]
+            self.model[s].grow(k[b, :, :n], v[b, :, :n])
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def attend(self, data):
+        chosen = data.draw(st.lists(st.sampled_from(sorted(self.model)), min_size=1, max_size=4))  # one may come twice
+        models, heads = [self.model[s] for s in chosen], self.HEADS * self.GROUP
+        q, lengths, counts = draw_queries(data, [len(m) for m in models], heads, self.DTYPE)
+        options = draw_options(data, heads)
+        out, lse = self.pool.attend(chosen, q, lengths=lengths, return_lse=True, **options)
+        for b, (m, n) in enumerate(zip(models, counts, strict=True)):
+            m.check((out[b, :, :n], lse[b, :, :n]), q[b, :, :n], lengths is None, **options)
+
+    @invariant()
+    def holds_the_tokens(self):
+        if not hasattr(self, "pool"):
+            return
+        assert self.pool.sequences == sorted(self.model)
+        for s, m in self.model.items():
+            k, v = self.pool.gather(s)
+            same_bits((k, v), (m.k, m.v))
+        assert self.pool.lengths(list(self.model)).tolist() == [len(m) for m in self.model.values()]
+        most = sum(-(-len(m) // self.SIZE) for m in self.model.values())
+        assert self.PAGES - most <= self.pool.free_pages <= self.PAGES
+
+
+TestSlab = Slab.TestCase
+TestPages = Pages.TestCase
+
+
+def test_all_pages_come_back():
+    pool = qkv_fast.PagedKVCache(1, 2, 8, page_size=4)
+    k = np.ones((1, 1, 10, 2), "float32")
+    a = pool.add()
+    pool.append([a], k, k)
+    forks = [pool.fork(a), pool.fork(a, 7)]
+    pool.append(forks, *np.ones((2, 2, 1, 1, 2), "float32"))  # each copies the page that it writes to
+    assert pool.free_pages == 8 - 3 - 2
+    pool.append([a], k[:, :, :1], k[:, :, :1])  # nobody else has its last page any more
+    assert pool.free_pages == 8 - 3 - 2
+    for s in (a, *forks):
+        pool.remove(s)
+    assert pool.free_pages == 8 and pool.sequences == []
