@@ -323,7 +323,7 @@ def _obstacles(x: Array, q: Array) -> list[str]:
     _, swapped, strided, unaligned, _ = _core.OBSTACLES.values()
     step = x.strides[-1] if x.shape[-1] > 1 else 0  # of a row that is one element, that one is repeated
     found = {
-        "a type that is not q's": x.dtype != bool and x.dtype.char != q.dtype.char,
+        "a type that is not q's": x.dtype != bool and x.dtype.char != ("d" if q.dtype.itemsize == 8 else "f"),
         swapped: not x.dtype.isnative,
         strided: step not in (0, x.itemsize),
         unaligned: not x.flags.aligned,
