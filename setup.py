@@ -221,7 +221,7 @@ class CoreTests(Command):
         if self.sanitize:
             self.flags += (f"-fsanitize={self.sanitize}", "-fno-sanitize-recover=all")
             # Instrumented, -O3 with full debug information takes gcc minutes. Red zones are not our frames.
-            self.flags += ("-O1", "-g1", "-Wno-frame-larger-than")
+            self.flags += ("-O1", "-g1", "-Wno-frame-larger-than", "-DQKV_SANITIZED")
 
     def run(self):
         from distutils.ccompiler import new_compiler
