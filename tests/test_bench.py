@@ -86,7 +86,7 @@ def test_bytes_are_what_has_to_be_read_and_written():
 
 def test_streaming_cases_have_more_inputs_than_a_cache_holds():
     streams = [c for c in cases.CASES if c.stream]
-    assert streams == cases.select("decode")
+    assert set(streams) < set(cases.select("decode")) and all(c.q_len < 8 for c in streams)
     for c in streams:
         assert c.copies() * c.bytes() >= 256 * 2**20 and c.limited_by == "read" and c.amount == c.bytes()
     few = replace(SMALL, stream=True)

@@ -161,10 +161,12 @@ def test_padded_queries_equal_themselves_alone(dtype):
 
 @dtypes
 def test_padded_queries_of_a_window_equal_themselves_alone(dtype):
-    """A window cuts tiles to what the rows of a vector see, padded ones too: sums do not begin where the tile does."""
+    """A window cuts tiles to what the rows of a vector see, padded ones too: sums do not begin where the tile does. Up to
+    4 rows have another kernel than more, whose bits differ: the padding stays on one side of that."""
     rng = np.random.default_rng(21)
-    for lq, left, offset in itertools.product((1, 2, 17, 33, 49), (60, 100, 127, 255), (0, 37, 101, 333)):
-        q, k, v = (normal(rng, (1, n, d), dtype) for n, d in ((lq + 13, 8), (500, 8), (500, 16)))
+    numbers = (1, 4), (2, 4), (5, 18), (17, 30), (33, 46), (49, 62)
+    for (lq, padded), left, offset in itertools.product(numbers, (60, 100, 127, 255), (0, 37, 101, 333)):
+        q, k, v = (normal(rng, (1, n, d), dtype) for n, d in ((padded, 8), (500, 8), (500, 16)))
         options = dict(window=(left, 0), q_offset=offset, return_lse=True)
         out, lse = qkv_fast.attention(q, k, v, **options)
         alone, lse_alone = qkv_fast.attention(q[:, :lq], k, v, **options)
