@@ -161,8 +161,8 @@ def test_padded_queries_equal_themselves_alone(dtype):
 
 @dtypes
 def test_padded_queries_of_a_window_equal_themselves_alone(dtype):
-    """A window cuts tiles to what the rows of a vector see, padded ones too: sums do not begin where the tile does. Up to
-    4 rows have another kernel than more, whose bits differ: the padding stays on one side of that."""
+    """A window cuts tiles to what the rows of a vector see, padded ones too: sums do not begin where the tile does.
+    Up to 4 rows have another kernel than more, whose bits differ: the padding stays on one side of that."""
     rng = np.random.default_rng(21)
     numbers = (1, 4), (2, 4), (5, 18), (17, 30), (33, 46), (49, 62)
     for (lq, padded), left, offset in itertools.product(numbers, (60, 100, 127, 255), (0, 37, 101, 333)):
