@@ -320,7 +320,7 @@ def _notes(
 
 def _obstacles(x: Array, q: Array) -> list[str]:
     """What keeps rows of a mask or bias from being used where they lie, as choose_copies() in plan.c has it."""
-    _, swapped, strided, unaligned, _ = _core.OBSTACLES.values()
+    _, swapped, strided, unaligned, *_ = _core.OBSTACLES.values()
     step = x.strides[-1] if x.shape[-1] > 1 else 0  # of a row that is one element, that one is repeated
     found = {
         "a type that is not q's": x.dtype != bool and x.dtype.char != ("d" if q.dtype.itemsize == 8 else "f"),
