@@ -98,39 +98,33 @@ static QKV_INLINE void X(decode_score_tile)(const int nr, const int nk, const in
     }
 }
 
-static QKV_INLINE void X(decode_score_rows)(const int nr, const int fetch, const qkv_stack *t, int row, const REAL *k,
-                                            ptrdiff_t k_row, ptrdiff_t ahead, int at, int n)
-{
-    const int nk = SUMS / nr;
-    int i = 0;
-    for (; i + nk <= n; i += nk)
-        X(decode_score_tile)(nr, nk, fetch, nk, t, row, k + i * k_row, k_row, ahead, at + i);
-    if (i < n)
-        X(decode_score_tile)(nr, nk, fetch, n - i, t, row, k + i * k_row, k_row, ahead, at + i);
-}
-
-/* Positions at .. at + n of S. K goes through SUMS keys at a time: they stay in L1 while all rows meet them. */
+/* Positions at .. at + n of S. K goes through SUMS keys at a time: they stay in L1 while all rows meet them. Rows are taken in
+ * fours and singly, the last keys singly: each kind of tile is thousands of instructions. */
 static void X(decode_score)(const qkv_stack *t, const void *keys, ptrdiff_t k_row, int at, int n)
 {
-    ptrdiff_t ahead = X(decode_ahead)(t, k_row, t->d);
-    for (int i = 0; i < n; i += SUMS) {
-        const REAL *k = (const REAL *)keys + i * k_row;
-        int some = n - i < SUMS ? n - i : SUMS, row = 0;
-#define ROWS(nr, fetch) (X(decode_score_rows)(nr, fetch, t, row, k, k_row, ahead, at + i, some), row += nr)
-        if (t->rows >= 4)
-            ROWS(4, 1);
-        else if (t->rows >= 2)
-            ROWS(2, 1);
-        else
-            ROWS(1, 1);
-        while (row + 4 <= t->rows)
-            ROWS(4, 0);
-        if (row + 2 <= t->rows)
-            ROWS(2, 0);
-        if (row < t->rows)
-            ROWS(1, 0);
-#undef ROWS
+    const REAL *k = keys;
+    const ptrdiff_t ahead = X(decode_ahead)(t, k_row, t->d);
+    for (; n >= SUMS; n -= SUMS, at += SUMS, k += SUMS * k_row) {
+        int row = 0;
+#define TILES(nr, fetch) \
+    for (int i = 0; i < SUMS; i += SUMS / nr) \
+        X(decode_score_tile)(nr, SUMS / nr, fetch, SUMS / nr, t, row, k + i * k_row, k_row, ahead, at + i); \
+    row += nr
+        if (t->rows >= 4) {
+            TILES(4, 1);
+        } else {
+            TILES(1, 1);
+        }
+        while (row + 4 <= t->rows) {
+            TILES(4, 0);
+        }
+        while (row < t->rows) {
+            TILES(1, 0);
+        }
+#undef TILES
     }
+    for (int row = 0; n > 0 && row < t->rows; row++)
+        X(decode_score_tile)(1, SUMS, 0, n, t, row, k, k_row, ahead, at);
 }
 
 /* The largest of s[begin .. end), whole pairs of vectors. NaN does not count. */
@@ -199,7 +193,7 @@ static void X(decode_weigh)(const qkv_stack *t)
 
 /* nc vectors of columns from column e on, or the first `some` elements of one, of the values of nr rows: n keys of one
  * part, whose first one begins it if `begins`, whose last one ends it if `ends`. If careful, excluded keys are left out. */
-static QKV_INLINE void X(decode_value_tile)(const int nr, const int nc, const int fetch, const int careful, int some,
+static QKV_INLINE void X(decode_value_tile)(const int nr, const int nc, const int careful, int some,
                                             const qkv_stack *t, int row, int e, const REAL *v, ptrdiff_t v_row,
                                             ptrdiff_t ahead, int at, int n, int begins, int ends)
 {
@@ -221,7 +215,7 @@ static QKV_INLINE void X(decode_value_tile)(const int nr, const int nc, const in
         QKV_UNROLL
         for (int j = 0; j < nc; j++) {
             y[j] = some == W ? X(loadu)(v + j * W) : X(load_part)(v, some);
-            if (fetch)
+            if (!careful)
                 QKV_PREFETCH_L2((const void *)((uintptr_t)(v + j * W) + (uintptr_t)ahead));
         }
         QKV_UNROLL
@@ -242,51 +236,42 @@ static QKV_INLINE void X(decode_value_tile)(const int nr, const int nc, const in
     }
 }
 
-static QKV_INLINE void X(decode_value_rows)(const int nr, const int fetch, const int careful, const qkv_stack *t, int row,
-                                            const REAL *v, ptrdiff_t v_row, ptrdiff_t ahead, int at, int n, int begins,
-                                            int ends)
+static QKV_INLINE void X(decode_value_rows)(const int nr, const int careful, const qkv_stack *t, int row, const REAL *v,
+                                            ptrdiff_t v_row, ptrdiff_t ahead, int at, int n, int begins, int ends)
 {
     int e = 0;
-#define TILE(nc, some) \
-    X(decode_value_tile)(nr, nc, fetch, careful, some, t, row, e, v, v_row, ahead, at, n, begins, ends)
+#define TILE(nc, some) X(decode_value_tile)(nr, nc, careful, some, t, row, e, v, v_row, ahead, at, n, begins, ends)
     if (!careful && SUMS / nr >= 8)
         for (; e + 8 * W <= t->dv; e += 8 * W)
             TILE(8, W);
     if (!careful && SUMS / nr >= 4)
         for (; e + 4 * W <= t->dv; e += 4 * W)
             TILE(4, W);
-    if (!careful)
-        for (; e + 2 * W <= t->dv; e += 2 * W)
-            TILE(2, W);
-    for (; e + W <= t->dv; e += W)
-        TILE(1, W);
-    if (e < t->dv)
-        TILE(1, t->dv - e);
+    for (; e < t->dv; e += W)
+        TILE(1, t->dv - e < W ? t->dv - e : W);
 #undef TILE
 }
 
-/* O += P V for the positions at .. at + n. V goes through a part at a time: it stays in L1 while all rows meet it. */
+/* O += P V for the positions at .. at + n. V goes through a part at a time: it stays in L1 while all rows meet it. All of
+ * them fetch: twice as fast as if the first alone did. */
 static void X(decode_value)(const qkv_stack *t, const void *values, ptrdiff_t v_row, int at, int n)
 {
     const REAL *v = values;
-    ptrdiff_t ahead = X(decode_ahead)(t, v_row, t->dv);
+    const ptrdiff_t ahead = X(decode_ahead)(t, v_row, t->dv);
     /* Four rows only if their registers hold all columns: memory likes whole rows of V. */
     const int four = t->dv <= SUMS / 4 * W;
     for (int some; n > 0; at += some, n -= some, v += some * v_row) {
         some = PART - at % PART < n ? PART - at % PART : n;
         int begins = at % PART == 0 || at == t->first, ends = (at + some) % PART == 0 || at + some == t->last, row = 0;
-#define ROWS(nr, fetch, careful) \
-    (X(decode_value_rows)(nr, fetch, careful, t, row, v, v_row, ahead, at, some, begins, ends), row += nr)
+#define ROWS(nr, careful) (X(decode_value_rows)(nr, careful, t, row, v, v_row, ahead, at, some, begins, ends), row += nr)
         while (t->careful && row < t->rows)
-            ROWS(1, 0, 1);
-        if (row == 0 && t->rows >= 4 && four)
-            ROWS(4, 1, 0);
+            ROWS(1, 1);
         while (row + 4 <= t->rows && four)
-            ROWS(4, 0, 0);
-        while (row + 2 <= t->rows)        /* each pair fetches: twice as fast as if the first alone did */
-            ROWS(2, 1, 0);
+            ROWS(4, 0);
+        while (row + 2 <= t->rows)
+            ROWS(2, 0);
         if (row < t->rows)
-            ROWS(1, 1, 0);
+            ROWS(1, 0);
 #undef ROWS
     }
 }
