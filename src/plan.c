@@ -1,17 +1,12 @@
-/* Problem -> plan. Every tuning number of the driver is in this file; those inside a kernel (its register tile, P_LIMIT,
- * QKV_TERMS) stand where they are used, in kernels/, and those of the pool in threads.c.
+/* Problem -> plan. Every tuning number of the driver is in this file, those of the stages in plan_stages.c, what both share
+ * in plan_tools.h; those inside a kernel (its register tile, P_LIMIT, QKV_TERMS) stand where they are used, in kernels/, and
+ * those of the pool in threads.c.
  *
  * Two kinds of choice are kept apart. What changes arithmetic (block, chunk) depends only on types and dimensions, so
  * that results are the same bits for any batch, heads, strides and threads. What changes only who does what when (query
  * tiles, passes, splits, copies, threads) may depend on everything.
  */
-#include "plan.h"
-
-#include <math.h>
-#include <stdlib.h>
-
-#include "cpu.h"
-#include "mask.h"
+#include "plan_tools.h"
 
 /* Chosen on a 2-core Zen 4 (32 KB L1d, 1 MB L2). Blocks of 64 to 256 keys, passes of 64 to 512 KB and states of 40 to 400 KB
  * came out within that machine's noise of each other; only copies clearly want large states (1.06 against 1.035 of the
@@ -34,59 +29,14 @@ enum {
     SUMMARY_BYTES = 8 << 20,          /* most of a mask's summary: 1 GB of mask */
     SUMMARY_ROWS = 64,                /* of a task of it: some microseconds for rows of a few thousand keys */
     FAR_BYTES = 2048,                 /* rows further apart than this, and than they are long, share cache sets and pages */
-    COLD_BYTES = 32 << 10,            /* K and V of a block that are worth fetching ahead: larger ones push S out of L1 */
-    COPY_PAD = 16,                    /* elements between copied rows, against the same conflict */
-    B_BYTES = 256 << 10,              /* panels of B of a task: they stay in L2 while all rows of A pass */
-    TERMS_PASS = 1024,                /* terms of a pass: where B is longer, C is read again */
-    A_BYTES = 32 << 10,               /* rows of A that meet every panel in turn */
-    C_BYTES = 1 << 20,                /* C of a task, where it needs a copy */
-    TASKS_EACH = 4,                   /* tasks per thread of a stage: they are equally long */
-    STRIP_WIDTH = 256,                /* bytes of a row of a strip: 128 and 512 are slower, and 512 takes more memory */
-    STRIP_ROWS = 1 << 20,             /* longer columns are copied one by one, several times slower */
-    ROW_BYTES = 512 << 10,            /* exponentials of a longer row leave L2 anyway */
-    SOFTMAX_TASK = 64 << 10,          /* elements of a task: about 20 us */
-    STRIPS_TASK = 1 << 24,            /* of a task of strips, the first and last of which have no others beside them: 10 ms */
-    STREAM_C_BYTES = 4 << 20,         /* a larger product is written without being read first: 0.72 -> 0.85 of the peak */
-    STREAM_BYTES = 32 << 20,          /* a larger result would only push other data out of L3 */
-    ALIGNMENT = 64
+    COLD_BYTES = 32 << 10             /* K and V of a block that are worth fetching ahead: larger ones push S out of L1 */
 };
-static const double SERIAL_FLOPS = 3e6;                 /* about 30 us of one core: not worth waking another */
 static const double SERIAL_BYTES = 1 << 20;             /* the same where K and V are read once */
-static const double TASK_FLOPS = 2e9;                   /* about 20 ms, so that an interrupt is seen between tasks */
 
 _Static_assert((int)QKV_AS_F32 == QKV_F32 && (int)QKV_AS_F64 == QKV_F64 && (int)QKV_AS_F16 == QKV_F16
                && (int)QKV_AS_BF16 == QKV_BF16, "kernels number types as problems do");
 
-static const qkv_kernels *kernels_of(int isa, qkv_type type) { return qkv_kernels_at(isa, (int)qkv_arithmetic(type)); }
-
-static size_t align(size_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
-static int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
-
-static int multiply(int64_t a, int64_t b, int64_t *product)
-{
-    if (b != 0 && a > INT64_MAX / b)
-        return 0;
-    *product = a * b;
-    return 1;
-}
-
-/* A number that is a multiple of a power of two if all addresses of rows are. */
-static int64_t places(const void *data, int n_axes, const qkv_strides *at)
-{
-    int64_t bits = (int64_t)(uintptr_t)data | at->head | at->row;
-    for (int i = 0; i < n_axes; i++)
-        bits |= at->axis[i];
-    return bits;
-}
-
-/* What keeps a row of elements from being used where it lies; 0 if nothing does. */
-static int obstacles(const void *data, int n_axes, const qkv_strides *at, int swapped, int size)
-{
-    int64_t bits = places(data, n_axes, at);
-    return (swapped ? QKV_SWAPPED : 0) | (at->dim != size ? QKV_STRIDED : 0) | (bits % size ? QKV_UNALIGNED : 0);
-}
-
-/* The same for rows of which pairs are multiplied. */
+/* What keeps a row from being used where it lies if pairs of its elements are multiplied. */
 static int pair_obstacles(const void *data, int n_axes, const qkv_strides *at, int swapped, int64_t dim)
 {
     int odd = dim % 2 || places(data, n_axes, at) % 4;
@@ -184,19 +134,6 @@ static void lay_out_scratch(const qkv_problem *p, qkv_plan *plan)
     TAKE(at_mask, plan->masked && !plan->direct_mask ? lanes * (size_t)plan->block : 0);
 #undef TAKE
     plan->scratch_bytes = plan->decode || at < plan->few.scratch_bytes ? plan->few.scratch_bytes : at;
-}
-
-/* The scale as two factors. Q takes the sign (and with it a scale of 0: -inf * 0 would be NaN) and, of a scale near the
- * ends of the type, a power of two, which is exact and keeps c and 1/c within the type. The rest stays out of Q, where
- * rounding it would show in large scores. */
-static void split_scale(double scale, int wide, double *factor, double *rest)
-{
-    int exponent, plain = wide ? 1000 : 120;            /* exponents: the types end at 1023 and 127 */
-    frexp(scale, &exponent);
-    int shift = abs(exponent) <= plain ? 0
-        : exponent > 0 ? (int)qkv_min(exponent - plain, plain) : (int)qkv_max(exponent + plain, -plain);
-    *factor = scale == 0 ? 0 : copysign(ldexp(1, shift), scale);
-    *rest = scale == 0 ? 1 : ldexp(fabs(scale), -shift);
 }
 
 /* Where something is added to scores they have to be in its unit, else softmax takes them as the products are. */
@@ -375,182 +312,5 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     numbers += p->q_starts ? (size_t)plan->sequences + 1 : 0;
     plan->shared_bytes = (plan->split ? plan->partial_bytes : 0) + numbers * sizeof(int64_t) + plan->summary_bytes;
     lay_out_scratch(p, plan);
-    return QKV_OK;
-}
-
-/* Row r of a tile is row r % length of head r / length: with one row per head, heads become the rows. */
-static void choose_rows(const qkv_product_problem *p, qkv_product_plan *plan)
-{
-    plan->group = p->heads_b ? p->heads / p->heads_b : 0;
-    plan->length = p->rows;
-    plan->a_head = p->a_at.head;
-    plan->a_row = p->a_at.row;
-    plan->c_head = p->c_at.head;
-    plan->c_row = p->c_at.row;
-    if (p->rows == 1) {
-        plan->length = plan->group;
-        plan->group = 1;
-        plan->a_row = plan->a_head;
-        plan->c_row = plan->c_head;
-    }
-}
-
-qkv_status qkv_plan_product(const qkv_product_problem *p, qkv_product_plan *plan)
-{
-    *plan = (qkv_product_plan){.kernels = kernels_of(p->isa, p->type), .sequences = 1};
-    const qkv_kernels *kernels = plan->kernels;
-    int64_t lanes = kernels->lanes, size = kernels->size, rows, heads, base;
-    for (int i = 0; i < p->n_axes; i++)
-        if (!multiply(plan->sequences, p->axes[i], &plan->sequences))
-            return QKV_OVERFLOW;
-    choose_rows(p, plan);
-    if (!multiply(plan->sequences, p->heads_b, &heads) || !multiply(plan->length, plan->group, &rows))
-        return QKV_OVERFLOW;
-    if (heads == 0 || rows == 0 || p->columns == 0)
-        return QKV_OK;
-    plan->factor = p->scale;
-    if (p->transposed)
-        split_scale(p->scale, p->type == QKV_F64, &plan->b_factor, &plan->factor);
-    qkv_type arithmetic = qkv_arithmetic(p->type);
-    plan->direct_a = p->type == arithmetic && !obstacles(p->a, p->n_axes, &p->a_at, p->swapped_a, (int)size);
-    plan->direct_b = p->b_type == arithmetic && !obstacles(p->b, p->n_axes, &p->b_at, p->swapped_b, (int)size);
-    plan->direct_c = p->c_type == arithmetic && !obstacles(p->c, p->n_axes, &p->c_at, p->swapped_c, (int)size);
-
-    plan->pass = qkv_max(1, qkv_min(p->terms, TERMS_PASS));
-    int64_t vector = kernels->vector * size, at_vectors = p->c_at.head | p->c_at.row;
-    for (int i = 0; i < p->n_axes; i++)
-        at_vectors |= p->c_at.axis[i];
-    double bytes = (double)plan->sequences * (double)p->heads * (double)p->rows * (double)p->columns * (double)size;
-    plan->stream = plan->direct_c && at_vectors % vector == 0 && p->terms <= QKV_TERMS && bytes >= STREAM_C_BYTES;
-    plan->tile_columns = qkv_max(1, B_BYTES / (plan->pass * lanes * size)) * lanes;
-    plan->tile_columns = qkv_min(plan->tile_columns, ceil_div(p->columns, lanes) * lanes);
-    plan->column_tiles = ceil_div(p->columns, plan->tile_columns);
-    plan->group_rows = qkv_max(8, qkv_min(32, A_BYTES / (plan->pass * size) / 8 * 8));
-
-    if (!multiply(heads, plan->column_tiles, &base))
-        return QKV_OVERFLOW;
-    double row_flops = 2.0 * (double)p->terms * (double)plan->tile_columns;
-    int64_t most = qkv_max(1, (int64_t)qkv_min(INT64_MAX / 2, (int64_t)(TASK_FLOPS / (row_flops + 1))));
-    if (!plan->direct_c)
-        most = qkv_min(most, C_BYTES / (plan->tile_columns * size));
-    int64_t wanted = ceil_div((int64_t)p->threads * TASKS_EACH, qkv_max(1, base));
-    most = qkv_min(most, ceil_div(rows, p->threads > 1 ? wanted : 1));
-    plan->tile_rows = qkv_max(plan->group_rows, ceil_div(most, plan->group_rows) * plan->group_rows);
-    plan->row_tiles = ceil_div(rows, plan->tile_rows);
-    if (!multiply(base, plan->row_tiles, &plan->tasks))
-        return QKV_OVERFLOW;
-    double flops = row_flops * (double)rows * (double)base;
-    plan->threads = flops < SERIAL_FLOPS ? 1 : (int)qkv_min(p->threads, qkv_max(1, plan->tasks));
-
-    size_t at = 0, panels = (size_t)(plan->tile_columns / lanes), pass = (size_t)plan->pass;
-    plan->copy_row_a = plan->copy_row_b = plan->pass + COPY_PAD;
-#define TAKE(field, bytes) (plan->field = at, at += align(bytes))
-    panels += plan->stream;           /* a narrow one before the first that is aligned */
-    TAKE(at_b, panels * pass * (size_t)(lanes * size));
-    TAKE(at_rows, (size_t)lanes * sizeof(void *));
-    TAKE(at_columns, p->transposed && !plan->direct_b ? (size_t)(lanes * plan->copy_row_b * size) : 0);
-    TAKE(at_a, plan->direct_a ? 0 : (size_t)(plan->group_rows * plan->copy_row_a * size));
-    TAKE(at_c, plan->direct_c ? 0 : (size_t)(plan->tile_rows * plan->tile_columns * size));
-#undef TAKE
-    plan->scratch_bytes = at;
-    return QKV_OK;
-}
-
-static int64_t distance(int64_t stride) { return stride < 0 ? -stride : stride; }
-
-/* The problem's axes without those of one element, the innermost in `out` last, and those merged that are one in memory. */
-static void merge_axes(const qkv_softmax_problem *p, qkv_softmax_plan *plan)
-{
-    int n = 0;
-    for (int i = 0; i < p->n_axes; i++) {
-        if (p->axes[i] == 1)
-            continue;
-        int at = n++;
-        for (; at > 0 && distance(plan->out_at[at - 1]) < distance(p->out_at[i]); at--) {
-            plan->axes[at] = plan->axes[at - 1];
-            plan->x_at[at] = plan->x_at[at - 1];
-            plan->mask_at[at] = plan->mask_at[at - 1];
-            plan->out_at[at] = plan->out_at[at - 1];
-        }
-        plan->axes[at] = p->axes[i];
-        plan->x_at[at] = p->x_at[i];
-        plan->mask_at[at] = p->mask ? p->mask_at[i] : 0;
-        plan->out_at[at] = p->out_at[i];
-    }
-    int last = 0;                     /* merges into it what follows */
-    for (int i = 1; i < n; i++) {
-        int64_t count = plan->axes[i];
-        int one = plan->x_at[last] == plan->x_at[i] * count && plan->mask_at[last] == plan->mask_at[i] * count
-            && plan->out_at[last] == plan->out_at[i] * count;
-        if (one)
-            count *= plan->axes[last];
-        else
-            last++;
-        plan->axes[last] = count;
-        plan->x_at[last] = plan->x_at[i];
-        plan->mask_at[last] = plan->mask_at[i];
-        plan->out_at[last] = plan->out_at[i];
-    }
-    plan->n_axes = n ? last : 0;
-    plan->run = n ? plan->axes[last] : 1;
-    plan->x_run = n ? plan->x_at[last] : 0;
-    plan->mask_run = n ? plan->mask_at[last] : 0;
-    plan->out_run = n ? plan->out_at[last] : 0;
-}
-
-/* Whether there are no obstacles, with the run or the axis at unit stride. */
-static int is_direct_along(const void *data, int n_axes, const int64_t *at, int64_t unit, int64_t other, int swapped, int size)
-{
-    int64_t bits = (int64_t)(uintptr_t)data | other;
-    for (int i = 0; i < n_axes; i++)
-        bits |= at[i];
-    return !swapped && unit == size && bits % size == 0;
-}
-
-qkv_status qkv_plan_softmax(const qkv_softmax_problem *p, qkv_softmax_plan *plan)
-{
-    *plan = (qkv_softmax_plan){.kernels = kernels_of(p->isa, p->type)};
-    int64_t size = plan->kernels->size, w = plan->kernels->vector, outer = 1, total;
-    int s = (int)size;
-    for (int i = 0; i < p->n_axes; i++)
-        if (!multiply(outer, p->axes[i], &outer))
-            return QKV_OVERFLOW;
-    if (!multiply(outer, p->n, &total))
-        return QKV_OVERFLOW;
-    if (total == 0)
-        return QKV_OK;
-    merge_axes(p, plan);
-    outer /= plan->run;
-    int n_axes = plan->n_axes, fits = p->n <= STRIP_ROWS;
-    int plain_x = p->type == qkv_arithmetic(p->type), plain_out = p->out_type == qkv_arithmetic(p->type);
-    plan->across = fits && plan->run > 1 && plain_x && plain_out
-        && is_direct_along(p->x, n_axes, plan->x_at, plan->x_run, p->x_step, p->swapped_x, s)
-        && is_direct_along(p->out, n_axes, plan->out_at, plan->out_run, p->out_step, p->swapped_out, s)
-        && (p->x_step != size || p->out_step != size);
-    /* Rows of strips, when they are not streamed, wait for their lines: 0.73 instead of 0.34 ns per element at 12x512x512. */
-    plan->stream = (double)total * (double)size >= (plan->across ? STREAM_C_BYTES : STREAM_BYTES);
-    plan->threads = total < SOFTMAX_TASK ? 1 : p->threads;
-    if (plan->across) {
-        int64_t wanted = plan->run, strip = STRIP_WIDTH / size;
-        if (p->threads > 1)
-            wanted = ceil_div(plan->run, ceil_div((int64_t)p->threads * TASKS_EACH, outer));
-        plan->strip = qkv_min(strip + w, ceil_div(plan->run, w) * w);         /* the last takes what is left of a vector */
-        wanted = qkv_min(wanted, STRIPS_TASK / p->n);
-        plan->piece = qkv_max(strip, wanted / strip * strip);
-        plan->pieces = ceil_div(plan->run, plan->piece);
-        plan->at_state = align((size_t)(p->n * plan->strip * size));
-        plan->scratch_bytes = plan->at_state + align((size_t)((3 * w + 4) * plan->strip * size));
-        plan->direct_x = plan->direct_out = 1;
-    } else {
-        plan->direct_x = plain_x && is_direct_along(p->x, n_axes, plan->x_at, p->x_step, plan->x_run, p->swapped_x, s);
-        plan->direct_out = plain_out
-            && is_direct_along(p->out, n_axes, plan->out_at, p->out_step, plan->out_run, p->swapped_out, s);
-        plan->in_out = plan->direct_out && p->n > ROW_BYTES / size;
-        plan->piece = qkv_min(plan->run, ceil_div(SOFTMAX_TASK, p->n));
-        plan->pieces = ceil_div(plan->run, plan->piece);
-        plan->scratch_bytes = plan->in_out ? ALIGNMENT : align((size_t)(p->n * size));
-    }
-    plan->tasks = outer * plan->pieces;
-    plan->threads = (int)qkv_min(plan->threads, plan->tasks);
     return QKV_OK;
 }
