@@ -72,7 +72,7 @@ MAX_THREADS = QKV_MAX_THREADS
 OBSTACLES = {
     QKV_WIDENED: "a type narrower than that of the arithmetic", QKV_SWAPPED: "swapped bytes",
     QKV_STRIDED: "rows whose elements are not adjacent", QKV_UNALIGNED: "addresses that are not aligned",
-    QKV_SCATTERED: "rows that lie far apart", QKV_UNPAIRED: "pairs of bfloat16 that are multiplied, to be put side by side",
+    QKV_UNPAIRED: "pairs of bfloat16 that are multiplied, to be put side by side",
 }
 PLAN = object()                                 # as counters: see forward
 

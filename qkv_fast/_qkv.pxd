@@ -85,7 +85,6 @@ cdef extern from "qkv.h" nogil:
         QKV_SWAPPED
         QKV_STRIDED
         QKV_UNALIGNED
-        QKV_SCATTERED
         QKV_UNPAIRED
 
     ctypedef struct qkv_report:

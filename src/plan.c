@@ -28,7 +28,7 @@ enum {
     PARTIAL_BYTES = 32 << 20,         /* most memory that a split may take */
     SUMMARY_BYTES = 8 << 20,          /* most of a mask's summary: 1 GB of mask */
     SUMMARY_ROWS = 64,                /* of a task of it: some microseconds for rows of a few thousand keys */
-    FAR_BYTES = 2048,                 /* rows further apart than this, and than they are long, share cache sets and pages */
+    FAR_BYTES = 2048,                 /* rows further apart than this, and than they are long, no CPU fetches by itself */
     COLD_BYTES = 32 << 10             /* K and V of a block that are worth fetching ahead: larger ones push S out of L1 */
 };
 static const double SERIAL_BYTES = 1 << 20;             /* the same where K and V are read once */
@@ -43,23 +43,14 @@ static int pair_obstacles(const void *data, int n_axes, const qkv_strides *at, i
     return obstacles(data, n_axes, at, swapped, 2) | (odd ? QKV_UNPAIRED : 0);
 }
 
-/* Rows that lie far apart, as in (length, heads, dim) arrays. */
-static int is_scattered(const qkv_strides *at, int64_t dim)
-{
-    int64_t apart = at->row < 0 ? -at->row : at->row;
-    return apart >= FAR_BYTES && apart > dim * at->dim;
-}
-
 static void choose_copies(const qkv_problem *p, qkv_plan *plan)
 {
     qkv_type arithmetic = qkv_arithmetic(p->type);
     int kv_size = qkv_size(p->kv_type), widened = p->kv_type != arithmetic ? QKV_WIDENED : 0;
-    /* A copy of scattered rows pays only if several panels share it. */
-    int shared = plan->rows > 2 * plan->kernels->lanes;
     int kv_axes = p->run_of ? 0 : p->n_axes;
     int pairs = plan->kernels->pair > 1;
-    plan->copy_k = (pairs ? 0 : widened) | (shared && is_scattered(&p->k_at, p->dim) ? QKV_SCATTERED : 0);
-    plan->copy_v = (pairs ? QKV_UNPAIRED : widened) | (shared && is_scattered(&p->v_at, p->dim_v) ? QKV_SCATTERED : 0);
+    plan->copy_k = pairs ? 0 : widened;
+    plan->copy_v = pairs ? QKV_UNPAIRED : widened;
     for (int64_t i = 0; i < p->n_runs; i++) {
         plan->copy_k |= pairs ? pair_obstacles(p->runs[i].k, kv_axes, &p->k_at, p->swapped_k, p->dim)
                               : obstacles(p->runs[i].k, kv_axes, &p->k_at, p->swapped_k, kv_size);
@@ -202,6 +193,13 @@ static void plan_few(const qkv_problem *p, qkv_plan *plan)
     plan->state_bytes = plan->decode ? few->state_bytes : (size_t)qkv_max((int64_t)plan->state_bytes, (int64_t)few->state_bytes);
 }
 
+/* Rows that lie far apart, as in (length, heads, dim) arrays. */
+static int is_scattered(const qkv_strides *at, int64_t dim)
+{
+    int64_t apart = at->row < 0 ? -at->row : at->row;
+    return apart >= FAR_BYTES && apart > dim * at->dim;
+}
+
 static int64_t panels_of(const qkv_problem *p, const qkv_plan *plan, int64_t sequence)
 {
     return ceil_div(qkv_queries(p, sequence) * plan->group, plan->kernels->lanes);
@@ -273,9 +271,10 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     }
     plan->terms = ceil_div(p->dim, kernels->pair);
     int64_t row_bytes = (p->dim + p->dim_v) * kernels->size / kernels->pair;
-    plan->cold = BLOCK * row_bytes <= COLD_BYTES;
     /* Copies want many panels to share them, and leave them the room by being short. */
     int copies = (plan->copy_k | plan->copy_v) != 0;
+    int scattered = !copies && (is_scattered(&p->k_at, p->dim) || is_scattered(&p->v_at, p->dim_v));
+    plan->cold = scattered || BLOCK * row_bytes <= COLD_BYTES;
     int64_t pass = (copies ? COPY_PASS_BYTES : PASS_BYTES) / (row_bytes + kernels->size) / BLOCK * BLOCK;
     plan->pass = qkv_min(CHUNK, qkv_max(BLOCK, pass));
 

@@ -121,8 +121,7 @@ enum {
     QKV_SWAPPED = 2,                  /* byte order differs from the machine's */
     QKV_STRIDED = 4,                  /* elements of a row are not next to each other */
     QKV_UNALIGNED = 8,                /* addresses are no multiples of the element size */
-    QKV_SCATTERED = 16,               /* rows lie so far apart that they would fight for cache sets and pages */
-    QKV_UNPAIRED = 32                 /* pairs are multiplied, and are not side by side at multiples of their size: never in V */
+    QKV_UNPAIRED = 16                 /* pairs are multiplied, and are not side by side at multiples of their size: never in V */
 };
 
 /* What a call would do; all 0 but the kernel's numbers if it has nothing to compute. */

@@ -163,7 +163,6 @@ NOTES = {
     "q: rows whose elements": lambda q, k, v: (q[..., ::-1], k, v),
     "v: rows whose elements": lambda q, k, v: (q, k, np.asfortranarray(v)),
     "k: addresses": lambda q, k, v: (q, _unaligned(k), v),
-    "v: rows that lie far apart": lambda q, k, v: (q, k, _far_apart(v)),
     "q: a list": lambda q, k, v: (list(q), k, v),
     "queries: 5 rows": lambda q, k, v: (q[:, :5, :8], k[..., :8], v[..., :8]),
 }
@@ -173,10 +172,6 @@ def _unaligned(x):
     room = np.zeros(x.nbytes + 1, np.uint8)[1:].view(x.dtype).reshape(x.shape)
     room[...] = x
     return room
-
-
-def _far_apart(x):
-    return np.zeros((*x.shape[:-1], 2048), x.dtype)[..., : x.shape[-1]]
 
 
 @pytest.mark.parametrize("text", NOTES)

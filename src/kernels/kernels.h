@@ -35,7 +35,7 @@ typedef struct {
     int nk, d, dv, nv;                /* nk <= QKV_KEYS */
     int skew;                         /* keys of the block before the first, even with pairs: sums do not depend on where
                                        * a tile is cut */
-    int cold;                         /* fetch k and v ahead: they are not in a near cache yet, and fit into it */
+    int cold;                         /* fetch k and v ahead: they are not in a near cache yet */
     int careful;                      /* take nothing from V where the lane's key is excluded, even NaN; nv is 1 */
 
     /* What becomes of scores before lo and hi exclude some, if `adjust`: they are multiplied by score_factor, become
