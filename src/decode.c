@@ -23,6 +23,8 @@ typedef struct {
     qkv_stack stack;
     char *scratch;
     qkv_counters *counters;
+    qkv_query_tile tile;              /* for elements.c: these rows, as the lanes */
+    qkv_panel panel;                  /* of one panel */
 } few;
 
 /* Row r is position r / group, query head head * group + r % group. */
@@ -70,6 +72,21 @@ static void use_state(few *t, char *state)
     t->stack.l = state + (int64_t)t->plan->few.state_bytes - (int64_t)t->plan->few.l_bytes;
 }
 
+/* What changes scores, row by row. */
+static void open_changes(few *t)
+{
+    const qkv_plan *plan = t->plan;
+    t->tile = (qkv_query_tile){
+        .problem = t->problem, .plan = plan, .sequence = t->sequence, .head = t->head, .block = plan->chunk,
+        .bias_rows = (const void **)(t->scratch + plan->few.at_pointers),
+        .mask_rows = (const uint8_t **)(t->scratch + plan->few.at_pointers) + t->count,
+        .bias_copies = t->scratch + plan->few.at_bias, .mask_copies = (uint8_t *)t->scratch + plan->few.at_mask,
+    };
+    t->panel = (qkv_panel){.n = (int)t->count, .nv = (int)(t->count + plan->kernels->vector - 1) / plan->kernels->vector};
+    if (plan->adjust)
+        qkv_open_lanes(&t->tile, &t->panel, t->scratch + plan->few.at_lanes);
+}
+
 static void open_rows(few *t, const qkv_call *job, int worker, int64_t sequence, int64_t head)
 {
     const qkv_problem *p = job->problem;
@@ -92,6 +109,7 @@ static void open_rows(few *t, const qkv_call *job, int worker, int64_t sequence,
     t->k_offset = head * p->k_at.head + (p->run_of ? 0 : qkv_sequence_offset(p, &p->k_at, sequence));
     t->v_offset = head * p->v_at.head + (p->run_of ? 0 : qkv_sequence_offset(p, &p->v_at, sequence));
     find_limits(t);
+    open_changes(t);
     stack_queries(t);
 }
 
@@ -122,35 +140,52 @@ static const char *piece(few *t, int values, int64_t first, int64_t *last, ptrdi
     return copy;
 }
 
-/* What each row sees of the keys first .. last of the chunk that begins at `base`. */
-static void limit_rows(few *t, int64_t base, int64_t first, int64_t last)
+/* No positions of a chunk at all. */
+static void see_nothing(few *t)
 {
-    int partial = 0;
-    t->stack.first = (int)(first - base);
-    t->stack.last = (int)(last - base);
-    for (int64_t r = 0; r < t->count; r++) {
-        t->lo[r] = (int32_t)(qkv_min(qkv_max(t->sees[r].lo, first), last) - base);
-        t->hi[r] = (int32_t)(qkv_max(qkv_min(t->sees[r].hi, last) - base, t->lo[r]));
-        partial |= t->lo[r] > t->stack.first || t->hi[r] < t->stack.last;
-    }
-    if (first < last && partial)
-        t->counters->tiles_partial++;
-    else if (first < last)
-        t->counters->tiles_full++;
+    t->stack.first = t->stack.last = 0;
+    t->stack.changes = (qkv_changes){0};
+    memset(t->lo, 0, (size_t)t->count * sizeof *t->lo);
+    memset(t->hi, 0, (size_t)t->count * sizeof *t->hi);
 }
 
-/* Each row's mask from key `base` on. */
-static void find_mask(few *t, int64_t base)
+/* Cuts the keys [first, last) of a chunk down to those that some row sees, and says what they are to the rows. */
+static qkv_kind look(few *t, int64_t *first, int64_t *last)
 {
-    const qkv_problem *p = t->problem;
-    const uint8_t **rows = (const uint8_t **)(t->scratch + t->plan->few.at_rows);
-    if (!p->mask)
-        return;
-    int64_t offset = qkv_sequence_offset(p, &p->mask_at, t->sequence) + t->head * t->plan->group * p->mask_at.head;
+    qkv_limits limits = qkv_no_limits();
     for (int64_t r = 0; r < t->count; r++)
-        rows[r] = (const uint8_t *)p->mask + offset + row_offset(t, r, &p->mask_at) + base * p->mask_at.dim;
-    t->stack.mask = rows;
-    t->stack.mask_step = (ptrdiff_t)p->mask_at.dim;
+        qkv_add_row(&limits, (qkv_range){qkv_max(t->sees[r].lo, *first), qkv_min(t->sees[r].hi, *last)});
+    qkv_kind kind = qkv_cut(&limits, first, last);
+    if (kind == QKV_SKIP || !t->plan->masked)
+        return kind;
+    qkv_kind masked = qkv_look(&t->tile, &t->panel, 0, (int)t->count, *first, *last, &t->stack.changes);
+    return masked == QKV_FULL ? kind : masked;
+}
+
+/* What each row sees of the keys [first, last) of the chunk that begins at `base`, of which nothing may be left. */
+static void limit_rows(few *t, int64_t base, int64_t *first, int64_t *last)
+{
+    see_nothing(t);
+    if (*first >= *last)
+        return;
+    switch (look(t, first, last)) {
+    case QKV_SKIP:
+        t->counters->tiles_skipped++;
+        *last = *first;
+        return;
+    case QKV_FULL:
+        t->counters->tiles_full++;
+        break;
+    case QKV_PARTIAL:
+        t->counters->tiles_partial++;
+        break;
+    }
+    t->stack.first = (int)(*first - base);
+    t->stack.last = (int)(*last - base);
+    for (int64_t r = 0; r < t->count; r++) {
+        t->lo[r] = (int32_t)(qkv_min(qkv_max(t->sees[r].lo, *first), *last) - base);
+        t->hi[r] = (int32_t)(qkv_max(qkv_min(t->sees[r].hi, *last) - base, t->lo[r]));
+    }
 }
 
 /* The state of one chunk's keys alone. */
@@ -160,16 +195,15 @@ static void attend_chunk(few *t, int64_t chunk, char *state)
     const char *rows;
     ptrdiff_t row;
     int64_t base = chunk * t->plan->chunk, first = qkv_max(base, t->any.lo), last = qkv_min(base + t->plan->chunk, t->any.hi);
-    if (first >= last)
-        first = last = base;
-    limit_rows(t, base, first, last);
+    limit_rows(t, base, &first, &last);
     use_state(t, state);
     memset(state, 0, (size_t)(t->count * t->plan->few.o_row * kernels->size));
     for (int64_t key = first, end; key < last; key = end) {
         rows = piece(t, 0, key, (end = last, &end), &row);
         kernels->decode_score(&t->stack, rows, row, (int)(key - base), (int)(end - key));
     }
-    find_mask(t, base);
+    if (t->plan->adjust && first < last)
+        qkv_set_changes(&t->tile, &t->panel, 0, (int)t->count, first, last, &t->stack.changes);
     kernels->decode_weigh(&t->stack);
     for (int64_t key = first, end; key < last; key = end) {
         rows = piece(t, 1, key, (end = last, &end), &row);
@@ -191,8 +225,7 @@ static void begin_total(few *t)
     char *total = t->scratch + t->plan->few.at_total;
     use_state(t, total);
     memset(total, 0, (size_t)(t->count * t->plan->few.o_row * t->plan->few.kernels->size));
-    limit_rows(t, 0, 0, 0);
-    find_mask(t, 0);
+    see_nothing(t);
     t->plan->few.kernels->decode_weigh(&t->stack);
     qkv_begin_sinks(t->problem, t->plan, t->head, 0, t->count, t->stack.m, t->stack.l);
 }

@@ -18,9 +18,16 @@ static const char *row_at(const char *data, const qkv_strides *at, int64_t offse
     return data ? data + offset + r->head * at->head + r->position * at->row : NULL;
 }
 
-void qkv_open_lanes(const qkv_query_tile *t, const qkv_panel *x)
+void qkv_open_lanes(const qkv_query_tile *t, qkv_panel *x, char *at)
 {
     const qkv_problem *p = t->problem;
+    int64_t lanes = x->nv * t->plan->kernels->vector;
+    x->bias = (const char **)at;
+    x->mask = x->bias + lanes;
+    x->summary = (const uint8_t **)(x->mask + lanes);
+    x->position = (int64_t *)(x->summary + lanes);
+    x->slope = (double *)(x->position + lanes);
+    x->id = (int32_t *)(x->slope + lanes);
     int64_t head = t->head * t->plan->group;
     int64_t bias_offset = p->bias ? qkv_sequence_offset(p, &p->bias_at, t->sequence) + head * p->bias_at.head : 0;
     int64_t mask_offset = p->mask ? qkv_sequence_offset(p, &p->mask_at, t->sequence) + head * p->mask_at.head : 0;
@@ -28,7 +35,7 @@ void qkv_open_lanes(const qkv_query_tile *t, const qkv_panel *x)
     int64_t summary_offset = t->summary ? qkv_sequence_offset(p, summary_at, t->sequence) + head * summary_at->head : 0;
     int64_t position = qkv_offset(p, t->sequence), query = qkv_query_index(p, t->sequence, 0);
     qkv_row r = qkv_first_row(t, x);
-    for (int j = 0; j < x->nv * t->plan->kernels->vector; j++) {
+    for (int64_t j = 0; j < lanes; j++) {
         if (j > 0 && j < x->n)        /* lanes without a row repeat the last one, as in Q */
             qkv_next_row(&r);
         x->bias[j] = row_at(p->bias, &p->bias_at, bias_offset, &r);
@@ -46,8 +53,8 @@ static const void *const *bias_rows(const qkv_query_tile *t, const qkv_panel *x,
 {
     const qkv_problem *p = t->problem;
     const qkv_plan *plan = t->plan;
-    const void **rows = (const void **)(t->scratch + plan->at_pointers);
-    size_t row_bytes = (size_t)plan->block * (size_t)plan->kernels->size;
+    const void **rows = t->bias_rows;
+    size_t row_bytes = (size_t)t->block * (size_t)plan->kernels->size;
     for (int j = 0; j < n; j++) {
         char *from = (char *)x->bias[lane + j] + first * p->bias_at.dim;
         if (plan->direct_bias) {
@@ -55,7 +62,7 @@ static const void *const *bias_rows(const qkv_query_tile *t, const qkv_panel *x,
         } else if (j > 0 && x->bias[lane + j] == x->bias[lane + j - 1]) {
             rows[j] = rows[j - 1];
         } else {
-            char *copy = t->scratch + plan->at_bias + (size_t)j * row_bytes;
+            char *copy = t->bias_copies + (size_t)j * row_bytes;
             qkv_rows one = {from, 0, (ptrdiff_t)p->bias_at.dim, p->bias_type, p->swapped_bias};
             plan->kernels->gather(copy, 0, &one, 1, (int)(last - first));
             rows[j] = copy;
@@ -91,16 +98,15 @@ int64_t qkv_count_seen(const qkv_problem *p, int64_t sequence, int64_t head, int
     return seen;
 }
 
-void qkv_set_mask(const qkv_query_tile *t, const qkv_panel *x, int lane, int n, int64_t first, int64_t last, qkv_tile *to)
+void qkv_set_mask(const qkv_query_tile *t, const qkv_panel *x, int lane, int n, int64_t first, int64_t last, qkv_changes *to)
 {
     const qkv_problem *p = t->problem;
-    const qkv_plan *plan = t->plan;
-    const uint8_t **rows = (const uint8_t **)(t->scratch + plan->at_pointers) + plan->kernels->lanes;
-    int64_t block = plan->block;
-    uint8_t *copies = (uint8_t *)t->scratch + plan->at_mask;
+    const uint8_t **rows = t->mask_rows;
+    int64_t block = t->block;
+    uint8_t *copies = t->mask_copies;
     int own[MAX_LANES], count = 0;    /* lanes that do not share the row of the one before */
     for (int j = 0; j < n; j++) {
-        if (plan->direct_mask) {
+        if (t->plan->direct_mask) {
             rows[j] = (const uint8_t *)x->mask[lane + j] + first;
         } else if (j > 0 && x->mask[lane + j] == x->mask[lane + j - 1] && x->id[lane + j] == x->id[lane + j - 1]) {
             rows[j] = rows[j - 1];
@@ -175,7 +181,8 @@ void qkv_summarise(const qkv_problem *p, const qkv_plan *plan, int64_t first, in
     }
 }
 
-qkv_kind qkv_look(const qkv_query_tile *t, const qkv_panel *x, int lane, int n, int64_t first, int64_t last, qkv_tile *to)
+qkv_kind qkv_look(const qkv_query_tile *t, const qkv_panel *x, int lane, int n, int64_t first, int64_t last,
+                  qkv_changes *to)
 {
     const int both = QKV_SEEN | QKV_HIDDEN;
     int found = 0;
@@ -198,7 +205,7 @@ qkv_kind qkv_look(const qkv_query_tile *t, const qkv_panel *x, int lane, int n, 
 }
 
 void qkv_set_changes(const qkv_query_tile *t, const qkv_panel *x, int lane, int n, int64_t first, int64_t last,
-                     qkv_tile *to)
+                     qkv_changes *to)
 {
     const qkv_plan *plan = t->plan;
     if (t->problem->bias)
@@ -206,7 +213,7 @@ void qkv_set_changes(const qkv_query_tile *t, const qkv_panel *x, int lane, int 
     if (t->problem->slopes) {
         to->slope = x->slope + lane;
         to->position = x->position + lane;
-        to->key = first / plan->block * plan->block;
+        to->key = first / t->block * t->block;
     }
     to->score_factor = plan->score_factor;
     to->softcap = plan->softcap;

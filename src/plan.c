@@ -139,7 +139,7 @@ static void choose_scale(const qkv_problem *p, qkv_plan *plan)
     if (p->softcap != 0 && (wide || p->softcap < 0x1p132))
         plan->softcap = fmin(fmax(p->softcap, wide ? 0x1p-1000 : 0x1p-120), wide ? 0x1p1000 : 0x1p126);
     if (p->bias || p->slopes || plan->softcap != 0) {
-        plan->adjust = plan->changes = 1;
+        plan->adjust = 1;
         plan->score_factor = plan->rest;
         plan->rest = 1;
     }
@@ -159,8 +159,7 @@ static void plan_few(const qkv_problem *p, qkv_plan *plan)
 {
     qkv_few_plan *few = &plan->few;
     int64_t size = plan->kernels->size, vector = plan->kernels->vector;
-    /* Segments are spans or ids, as the others of a batch have it. */
-    if (plan->rows == 0 || plan->changes || p->spans || p->q_ids)
+    if (plan->rows == 0)
         return;
     few->most = qkv_min(FEW_MOST, qkv_max(FEW_LEAST, (p->dim + p->dim_v) / FEW_COLUMNS));
     plan->decode = plan->rows <= few->most;
@@ -171,7 +170,8 @@ static void plan_few(const qkv_problem *p, qkv_plan *plan)
     few->copy_v = plan->copy_v;
     few->direct_q = plan->direct_q;
     int64_t n = qkv_min(few->most, plan->rows);
-    size_t at = 0, rows = (size_t)n, dim = (size_t)qkv_max(p->dim, p->dim_v);
+    size_t at = 0, rows = (size_t)n, lanes = (size_t)(ceil_div(n, vector) * vector);
+    size_t dim = (size_t)qkv_max(p->dim, p->dim_v);
     few->pass = qkv_min(CHUNK, qkv_max(16, COPY_PASS_BYTES / ((p->dim + p->dim_v + 1) * size) / 16 * 16));
     few->q_row = ceil_div(p->dim, vector) * vector;
     few->o_row = ceil_div(p->dim_v, vector) * vector;
@@ -188,6 +188,10 @@ static void plan_few(const qkv_problem *p, qkv_plan *plan)
     TAKE(at_k, plan->copy_k ? (size_t)(few->pass * plan->copy_row_k * size) : 0);
     TAKE(at_v, plan->copy_v ? (size_t)(few->pass * plan->copy_row_v * size) : 0);
     TAKE(at_copies, plan->direct_q && plan->direct_out ? 0 : rows * dim * (size_t)size);
+    TAKE(at_lanes, plan->adjust ? lanes * QKV_LANE_BYTES : 0);
+    TAKE(at_pointers, plan->adjust ? 2 * rows * sizeof(void *) : 0);
+    TAKE(at_bias, p->bias && !plan->direct_bias ? rows * (size_t)(CHUNK * size) : 0);
+    TAKE(at_mask, plan->masked && !plan->direct_mask ? rows * CHUNK : 0);
 #undef TAKE
     few->scratch_bytes = at;
     plan->state_bytes = plan->decode ? few->state_bytes : (size_t)qkv_max((int64_t)plan->state_bytes, (int64_t)few->state_bytes);

@@ -17,12 +17,13 @@ enum { QKV_LANE_BYTES = 48 };         /* room for what one lane has in a qkv_pan
 typedef struct {
     const qkv_kernels *kernels;       /* of one element at a time, where tiles may be of pairs; and what is copied for them */
     int copy_k, copy_v, direct_q;
-    int64_t most;                     /* rows that are few; 0: what scores meet is not for this kernel */
+    int64_t most;                     /* rows that are few */
     int64_t pass;                     /* keys that are copied at a time */
     int64_t q_row, o_row;             /* elements per row of Q and O, whole vectors */
     size_t l_bytes, state_bytes;      /* l, as m; O, m and l */
     /* Scratch of one worker, where that of tiles is otherwise. */
     size_t at_limits, at_rows, at_q, at_state, at_total, at_s, at_sums, at_k, at_v, at_copies;
+    size_t at_lanes, at_pointers, at_bias, at_mask;
     size_t scratch_bytes;
 } qkv_few_plan;
 
@@ -36,7 +37,6 @@ typedef struct {
     double c;                         /* log2(e) * rest, within the type */
     double softcap;                   /* within the type */
     int adjust;                       /* scores need a step between K Q^T and softmax */
-    int changes;                      /* which does more than to exclude some */
     int masked;                       /* by element: a mask, or segments in any order */
 
     int64_t terms;                    /* of a score: dim, or pairs of them */

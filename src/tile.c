@@ -48,12 +48,6 @@ static void lay_out_panels(qkv_query_tile *t, int64_t first)
         x->total = plan->merges ? t->scratch + plan->at_total + (size_t)i * plan->state_bytes : x->state;
         x->limits = (qkv_limits *)limits;
         x->rows = (qkv_range *)(limits + (vectors + 1) * sizeof(qkv_limits));
-        x->bias = (const char **)(t->scratch + plan->at_lanes + (size_t)i * lanes * QKV_LANE_BYTES);
-        x->mask = x->bias + lanes;
-        x->summary = (const uint8_t **)(x->mask + lanes);
-        x->position = (int64_t *)(x->summary + lanes);
-        x->slope = (double *)(x->position + lanes);
-        x->id = (int32_t *)(x->slope + lanes);
     }
 }
 
@@ -117,7 +111,10 @@ void qkv_open_tile(qkv_query_tile *t, const qkv_problem *p, const qkv_plan *plan
     *t = (qkv_query_tile){
         .problem = p, .plan = plan, .sequence = sequence, .head = head, .rows = rows,
         .panels = (int)qkv_min(plan->tile_panels, panels - first_panel),
-        .summary = summary, .scratch = scratch, .counters = counters,
+        .summary = summary, .scratch = scratch, .counters = counters, .block = plan->block,
+        .bias_rows = (const void **)(scratch + plan->at_pointers),
+        .mask_rows = (const uint8_t **)(scratch + plan->at_pointers) + lanes,
+        .bias_copies = scratch + plan->at_bias, .mask_copies = (uint8_t *)scratch + plan->at_mask,
     };
     t->q_offset = qkv_rows_offset(p, &p->q_at, sequence) + head * plan->group * p->q_at.head;
     t->out_offset = qkv_rows_offset(p, &p->out_at, sequence) + head * plan->group * p->out_at.head;
@@ -126,7 +123,7 @@ void qkv_open_tile(qkv_query_tile *t, const qkv_problem *p, const qkv_plan *plan
     lay_out_panels(t, first_panel);
     find_limits(t);
     for (int i = 0; plan->adjust && i < t->panels; i++)
-        qkv_open_lanes(t, &t->panel[i]);
+        qkv_open_lanes(t, &t->panel[i], scratch + plan->at_lanes + i * lanes * QKV_LANE_BYTES);
     pack_queries(t);
 }
 

@@ -34,6 +34,13 @@ typedef struct {
     const uint8_t *summary;           /* of the mask, or NULL */
     char *scratch;
     qkv_counters *counters;
+
+    /* Scratch of elements.c: rows of bias and mask of the lanes at hand, and where they are copied to, a block of keys each. */
+    int64_t block;
+    const void **bias_rows;
+    const uint8_t **mask_rows;
+    char *bias_copies;
+    uint8_t *mask_copies;
 } qkv_query_tile;
 
 /* Rows of a panel in order: row r is query r / group of the sequence, head r % group of the group. */
@@ -85,23 +92,23 @@ void qkv_write_tile(const qkv_query_tile *tile);
 
 /* elements.c: what scores meet by element. */
 
-/* Fills in the lanes of a panel. */
-void qkv_open_lanes(const qkv_query_tile *tile, const qkv_panel *panel);
+/* Lays out the lanes of a panel from `at` on, QKV_LANE_BYTES each, and fills them in. */
+void qkv_open_lanes(const qkv_query_tile *tile, qkv_panel *panel, char *at);
 
 /* Rows [first, last) of a mask's summary. */
 void qkv_summarise(const qkv_problem *problem, const qkv_plan *plan, int64_t first, int64_t last, uint8_t *summary);
 
 /* The mask of the lanes [lane, lane + n) for the keys [first, last) of one block. */
 void qkv_set_mask(const qkv_query_tile *tile, const qkv_panel *panel, int lane, int n, int64_t first, int64_t last,
-                  qkv_tile *to);
+                  qkv_changes *to);
 
 /* Whether it hides all of these keys (or, with a summary, of their block), some or none; sets it if some. */
 qkv_kind qkv_look(const qkv_query_tile *tile, const qkv_panel *panel, int lane, int n, int64_t first, int64_t last,
-                  qkv_tile *to);
+                  qkv_changes *to);
 
 /* All else that changes these scores; after the mask, on which `adjust` depends as well. */
 void qkv_set_changes(const qkv_query_tile *tile, const qkv_panel *panel, int lane, int n, int64_t first, int64_t last,
-                     qkv_tile *to);
+                     qkv_changes *to);
 
 /* Of these keys, those that mask and ids let query i of a head see. */
 int64_t qkv_count_seen(const qkv_problem *problem, int64_t sequence, int64_t head, int64_t i, qkv_range keys);

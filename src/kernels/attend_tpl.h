@@ -114,7 +114,7 @@ static QKV_INLINE void X(score_rows)(const int nr, const int nv, const qkv_tile 
 /* Rows first .. last of S^T, from products to what softmax takes. */
 static QKV_INLINE void X(settle_rows)(const qkv_tile *t, int first, int last, const X(limits) *limits)
 {
-    if (t->adjust)
+    if (t->changes.adjust)
         X(adjust_rows)(t, first, last);
     if (first < limits->first)
         X(exclude_rows)(t, first, last < limits->first ? last : limits->first, limits);
@@ -313,7 +313,7 @@ static QKV_INLINE void X(weigh)(const int nv, const int careful, const qkv_tile 
         X(store)(lanes->top + j, none);
         X(store)(lanes->alpha + j, one);
     }
-    int weighed = !fresh && !t->slope;
+    int weighed = !fresh && !t->changes.slope;
     if (weighed) {
         X(score)(nv, 1, careful, t, &limits, lanes);
         for (int j = 0; j < nv * W; j += W) {

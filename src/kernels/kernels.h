@@ -21,6 +21,19 @@
 enum { QKV_TERMS = 256 };             /* terms of one sum of a product: longer ones are sums of sums, as in a BLAS */
 enum { QKV_KEYS = 1024 };             /* most keys in one tile: key numbers are exact in any element type */
 
+/* What becomes of the scores of some rows before it is said which they see, if `adjust`: they are multiplied by score_factor,
+ * become softcap * tanh(x) unless that is 0, and what is not NULL is added. Per row: a slope, a position, and a row of elements
+ * for the keys at hand. */
+typedef struct {
+    int adjust;
+    double score_factor, softcap;
+    const double *slope;              /* -slope * |position - key| is added */
+    const int64_t *position;
+    int64_t key;                      /* of the block's first, where positions count from */
+    const void *const *bias;          /* -inf excludes */
+    const uint8_t *const *mask;       /* 0 excludes, else nothing is added */
+} qkv_changes;
+
 /* One step of online softmax over nk keys for nv vectors of lanes. All pointers are to the table's element type and
  * aligned to it; panel pointers (q s o m l) are aligned to a vector and have rows of `lanes` elements. */
 typedef struct {
@@ -37,17 +50,7 @@ typedef struct {
                                        * a tile is cut */
     int cold;                         /* fetch k and v ahead: they are not in a near cache yet */
     int careful;                      /* take nothing from V where the lane's key is excluded, even NaN; nv is 1 */
-
-    /* What becomes of scores before lo and hi exclude some, if `adjust`: they are multiplied by score_factor, become
-     * softcap * tanh(x) unless that is 0, and what is not NULL is added. Per lane: a slope, a position, and a
-     * row of elements for the nk keys. */
-    int adjust;
-    double score_factor, softcap;
-    const double *slope;              /* -slope * |position - key| is added */
-    const int64_t *position;
-    int64_t key;                      /* of the block's first, where positions count from */
-    const void *const *bias;          /* -inf excludes */
-    const uint8_t *const *mask;       /* 0 excludes, else nothing is added */
+    qkv_changes changes;              /* per lane, for the nk keys */
 } qkv_tile;
 
 /* Few rows that share their keys, against one chunk of them: here a lane is an element of the head dimension. All pointers
@@ -58,13 +61,12 @@ typedef struct {
     void *sums;                       /* (rows, o_row): what decode_value keeps from one call to the next */
     void *o, *m, *l;                  /* (rows, o_row), (rows), (rows): the state */
     ptrdiff_t q_row, s_row, o_row;    /* elements */
-    const uint8_t *const *mask;       /* (rows): 0 excludes; from position 0 on; or NULL */
-    ptrdiff_t mask_step;              /* bytes from one key to the next */
     const int32_t *lo, *hi;           /* (rows): row r sees the positions lo[r] <= i < hi[r], between first and last */
     double c;                         /* log2(e) * what of the scale is not in q; positive */
     int rows, d, dv;
     int first, last;                  /* positions that some row sees */
     int careful;                      /* take nothing from V where the row's key is excluded, even NaN */
+    qkv_changes changes;              /* per row, from position `first` on; the chunk is the block */
 } qkv_stack;
 
 /* A block of a matrix product: C <- factor * A B, or C + factor * A B. Pointers are to the table's element type and aligned
