@@ -83,22 +83,39 @@ static void random_changes(problem *x)
         p->right = between(0, 100);
 }
 
+/* Changes, computes and checks a problem, and frees it. Returns whether its rows were few. */
+static int test_changed(problem x, int isa)
+{
+    qkv_report report;
+    x.p.isa = isa;
+    x.p.threads = (int)between(1, 3);
+    random_changes(&x);
+    CHECK(run(&x) == QKV_OK, "changes");
+    check_result(&x, "changes");
+    CHECK(qkv_explain(&x.p, &report) == QKV_OK, "no report");
+    CHECK(!memcmp(&report.counts, &x.counters, sizeof report.counts), "%lld, not %lld partial tiles in the report",
+          (long long)report.counts.tiles_partial, (long long)x.counters.tiles_partial);
+    destroy(&x);
+    return report.decode != 0;
+}
+
 static void test_random(int isa, qkv_type type)
 {
     for (int i = 0; i < 80; i++) {
         int64_t len_k = i % 10 == 0 ? between(1000, 2500) : between(0, 300);
-        problem x = make(type, between(1, 3), between(1, 2), between(1, 3), between(0, 70), len_k, between(0, 40),
-                         between(0, 40));
-        x.p.isa = isa;
-        x.p.threads = (int)between(1, 3);
-        random_changes(&x);
-        CHECK(run(&x) == QKV_OK, "changes %d", i);
-        check_result(&x, "changes");
-        qkv_report report;
-        CHECK(qkv_explain(&x.p, &report) == QKV_OK, "no report");
-        CHECK(!memcmp(&report.counts, &x.counters, sizeof report.counts), "%lld, not %lld partial tiles in the report",
-              (long long)report.counts.tiles_partial, (long long)x.counters.tiles_partial);
-        destroy(&x);
+        test_changed(make(type, between(1, 3), between(1, 2), between(1, 3), between(0, 70), len_k, between(0, 40),
+                          between(0, 40)), isa);
+    }
+}
+
+/* Some rows of each key head: at these dimensions up to 4 are few. */
+static void test_few(int isa, qkv_type type)
+{
+    for (int i = 0; i < 60; i++) {
+        int64_t len_k = i % 4 == 0 ? between(1000, 3200) : between(1, 300), group = between(1, 4);
+        int few = test_changed(make(type, between(1, 2), between(1, 2), group, between(1, 4 / group), len_k, between(0, 70),
+                                    between(0, 70)), isa);
+        CHECK(few, "%lld heads of a group are not few", (long long)group);
     }
 }
 
@@ -169,6 +186,7 @@ int main(void)
     for (int isa = 0; qkv_isa_name(isa); isa++)
         for (qkv_type type = QKV_F32; type <= QKV_F64; type++) {
             test_random(isa, type);
+            test_few(isa, type);
             test_ragged(isa, type);
             printf("test_changes: %s, %s: %ld checks\n", qkv_isa_name(isa), type == QKV_F32 ? "float32" : "float64", checks);
         }
