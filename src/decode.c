@@ -19,6 +19,7 @@ typedef struct {
     qkv_range *sees;                  /* (rows): keys */
     qkv_range any;                    /* that some row sees */
     int32_t *lo, *hi;                 /* (rows): positions in the chunk at hand */
+    uint64_t hidden;                  /* blocks of it that a mask hides from all rows, a bit each */
     int64_t run;                      /* where the last piece lay */
     qkv_stack stack;
     char *scratch;
@@ -145,8 +146,26 @@ static void see_nothing(few *t)
 {
     t->stack.first = t->stack.last = 0;
     t->stack.changes = (qkv_changes){0};
+    t->hidden = 0;
     memset(t->lo, 0, (size_t)t->count * sizeof *t->lo);
     memset(t->hi, 0, (size_t)t->count * sizeof *t->hi);
+}
+
+/* What the mask makes of the keys [first, last) of a chunk, as `hidden` and for the kernels. */
+static qkv_kind look_through(few *t, int64_t first, int64_t last)
+{
+    int64_t block = t->plan->block;
+    int count = (int)t->count, found = 0;
+    qkv_set_mask(&t->tile, &t->panel, 0, count, first, last, &t->stack.changes);
+    for (int64_t key = first, end; key < last; key = end) {
+        end = qkv_min(last, (key / block + 1) * block);
+        int here = qkv_look_at(&t->stack.changes, count, key - first, end - key);
+        t->hidden |= (uint64_t)(here == QKV_HIDDEN) << key % t->plan->chunk / block;
+        found |= here;
+    }
+    if (found == QKV_SEEN)
+        t->stack.changes.mask = NULL;
+    return found == QKV_HIDDEN ? QKV_SKIP : found == QKV_SEEN ? QKV_FULL : QKV_PARTIAL;
 }
 
 /* Cuts the keys [first, last) of a chunk down to those that some row sees, and says what they are to the rows. */
@@ -158,7 +177,7 @@ static qkv_kind look(few *t, int64_t *first, int64_t *last)
     qkv_kind kind = qkv_cut(&limits, first, last);
     if (kind == QKV_SKIP || !t->plan->masked)
         return kind;
-    qkv_kind masked = qkv_look(&t->tile, &t->panel, 0, (int)t->count, *first, *last, &t->stack.changes);
+    qkv_kind masked = look_through(t, *first, *last);
     return masked == QKV_FULL ? kind : masked;
 }
 
@@ -188,6 +207,15 @@ static void limit_rows(few *t, int64_t base, int64_t *first, int64_t *last)
     }
 }
 
+/* The first key from `key` on in a block that is hidden, or that is not; `last` if there is none. */
+static int64_t next_block(const few *t, int hidden, int64_t key, int64_t last)
+{
+    int64_t block = t->plan->block;
+    while (key < last && (int)(t->hidden >> key % t->plan->chunk / block & 1) != hidden)
+        key = (key / block + 1) * block;
+    return qkv_min(key, last);
+}
+
 /* The state of one chunk's keys alone. */
 static void attend_chunk(few *t, int64_t chunk, char *state)
 {
@@ -198,15 +226,17 @@ static void attend_chunk(few *t, int64_t chunk, char *state)
     limit_rows(t, base, &first, &last);
     use_state(t, state);
     memset(state, 0, (size_t)(t->count * t->plan->few.o_row * kernels->size));
-    for (int64_t key = first, end; key < last; key = end) {
-        rows = piece(t, 0, key, (end = last, &end), &row);
+    for (int64_t key = next_block(t, 0, first, last), end; key < last; key = next_block(t, 0, end, last)) {
+        end = next_block(t, 1, key, last);
+        rows = piece(t, 0, key, &end, &row);
         kernels->decode_score(&t->stack, rows, row, (int)(key - base), (int)(end - key));
     }
     if (t->plan->adjust && first < last)
         qkv_set_changes(&t->tile, &t->panel, 0, (int)t->count, first, last, &t->stack.changes);
     kernels->decode_weigh(&t->stack);
-    for (int64_t key = first, end; key < last; key = end) {
-        rows = piece(t, 1, key, (end = last, &end), &row);
+    for (int64_t key = next_block(t, 0, first, last), end; key < last; key = next_block(t, 0, end, last)) {
+        end = next_block(t, 1, key, last);
+        rows = piece(t, 1, key, &end, &row);
         kernels->decode_value(&t->stack, rows, row, (int)(key - base), (int)(end - key));
     }
 }

@@ -147,6 +147,15 @@ static int look_at(const uint8_t *bytes, int64_t n)
     return (seen ? QKV_SEEN : 0) | (hidden ? QKV_HIDDEN : 0);
 }
 
+int qkv_look_at(const qkv_changes *changes, int n, int64_t at, int64_t keys)
+{
+    int found = 0;
+    for (int j = 0; j < n && found != (QKV_SEEN | QKV_HIDDEN); j++)
+        if (j == 0 || changes->mask[j] != changes->mask[j - 1])
+            found |= look_at(changes->mask[j] + at, keys);
+    return found;
+}
+
 /* Row `index` of the summary is the element (axes..., head, row) of a mask without its broadcast axes. */
 static const char *summarised_row(const qkv_problem *p, int64_t index)
 {
@@ -195,9 +204,7 @@ qkv_kind qkv_look(const qkv_query_tile *t, const qkv_panel *x, int lane, int n, 
             qkv_set_mask(t, x, lane, n, first, last, to);
     } else {
         qkv_set_mask(t, x, lane, n, first, last, to);
-        for (int j = 0; j < n && found != both; j++)
-            if (j == 0 || to->mask[j] != to->mask[j - 1])
-                found |= look_at(to->mask[j], last - first);
+        found = qkv_look_at(to, n, 0, last - first);
         if (found != both)
             to->mask = NULL;
     }

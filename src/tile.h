@@ -102,6 +102,9 @@ void qkv_summarise(const qkv_problem *problem, const qkv_plan *plan, int64_t fir
 void qkv_set_mask(const qkv_query_tile *tile, const qkv_panel *panel, int lane, int n, int64_t first, int64_t last,
                   qkv_changes *to);
 
+/* What the masks of n lanes make of some of their keys, `at` and on: QKV_SEEN, QKV_HIDDEN or both. */
+int qkv_look_at(const qkv_changes *changes, int n, int64_t at, int64_t keys);
+
 /* Whether it hides all of these keys (or, with a summary, of their block), some or none; sets it if some. */
 qkv_kind qkv_look(const qkv_query_tile *tile, const qkv_panel *panel, int lane, int n, int64_t first, int64_t last,
                   qkv_changes *to);
