@@ -235,12 +235,7 @@ def test_nothing_visible(dtype, threads):
             assert not out.any() and not np.signbit(out).any() and (lse == -np.inf).all()
         plain = qkv_fast.attention(q, k, v, return_lse=True)
         for mask in (np.array(True), np.ones((lq, lk), bool)):
-            masked = qkv_fast.attention(q, k, v, mask=mask, return_lse=True, num_threads=threads)
-            if lq > 1:
-                same_bits(masked, plain)
-            else:  # a row alone has a kernel of its own, but not with a mask: other sums of the same terms
-                for a, b in zip(masked, plain, strict=True):
-                    np.testing.assert_allclose(a, b, rtol=0, atol=8 * np.finfo(dtype).eps * np.abs(b).max())
+            same_bits(qkv_fast.attention(q, k, v, mask=mask, return_lse=True, num_threads=threads), plain)
 
 
 @dtypes
