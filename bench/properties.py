@@ -21,7 +21,7 @@ import qkv_fast
 from .. import _runtime
 from . import machine
 from .cases import CASES, Case, case
-from .method import Local, Summary, describe, interleave
+from .method import Local, Summary, describe, interleave, rotate
 from .ours import Ours, ours
 from .runner import threads_text
 from .worker import first_call_memory
@@ -114,6 +114,29 @@ def measure_changes(seconds: float, threads: tuple[int, ...]) -> Iterator[Measur
         for name, (_, bound) in asked.items():
             found = rounds.ratio(name, "plain")
             yield Measured(f"{name}, {plain.name}, {threads_text(n)}", found.median, "x", bound, spread=found.spread)
+
+
+def measure_step_changes(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]:
+    """One query over many keys in memory, with a bias or the like, against the call without."""
+    for name in ("decode:1x32x1-d128-k4096", "decode:1x32x1-d128-kv8-k4096"):
+        plain = find(name)
+        sets, rng, row = plain.sets(), np.random.default_rng(0), (1, 1, 1, plain.kv_len)
+        asked = {
+            "bias (1, 1, 1, L)": {"bias": rng.standard_normal(row, dtype="float32")},
+            "mask (1, 1, 1, L), half at random": {"mask": rng.random(row) < 0.5},
+            "softcap 50": {"softcap": 50.0},
+            "softcap 1": {"softcap": 1.0},
+            "ALiBi": {"alibi_slopes": qkv_fast.alibi_slopes(plain.heads)},
+        }
+        for n in threads:
+            calls = [
+                Local(title, rotate([partial(qkv_fast.attention, *s, num_threads=n, **given) for s in sets]))
+                for title, given in {"plain": {}, **asked}.items()
+            ]
+            rounds = interleave(calls, budget=seconds / (2 * len(threads)))
+            for title in asked:
+                found = rounds.ratio(title, "plain")
+                yield Measured(f"{title}, {name}, {threads_text(n)}", found.median, "x", 1.1, spread=found.spread)
 
 
 def measure_documents(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]:
@@ -275,6 +298,7 @@ PROPERTIES: tuple[Property, ...] = (
     Property("blhd", ("foundation", "prefill"), measure_blhd),
     Property("scaling", ("foundation", "prefill"), measure_scaling),
     Property("changes", ("masks",), measure_changes),
+    Property("step-changes", ("decode",), measure_step_changes),
     Property("documents", ("masks",), measure_documents),
     Property("ragged", ("masks",), measure_ragged),
     Property("subnormal", ("foundation", "prefill"), measure_subnormal),

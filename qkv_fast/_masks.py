@@ -180,6 +180,9 @@ def _check_ids(where: str, segments: Any) -> list[Array]:
 
 def _numbered(*ids: Array) -> list[Array]:
     """The same ids as int32 numbers, which the core compares twice as many at a time."""
+    low, high = min(int(x.min()) for x in ids), max(int(x.max()) for x in ids)
+    if high - low < 2**31:
+        return [(x - low).astype(np.int32) for x in ids]
     numbers = np.unique(np.concatenate([x.ravel() for x in ids]), return_inverse=True)[1].astype(np.int32)
     ends = np.cumsum([x.size for x in ids])[:-1]
     return [part.reshape(x.shape) for part, x in zip(np.split(numbers, ends), ids, strict=True)]

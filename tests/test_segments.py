@@ -106,6 +106,11 @@ def test_kinds_of_ids(dtype):
     ):
         same_bits(qkv_fast.attention(q, k, v, segments=(q_given, k_given), return_lse=True), expected)
     same_bits(qkv_fast.attention(q, k, v, segments=[q_ids, k_ids], return_lse=True), expected)
+    scattered = np.array([0, 1, 2, 0, 1, 2, 0, 1, 0])
+    expected = check(q, k, v, segments=(q_ids, scattered))
+    for ids in (far, np.array([-(2**31), 0, 2**31]), np.array([2**31, 0, 1]), np.array([5, 6, 7], "i1")):
+        got = qkv_fast.attention(q, k, v, segments=(ids[q_ids], ids[scattered]), return_lse=True)
+        same_bits(got, expected)
 
 
 @dtypes
