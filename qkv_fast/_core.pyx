@@ -187,6 +187,9 @@ cdef bytearray fill_extras(qkv_problem *p, extras, cnp.ndarray out):
         p.len_k = extras.longest_k
         p.q_at.axis[0] = p.k_at.axis[0] = p.v_at.axis[0] = p.out_at.axis[0] = 0
         room = fill_runs(p, p.axes[0])
+    if extras.stored is not None:
+        p.kv_type = QKV_I8 if extras.stored == "int8" else QKV_I4
+        p.dim_v = cnp.PyArray_DIM(out, cnp.PyArray_NDIM(out) - 1)
     if extras.runs is not None:
         p.len_k = extras.longest_k
         room = place_runs(p, extras.runs)
@@ -239,7 +242,8 @@ def forward(cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not No
     (..., heads, rows) is contiguous. `offset` and `length` are contiguous int64, one per sequence, or None, `left` and
     `right` distances or None, `counters` contiguous int64 in the order of COUNTERS, or None. `extras` is an Extras of
     _masks.py, or None; with its starts the rows of all arrays are those of packed sequences, and `offset` and `length`
-    are given. With its runs k and v (..., heads, rows, dim) are where these point into, and `length` is given.
+    are given. With its runs k and v (..., heads, rows, dim) are where these point into, and `length` is given. With its
+    `stored` the last axis of k and v is the bytes of a row.
     """
     cdef qkv_problem p
     cdef qkv_run run

@@ -33,6 +33,7 @@ class Extras(NamedTuple):
     longest_k: int = 0  # of runs as well
     runs: Array | None = None  # caches: (runs, 4) int64: bytes from k, bytes from v, first key, number of keys
     run_of: Array | None = None  # (sequences + 1,) int64: the first run of each sequence, and their number
+    stored: str | None = None  # "int8" or "int4": rows of k and v are bytes, as qkv.h has them; None: their own type
 
     def overlaps(self, out: Array) -> bool:
         """Whether the core would read what it writes. The other arrays are copies."""

@@ -14,6 +14,8 @@ cdef extern from "qkv.h" nogil:
         QKV_F64
         QKV_F16
         QKV_BF16
+        QKV_I8
+        QKV_I4
 
     ctypedef enum qkv_status:
         QKV_OK

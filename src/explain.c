@@ -306,6 +306,6 @@ qkv_status qkv_explain(const qkv_problem *p, qkv_report *report)
     report->operations = 2 * report->pairs * (double)(p->dim + p->dim_v);
     double rows = (double)p->heads_q * (double)qkv_query_index(p, plan.sequences, 0);
     report->bytes = rows * sizes
-                    + all_keys * (double)(p->dim + p->dim_v) * qkv_size(p->kv_type);
+                    + all_keys * (double)(qkv_row_bytes(p->kv_type, p->dim) + qkv_row_bytes(p->kv_type, p->dim_v));
     return QKV_OK;
 }

@@ -34,7 +34,7 @@ enum {
 static const double SERIAL_BYTES = 1 << 20;             /* the same where K and V are read once */
 
 _Static_assert((int)QKV_AS_F32 == QKV_F32 && (int)QKV_AS_F64 == QKV_F64 && (int)QKV_AS_F16 == QKV_F16
-               && (int)QKV_AS_BF16 == QKV_BF16, "kernels number types as problems do");
+               && (int)QKV_AS_BF16 == QKV_BF16 && (int)QKV_AS_I8 == QKV_I8 && (int)QKV_AS_I4 == QKV_I4, "kernels number types as problems do");
 
 /* What keeps a row from being used where it lies if pairs of its elements are multiplied. */
 static int pair_obstacles(const void *data, int n_axes, const qkv_strides *at, int swapped, int64_t dim)
@@ -300,7 +300,10 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
         for (int64_t b = 0; b < plan->sequences; b++)
             plan->tasks += p->heads_kv * qkv_tiles_of(p, plan, b);
     }
-    double bytes = plan->decode ? flops / (double)(2 * plan->rows) * qkv_size(p->kv_type) : 0;      /* of K and V */
+    double bytes = 0, dims = (double)(p->dim + p->dim_v);               /* of K and V */
+    if (plan->decode && dims > 0)
+        bytes = flops / (2 * dims * (double)plan->rows)
+            * (double)(qkv_row_bytes(p->kv_type, p->dim) + qkv_row_bytes(p->kv_type, p->dim_v));
     plan->threads = flops < SERIAL_FLOPS && bytes < SERIAL_BYTES ? 1 : p->threads;
     plan->partial_bytes = plan->state_bytes * (size_t)(plan->tasks * plan->tile_panels);
     if (plan->threads > 1 && plan->chunks > 1 && plan->tasks < 2 * plan->threads

@@ -5,8 +5,12 @@
 #include "kernels/kernels.h"
 #include "qkv.h"
 
-/* Bytes of an element in memory, and the type that it is computed in. */
-static inline int qkv_size(qkv_type type) { return type == QKV_F64 ? 8 : type == QKV_F32 ? 4 : 2; }
+/* Bytes of an element in memory, 1 where rows are bytes, and the type that it is computed in. */
+static inline int qkv_size(qkv_type type) { return type == QKV_F64 ? 8 : type == QKV_F32 ? 4 : type < QKV_I8 ? 2 : 1; }
+static inline int64_t qkv_row_bytes(qkv_type type, int64_t dim)
+{
+    return type == QKV_I8 ? (dim + 3) / 4 * 4 + 4 : type == QKV_I4 ? (dim + 31) / 32 * 18 : dim * qkv_size(type);
+}
 static inline qkv_type qkv_arithmetic(qkv_type type) { return type == QKV_F64 ? QKV_F64 : QKV_F32; }
 
 enum { QKV_PANEL_BYTES = 128 };       /* room for a qkv_panel of tile.h */

@@ -18,8 +18,14 @@ enum { QKV_MAX_DIM = 1024 };          /* largest head dimension */
 enum { QKV_MAX_THREADS = 1024 };      /* most threads of a call */
 enum { QKV_OPEN = -1 };               /* a window side without a limit */
 
-/* How elements are stored. What is computed from 16 bits is computed in float32. */
-typedef enum { QKV_F32, QKV_F64, QKV_F16, QKV_BF16 } qkv_type;
+/* How elements are stored. What is computed from fewer bits than 32 is computed in float32.
+ *
+ * I8 and I4 are types of K and V alone. A row carries its own scales, and is bytes of any alignment, in native byte order:
+ *   I8   dim signed bytes n, zeros up to a multiple of 4, a float32 scale: an element is scale * n
+ *   I4   groups of 32 elements, 16 bytes each, of which byte j holds n of element j in its low half and of element j + 16
+ *        in its high one; then a bfloat16 scale per group: an element is scale * (n - 8), 0 <= n < 16
+ * What follows the dim elements of a group has n = 8. A row or group with a scale of NaN is NaN, whatever n is. */
+typedef enum { QKV_F32, QKV_F64, QKV_F16, QKV_BF16, QKV_I8, QKV_I4 } qkv_type;
 
 typedef enum {
     QKV_OK,
@@ -54,7 +60,7 @@ typedef struct {
 } qkv_counters;
 
 typedef struct {
-    qkv_type type, kv_type;           /* of q, and of k and v: the same or narrower */
+    qkv_type type, kv_type;           /* of q, and of k and v: the same or narrower. Of I8 and I4, strides along dim are 1 */
     qkv_type out_type;                /* of out: q's, or float32 for 16 bits. lse has the type of the arithmetic */
     int swapped_q, swapped_k, swapped_v, swapped_out;     /* byte order differs from the machine's */
 

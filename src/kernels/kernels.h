@@ -98,9 +98,10 @@ typedef struct {
 } qkv_softmax_tile;
 
 /* Types in memory, numbered as qkv_type. */
-enum { QKV_AS_F32, QKV_AS_F64, QKV_AS_F16, QKV_AS_BF16 };
+enum { QKV_AS_F32, QKV_AS_F64, QKV_AS_F16, QKV_AS_BF16, QKV_AS_I8, QKV_AS_I4 };
 
-/* A run of rows anywhere in memory, for copies: element (i, j) lies at data + i * row + j * col bytes. */
+/* A run of rows anywhere in memory, for copies: element (i, j) lies at data + i * row + j * col bytes; rows of I8 and I4 are
+ * bytes that qkv.h describes. */
 typedef struct {
     char *data;
     ptrdiff_t row, col;

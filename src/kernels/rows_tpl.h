@@ -138,6 +138,27 @@ static void X(widen_row)(REAL *to, const char *data, const qkv_rows *from, int d
     }
 }
 
+/* Rows of bytes with their scales (qkv.h). The product is exact but for that of int8 in float32, which is rounded. */
+static void X(dequantise_row)(REAL *to, const char *data, int type, int d)
+{
+    if (type == QKV_AS_I8) {
+        float scale;
+        memcpy(&scale, data + (d + 3) / 4 * 4, sizeof scale);
+        for (int e = 0; e < d; e++)
+            to[e] = (REAL)scale * (REAL)((const signed char *)data)[e];
+        return;
+    }
+    const char *scales = data + (d + 31) / 32 * 16;
+    for (int e = 0; e < d; e++) {
+        uint16_t half;
+        memcpy(&half, scales + e / 32 * 2, sizeof half);
+        uint32_t bits = (uint32_t)half << 16;
+        float scale;
+        memcpy(&scale, &bits, sizeof scale);
+        to[e] = (REAL)scale * (REAL)((((const unsigned char *)data)[e / 32 * 16 + e % 16] >> e % 32 / 16 * 4 & 15) - 8);
+    }
+}
+
 static void X(gather)(void *to, ptrdiff_t to_row, const qkv_rows *from, int n, int d)
 {
     const int own = sizeof(REAL) == 4 ? QKV_AS_F32 : QKV_AS_F64;
@@ -161,6 +182,8 @@ static void X(gather)(void *to, ptrdiff_t to_row, const qkv_rows *from, int n, i
                 X(copy_bytes)(&x, data + e * from->col, sizeof x, from->swapped);
                 row[e] = (REAL)(isfinite(x) ? x > most ? most : x < -most ? -most : x : x);
             }
+        else if (from->type >= QKV_AS_I8)
+            X(dequantise_row)(row, data, from->type, d);
         else
             X(widen_row)(row, data, from, d);
     }
