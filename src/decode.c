@@ -10,6 +10,13 @@
 #include "call.h"
 #include "tile.h"
 
+/* For elements.c: the rows as lanes of one panel, and what they meet in the chunk at hand. */
+typedef struct {
+    qkv_query_tile tile;
+    qkv_panel panel;
+    qkv_changes changes;
+} lanes;
+
 typedef struct {
     const qkv_problem *problem;
     const qkv_plan *plan;
@@ -24,8 +31,7 @@ typedef struct {
     qkv_stack stack;
     char *scratch;
     qkv_counters *counters;
-    qkv_query_tile tile;              /* for elements.c: these rows, as the lanes */
-    qkv_panel panel;                  /* of one panel */
+    lanes *lanes;                     /* filled if scores are adjusted */
 } few;
 
 /* Row r is position r / group, query head head * group + r % group. */
@@ -77,25 +83,26 @@ static void use_state(few *t, char *state)
 static void open_changes(few *t)
 {
     const qkv_plan *plan = t->plan;
-    t->tile = (qkv_query_tile){
+    lanes *x = t->lanes;
+    x->tile = (qkv_query_tile){
         .problem = t->problem, .plan = plan, .sequence = t->sequence, .head = t->head, .block = plan->chunk,
         .bias_rows = (const void **)(t->scratch + plan->few.at_pointers),
         .mask_rows = (const uint8_t **)(t->scratch + plan->few.at_pointers) + t->count,
         .bias_copies = t->scratch + plan->few.at_bias, .mask_copies = (uint8_t *)t->scratch + plan->few.at_mask,
     };
-    t->panel = (qkv_panel){.n = (int)t->count, .nv = (int)(t->count + plan->kernels->vector - 1) / plan->kernels->vector};
-    if (plan->adjust)
-        qkv_open_lanes(&t->tile, &t->panel, t->scratch + plan->few.at_lanes);
+    x->panel = (qkv_panel){.n = (int)t->count, .nv = (int)(t->count + plan->kernels->vector - 1) / plan->kernels->vector};
+    x->changes = (qkv_changes){0};
+    qkv_open_lanes(&x->tile, &x->panel, t->scratch + plan->few.at_lanes);
 }
 
-static void open_rows(few *t, const qkv_call *job, int worker, int64_t sequence, int64_t head)
+static void open_rows(few *t, const qkv_call *job, int worker, int64_t sequence, int64_t head, lanes *lanes)
 {
     const qkv_problem *p = job->problem;
     const qkv_plan *plan = job->plan;
     char *scratch = job->scratch[worker] + sizeof(qkv_counters);
     *t = (few){
         .problem = p, .plan = plan, .sequence = sequence, .head = head, .count = qkv_queries(p, sequence) * plan->group,
-        .scratch = scratch, .counters = (qkv_counters *)job->scratch[worker],
+        .scratch = scratch, .counters = (qkv_counters *)job->scratch[worker], .lanes = lanes,
         .sees = (qkv_range *)(scratch + plan->few.at_limits), .run = p->run_of ? p->run_of[sequence] : 0,
     };
     t->lo = (int32_t *)(t->sees + t->count);
@@ -110,7 +117,8 @@ static void open_rows(few *t, const qkv_call *job, int worker, int64_t sequence,
     t->k_offset = head * p->k_at.head + (p->run_of ? 0 : qkv_sequence_offset(p, &p->k_at, sequence));
     t->v_offset = head * p->v_at.head + (p->run_of ? 0 : qkv_sequence_offset(p, &p->v_at, sequence));
     find_limits(t);
-    open_changes(t);
+    if (plan->adjust)
+        open_changes(t);
     stack_queries(t);
 }
 
@@ -145,26 +153,27 @@ static const char *piece(few *t, int values, int64_t first, int64_t *last, ptrdi
 static void see_nothing(few *t)
 {
     t->stack.first = t->stack.last = 0;
-    t->stack.changes = (qkv_changes){0};
-    t->hidden = 0;
-    memset(t->lo, 0, (size_t)t->count * sizeof *t->lo);
-    memset(t->hi, 0, (size_t)t->count * sizeof *t->hi);
+    t->stack.changes = NULL;
+    for (int64_t r = 0; r < t->count; r++)
+        t->lo[r] = t->hi[r] = 0;
 }
 
 /* What the mask makes of the keys [first, last) of a chunk, as `hidden` and for the kernels. */
 static qkv_kind look_through(few *t, int64_t first, int64_t last)
 {
     int64_t block = t->plan->block;
+    qkv_changes *changes = &t->lanes->changes;
     int count = (int)t->count, found = 0;
-    qkv_set_mask(&t->tile, &t->panel, 0, count, first, last, &t->stack.changes);
+    t->hidden = 0;
+    qkv_set_mask(&t->lanes->tile, &t->lanes->panel, 0, count, first, last, changes);
     for (int64_t key = first, end; key < last; key = end) {
         end = qkv_min(last, (key / block + 1) * block);
-        int here = qkv_look_at(&t->stack.changes, count, key - first, end - key);
+        int here = qkv_look_at(changes, count, key - first, end - key);
         t->hidden |= (uint64_t)(here == QKV_HIDDEN) << key % t->plan->chunk / block;
         found |= here;
     }
     if (found == QKV_SEEN)
-        t->stack.changes.mask = NULL;
+        changes->mask = NULL;
     return found == QKV_HIDDEN ? QKV_SKIP : found == QKV_SEEN ? QKV_FULL : QKV_PARTIAL;
 }
 
@@ -181,23 +190,27 @@ static qkv_kind look(few *t, int64_t *first, int64_t *last)
     return masked == QKV_FULL ? kind : masked;
 }
 
-/* What each row sees of the keys [first, last) of the chunk that begins at `base`, of which nothing may be left. */
+/* What becomes of the scores of the keys [first, last) of a chunk, after its mask. */
+static void find_changes(few *t, int64_t first, int64_t last)
+{
+    qkv_changes *changes = &t->lanes->changes;
+    qkv_set_changes(&t->lanes->tile, &t->lanes->panel, 0, (int)t->count, first, last, changes);
+    t->stack.changes = changes->adjust ? changes : NULL;
+}
+
+/* What each row sees of the keys [first, last) of the chunk that begins at `base`, of which none may be left. */
 static void limit_rows(few *t, int64_t base, int64_t *first, int64_t *last)
 {
-    see_nothing(t);
-    if (*first >= *last)
+    if (*first < *last) {
+        qkv_kind kind = look(t, first, last);
+        t->counters->tiles_skipped += kind == QKV_SKIP;
+        t->counters->tiles_full += kind == QKV_FULL;
+        t->counters->tiles_partial += kind == QKV_PARTIAL;
+        *last = kind == QKV_SKIP ? *first : *last;
+    }
+    if (*first >= *last) {
+        see_nothing(t);
         return;
-    switch (look(t, first, last)) {
-    case QKV_SKIP:
-        t->counters->tiles_skipped++;
-        *last = *first;
-        return;
-    case QKV_FULL:
-        t->counters->tiles_full++;
-        break;
-    case QKV_PARTIAL:
-        t->counters->tiles_partial++;
-        break;
     }
     t->stack.first = (int)(*first - base);
     t->stack.last = (int)(*last - base);
@@ -211,6 +224,8 @@ static void limit_rows(few *t, int64_t base, int64_t *first, int64_t *last)
 static int64_t next_block(const few *t, int hidden, int64_t key, int64_t last)
 {
     int64_t block = t->plan->block;
+    if (!t->hidden)                   /* divisions are slow where a call has few keys */
+        return hidden ? last : key;
     while (key < last && (int)(t->hidden >> key % t->plan->chunk / block & 1) != hidden)
         key = (key / block + 1) * block;
     return qkv_min(key, last);
@@ -232,7 +247,7 @@ static void attend_chunk(few *t, int64_t chunk, char *state)
         kernels->decode_score(&t->stack, rows, row, (int)(key - base), (int)(end - key));
     }
     if (t->plan->adjust && first < last)
-        qkv_set_changes(&t->tile, &t->panel, 0, (int)t->count, first, last, &t->stack.changes);
+        find_changes(t, first, last);
     kernels->decode_weigh(&t->stack);
     for (int64_t key = next_block(t, 0, first, last), end; key < last; key = next_block(t, 0, end, last)) {
         end = next_block(t, 1, key, last);
@@ -334,7 +349,8 @@ static void attend_split(qkv_call *job, int worker, few *t, int64_t base, int64_
 void qkv_decode(qkv_call *job, int worker, int64_t sequence, int64_t head, int64_t base, int64_t chunk)
 {
     few t;
-    open_rows(&t, job, worker, sequence, head);
+    lanes lanes;
+    open_rows(&t, job, worker, sequence, head, &lanes);
     if (job->plan->split)
         attend_split(job, worker, &t, base, chunk);
     else if (attend_all(job, worker, &t))

@@ -183,8 +183,8 @@ static void X(decode_weigh)(const qkv_stack *t)
             s[i] = -(REAL)INFINITY;
         for (int i = t->hi[r]; i < end; i++)
             s[i] = -(REAL)INFINITY;
-        if (t->changes.adjust)
-            X(adjust_row)(&t->changes, r, s + t->lo[r], t->lo[r], t->lo[r] - t->first, t->hi[r] - t->lo[r]);
+        if (t->changes)
+            X(adjust_row)(t->changes, r, s + t->lo[r], t->lo[r], t->lo[r] - t->first, t->hi[r] - t->lo[r]);
         REAL top = X(decode_top)(s, begin, end);
         ((REAL *)t->m)[r] = top;
         ((REAL *)t->l)[r] = X(decode_exp)(s, begin, end, top, t->c, t->careful);

@@ -66,7 +66,7 @@ typedef struct {
     int rows, d, dv;
     int first, last;                  /* positions that some row sees */
     int careful;                      /* take nothing from V where the row's key is excluded, even NaN */
-    qkv_changes changes;              /* per row, from position `first` on; the chunk is the block */
+    const qkv_changes *changes;       /* per row, from position `first` on; the chunk is the block; or NULL: none */
 } qkv_stack;
 
 /* A block of a matrix product: C <- factor * A B, or C + factor * A B. Pointers are to the table's element type and aligned
