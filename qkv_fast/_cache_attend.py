@@ -154,8 +154,7 @@ def attend(
     shape = (batch, heads, len_q, form.dim_v) if layout == "bhld" else (batch, len_q, heads, form.dim_v)
     result = _empty(shape, char, where) if out is None else _check_out(out, shape, char, where)
     view = target = result if layout == "bhld" else result.swapaxes(1, 2)
-    if out is not None and (np.may_share_memory(out, q) or (extras and extras.overlaps(out))):
-        target = _empty(view.shape, char, where)
+    wide = "d" if char == "d" else "f"  # of the arithmetic
 
     apart = min(keep, tokens.most) if left is not None and tokens.most - 1 > left else 0  # kept keys beyond the window
     join = apart > 0 and len_q == 1 and (counts is mask is bias is alibi_slopes is None)
@@ -164,14 +163,18 @@ def attend(
         tokens = Tokens(keys.seen, 0, int(keys.seen.max()))
         left = right = None
         apart = 0
-    lse = _empty((batch, heads, len_q), char, where) if return_lse or apart else None
+    if apart and char != wide:
+        target = _empty(view.shape, wide, where)  # rounded once, when both parts are there
+    elif out is not None and (np.may_share_memory(out, q) or (extras and extras.overlaps(out))):
+        target = _empty(view.shape, out.dtype.char, where)
+    lse = _empty((batch, heads, len_q), wide, where) if return_lse or apart else None
     if counts is not None or apart:
         spans = np.zeros((batch, len_q, 2), np.int64)  # nothing for a row beyond the sequence's queries
         spans[..., 1] = np.where(np.arange(len_q) < np.reshape(queries, (-1, 1)), tokens.most, 0)
         extras = (extras or _masks.Extras())._replace(spans=spans)
         if apart:
-            dim_v = form.dim_v
-            first = _see_kept(tokens, keys, apart, q, dim_v, scale, right, queries, extras, threads, isa, counters)
+            first = np.empty_like(target), np.empty_like(lse)
+            _see_kept(tokens, keys, apart, q, *first, scale, right, queries, extras, threads, isa, counters)
             spans[..., 0] = apart
             extras = extras._replace(sinks=None)  # the first has them
     if keys.runs is not None:
@@ -188,16 +191,12 @@ def attend(
 
 
 def _see_kept(
-    tokens: Tokens, keys: Keys, n: int, q: Array, dim_v: int, scale: float, right: int | None, queries: Any,
+    tokens: Tokens, keys: Keys, n: int, q: Array, out: Array, lse: Array, scale: float, right: int | None, queries: Any,
     extras: _masks.Extras, threads: int, isa: int, counters: Any,
-) -> tuple[Array, Array]:  # fmt: skip
-    """(out, lse) of q over the first n keys alone, whatever the window."""
-    k, v = keys.k[:, :, :n], keys.v[:, :, :n]
-    out = _empty((*q.shape[:3], dim_v), q.dtype.char)
-    lse = _empty(q.shape[:3], q.dtype.char)
+) -> None:  # fmt: skip
+    """Attention of q over the first n keys alone, whatever the window, into out and lse."""
     cut = {name: x[..., :n] for name in ("mask", "bias") if (x := getattr(extras, name)) is not None}
     _core.forward(
-        q, k, v, out, lse, True, scale, None, right, tokens.lengths - queries, np.minimum(tokens.lengths, n),
-        threads, isa, counters, extras._replace(**cut),
+        q, keys.k[:, :, :n], keys.v[:, :, :n], out, lse, True, scale, None, right, tokens.lengths - queries,
+        np.minimum(tokens.lengths, n), threads, isa, counters, extras._replace(**cut),
     )  # fmt: skip
-    return out, lse

@@ -48,15 +48,16 @@ def _int4(x):
     return np.concatenate([halves.reshape(flat), half[..., 0].view(np.uint8).reshape(flat)], axis=-1)
 
 
-def dequantise(rows, dim, stored):
-    """rows (..., bytes) -> (..., dim) float32."""
+def dequantise(rows, dim, stored, dtype=np.float32):
+    """rows (..., bytes) -> (..., dim). Products of int8 are rounded in float32; all others are exact."""
     if stored == "int8":
-        return rows[..., -4:].copy().view(np.float32) * rows[..., :dim].view(np.int8)
+        scale, n = rows[..., -4:].copy().view(np.float32), rows[..., :dim].view(np.int8)
+        return scale.astype(dtype) * n.astype(dtype)
     groups = -(-dim // 32)
     halves, scales = rows[..., : 16 * groups], rows[..., 16 * groups :].copy().view(np.uint16)
     halves = halves.reshape(*rows.shape[:-1], groups, 16)
-    n = np.concatenate([halves & 15, halves >> 4], axis=-1).astype(np.float32) - 8
-    scale = (scales.astype(np.uint32) << 16).view(np.float32)
+    n = np.concatenate([halves & 15, halves >> 4], axis=-1).astype(dtype) - 8
+    scale = (scales.astype(np.uint32) << 16).view(np.float32).astype(dtype)
     return (n * scale[..., None]).reshape(*rows.shape[:-1], -1)[..., :dim]
 
 
