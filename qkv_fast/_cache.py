@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from . import _cache_attend, _cache_files
+from . import _cache_attend, _cache_files, _cache_types
 from ._cache_attend import Keys, Tokens
 from ._cache_files import Geometry, Store
 from ._checks import Array, _as_array, _per_sequence
@@ -106,13 +106,13 @@ class KVCache:
         path: str | os.PathLike[str] | None = None,
     ) -> None:
         where = "KVCache"
-        form = _cache_attend.check_form(where, kv_heads, head_dim, value_dim, dtype)
-        batch = _cache_attend.count(where, "batch", batch)
-        capacity = _cache_attend.count(where, "capacity", capacity)
-        keep = _cache_attend.count(where, "keep", keep, 0)
+        form = _cache_types.check_form(where, kv_heads, head_dim, value_dim, dtype)
+        batch = _cache_types.count(where, "batch", batch)
+        capacity = _cache_types.count(where, "capacity", capacity)
+        keep = _cache_types.count(where, "keep", keep, 0)
         if window is None and keep:
             raise ValueError(f"{where}: keep is for a ring, which takes window as well (keep={keep})")
-        reach = -1 if window is None else _cache_attend.count(where, "window", window, 0)
+        reach = -1 if window is None else _cache_types.count(where, "window", window, 0)
         if capacity - keep <= reach:
             given = f"capacity={capacity}, keep={keep}, window={window}"
             raise ValueError(f"{where}: capacity must be more than keep + window: the window and the token ({given})")
@@ -133,7 +133,7 @@ class KVCache:
         self._geometry, self._store = geometry, store
         if store is None:
             try:
-                self._k, self._v = (np.empty(shape, geometry.form.dtype) for shape in geometry.shapes())
+                self._k, self._v = geometry.form.empty(geometry.batch, geometry.form.kv_heads, geometry.capacity)
             except ValueError:
                 raise OverflowError(f"KVCache: no array is as large as a cache of {geometry}") from None
             self._lengths, self._reach = np.zeros((2, geometry.batch), np.int64)
@@ -175,7 +175,7 @@ class KVCache:
         >>> cache.keys.shape
         (1, 2, 3, 8)
         """
-        return self._view(self._k)
+        return self._numbers(self._k, self._geometry.form.dim)
 
     @property
     def values(self) -> Array:
@@ -187,12 +187,12 @@ class KVCache:
         >>> qkv_fast.KVCache(1, 2, 8, 10, value_dim=4).values.shape
         (1, 2, 0, 4)
         """
-        return self._view(self._v)
+        return self._numbers(self._v, self._geometry.form.dim_v)
 
-    def _view(self, x: Array) -> Array:
-        view = x[:, :, : self._most]
-        view.flags.writeable = False
-        return view
+    def _numbers(self, x: Array, dim: int) -> Array:
+        rows = x[:, :, : self._most]
+        rows.flags.writeable = False
+        return self._geometry.form.read(rows, dim)
 
     @property
     def positions(self) -> Array:
@@ -222,7 +222,7 @@ class KVCache:
         ring = f", window={window}, keep={keep}" if window >= 0 else ""
         return (
             f"KVCache(batch={batch}, kv_heads={form.kv_heads}, head_dim={form.dim}, capacity={capacity}{value_dim}, "
-            f"dtype={str(form.dtype)!r}{ring}, lengths={self._lengths.tolist()})"
+            f"dtype={form.name!r}{ring}, lengths={self._lengths.tolist()})"
         )
 
     def append(self, k: Any, v: Any, *, lengths: Any = None, layout: str = "bhld") -> None:
@@ -271,9 +271,9 @@ class KVCache:
         if counts is None and self._least == self._most:
             if geometry.window < 0 and self._most + n > geometry.capacity:
                 self._fail_capacity(where, self._most, n)
-            self._write(slice(None), k, v, self._most, n)
-            self._lengths += n
+            self._write(self._k, self._v, k, v, self._most, n)
             self._least = self._most = self._most + n
+            self._lengths.fill(self._most)
             if geometry.window >= 0:
                 np.maximum(self._reach, self._lengths, out=self._reach)
             return
@@ -282,26 +282,28 @@ class KVCache:
             at = int(ends.argmax())
             self._fail_capacity(where, int(self._lengths[at]), int(ends[at] - self._lengths[at]))
         for b, (begin, end) in enumerate(zip(self._lengths.tolist(), ends.tolist(), strict=True)):
-            self._write(slice(b, b + 1), k, v, begin, end - begin)
+            n = end - begin
+            self._write(self._k[b : b + 1], self._v[b : b + 1], k[b : b + 1, :, :n], v[b : b + 1, :, :n], begin, n)
         self._set_lengths(ends)
 
     def _fail_capacity(self, where: str, used: int, more: int) -> None:
         capacity = self._geometry.capacity
         raise ValueError(f"{where}: {more} tokens after {used} are {used + more}, the capacity is {capacity}")
 
-    def _write(self, at: slice, k: Array, v: Array, begin: int, n: int) -> None:
-        """The first n tokens of k and v to the rows of the tokens from `begin` on, for the sequences `at`."""
-        keep, size = self._geometry.keep, self._geometry.capacity - self._geometry.keep
+    def _write(self, to_k: Array, to_v: Array, k: Array, v: Array, begin: int, n: int) -> None:
+        """n tokens k and v to the rows of the tokens from `begin` on."""
+        _, capacity, _, keep, form = self._geometry
+        size = capacity - keep
         t = 0
         while t < n:
             if begin + t < keep:
                 row, end = begin + t, keep
             else:
                 t = max(t, n - size)  # those before would be overwritten by the last
-                row, end = keep + (begin + t - keep) % size, keep + size
+                row, end = keep + (begin + t - keep) % size, capacity
             many = min(end - row, n - t)
-            self._k[at, :, row : row + many] = k[at, :, t : t + many]
-            self._v[at, :, row : row + many] = v[at, :, t : t + many]
+            for to, x in ((to_k, k), (to_v, v)):
+                form.write(to[:, :, row : row + many], x if many == n else x[:, :, t : t + many])
             t += many
 
     def attend(

@@ -11,37 +11,26 @@ import numpy as np
 
 from . import _core, _masks, _runtime
 from ._attention import merge_partials
+from ._cache_types import Form
 from ._checks import (
-    _TYPES,
     Array,
     _as_array,
     _check_layout,
     _check_out,
     _check_positions,
     _check_scale,
+    _check_type,
     _check_types,
     _empty,
     _fail_shapes,
-    _index,
     _per_sequence,
 )
-
-DTYPES = {str(dtype): dtype for dtype in _TYPES.values()}
-
-
-class Form(NamedTuple):
-    """What every token of a cache has: a key (kv_heads, dim) and a value (kv_heads, dim_v) of one type."""
-
-    kv_heads: int
-    dim: int
-    dim_v: int
-    dtype: np.dtype[Any]
 
 
 class Keys(NamedTuple):
     """Where the keys of a batch lie: in the rows of k and v, or in runs of them."""
 
-    k: Array  # (batch, kv_heads, rows, dim), or (kv_heads, rows, dim) with runs
+    k: Array  # (batch, kv_heads, rows, dim), or (kv_heads, rows, dim) with runs; bytes for dim if the form is of bytes
     v: Array  # the same with dim_v
     runs: Array | None = None  # see Extras
     run_of: Array | None = None
@@ -56,29 +45,6 @@ class Tokens(NamedTuple):
     most: int
 
 
-def count(where: str, name: str, n: Any, least: int = 1) -> int:
-    found = None if isinstance(n, (bool, np.bool_)) else _index(n)
-    if found is None:
-        raise TypeError(f"{where}: {name} must be an integer, got {n!r}")
-    if found < least:
-        raise ValueError(f"{where}: {name} must be at least {least}, got {found}")
-    return found
-
-
-def check_form(where: str, kv_heads: Any, head_dim: Any, value_dim: Any, dtype: Any) -> Form:
-    heads, dim = count(where, "kv_heads", kv_heads), count(where, "head_dim", head_dim)
-    dim_v = dim if value_dim is None else count(where, "value_dim", value_dim)
-    if max(dim, dim_v) > _core.MAX_DIM:
-        raise ValueError(f"{where}: head_dim and value_dim are at most {_core.MAX_DIM}, got {dim} and {dim_v}")
-    try:
-        name = str(np.dtype(dtype))
-    except TypeError:
-        name = str(dtype)
-    if name not in DTYPES:
-        raise TypeError(f"{where}: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    return Form(heads, dim, dim_v, DTYPES[name])
-
-
 def check_tokens(
     where: str, form: Form, batch: int, k: Any, v: Any, lengths: Any, layout: str
 ) -> tuple[Array, Array, int, Array | None]:
@@ -88,7 +54,9 @@ def check_tokens(
     if type(v) is not np.ndarray:
         v = _as_array("v", v, where)
     for name, x in (("k", k), ("v", v)):
-        if x.dtype != form.dtype and x.dtype != np.float32:
+        if form.stored:
+            _check_type(where, name, x)
+        elif x.dtype != form.dtype and x.dtype != np.float32:
             raise TypeError(f"{where}: {name} must be float32 or the cache's {form.dtype}, got {x.dtype}")
     if layout != "bhld" and not _check_layout(layout, where) and k.ndim == v.ndim == 4:
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
@@ -139,7 +107,9 @@ def attend(
     """
     if type(q) is not np.ndarray:
         q = _as_array("q", q, where)
-    if q.dtype != form.dtype:
+    if form.stored:
+        _check_type(where, "q", q)
+    elif q.dtype != form.dtype:
         example = np.empty(0, form.dtype)
         _check_types(where, q, example, example)
     if layout != "bhld" and not _check_layout(layout, where) and q.ndim == 4:
@@ -172,10 +142,11 @@ def attend(
         given = f"{np.broadcast_to(queries, batch)[at]} queries, of which sequence {at} has {tokens.lengths[at]} tokens"
         raise ValueError(f"{where}: the queries are the newest tokens: append these first ({given})")
 
-    extras = None
+    extras = _masks.Extras(stored=form.stored) if form.stored else None
     if not (mask is bias is alibi_slopes is sinks is softcap is None):
         logits = (batch, heads, len_q, tokens.most)
         extras = _masks.check_extras(where, logits, heads, mask, bias, alibi_slopes, sinks, softcap)
+        extras = extras._replace(stored=form.stored)
     threads, isa, counters = _runtime.current()
     if num_threads is not None:
         threads = _runtime.check_threads(num_threads, f"{where}: num_threads")
@@ -183,8 +154,7 @@ def attend(
     shape = (batch, heads, len_q, form.dim_v) if layout == "bhld" else (batch, len_q, heads, form.dim_v)
     result = _empty(shape, char, where) if out is None else _check_out(out, shape, char, where)
     view = target = result if layout == "bhld" else result.swapaxes(1, 2)
-    if out is not None and (np.may_share_memory(out, q) or (extras and extras.overlaps(out))):
-        target = _empty(view.shape, char, where)
+    wide = "d" if char == "d" else "f"  # of the arithmetic
 
     apart = min(keep, tokens.most) if left is not None and tokens.most - 1 > left else 0  # kept keys beyond the window
     join = apart > 0 and len_q == 1 and (counts is mask is bias is alibi_slopes is None)
@@ -193,13 +163,18 @@ def attend(
         tokens = Tokens(keys.seen, 0, int(keys.seen.max()))
         left = right = None
         apart = 0
-    lse = _empty((batch, heads, len_q), char, where) if return_lse or apart else None
+    if apart and char != wide:
+        target = _empty(view.shape, wide, where)  # rounded once, when both parts are there
+    elif out is not None and (np.may_share_memory(out, q) or (extras and extras.overlaps(out))):
+        target = _empty(view.shape, out.dtype.char, where)
+    lse = _empty((batch, heads, len_q), wide, where) if return_lse or apart else None
     if counts is not None or apart:
         spans = np.zeros((batch, len_q, 2), np.int64)  # nothing for a row beyond the sequence's queries
         spans[..., 1] = np.where(np.arange(len_q) < np.reshape(queries, (-1, 1)), tokens.most, 0)
         extras = (extras or _masks.Extras())._replace(spans=spans)
         if apart:
-            first = _see_kept(tokens, keys, apart, q, scale, right, queries, extras, threads, isa, counters)
+            first = np.empty_like(target), np.empty_like(lse)
+            _see_kept(tokens, keys, apart, q, *first, scale, right, queries, extras, threads, isa, counters)
             spans[..., 0] = apart
             extras = extras._replace(sinks=None)  # the first has them
     if keys.runs is not None:
@@ -216,16 +191,12 @@ def attend(
 
 
 def _see_kept(
-    tokens: Tokens, keys: Keys, n: int, q: Array, scale: float, right: int | None, queries: Any, extras: _masks.Extras,
-    threads: int, isa: int, counters: Any,
-) -> tuple[Array, Array]:  # fmt: skip
-    """(out, lse) of q over the first n keys alone, whatever the window."""
-    k, v = keys.k[:, :, :n], keys.v[:, :, :n]
-    out = _empty((*q.shape[:3], v.shape[3]), q.dtype.char)
-    lse = _empty(q.shape[:3], q.dtype.char)
+    tokens: Tokens, keys: Keys, n: int, q: Array, out: Array, lse: Array, scale: float, right: int | None, queries: Any,
+    extras: _masks.Extras, threads: int, isa: int, counters: Any,
+) -> None:  # fmt: skip
+    """Attention of q over the first n keys alone, whatever the window, into out and lse."""
     cut = {name: x[..., :n] for name in ("mask", "bias") if (x := getattr(extras, name)) is not None}
     _core.forward(
-        q, k, v, out, lse, True, scale, None, right, tokens.lengths - queries, np.minimum(tokens.lengths, n),
-        threads, isa, counters, extras._replace(**cut),
+        q, keys.k[:, :, :n], keys.v[:, :, :n], out, lse, True, scale, None, right, tokens.lengths - queries,
+        np.minimum(tokens.lengths, n), threads, isa, counters, extras._replace(**cut),
     )  # fmt: skip
-    return out, lse

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._cache_attend import DTYPES, Form
+from . import _cache_types
+from ._cache_types import Form
 from ._checks import Array
 
 MAGIC, VERSION = b"QKVCACHE", 1
@@ -37,9 +38,7 @@ class Geometry(NamedTuple):
     form: Form
 
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        form = self.form
-        rows = (self.batch, form.kv_heads, self.capacity)
-        return (*rows, form.dim), (*rows, form.dim_v)
+        return self.form.shapes(self.batch, self.form.kv_heads, self.capacity)
 
     def places(self) -> tuple[int, int, int, int]:
         """Bytes: of one header, before the keys, before the values, and of the file."""
@@ -52,7 +51,7 @@ class Geometry(NamedTuple):
         ring = f", window {self.window}, keep {self.keep}" if self.window >= 0 else ""
         return (
             f"batch {self.batch}, kv_heads {form.kv_heads}, head_dim {form.dim}, value_dim {form.dim_v}, "
-            f"capacity {self.capacity}, {form.dtype}{ring}"
+            f"capacity {self.capacity}, {form.name}{ring}"
         )
 
 
@@ -123,13 +122,13 @@ def _up(size: int) -> int:
 def _header(geometry: Geometry, commit: int, lengths: Array, reach: Array) -> bytes:
     batch, capacity, window, keep, form = geometry
     numbers = (batch, form.kv_heads, form.dim, form.dim_v, capacity, window, keep)
-    made = _HEAD.pack(MAGIC, VERSION, geometry.places()[0], commit, _type_name(form.dtype), *numbers)
+    made = _HEAD.pack(MAGIC, VERSION, geometry.places()[0], commit, _type_name(form.name), *numbers)
     made += lengths.astype("<i8").tobytes() + reach.astype("<i8").tobytes()
     return made + struct.pack("<I", zlib.crc32(made))
 
 
-def _type_name(dtype: np.dtype[Any]) -> bytes:
-    return f"{sys.byteorder[0]}{dtype}".encode()
+def _type_name(name: str) -> bytes:
+    return f"{sys.byteorder[0]}{name}".encode()
 
 
 def _read_headers(where: str, path: Any, file: Any) -> tuple[Geometry, Array, Array, int]:
@@ -159,11 +158,12 @@ def _read_headers(where: str, path: Any, file: Any) -> tuple[Geometry, Array, Ar
     if not whole:
         raise fail("is damaged or truncated: neither of its headers is whole")
     commit, name, batch, (heads, dim, dim_v, capacity, window, keep), tables = max(whole)
-    types = {_type_name(dtype): dtype for dtype in DTYPES.values()}
+    types = {_type_name(known): known for known in _cache_types.NAMES}
     if name not in types:
-        known = ", ".join(known.decode()[1:] for known in types)
+        known = ", ".join(_cache_types.NAMES)
         raise fail(f"holds {name.decode()} (l or b: byte order), this machine and version read {known}")
-    geometry = Geometry(batch, capacity, window, keep, Form(heads, dim, dim_v, types[name]))
+    form = _cache_types.make_form(where, heads, dim, dim_v, types[name])
+    geometry = Geometry(batch, capacity, window, keep, form)
     if size != geometry.places()[3]:
         raise fail(f"is truncated or damaged: it has {size} bytes, a cache of {geometry} has {geometry.places()[3]}")
     lengths, reach = np.frombuffer(tables, "<i8").astype(np.int64).reshape(2, batch)

@@ -464,3 +464,40 @@ def fork_join(int threads, int repeats):
     with nogil:
         seconds = qkv_fork_join(threads, repeats)
     return seconds
+
+
+cdef int64_t length_of(cnp.ndarray x, int axis) noexcept:
+    """Entries along an axis counted from the right; 1 where it is absent."""
+    cdef int n = cnp.PyArray_NDIM(x)
+    return 1 if axis > n else cnp.PyArray_DIM(x, n - axis)
+
+
+cdef void fill_storage(qkv_storage *s, cnp.ndarray x, cnp.ndarray rows, str stored, int isa) noexcept:
+    cdef int i
+    s.type = type_of(x)
+    s.stored = QKV_I8 if stored == "int8" else QKV_I4
+    s.swapped = cnp.PyArray_ISBYTESWAPPED(x)
+    s.isa = isa
+    for i in range(3):
+        s.count[i] = length_of(x, 4 - i)
+        s.x_at[i] = stride_of(x, 4 - i)
+        s.rows_at[i] = stride_of(rows, 4 - i)
+    s.dim = length_of(x, 1)
+    s.x_step = stride_of(x, 1) if s.dim > 1 else cnp.PyArray_ITEMSIZE(x)
+
+
+def quantise(cnp.ndarray x not None, cnp.ndarray rows not None, str stored, int isa):
+    """The `rows` (..., tokens, bytes), uint8, of a cache from x (..., tokens, dim), with one or two axes in front; `stored`
+    is "int8" or "int4"."""
+    cdef qkv_storage s
+    fill_storage(&s, x, rows, stored, isa)
+    with nogil:
+        qkv_quantise(&s, <const char *>cnp.PyArray_DATA(x), <char *>cnp.PyArray_DATA(rows))
+
+
+def dequantise(cnp.ndarray rows not None, cnp.ndarray x not None, str stored, int isa):
+    """The contiguous float32 x from the rows."""
+    cdef qkv_storage s
+    fill_storage(&s, x, rows, stored, isa)
+    with nogil:
+        qkv_dequantise(&s, <const char *>cnp.PyArray_DATA(rows), <float *>cnp.PyArray_DATA(x))

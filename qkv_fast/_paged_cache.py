@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from . import _cache_attend
+from . import _cache_attend, _cache_types
 from ._cache_attend import Keys, Tokens
 from ._checks import Array, _index
 
@@ -86,13 +86,12 @@ class PagedKVCache:
         dtype: Any = "float32",
     ) -> None:
         where = "PagedKVCache"
-        self._form = form = _cache_attend.check_form(where, kv_heads, head_dim, value_dim, dtype)
+        self._form = form = _cache_types.check_form(where, kv_heads, head_dim, value_dim, dtype)
         pages, self._size = (
-            _cache_attend.count(where, name, n) for name, n in (("pages", pages), ("page_size", page_size))
+            _cache_types.count(where, name, n) for name, n in (("pages", pages), ("page_size", page_size))
         )
         try:
-            self._k: Array = np.empty((form.kv_heads, pages * self._size, form.dim), form.dtype)
-            self._v: Array = np.empty((form.kv_heads, pages * self._size, form.dim_v), form.dtype)
+            self._k, self._v = form.empty(form.kv_heads, pages * self._size)
         except ValueError:
             raise OverflowError(f"{where}: no array is as large as {pages} pages of {self._size} tokens") from None
         self._owners = np.zeros(pages, np.int64)  # sequences that have the page
@@ -132,7 +131,7 @@ class PagedKVCache:
         value_dim = f", value_dim={form.dim_v}" if form.dim_v != form.dim else ""
         return (
             f"PagedKVCache(kv_heads={form.kv_heads}, head_dim={form.dim}, pages={self._owners.size}, "
-            f"page_size={self._size}{value_dim}, dtype={str(form.dtype)!r}, lengths={self._lengths})"
+            f"page_size={self._size}{value_dim}, dtype={form.name!r}, lengths={self._lengths})"
         )
 
     def lengths(self, sequences: Sequence[int]) -> Array:
@@ -226,7 +225,7 @@ class PagedKVCache:
         return made
 
     def _check_length(self, where: str, sequence: int, n: Any) -> int:
-        stay = _cache_attend.count(where, "n", n, 0)
+        stay = _cache_types.count(where, "n", n, 0)
         if stay > self._lengths[sequence]:
             raise ValueError(f"{where}: n must be in 0..{self._lengths[sequence]} for sequence {sequence}, got {stay}")
         return stay
@@ -338,8 +337,8 @@ class PagedKVCache:
                 end, within = divmod(self._lengths[sequence], self._size)
                 row = self._own(self._pages[sequence], end, within) * self._size + within
                 m = min(n - done, self._size - within)
-                self._k[:, row : row + m] = k[i, :, done : done + m]
-                self._v[:, row : row + m] = v[i, :, done : done + m]
+                self._form.write(self._k[:, row : row + m], k[i, :, done : done + m])
+                self._form.write(self._v[:, row : row + m], v[i, :, done : done + m])
                 self._lengths[sequence] += m
                 done += m
 
@@ -502,4 +501,5 @@ class PagedKVCache:
         sequence = self._known("PagedKVCache.gather", sequence)
         at = np.arange(self._lengths[sequence])
         rows = np.array(self._pages[sequence], np.int64)[at // self._size] * self._size + at % self._size
-        return self._k[:, rows], self._v[:, rows]
+        form = self._form
+        return form.read(self._k[:, rows], form.dim), form.read(self._v[:, rows], form.dim_v)

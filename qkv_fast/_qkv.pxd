@@ -168,3 +168,17 @@ cdef extern from "qkv.h" nogil:
     double qkv_read_rate(const void *data, size_t bytes, int threads, double seconds)
     double qkv_copy_rate(void *to, const void *data, size_t bytes, int threads, double seconds)
     double qkv_fork_join(int threads, int repeats)
+
+    ctypedef struct qkv_storage:
+        qkv_type type
+        qkv_type stored
+        int swapped
+        int isa
+        int64_t count[3]
+        int64_t dim
+        int64_t x_at[3]
+        int64_t x_step
+        int64_t rows_at[3]
+
+    void qkv_quantise(const qkv_storage *storage, const char *x, char *rows)
+    void qkv_dequantise(const qkv_storage *storage, const char *rows, float *x)

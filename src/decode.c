@@ -122,8 +122,9 @@ static void open_rows(few *t, const qkv_call *job, int worker, int64_t sequence,
     stack_queries(t);
 }
 
-/* K or V of the keys from `first` on, of which it says the last: where they lie, to the end of their run, or a copy. */
-static const char *piece(few *t, int values, int64_t first, int64_t *last, ptrdiff_t *row)
+/* K or V of the keys from `first` on, of which it says the last: where they lie, to the end of their run, or a copy; the
+ * bytes from row to row, and the type. */
+static const char *piece(few *t, int values, int64_t first, int64_t *last, ptrdiff_t *row, int *as)
 {
     const qkv_problem *p = t->problem;
     const qkv_plan *plan = t->plan;
@@ -136,15 +137,18 @@ static const char *piece(few *t, int values, int64_t first, int64_t *last, ptrdi
     char *data = (char *)(values ? run->v : run->k) + (values ? t->v_offset : t->k_offset) + (first - run->first) * at->row;
     *last = qkv_min(*last, run->first + run->count);
     if (!(values ? plan->few.copy_v : plan->few.copy_k)) {
-        *row = (ptrdiff_t)(at->row / plan->few.kernels->size);
+        *row = (ptrdiff_t)at->row;
+        *as = p->kv_type;
         return data;
     }
     *last = qkv_min(*last, first + plan->few.pass);
-    *row = (ptrdiff_t)(values ? plan->copy_row_v : plan->copy_row_k);
+    ptrdiff_t copy_row = (ptrdiff_t)(values ? plan->copy_row_v : plan->copy_row_k);
+    *row = copy_row * plan->few.kernels->size;
+    *as = qkv_arithmetic(p->type);
     qkv_rows from = {data, (ptrdiff_t)at->row, (ptrdiff_t)at->dim, p->kv_type,
                      values ? p->swapped_v : p->swapped_k};
     char *copy = t->scratch + (values ? plan->few.at_v : plan->few.at_k);
-    plan->few.kernels->gather(copy, *row, &from, (int)(*last - first), (int)(values ? p->dim_v : p->dim));
+    plan->few.kernels->gather(copy, copy_row, &from, (int)(*last - first), (int)(values ? p->dim_v : p->dim));
     t->counters->tiles_copied++;
     return copy;
 }
@@ -237,22 +241,23 @@ static void attend_chunk(few *t, int64_t chunk, char *state)
     const qkv_kernels *kernels = t->plan->few.kernels;
     const char *rows;
     ptrdiff_t row;
+    int as;
     int64_t base = chunk * t->plan->chunk, first = qkv_max(base, t->any.lo), last = qkv_min(base + t->plan->chunk, t->any.hi);
     limit_rows(t, base, &first, &last);
     use_state(t, state);
     memset(state, 0, (size_t)(t->count * t->plan->few.o_row * kernels->size));
     for (int64_t key = next_block(t, 0, first, last), end; key < last; key = next_block(t, 0, end, last)) {
         end = next_block(t, 1, key, last);
-        rows = piece(t, 0, key, &end, &row);
-        kernels->decode_score(&t->stack, rows, row, (int)(key - base), (int)(end - key));
+        rows = piece(t, 0, key, &end, &row, &as);
+        kernels->decode_score(&t->stack, rows, row, as, (int)(key - base), (int)(end - key));
     }
     if (t->plan->adjust && first < last)
         find_changes(t, first, last);
     kernels->decode_weigh(&t->stack);
     for (int64_t key = next_block(t, 0, first, last), end; key < last; key = next_block(t, 0, end, last)) {
         end = next_block(t, 1, key, last);
-        rows = piece(t, 1, key, &end, &row);
-        kernels->decode_value(&t->stack, rows, row, (int)(key - base), (int)(end - key));
+        rows = piece(t, 1, key, &end, &row, &as);
+        kernels->decode_value(&t->stack, rows, row, as, (int)(key - base), (int)(end - key));
     }
 }
 

@@ -67,6 +67,7 @@ static void count_tiles(const qkv_problem *p, const qkv_plan *plan, int64_t sequ
     int64_t lanes = plan->kernels->lanes, vector = plan->kernels->vector, rows = plan->tile_panels * lanes;
     int copies = (plan->copy_k != 0) + (plan->copy_v != 0);
     if (plan->decode) {
+        copies = (plan->few.copy_k != 0) + (plan->few.copy_v != 0);
         qkv_limits limits = limits_of(p, plan->group, sequence, 0, plan->rows - 1);
         if (limits.any.lo >= limits.any.hi)
             return;
@@ -158,9 +159,9 @@ static void no_stack(void *q, ptrdiff_t q_row, const void *const *rows, int n, i
     (void)q, (void)q_row, (void)rows, (void)n, (void)d, (void)factor;
 }
 
-static void no_product(const qkv_stack *stack, const void *rows, ptrdiff_t row, int at, int n)
+static void no_product(const qkv_stack *stack, const void *rows, ptrdiff_t row, int as, int at, int n)
 {
-    (void)stack, (void)rows, (void)row, (void)at, (void)n;
+    (void)stack, (void)rows, (void)row, (void)as, (void)at, (void)n;
 }
 
 static void no_weigh(const qkv_stack *stack) { (void)stack; }
@@ -288,8 +289,8 @@ qkv_status qkv_explain(const qkv_problem *p, qkv_report *report)
     report->chunks = plan.chunks;
     report->split = plan.split;
     report->obstacles_q = plan.obstacles_q;
-    report->obstacles_k = plan.copy_k;
-    report->obstacles_v = plan.copy_v;
+    report->obstacles_k = plan.decode ? plan.few.copy_k : plan.copy_k;
+    report->obstacles_v = plan.decode ? plan.few.copy_v : plan.copy_v;
     report->obstacles_out = plan.obstacles_out;
     report->scratch_bytes = (double)plan.threads * (double)(sizeof(qkv_counters) + plan.scratch_bytes) + (double)plan.shared_bytes;
 

@@ -166,8 +166,10 @@ static void plan_few(const qkv_problem *p, qkv_plan *plan)
     if (!plan->decode && !p->q_starts)
         return;
     few->kernels = plan->kernels;
-    few->copy_k = plan->copy_k;
-    few->copy_v = plan->copy_v;
+    /* Whole vectors are widened as they are loaded. */
+    int widens = few->kernels->widens;
+    few->copy_k = plan->copy_k & ~(widens && p->dim % vector == 0 ? QKV_WIDENED : 0);
+    few->copy_v = plan->copy_v & ~(widens && p->dim_v % vector == 0 ? QKV_WIDENED : 0);
     few->direct_q = plan->direct_q;
     int64_t n = qkv_min(few->most, plan->rows);
     size_t at = 0, rows = (size_t)n, lanes = (size_t)(ceil_div(n, vector) * vector);
@@ -185,8 +187,8 @@ static void plan_few(const qkv_problem *p, qkv_plan *plan)
     TAKE(at_sums, rows * (size_t)(few->o_row * size));
     TAKE(at_state, few->state_bytes);
     TAKE(at_total, few->state_bytes);
-    TAKE(at_k, plan->copy_k ? (size_t)(few->pass * plan->copy_row_k * size) : 0);
-    TAKE(at_v, plan->copy_v ? (size_t)(few->pass * plan->copy_row_v * size) : 0);
+    TAKE(at_k, few->copy_k ? (size_t)(few->pass * plan->copy_row_k * size) : 0);
+    TAKE(at_v, few->copy_v ? (size_t)(few->pass * plan->copy_row_v * size) : 0);
     TAKE(at_copies, plan->direct_q && plan->direct_out ? 0 : rows * dim * (size_t)size);
     TAKE(at_lanes, plan->adjust ? lanes * QKV_LANE_BYTES : 0);
     TAKE(at_pointers, plan->adjust ? 2 * rows * sizeof(void *) : 0);

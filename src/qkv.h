@@ -229,4 +229,19 @@ double qkv_read_rate(const void *data, size_t bytes, int threads, double seconds
 double qkv_copy_rate(void *to, const void *data, size_t bytes, int threads, double seconds);    /* bytes copied per second */
 double qkv_fork_join(int threads, int repeats);                               /* seconds per empty parallel call */
 
+/* Rows of a cache in I8 or I4, from rows of numbers and back; on the calling thread. */
+typedef struct {
+    qkv_type type;                    /* of x: no quantised one */
+    qkv_type stored;
+    int swapped;                      /* byte order of x differs from the machine's */
+    int isa;                          /* only decides how rows are copied */
+    int64_t count[3];                 /* sequences, heads, tokens */
+    int64_t dim;                      /* elements of a row */
+    int64_t x_at[3], x_step;          /* byte strides of x (sequences, heads, tokens, dim) */
+    int64_t rows_at[3];               /* and of its rows */
+} qkv_storage;
+
+void qkv_quantise(const qkv_storage *storage, const char *x, char *rows);
+void qkv_dequantise(const qkv_storage *storage, const char *rows, float *x);  /* x is contiguous; its strides are not looked at */
+
 #endif

@@ -34,6 +34,7 @@ HEADERS = {
     "decode.c": "call.h tile.h plan.h mask.h threads.h",
     "elements.c": "tile.h plan.h mask.h",
     "explain.c": "plan.h mask.h tile.h",
+    "cache.c": "qkv.h kernels/kernels.h cpu.h",
     "stages.c": "plan.h mask.h threads.h memory.h",
     "hooks.c": "*",
 }

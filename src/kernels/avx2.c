@@ -40,6 +40,19 @@ static inline vec_f32 widen_bf16_f32(const void *p)
 {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(p)), 16));
 }
+static inline vec_f32 widen_i8_f32(const void *p)
+{
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p)));
+}
+static inline vec_f32 widen_i4_f32(const void *p, int at, const char *scale)
+{
+    int32_t bits;
+    memcpy(&bits, scale - 2, sizeof bits);
+    vec_f32 factor = _mm256_castsi256_ps(_mm256_set1_epi32(bits & -0x10000));
+    __m256i n = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)((const char *)p + at % 16)));
+    n = at < 16 ? _mm256_and_si256(n, _mm256_set1_epi32(15)) : _mm256_srli_epi32(n, 4);
+    return _mm256_mul_ps(factor, _mm256_cvtepi32_ps(_mm256_sub_epi32(n, _mm256_set1_epi32(8))));
+}
 static inline void narrow_f16_f32(void *p, vec_f32 x)
 {
     _mm_storeu_si128(p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
@@ -122,6 +135,7 @@ static inline vec_f32 sum_each_f32(vec_f32 x[8])
 #define ROW_TILE 4
 #define PAIR 1
 #define NARROWS 1
+#define WIDENS 1
 #define EXP2_STEPS 8
 #include "kernel_tpl.h"
 
@@ -201,6 +215,7 @@ static inline vec_f64 sum_each_f64(vec_f64 x[4])
 #define ROW_TILE 4
 #define PAIR 1
 #define NARROWS 0
+#define WIDENS 0
 #define EXP2_STEPS 1
 #include "kernel_tpl.h"
 

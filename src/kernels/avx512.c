@@ -1,6 +1,8 @@
 /* The avx512 path: primitives for 16 floats or 8 doubles, 32 registers. Built with the flags of AVX-512 F, VL, DQ, BW
  * and CD, so nothing of this file may run before cpu.c has seen all of them. */
 #include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
 
 #include "kernels.h"
 #include "compiler.h"
@@ -8,6 +10,21 @@
 /* float32 */
 
 #include "avx512_tpl.h"
+
+static inline vec_f32 widen_i8_f32(const void *p)
+{
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p)));
+}
+/* A table of what each n means. Indices are the low four bits. */
+static inline vec_f32 widen_i4_f32(const void *p, int at, const char *scale)
+{
+    const vec_f32 plain = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    int32_t bits;
+    memcpy(&bits, scale - 2, sizeof bits);
+    __m512i both = _mm512_and_si512(_mm512_set1_epi32(bits), _mm512_set1_epi32(-0x10000));
+    __m512i n = _mm512_cvtepu8_epi32(_mm_loadu_si128(p));
+    return _mm512_permutexvar_ps(at < 16 ? n : _mm512_srli_epi32(n, 4), _mm512_mul_ps(plain, _mm512_castsi512_ps(both)));
+}
 
 /* Halves, then quarters, then within quarters; the pairs are chosen so that sums end up in order. */
 static inline vec_f32 sum_each_f32(vec_f32 x[16])
@@ -32,6 +49,7 @@ static inline vec_f32 sum_each_f32(vec_f32 x[16])
 #define ROW_TILE 8
 #define PAIR 1
 #define NARROWS 1
+#define WIDENS 1
 #define EXP2_STEPS 8
 #include "kernel_tpl.h"
 
@@ -125,6 +143,7 @@ static inline vec_f64 sum_each_f64(vec_f64 x[8])
 #define ROW_TILE 8
 #define PAIR 1
 #define NARROWS 0
+#define WIDENS 0
 #define EXP2_STEPS 8
 #include "kernel_tpl.h"
 

@@ -51,6 +51,7 @@ static inline vec_f32 turn_f32(vec_f32 factor, vec_f32 x)
 #define ROW_TILE 8
 #define PAIR 2
 #define NARROWS 1
+#define WIDENS 0
 #define EXP2_STEPS 8
 #include "kernel_tpl.h"
 

@@ -6,6 +6,9 @@
  * position in the chunk, so that what becomes of a score between product and weights needs no kernel of its own. It loses
  * to rows in the lanes once these fill a few vectors: the trees are work that attend has not.
  *
+ * Rows of K and V are of the table's own type, or, if WIDENS, of a narrower one that is widened in registers as it is loaded:
+ * `as`, a constant of each tile. They have whole vectors then. The scale of a row of int8 multiplies scores and weights.
+ *
  * What a row computes depends on its own data and on positions in the chunk alone: not on other rows, on where the keys
  * that are seen begin or end, or on the pieces in which K and V are handed over.
  */
@@ -20,6 +23,9 @@
  * One row alone is read so fast that more would come too early. */
 #define AHEAD_ONE 4096
 #define AHEAD_MORE 16384
+#define AHEAD_WIDENED 9216
+
+#define OWN (sizeof(REAL) == 4 ? QKV_AS_F32 : QKV_AS_F64)
 
 /* q (n, q_row) <- factor * rows, 0 behind each. */
 static void X(decode_stack)(void *q, ptrdiff_t q_row, const void *const *rows, int n, int d, double factor)
@@ -33,40 +39,88 @@ static void X(decode_stack)(void *q, ptrdiff_t q_row, const void *const *rows, i
     }
 }
 
-/* Bytes from where rows of n elements are read to where they are fetched. */
-static inline ptrdiff_t X(decode_ahead)(const qkv_stack *t, ptrdiff_t row, int n)
+/* Bytes of e elements of a row, its scales apart. */
+static QKV_INLINE ptrdiff_t X(decode_bytes)(const int as, int e)
 {
-    int bytes = t->rows == 1 ? AHEAD_ONE : AHEAD_MORE, rows = bytes / (int)sizeof(REAL) / (n > 0 ? n : 1);
-    return (rows > 1 ? rows : 1) * row * (ptrdiff_t)sizeof(REAL);
+    return as == OWN ? e * (ptrdiff_t)sizeof(REAL) : as == QKV_AS_I8 ? e : as == QKV_AS_I4 ? (e + 31) / 32 * 16 : e * 2;
 }
 
-/* Adds the products of `some` elements of nr rows and `few` keys to c, whose rows have nk sums. */
-static QKV_INLINE void X(decode_score_step)(const int nr, const int nk, const int few, const int fetch, const REAL *q,
-                                            ptrdiff_t q_row, const REAL *k, ptrdiff_t k_row, ptrdiff_t ahead, int last,
-                                            int some, VEC *c)
+/* Elements of a cache line. */
+static QKV_INLINE int X(decode_line)(const int as) { return as == QKV_AS_I4 ? 128 : as == QKV_AS_I8 ? 64 : 32; }
+
+/* Bytes from where rows of d elements are read to where they are fetched. */
+static QKV_INLINE ptrdiff_t X(decode_ahead)(const int as, const qkv_stack *t, ptrdiff_t row, int d)
+{
+    ptrdiff_t far = as != OWN ? AHEAD_WIDENED : t->rows == 1 ? AHEAD_ONE : AHEAD_MORE;
+    ptrdiff_t rows = far / (X(decode_bytes)(as, d) + 1);
+    return (rows > 1 ? rows : 1) * row;
+}
+
+static QKV_INLINE void X(decode_fetch)(const char *from, ptrdiff_t ahead)
+{
+    QKV_PREFETCH_L2((const void *)((uintptr_t)from + (uintptr_t)ahead));
+}
+
+/* w elements from number e on, or, of the own type, the first `some` of them, with 0 behind. Of int4 `scale` is that of the
+ * group in which `from` lies. */
+static QKV_INLINE VEC X(decode_load)(const int as, const char *from, const char *scale, const int e, int some)
+{
+#if WIDENS
+    if (as == QKV_AS_I4)
+        return X(widen_i4)(from + e / 32 * 16, e % 32, scale + e / 32 * 2);
+    if (as == QKV_AS_I8)
+        return X(widen_i8)(from + e);
+    if (as != OWN)
+        return as == QKV_AS_F16 ? X(widen_f16)(from + 2 * e) : X(widen_bf16)(from + 2 * e);
+#endif
+    (void)as, (void)scale;
+    return some == W ? X(loadu)((const REAL *)from + e) : X(load_part)((const REAL *)from + e, some);
+}
+
+/* Positions at .. at + n of S take the scales of n rows of int8; if `keep`, not where they are negative. */
+static void X(decode_scale)(const qkv_stack *t, const char *rows, ptrdiff_t row, int d, int at, int n, int keep)
+{
+    REAL scale[PART];
+    for (int i = 0; i < n; i++) {
+        float x;
+        memcpy(&x, rows + i * row + (d + 3) / 4 * 4, sizeof x);
+        scale[i] = (REAL)x;
+    }
+    for (int r = 0; r < t->rows; r++) {
+        REAL *s = (REAL *)t->s + r * t->s_row + at;
+        for (int i = 0; i < n; i++)
+            s[i] = keep && s[i] < 0 ? s[i] : s[i] * scale[i];
+    }
+}
+
+/* Adds the products of `some` elements, from number e on, of nr rows and `few` keys to c, whose rows have nk sums. */
+static QKV_INLINE void X(decode_score_step)(const int as, const int nr, const int nk, const int few, const int fetch,
+                                            const REAL *q, ptrdiff_t q_row, const char *k, const char *scale,
+                                            ptrdiff_t k_row, ptrdiff_t ahead, int last, const int e, int some, VEC *c)
 {
     VEC x[4];
     QKV_UNROLL
     for (int r = 0; r < nr; r++)
-        x[r] = X(load)(q + r * q_row);
+        x[r] = X(load)(q + r * q_row + e);
     QKV_UNROLL
     for (int i = 0; i < few; i++) {
-        const REAL *from = k + (i < last ? i : last) * k_row;
-        VEC y = some == W ? X(loadu)(from) : X(load_part)(from, some);
-        if (fetch)
-            QKV_PREFETCH_L2((const void *)((uintptr_t)from + (uintptr_t)ahead));
+        ptrdiff_t at = (i < last ? i : last) * k_row;
+        VEC y = X(decode_load)(as, k + at, scale + at, e, some);
+        if (fetch && as == OWN)
+            X(decode_fetch)(k + at + X(decode_bytes)(as, e), ahead);
         QKV_UNROLL
         for (int r = 0; r < nr; r++)
             c[r * nk + i] = X(fma)(x[r], y, c[r * nk + i]);
     }
 }
 
-/* S of nr rows and nk = SUMS / nr keys, or of the first n of them, the others repeating the last. The first rows to meet
+/* S of nr rows and nk = SUMS / nr keys, or, of one row, of the first n of them, the others repeating the last. The first rows to meet
  * the keys read them one by one, in the order that suits memory, and fetch; the others find them in L1. */
-static QKV_INLINE void X(decode_score_tile)(const int nr, const int nk, const int fetch, const int n, const qkv_stack *t,
-                                            int row, const REAL *k, ptrdiff_t k_row, ptrdiff_t ahead, int at)
+static QKV_INLINE void X(decode_score_tile)(const int as, const int nr, const int nk, const int fetch, const int n,
+                                            const qkv_stack *t, int row, const char *k, ptrdiff_t k_row, ptrdiff_t ahead,
+                                            int at)
 {
-    const int few = fetch ? 1 : nk < 4 ? nk : 4;
+    const int few = fetch && as == OWN ? 1 : nk < 4 ? nk : 4, step = as == QKV_AS_I4 ? 32 : 2 * W;
     const REAL *q = (const REAL *)t->q + row * t->q_row;
     VEC c[SUMS];
     QKV_UNROLL
@@ -74,14 +128,33 @@ static QKV_INLINE void X(decode_score_tile)(const int nr, const int nk, const in
         c[i] = X(set1)(0);
     QKV_UNROLL
     for (int i = 0; i < nk; i += few) {
-        const REAL *from = k + (i < n ? i : n - 1) * k_row;
-        int last = n - 1 - i, e = 0;
-        QKV_UNROLL_4
-        for (; e + W <= t->d; e += W)
-            X(decode_score_step)(nr, nk, few, fetch, q + e, t->q_row, from + e, k_row, ahead, last > 0 ? last : 0, W, c + i);
-        if (e < t->d)
-            X(decode_score_step)(nr, nk, few, fetch, q + e, t->q_row, from + e, k_row, ahead, last > 0 ? last : 0, t->d - e,
-                                 c + i);
+        const char *from = k + (i < n ? i : n - 1) * k_row;
+        int last = n - 1 - i > 0 ? n - 1 - i : 0, e = 0;
+        const char *scale = from + X(decode_bytes)(as, t->d);
+#define STEP(more, some) \
+    X(decode_score_step)(as, nr, nk, few, fetch, q + e, t->q_row, from + X(decode_bytes)(as, e), scale + e / 16, k_row, ahead, \
+                         last, more, some, c + i)
+        QKV_UNROLL_2
+        for (; e + step <= t->d; e += step) {
+            if (as != OWN && e % X(decode_line)(as) == 0) {
+                QKV_UNROLL
+                for (int j = 0; j < few; j++)
+                    X(decode_fetch)(from + j * k_row + X(decode_bytes)(as, e), ahead);
+            }
+            QKV_UNROLL
+            for (int more = 0; more < step; more += W)
+                STEP(more, W);
+        }
+        QKV_UNROLL
+        for (int more = 0; more < step; more += W)
+            if (e + more < t->d)
+                STEP(more, as == OWN && t->d - e - more < W ? t->d - e - more : W);
+        if (as == QKV_AS_I8 || as == QKV_AS_I4) {
+            QKV_UNROLL
+            for (int j = 0; j < few; j++)
+                X(decode_fetch)(scale + j * k_row, ahead);
+        }
+#undef STEP
     }
     QKV_ALIGN REAL sums[SUMS];
     QKV_UNROLL
@@ -90,41 +163,63 @@ static QKV_INLINE void X(decode_score_tile)(const int nr, const int nk, const in
     QKV_UNROLL
     for (int r = 0; r < nr; r++) {
         REAL *s = (REAL *)t->s + (row + r) * t->s_row + at;
-        if (n == nk)
+        if (nr > 1)
             memcpy(s, sums + r * nk, (size_t)nk * sizeof(REAL));
         else
-            for (int i = 0; i < n; i++)
-                s[i] = sums[r * nk + i];
+            for (int i = 0; i < n; i += W)
+                X(store_part)(s + i, X(load)(sums + i), n - i < W ? n - i : W);
     }
 }
 
 /* Positions at .. at + n of S. K goes through SUMS keys at a time: they stay in L1 while all rows meet them. Rows are taken in
  * fours and singly, the last keys singly: each kind of tile is thousands of instructions. */
-static void X(decode_score)(const qkv_stack *t, const void *keys, ptrdiff_t k_row, int at, int n)
+static QKV_INLINE void X(decode_score_as)(const int as, const qkv_stack *t, const char *k, ptrdiff_t k_row, int at, int n)
 {
-    const REAL *k = keys;
-    const ptrdiff_t ahead = X(decode_ahead)(t, k_row, t->d);
-    for (; n >= SUMS; n -= SUMS, at += SUMS, k += SUMS * k_row) {
-        int row = 0;
+    const ptrdiff_t ahead = X(decode_ahead)(as, t, k_row, t->d);
+    for (; n > 0; n -= SUMS, at += SUMS, k += SUMS * k_row) {
+        int row = 0, some = n < SUMS ? n : SUMS;
 #define TILES(nr, fetch) \
     for (int i = 0; i < SUMS; i += SUMS / nr) \
-        X(decode_score_tile)(nr, SUMS / nr, fetch, SUMS / nr, t, row, k + i * k_row, k_row, ahead, at + i); \
+        X(decode_score_tile)(as, nr, SUMS / nr, fetch, SUMS / nr, t, row, k + i * k_row, k_row, ahead, at + i); \
     row += nr
-        if (t->rows >= 4) {
-            TILES(4, 1);
-        } else {
-            TILES(1, 1);
+        if (as == OWN && n >= SUMS) {
+            if (t->rows >= 4) {
+                TILES(4, 1);
+            } else {
+                TILES(1, 1);
+            }
         }
-        while (row + 4 <= t->rows) {
+        while (row + 4 <= t->rows && n >= SUMS) {
             TILES(4, 0);
         }
-        while (row < t->rows) {
+        while (row < t->rows && n >= SUMS && as == OWN) {
             TILES(1, 0);
         }
+        for (; row < t->rows; row++)
+            X(decode_score_tile)(as, 1, SUMS, as != OWN, some, t, row, k, k_row, ahead, at);
 #undef TILES
+        if (as == QKV_AS_I8)
+            X(decode_scale)(t, k, k_row, t->d, at, some, 0);
     }
-    for (int row = 0; n > 0 && row < t->rows; row++)
-        X(decode_score_tile)(1, SUMS, 0, n, t, row, k, k_row, ahead, at);
+}
+
+/* Calls the kind of function that reads rows as they are stored. */
+#if WIDENS
+#define BY_TYPE(function, as, ...) \
+    switch (as) { \
+    case QKV_AS_F16: function(QKV_AS_F16, __VA_ARGS__); break; \
+    case QKV_AS_BF16: function(QKV_AS_BF16, __VA_ARGS__); break; \
+    case QKV_AS_I8: function(QKV_AS_I8, __VA_ARGS__); break; \
+    case QKV_AS_I4: function(QKV_AS_I4, __VA_ARGS__); break; \
+    default: function(OWN, __VA_ARGS__); \
+    }
+#else
+#define BY_TYPE(function, as, ...) ((void)as, function(OWN, __VA_ARGS__))
+#endif
+
+static void X(decode_score)(const qkv_stack *t, const void *k, ptrdiff_t k_row, int as, int at, int n)
+{
+    BY_TYPE(X(decode_score_as), as, t, k, k_row, at, n);
 }
 
 /* The largest of s[begin .. end), whole pairs of vectors. NaN does not count. */
@@ -193,8 +288,8 @@ static void X(decode_weigh)(const qkv_stack *t)
 
 /* nc vectors of columns from column e on, or the first `some` elements of one, of the values of nr rows: n keys of one
  * part, whose first one begins it if `begins`, whose last one ends it if `ends`. If careful, excluded keys are left out. */
-static QKV_INLINE void X(decode_value_tile)(const int nr, const int nc, const int careful, int some,
-                                            const qkv_stack *t, int row, int e, const REAL *v, ptrdiff_t v_row,
+static QKV_INLINE void X(decode_value_tile)(const int as, const int nr, const int nc, const int careful, int some,
+                                            const qkv_stack *t, int row, int e, const char *v, ptrdiff_t v_row,
                                             ptrdiff_t ahead, int at, int n, int begins, int ends)
 {
     REAL *sums = (REAL *)t->sums + row * t->o_row + e, *o = (REAL *)t->o + row * t->o_row + e;
@@ -206,18 +301,23 @@ static QKV_INLINE void X(decode_value_tile)(const int nr, const int nc, const in
         for (int j = 0; j < nc; j++)
             c[r * nc + j] = begins ? X(set1)(0) : X(load)(sums + r * t->o_row + j * W);
     }
-    v += e;
+    /* Of int4 only tiles of whole groups know their elements' numbers at compile time. */
+    const int known = as != QKV_AS_I4 || nc * W % 32 == 0, group = known ? e : e / 32 * 32;
+    const char *scale = v + X(decode_bytes)(as, t->dv) + e / 32 * 2;
+    v += X(decode_bytes)(as, group);
     QKV_UNROLL_2
-    for (int i = 0; i < n; i++, v += v_row) {
+    for (int i = 0; i < n; i++, v += v_row, scale += v_row) {
         if (careful && p[i] < 0)
             continue;
         VEC y[8];
         QKV_UNROLL
         for (int j = 0; j < nc; j++) {
-            y[j] = some == W ? X(loadu)(v + j * W) : X(load_part)(v, some);
-            if (!careful)
-                QKV_PREFETCH_L2((const void *)((uintptr_t)(v + j * W) + (uintptr_t)ahead));
+            y[j] = X(decode_load)(as, v, scale, known ? j * W : e - group, some);
+            if (!careful && (as == OWN || j * W % X(decode_line)(as) == 0))
+                X(decode_fetch)(v + X(decode_bytes)(as, j * W), ahead);
         }
+        if (!careful && (as == QKV_AS_I8 || as == QKV_AS_I4))
+            X(decode_fetch)(scale, ahead);
         QKV_UNROLL
         for (int r = 0; r < nr; r++) {
             VEC x = X(set1)(p[r * t->s_row + i]);
@@ -236,11 +336,12 @@ static QKV_INLINE void X(decode_value_tile)(const int nr, const int nc, const in
     }
 }
 
-static QKV_INLINE void X(decode_value_rows)(const int nr, const int careful, const qkv_stack *t, int row, const REAL *v,
-                                            ptrdiff_t v_row, ptrdiff_t ahead, int at, int n, int begins, int ends)
+static QKV_INLINE void X(decode_value_rows)(const int as, const int nr, const int careful, const qkv_stack *t, int row,
+                                            const char *v, ptrdiff_t v_row, ptrdiff_t ahead, int at, int n, int begins,
+                                            int ends)
 {
     int e = 0;
-#define TILE(nc, some) X(decode_value_tile)(nr, nc, careful, some, t, row, e, v, v_row, ahead, at, n, begins, ends)
+#define TILE(nc, some) X(decode_value_tile)(as, nr, nc, careful, some, t, row, e, v, v_row, ahead, at, n, begins, ends)
     if (!careful && SUMS / nr >= 8)
         for (; e + 8 * W <= t->dv; e += 8 * W)
             TILE(8, W);
@@ -248,32 +349,38 @@ static QKV_INLINE void X(decode_value_rows)(const int nr, const int careful, con
         for (; e + 4 * W <= t->dv; e += 4 * W)
             TILE(4, W);
     for (; e < t->dv; e += W)
-        TILE(1, t->dv - e < W ? t->dv - e : W);
+        TILE(1, as == OWN && t->dv - e < W ? t->dv - e : W);
 #undef TILE
 }
 
 /* O += P V for the positions at .. at + n. V goes through a part at a time: it stays in L1 while all rows meet it. All of
  * them fetch: twice as fast as if the first alone did. */
-static void X(decode_value)(const qkv_stack *t, const void *values, ptrdiff_t v_row, int at, int n)
+static QKV_INLINE void X(decode_value_as)(const int as, const qkv_stack *t, const char *v, ptrdiff_t v_row, int at, int n)
 {
-    const REAL *v = values;
-    const ptrdiff_t ahead = X(decode_ahead)(t, v_row, t->dv);
-    /* Four rows only if their registers hold all columns: memory likes whole rows of V. */
-    const int four = t->dv <= SUMS / 4 * W;
+    const ptrdiff_t ahead = X(decode_ahead)(as, t, v_row, t->dv);
+    /* Four rows only if their registers hold all columns, memory likes whole rows of V; or if they are to be widened. */
+    const int four = as != OWN || t->dv <= SUMS / 4 * W;
     for (int some; n > 0; at += some, n -= some, v += some * v_row) {
         some = PART - at % PART < n ? PART - at % PART : n;
         int begins = at % PART == 0 || at == t->first, ends = (at + some) % PART == 0 || at + some == t->last, row = 0;
-#define ROWS(nr, careful) (X(decode_value_rows)(nr, careful, t, row, v, v_row, ahead, at, some, begins, ends), row += nr)
+#define ROWS(nr, careful) (X(decode_value_rows)(as, nr, careful, t, row, v, v_row, ahead, at, some, begins, ends), row += nr)
+        if (as == QKV_AS_I8)
+            X(decode_scale)(t, v, v_row, t->dv, at, some, t->careful);
         while (t->careful && row < t->rows)
             ROWS(1, 1);
         while (row + 4 <= t->rows && four)
             ROWS(4, 0);
-        while (row + 2 <= t->rows)
+        while (row + 2 <= t->rows && as == OWN)
             ROWS(2, 0);
-        if (row < t->rows)
+        while (row < t->rows)
             ROWS(1, 0);
 #undef ROWS
     }
+}
+
+static void X(decode_value)(const qkv_stack *t, const void *v, ptrdiff_t v_row, int as, int at, int n)
+{
+    BY_TYPE(X(decode_value_as), as, t, v, v_row, at, n);
 }
 
 /* O, m, l <- those of the keys before, then those of `o2 m2 l2`. */
@@ -321,6 +428,9 @@ static int X(decode_finish)(void *const *rows, const qkv_stack *t)
     return !X(any)(X(beyond)(bad, zero));
 }
 
+#undef BY_TYPE
+#undef OWN
+#undef AHEAD_WIDENED
 #undef AHEAD_MORE
 #undef AHEAD_ONE
 #undef PART

@@ -6,6 +6,7 @@
  *   ROW_TILE       keys, or output columns, that the product holds in registers at a time
  *   PAIR           elements that one multiplication takes: 2 where it adds the products of pairs of 16 bits, else 1
  *   NARROWS        1 where 16-bit types are computed in this one, else 0
+ *   WIDENS         1 where few rows of narrower types are widened as they are loaded, which is a kind of code for each
  *   EXP2_STEPS     fractions of an exponent that power can look up: 8, or 1 where looking up is slow
  *
  * Primitives, static inline functions of that file (w is the number of elements in a vector):
@@ -17,6 +18,9 @@
  *   load_part(p, n) store_part(p, x, n)      the first n <= w elements, any alignment; nothing past them is touched
  *   seen(p, n)               comparison: which of the first n <= w bytes at p are not 0; not those past them
  *   widen_f16(p) widen_bf16(p)           w elements of 16 bits, any alignment, subnormal ones too
+ *   widen_i8(p)              w signed bytes; if WIDENS
+ *   widen_i4(p, at, scale)   w elements from number `at`, a multiple of w, of a group of int4 (qkv.h), times the bfloat16 at
+ *                            `scale`, which two bytes of its row are before; if WIDENS
  *   narrow_f16(p, x) narrow_bf16(p, x)   back, rounded to nearest even; if NARROWS
  * and where PAIR is 2 (a pair is as large as a real; its first element is the low half):
  *   mad(x, y, z)             z + both products of the pairs x and y
@@ -59,6 +63,7 @@
 #include "softmax_tpl.h"
 #include "decode_tpl.h"
 #define UNPAIRED \
+    .widens = WIDENS, \
     .decode_stack = X(decode_stack), .decode_score = X(decode_score), .decode_weigh = X(decode_weigh), \
     .decode_value = X(decode_value), .decode_merge = X(decode_merge), .decode_finish = X(decode_finish), \
     .multiply = X(multiply), .fence = X(fence), .softmax_rows = X(softmax_rows), .softmax_columns = X(softmax_columns),
@@ -87,6 +92,7 @@ static const qkv_kernels X(kernels) = KERNELS;
 #undef QKV_JOIN
 #undef QKV_JOIN2
 #undef EXP2_STEPS
+#undef WIDENS
 #undef NARROWS
 #undef PAIR
 #undef ROW_TILE

@@ -155,11 +155,14 @@ typedef struct {
     /* Few rows. In this order: q <- factor * n rows of d elements at unit stride, 0 behind each; positions at .. at + n of
      * S <- Q K^T; S -> P, m and l, where -inf is excluded; positions at .. at + n of P V, added to O, from 0 at the first to
      * the last in order; the state of the keys so far <- that, followed by that of another chunk, and
-     * rows <- O / l (0 where l = 0), which returns whether O and l hold no NaN and no infinity. */
+     * rows <- O / l (0 where l = 0), which returns whether O and l hold no NaN and no infinity. K and V lie in rows of
+     * elements side by side, `k_row` and `v_row` bytes apart, in the table's type or, if `widens` and these are
+     * whole vectors, in the QKV_AS_... of `as`. */
+    int widens;
     void (*decode_stack)(void *q, ptrdiff_t q_row, const void *const *rows, int n, int d, double factor);
-    void (*decode_score)(const qkv_stack *stack, const void *k, ptrdiff_t k_row, int at, int n);
+    void (*decode_score)(const qkv_stack *stack, const void *k, ptrdiff_t k_row, int as, int at, int n);
     void (*decode_weigh)(const qkv_stack *stack);
-    void (*decode_value)(const qkv_stack *stack, const void *v, ptrdiff_t v_row, int at, int n);
+    void (*decode_value)(const qkv_stack *stack, const void *v, ptrdiff_t v_row, int as, int at, int n);
     void (*decode_merge)(const qkv_stack *stack, const void *o2, const void *m2, const void *l2);
     int (*decode_finish)(void *const *rows, const qkv_stack *stack);
 

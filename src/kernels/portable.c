@@ -54,6 +54,7 @@ static inline void narrow_bf16_f32(void *p, vec_f32 x) { narrow_by(bf16_of, p, x
 #define ROW_TILE 4
 #define PAIR 1
 #define NARROWS 1
+#define WIDENS 0
 #define EXP2_STEPS 1
 #include "kernel_tpl.h"
 
@@ -67,6 +68,7 @@ static inline void narrow_bf16_f32(void *p, vec_f32 x) { narrow_by(bf16_of, p, x
 #define ROW_TILE 4
 #define PAIR 1
 #define NARROWS 0
+#define WIDENS 0
 #define EXP2_STEPS 1
 #include "kernel_tpl.h"
 

@@ -1,0 +1,220 @@
+"""What caches of each type store: quantised rows bit for bit, what they read as, what is taken and what is refused."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from _quantised import QUANTISED, as_stored, dequantise, quantise
+from _util import ALL_TYPES, child_says, compare, normal, same_bits
+
+from qkv_fast import KVCache, PagedKVCache
+
+pytestmark = pytest.mark.usefixtures("isa")
+CACHE_TYPES = (*ALL_TYPES, *QUANTISED)
+quantised = pytest.mark.parametrize("stored", QUANTISED)
+
+
+def rows_of(cache):
+    """The bytes of all keys and values, (batch, kv_heads, tokens, bytes)."""
+    return tuple(x[:, :, : cache.lengths.max()] for x in (cache._k, cache._v))
+
+
+def appended(x, stored):
+    """A cache with these keys, of which a row is poisoned first: every byte has to be written."""
+    cache = KVCache(*x.shape[:2], x.shape[3], x.shape[2], dtype=stored)
+    cache._k[...] = 0xA5
+    cache.append(x, x)
+    return cache
+
+
+def hostile(rng, dim):
+    """Rows of (1, 1, n, dim) that are easy to get wrong."""
+    steps = rng.integers(-16, 17, dim) / 2  # halves between two steps of int4
+    tied = rng.choice([-3.0, 3.0], dim)
+    subnormal = rng.integers(-9, 10, dim) * 2.0**-149
+    small = normal(rng, dim) * 2.0**-126
+    large = np.where(rng.random(dim) < 0.5, 1, -1) * float(np.finfo("f4").max)
+    usual = normal(rng, (9, dim))
+    broken = normal(rng, (4, dim))
+    broken[[0, 1, 2, 3], rng.integers(0, dim, 4)] = [np.nan, np.inf, -np.inf, -np.nan]
+    rows = [steps, tied, -np.abs(tied), subnormal, small, large, np.zeros(dim), -np.zeros(dim), *usual, *broken]
+    return np.array(rows, "float32")[None, None]
+
+
+@quantised
+def test_rows_are_those_of_the_reference(stored):
+    rng = np.random.default_rng(0)
+    for dim in [*range(1, 131), 1023, 1024]:
+        x = hostile(rng, dim)
+        cache = appended(x, stored)
+        same_bits(rows_of(cache), (quantise(x, stored),) * 2)
+        with np.errstate(invalid="ignore"):  # infinity times zero, which makes the row NaN
+            expected = as_stored(x, stored)
+        assert np.array_equal(cache.keys, expected, equal_nan=True), dim  # of 0 the sign is free
+        assert cache.keys.dtype == np.float32 and cache.keys.flags.owndata
+        finite = np.isfinite(x).all(axis=-1)
+        assert np.isfinite(cache.keys[finite]).all()
+
+
+@pytest.mark.parametrize("stored, share", [("int8", 0.5 / 127), ("int4", 1 / 8)])
+def test_error_of_a_number(stored, share):
+    """Half a step of int8; of int4 a step, for what lies opposite to the largest of its group."""
+    x = normal(np.random.default_rng(1), (2, 3, 50, 96))
+    groups = (2, 3, 50, 3, 32) if stored == "int4" else x.shape
+    most = np.abs(x.reshape(groups)).max(axis=-1, keepdims=True)
+    error = np.abs(appended(x, stored).keys - x).reshape(groups)
+    assert np.all(error <= share * most * (1 + 2**-7))  # a scale of bfloat16 is at most 2**-7 too large
+
+
+@quantised
+def test_zero_stays_zero_and_nan_stays_in_its_scale(stored):
+    x = normal(np.random.default_rng(2), (1, 1, 5, 70))
+    x[..., ::3] = 0
+    x[0, 0, 2, 40] = np.nan
+    keys = appended(x, stored).keys
+    lost = np.arange(32, 64) if stored == "int4" else np.arange(70)
+    assert np.isnan(keys[0, 0, 2, lost]).all()
+    assert np.isnan(keys).sum() == lost.size
+    assert np.all((keys == 0) | np.isnan(keys), where=x == 0)
+
+
+@quantised
+@pytest.mark.parametrize("given", [*ALL_TYPES, ">f4", ">f8", ">f2"])
+def test_numbers_of_every_type_and_stride(stored, given):
+    rng = np.random.default_rng(3)
+    big = normal(rng, (2, 9, 2, 80), "float32").astype(given)
+    expected = quantise(np.ascontiguousarray(big.astype("float32")[:, ::-1, :, 5:75:2].swapaxes(1, 2)), stored)
+    cache = KVCache(2, 2, 35, 9, dtype=stored)
+    view = big[:, ::-1, :, 5:75:2]
+    cache.append(view, view, layout="blhd")
+    same_bits(rows_of(cache), (expected, expected))
+    packed = np.frombuffer(b"\0" + big.tobytes(), np.uint8)[1:].view(big.dtype).reshape(big.shape)  # unaligned
+    view = packed[:, ::-1, :, 5:75:2]
+    pool = PagedKVCache(2, 35, 6, page_size=4, dtype=stored)
+    pool.append([pool.add(), pool.add()], view, view, layout="blhd")
+    for b in range(2):
+        k, v = pool.gather(b)
+        same_bits((k, v), (cache.keys[b], cache.values[b]))
+
+
+def test_finite_stays_finite():
+    wide = np.full((1, 1, 1, 8), 1e300)
+    for stored in QUANTISED:
+        assert np.isfinite(appended(wide, stored).keys).all()
+
+
+@pytest.mark.parametrize("dtype", CACHE_TYPES)
+def test_queries_of_every_type(dtype):
+    """The result is attention over `keys` and `values`, in q's type."""
+    rng = np.random.default_rng(4)
+    k, v = normal(rng, (2, 2, 600, 40)), normal(rng, (2, 2, 600, 24))
+    cache = KVCache(2, 2, 40, 700, value_dim=24, dtype=dtype)
+    cache.append(k, v)
+    given = {"float64": ["float64"], "float32": ["float32", "float64"], "float16": ["float16", "float32", "float64"]}
+    given |= {"bfloat16": ["bfloat16", "float32", "float64"]}
+    for kind in given.get(dtype, ALL_TYPES):
+        for rows in (1, 20):  # few and many
+            q = normal(rng, (2, 4, rows, 40), kind)
+            held = cache.keys, cache.values
+            if dtype in QUANTISED and kind == "float64":  # which `keys` is rounded from
+                held = (dequantise(rows, dim, dtype, kind) for rows, dim in zip(rows_of(cache), (40, 24), strict=True))
+            compare(cache.attend(q, return_lse=True), (q, *held), causal=True)
+    same_bits(cache.keys, as_stored(k, dtype))
+    same_bits(cache.values, as_stored(v, dtype))
+
+
+@pytest.mark.parametrize("dtype", CACHE_TYPES)
+def test_a_ring_with_kept_tokens(dtype):
+    """The kept tokens are computed apart, from the same rows."""
+    rng = np.random.default_rng(5)
+    k, v = as_stored(normal(rng, (2, 2, 90, 40)), dtype), as_stored(normal(rng, (2, 2, 90, 8)), dtype)
+    cache = KVCache(2, 2, 40, 40, value_dim=8, dtype=dtype, window=30, keep=3)
+    cache.append(k, v)
+    q = normal(rng, (2, 4, 2, 40), "float64" if dtype == "float64" else "float32")
+    j, at = np.arange(90), np.arange(88, 90)[:, None]
+    held, values = (np.zeros((2, 2, 90, x.shape[3]), x.dtype) for x in (cache.keys, cache.values))
+    there = cache.positions[0]
+    held[:, :, there], values[:, :, there] = cache.keys, cache.values
+    seen = dict(mask=(j < 3) | (j >= at - 30), causal=True, sinks=[0.5, -1, 0, 1])
+    compare(cache.attend(q, sinks=seen["sinks"], return_lse=True), (q, held, values), **seen)
+
+
+WORDS = {
+    "float32": "float32", "f4": "float32", "float64": "float64", "float16": "float16", "bfloat16": "bfloat16",
+    "int8": "int8", "int4": "int4", np.float16: "float16", np.int8: "int8", np.dtype("i1"): "int8",
+    ml_dtypes.bfloat16: "bfloat16", np.dtype(ml_dtypes.bfloat16): "bfloat16", ml_dtypes.int4: "int4",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("given", WORDS)
+def test_names_of_types(given):
+    assert repr(KVCache(1, 1, 33, 5, dtype=given)).endswith(f"dtype='{WORDS[given]}', lengths=[0])")
+    assert f"dtype='{WORDS[given]}'" in repr(PagedKVCache(1, 33, 5, dtype=given))
+
+
+@pytest.mark.parametrize("given", ["int16", "uint8", "int2", ">f4", bool, object, "float8_e4m3fn", 7])
+def test_types_that_no_cache_has(given):
+    for make in (lambda: KVCache(1, 1, 8, 5, dtype=given), lambda: PagedKVCache(1, 8, 5, dtype=given)):
+        with pytest.raises(TypeError, match=r"dtype must be one of .*, bfloat16, int8, int4, got"):
+            make()
+
+
+def test_bytes_of_a_row():
+    sizes = {dtype: KVCache(1, 1, 128, 10, dtype=dtype)._k.nbytes // 10 for dtype in CACHE_TYPES}
+    assert sizes == {"float32": 512, "float64": 1024, "float16": 256, "bfloat16": 256, "int8": 132, "int4": 72}
+
+
+K = np.ones((1, 2, 3, 8), "float32")
+REFUSED = {
+    ("float16", "float64"): "k must be float32 or the cache's float16, got float64",
+    ("float16", "bfloat16"): "k must be float32 or the cache's float16, got bfloat16",
+    ("bfloat16", "float16"): "k must be float32 or the cache's bfloat16, got float16",
+    ("int8", "int8"): r"k must be float16, .* got int8; pass k.astype\('float32'\)",
+    ("int4", "uint8"): "k must be float16, .* got uint8",
+    ("int4", "complex64"): "k must be float16, .* got complex64",
+    ("int8", "uint16"): "got uint16; .* the bits of bfloat16",
+}
+
+
+@pytest.mark.parametrize("dtype, given", REFUSED)
+def test_numbers_that_are_refused(dtype, given):
+    cache, pool = KVCache(1, 2, 8, 5, dtype=dtype), PagedKVCache(2, 8, 5, dtype=dtype)
+    pool.add()
+    for call in (lambda: cache.append(K.astype(given), K), lambda: pool.append([0], K.astype(given), K)):
+        with pytest.raises(TypeError, match=REFUSED[dtype, given]):
+            call()
+    assert cache.lengths.tolist() == [0] and pool.lengths([0]).tolist() == [0]
+
+
+@pytest.mark.parametrize("dtype, given", [("int8", "int8"), ("int4", "uint8"), ("bfloat16", "float16")])
+def test_queries_that_are_refused(dtype, given):
+    cache = KVCache(1, 2, 8, 5, dtype=dtype)
+    cache.append(K, K)
+    with pytest.raises(TypeError, match=rf"(q must be|do not mix).* got .*{given}"):
+        cache.attend(K.astype(given))
+
+
+def test_bfloat16_without_ml_dtypes_says_what_to_install(tmp_path):
+    path = tmp_path / "chat.kv"
+    KVCache(1, 1, 8, 5, dtype="bfloat16", path=path).flush()
+    code = f"""
+import sys
+sys.modules["ml_dtypes"] = None  # cannot be imported, whether or not it is installed
+import qkv_fast
+calls = [
+    lambda: qkv_fast.KVCache(1, 1, 8, 5, dtype="bfloat16"), lambda: qkv_fast.PagedKVCache(1, 8, 5, dtype="bfloat16"),
+    lambda: qkv_fast.KVCache.open({str(path)!r}), lambda: qkv_fast.KVCache.load({str(path)!r}),
+]
+for call in calls:
+    try:
+        call()
+    except ImportError as error:
+        assert str(error).endswith(": a cache of bfloat16 needs ml_dtypes: pip install ml_dtypes"), error
+    else:
+        raise AssertionError("no error")
+print(qkv_fast.KVCache(1, 1, 8, 5, dtype="int4"))
+"""
+    assert child_says(code) == "KVCache(batch=1, kv_heads=1, head_dim=8, capacity=5, dtype='int4', lengths=[0])"
+
+
+def test_import_leaves_ml_dtypes_alone():
+    assert child_says("import sys, qkv_fast; qkv_fast.KVCache(1, 1, 8, 5); print('ml_dtypes' in sys.modules)") == "False"
