@@ -35,7 +35,8 @@ def _int8(x):
 
 def _int4(x):
     x = _padded(x, 32)
-    x = x.reshape(*x.shape[:-1], -1, 32)
+    front, groups = x.shape[:-1], x.shape[-1] // 32
+    x = x.reshape(*front, groups, 32)
     most = np.abs(x).max(axis=-1, keepdims=True)
     largest = np.where((x == most).any(axis=-1, keepdims=True), most, -most)  # of two, the positive one
     scale = largest / np.float32(-8)
@@ -44,8 +45,8 @@ def _int4(x):
     half = np.where(np.isfinite(most), np.where(scale == 0, 0, away), 0x7FC0).astype(np.uint16)
     n = _steps(x, (half.astype(np.uint32) << 16).view(np.float32), -8, 7) + 8
     halves = (n[..., :16] | n[..., 16:] << 4).astype(np.uint8)
-    flat = (*x.shape[:-2], -1)
-    return np.concatenate([halves.reshape(flat), half[..., 0].view(np.uint8).reshape(flat)], axis=-1)
+    scales = half[..., 0].copy().view(np.uint8)
+    return np.concatenate([halves.reshape(*front, groups * 16), scales], axis=-1)
 
 
 def dequantise(rows, dim, stored, dtype=np.float32):
@@ -58,7 +59,7 @@ def dequantise(rows, dim, stored, dtype=np.float32):
     halves = halves.reshape(*rows.shape[:-1], groups, 16)
     n = np.concatenate([halves & 15, halves >> 4], axis=-1).astype(dtype) - 8
     scale = (scales.astype(np.uint32) << 16).view(np.float32).astype(dtype)
-    return (n * scale[..., None]).reshape(*rows.shape[:-1], -1)[..., :dim]
+    return (n * scale[..., None]).reshape(*rows.shape[:-1], groups * 32)[..., :dim]
 
 
 def as_stored(x, dtype):

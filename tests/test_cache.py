@@ -190,8 +190,6 @@ ERRORS = {
     "flush": (lambda c: KVCache(2, 2, 4, 5, window=2, path="no.kv"), ValueError, "without window"),
     "kind": (lambda c: KVCache(2, 2, 4, 5.0), TypeError, "capacity must be an integer, got 5.0"),
     "least": (lambda c: KVCache(0, 2, 4, 5), ValueError, "batch must be at least 1, got 0"),
-    "dtype": (lambda c: KVCache(1, 2, 4, 5, dtype="int8"), TypeError, "float32, float64, float16, got 'int8'"),
-    "no dtype": (lambda c: KVCache(1, 2, 4, 5, dtype="int4"), TypeError, "float32, float64, float16, got 'int4'"),
     "dims": (lambda c: KVCache(1, 2, 1025, 5), ValueError, "1024"),
     "keep": (lambda c: KVCache(1, 2, 4, 5, keep=1), ValueError, "keep=1"),
     "room": (lambda c: KVCache(1, 2, 4, 5, window=4, keep=1), ValueError, "capacity=5, keep=1, window=4"),

@@ -1,5 +1,6 @@
 """Caches in files: opened elsewhere, killed in the middle, damaged; and keys in files larger than memory may be."""
 
+import inspect
 import os
 import random
 import signal
@@ -10,12 +11,14 @@ import zlib
 
 import numpy as np
 import pytest
-from _util import child_says, normal, same_bits
+from _quantised import QUANTISED, as_stored
+from _util import ALL_TYPES, child_says, normal, same_bits
 
 import qkv_fast
 from qkv_fast import KVCache
 
 HEADER = 1 << 16  # bytes of one, for a small batch
+dtypes = pytest.mark.parametrize("dtype", [*ALL_TYPES, *QUANTISED])
 
 
 @pytest.fixture
@@ -28,8 +31,8 @@ def tokens(seed, n, batch=2):
     return normal(rng, (batch, 2, n, 8)), normal(rng, (batch, 2, n, 4))
 
 
-def made(path, n=7):
-    cache = KVCache(2, 2, 8, 20, value_dim=4, path=path)
+def made(path, n=7, dtype="float32"):
+    cache = KVCache(2, 2, 8, 20, value_dim=4, path=path, dtype=dtype)
     cache.append(*tokens(0, n), lengths=[n, n - 2])
     cache.flush()
     return cache
@@ -42,15 +45,16 @@ def same_tokens(a, b):
     same_bits(a.values.swapaxes(1, 2)[there], b.values.swapaxes(1, 2)[there])
 
 
-def test_another_process_attends_in_place(path):
-    cache = made(path)
+@dtypes
+def test_another_process_attends_in_place(path, dtype):
+    cache = made(path, dtype=dtype)
     cache.append(*tokens(1, 1))  # not flushed
-    q = normal(np.random.default_rng(2), (2, 4, 1, 8))
+    q = normal(np.random.default_rng(2), (2, 4, 1, 8), "float64" if dtype == "float64" else "float32")
     np.save(path.with_suffix(".npy"), q)
     code = f"""
 import numpy as np, qkv_fast
 cache = qkv_fast.KVCache.open({str(path)!r})
-assert not cache.keys.flags.owndata
+assert cache.keys.flags.owndata == {dtype in QUANTISED}  # a copy where rows are bytes
 np.save({str(path.with_suffix(".npy"))!r}, cache.attend(np.load({str(path.with_suffix(".npy"))!r})))
 print(cache.lengths)
 """
@@ -65,15 +69,18 @@ def test_constructor_opens_what_is_there(path):
     same_tokens(first, again)
     with pytest.raises(ValueError, match=r"capacity 20, float32; asked for was .* capacity 21, float32"):
         KVCache(2, 2, 8, 21, value_dim=4, path=path)
+    with pytest.raises(ValueError, match=r"capacity 20, float32; asked for was .* capacity 20, int4"):
+        KVCache(2, 2, 8, 20, value_dim=4, path=path, dtype="int4")
 
 
+@dtypes
 @pytest.mark.parametrize("ring", [{}, dict(window=6, keep=2)], ids=["slab", "ring"])
-def test_saved_and_loaded(path, ring):
-    cache = KVCache(2, 2, 8, 12, value_dim=4, **ring)
+def test_saved_and_loaded(path, ring, dtype):
+    cache = KVCache(2, 2, 8, 12, value_dim=4, dtype=dtype, **ring)
     for seed in range(5 if ring else 1):
         cache.append(*tokens(seed, 9), lengths=[9, 4])
     cache.save(path)
-    q = normal(np.random.default_rng(9), (2, 4, 3, 8))
+    q = normal(np.random.default_rng(9), (2, 4, 3, 8), "float64" if dtype == "float64" else "float32")
     for copy in (KVCache.load(path), KVCache.open(path)):
         same_tokens(copy, cache)
         same_bits(copy.attend(q), cache.attend(q))
@@ -178,16 +185,24 @@ def test_paths_that_cannot_be(tmp_path):
     assert os.listdir(tmp_path) == [] and not tmp_path.with_name(f"{tmp_path.name}.new").exists()
 
 
-WRITER = """
+def digits(*numbers):
+    """Rows (n, 16) of -8, which makes a step of int4 be 1, and of seven octal digits of each number."""
+    places = [x[:, None] // 8 ** np.arange(7) % 8 for x in numbers]
+    rows = np.concatenate([np.full((numbers[0].size, 1), -8), *places], axis=1)
+    return np.pad(rows, ((0, 0), (0, 16 - rows.shape[1]))).astype("float32")
+
+
+WRITER = f"""
 import sys, random, numpy as np, qkv_fast
-path, seed = sys.argv[1], int(sys.argv[2])
-cache = qkv_fast.KVCache(1, 2, 16, 4000, path=path)
+{inspect.getsource(digits)}
+path, seed, dtype = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+cache = qkv_fast.KVCache(1, 2, 16, 4000, path=path, dtype=dtype)
 random.seed(seed)
 n, epoch = int(cache.lengths[0]), seed * 100000
 while True:
     many = min(random.randint(1, 9), 4000 - n)
-    at = np.arange(n, n + many)[:, None] + np.arange(16) / 16 + epoch
-    cache.append(np.broadcast_to(at, (1, 2, many, 16)).astype("float32"), np.full((1, 2, many, 16), epoch, "float32"))
+    at, now = np.arange(n, n + many), np.full(many, epoch)
+    cache.append(*(np.broadcast_to(x, (1, 2, many, 16)) for x in (digits(at, now), digits(now))))
     n += many
     if random.random() < 0.4:
         cache.flush()
@@ -200,12 +215,13 @@ while True:
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="the system has no SIGKILL")
-def test_a_killed_process_leaves_what_flush_confirmed(path):
+@pytest.mark.parametrize("dtype", ["float32", "int4"])
+def test_a_killed_process_leaves_what_flush_confirmed(path, dtype):
     """Keys tell token and epoch, values the epoch: a row that is half new would not fit."""
     random.seed(0)
     confirmed = 0
     for seed in range(1, 7):
-        command = [sys.executable, "-P", "-c", WRITER, str(path), str(seed)]
+        command = [sys.executable, "-P", "-c", WRITER, str(path), str(seed), dtype]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
             said = [writer.stdout.readline() for _ in range(random.randint(5, 300))]
             writer.send_signal(signal.SIGKILL)
@@ -215,10 +231,9 @@ def test_a_killed_process_leaves_what_flush_confirmed(path):
         cache = KVCache.open(path)
         n = int(cache.lengths[0])
         assert n >= confirmed
-        epoch = cache.values[0, 0, :, 0]
-        assert np.all(cache.values[0] == epoch[:, None])
-        expected = (np.arange(n, dtype="f4")[:, None] + np.arange(16) / 16 + epoch[:, None]).astype("f4")
-        assert np.array_equal(cache.keys[0, 0], expected) and np.array_equal(cache.keys[0, 1], expected)
+        epoch = (np.rint(cache.values[0, 0, :, 1:8]) @ 8 ** np.arange(7)).astype(int)
+        for stored, expected in ((cache.keys, digits(np.arange(n), epoch)), (cache.values, digits(epoch))):
+            assert np.array_equal(stored[0], as_stored(expected, dtype)[None].repeat(2, axis=0))
         assert np.all(np.diff(epoch) >= 0)
 
 

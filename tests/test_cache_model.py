@@ -1,13 +1,16 @@
 """Caches against a plain model: lists of tokens. Random appends, cuts, reorders, wraps and forks, by hypothesis.
 
-The result is that of `attention` for each sequence alone, to the last bit, and that of `reference.attention` by the
-error rule. By the rule alone: a ring that has lost sight of kept tokens, and numbers of queries that differ, since how
-many there are decides which kernel takes them. Memory starts as NaN, which must never show.
+The model stores what a cache of the type gives back: numbers rounded to it, dequantised for int8 and int4. The result
+is that of `attention` over them for each sequence alone, to the last bit, and that of `reference.attention` by the error
+rule. By the rule alone: quantised rows, whose kernels may multiply by a scale after a sum; a ring that has lost sight of
+kept tokens; and numbers of queries that differ, since how many there are decides which kernel takes them. Memory starts
+as NaN, which must never show.
 """
 
 import numpy as np
 import pytest
-from _util import compare, normal, same_bits
+from _quantised import QUANTISED, as_stored
+from _util import ALL_TYPES, compare, normal, same_bits
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -19,20 +22,23 @@ TURNS = settings(stateful_step_count=25, max_examples=max(10, settings.default.m
 
 
 class Model:
-    """The tokens of one sequence: k (kv_heads, n, DIM) and v."""
+    """The tokens of one sequence in a cache of this type: k (kv_heads, n, DIM) and v."""
 
     def __init__(self, heads, dtype):
-        self.k, self.v = (np.empty((heads, 0, dim), dtype) for dim in (DIM, DIM_V))
+        self.dtype = dtype
+        self.k, self.v = (as_stored(np.empty((heads, 0, dim), "float32"), dtype) for dim in (DIM, DIM_V))
 
     def __len__(self):
         return self.k.shape[1]
 
     def cut(self, n):
         cut = Model.__new__(Model)
+        cut.dtype = self.dtype
         cut.k, cut.v = self.k[:, :n], self.v[:, :n]
         return cut
 
     def grow(self, k, v):
+        k, v = as_stored(k, self.dtype), as_stored(v, self.dtype)
         self.k, self.v = np.concatenate([self.k, k], 1), np.concatenate([self.v, v], 1)
 
     def check(self, got, q, exact, kept=0, window=None, **options):
@@ -44,16 +50,24 @@ class Model:
         if kept and len(self) - 1 > window:
             j = np.arange(len(self))
             options |= dict(window=None, mask=(j < kept) | (j >= at - window))
-        elif exact:
+        elif exact and self.dtype not in QUANTISED:
             same_bits(got, qkv_fast.attention(*inputs, return_lse=True, **options))
         compare(got, inputs, **options)
+
+
+def draw_type(data):
+    """A type of cache, and one for its queries: of 32 bits or less."""
+    dtype = data.draw(st.sampled_from([*ALL_TYPES, *QUANTISED]), "dtype")
+    fits = ["float32", "float16", "bfloat16"] if dtype in QUANTISED else {dtype, "float32"}
+    return dtype, "float64" if dtype == "float64" else data.draw(st.sampled_from(sorted(fits)), "queries' type")
 
 
 def draw_tokens(data, heads, dtype, batch, most=9):
     n = data.draw(st.integers(0, most), "tokens")
     seed = data.draw(st.integers(0, 2**32 - 1), "seed")
     rng = np.random.default_rng(seed)
-    return normal(rng, (batch, heads, n, DIM), dtype), normal(rng, (batch, heads, n, DIM_V), dtype)
+    given = "float32" if dtype in QUANTISED else data.draw(st.sampled_from(sorted({dtype, "float32"})), "given")
+    return normal(rng, (batch, heads, n, DIM), given), normal(rng, (batch, heads, n, DIM_V), given)
 
 
 def draw_counts(data, batch, most):
@@ -88,7 +102,7 @@ class Slab(RuleBasedStateMachine):
     def make(self, data):
         self.batch, self.heads = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 2))
         self.group = data.draw(st.integers(1, 3))
-        self.dtype = data.draw(st.sampled_from(["float32", "float64"]))
+        self.dtype, self.kind = draw_type(data)
         self.window = data.draw(st.none() | st.integers(1, 12))
         self.keep = 0 if self.window is None else data.draw(st.integers(0, 5))
         least = 1 if self.window is None else self.keep + self.window + 1
@@ -97,7 +111,7 @@ class Slab(RuleBasedStateMachine):
             self.batch, self.heads, DIM, self.capacity, value_dim=DIM_V, dtype=self.dtype, window=self.window,
             keep=self.keep,
         )  # fmt: skip
-        poison = np.full((self.batch, self.heads, self.capacity, DIM), np.nan, self.dtype)
+        poison = np.full((self.batch, self.heads, self.capacity, DIM), np.nan, "float32")
         self.cache.append(poison, poison[..., :DIM_V])
         self.cache.truncate(0)
         self.model = [Model(self.heads, self.dtype) for _ in range(self.batch)]
@@ -139,7 +153,7 @@ class Slab(RuleBasedStateMachine):
     @rule(data=st.data())
     def attend(self, data):
         heads = self.heads * self.group
-        q, lengths, counts = draw_queries(data, [len(m) for m in self.model], heads, self.dtype)
+        q, lengths, counts = draw_queries(data, [len(m) for m in self.model], heads, self.kind)
         options = draw_options(data, heads)
         firsts = [len(m) - n for m, n in zip(self.model, counts, strict=True)]
         if self.window and not all(self.has(b, firsts[b], len(m)) for b, m in enumerate(self.model) if len(m)):
@@ -169,12 +183,15 @@ class Slab(RuleBasedStateMachine):
 class Pages(RuleBasedStateMachine):
     """PagedKVCache: a small pool, so that pages run out and are used again."""
 
-    SIZE, PAGES, HEADS, GROUP, DTYPE = 4, 15, 2, 2, "float32"
+    SIZE, PAGES, HEADS, GROUP = 4, 15, 2, 2
 
-    @initialize()
-    def make(self):
-        self.pool = qkv_fast.PagedKVCache(self.HEADS, DIM, self.PAGES, page_size=self.SIZE, value_dim=DIM_V)
-        poison = np.full((1, self.HEADS, self.SIZE * self.PAGES, DIM), np.nan, self.DTYPE)
+    @initialize(data=st.data())
+    def make(self, data):
+        self.dtype, self.kind = draw_type(data)
+        self.pool = qkv_fast.PagedKVCache(
+            self.HEADS, DIM, self.PAGES, page_size=self.SIZE, value_dim=DIM_V, dtype=self.dtype
+        )
+        poison = np.full((1, self.HEADS, self.SIZE * self.PAGES, DIM), np.nan, "float32")
         everything = self.pool.add()
         self.pool.append([everything], poison, poison[..., :DIM_V])
         self.pool.remove(everything)
@@ -185,7 +202,7 @@ class Pages(RuleBasedStateMachine):
 
     @rule()
     def add(self):
-        self.model[self.pool.add()] = Model(self.HEADS, self.DTYPE)
+        self.model[self.pool.add()] = Model(self.HEADS, self.dtype)
 
     @precondition(lambda self: self.model)
     @rule(data=st.data())
@@ -215,7 +232,7 @@ class Pages(RuleBasedStateMachine):
     @rule(data=st.data())
     def append(self, data):
         chosen = self.any_of(data)
-        k, v = draw_tokens(data, self.HEADS, self.DTYPE, len(chosen))
+        k, v = draw_tokens(data, self.HEADS, self.dtype, len(chosen))
         counts = draw_counts(data, len(chosen), k.shape[2])
         try:
             self.pool.append(chosen, k, v, lengths=counts)
@@ -232,7 +249,7 @@ class Pages(RuleBasedStateMachine):
     def attend(self, data):
         chosen = data.draw(st.lists(st.sampled_from(sorted(self.model)), min_size=1, max_size=4))  # one may come twice
         models, heads = [self.model[s] for s in chosen], self.HEADS * self.GROUP
-        q, lengths, counts = draw_queries(data, [len(m) for m in models], heads, self.DTYPE)
+        q, lengths, counts = draw_queries(data, [len(m) for m in models], heads, self.kind)
         options = draw_options(data, heads)
         out, lse = self.pool.attend(chosen, q, lengths=lengths, return_lse=True, **options)
         for b, (m, n) in enumerate(zip(models, counts, strict=True)):

@@ -217,4 +217,5 @@ print(qkv_fast.KVCache(1, 1, 8, 5, dtype="int4"))
 
 
 def test_import_leaves_ml_dtypes_alone():
-    assert child_says("import sys, qkv_fast; qkv_fast.KVCache(1, 1, 8, 5); print('ml_dtypes' in sys.modules)") == "False"
+    code = "import sys, qkv_fast; qkv_fast.KVCache(1, 1, 8, 5, dtype='int4'); print('ml_dtypes' in sys.modules)"
+    assert child_says(code) == "False"
