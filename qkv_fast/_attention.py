@@ -7,10 +7,12 @@ import numpy as np
 
 from . import _core, _masks, _runtime
 from ._checks import (
+    _FLOAT32,
+    _FLOAT64,
     _NAMES,
-    _NUMPY_TYPES,
     _TYPES,
     Array,
+    _arithmetic,
     _as_array,
     _broadcast,
     _check_fit,
@@ -23,6 +25,7 @@ from ._checks import (
     _check_types,
     _empty,
     _fail_shapes,
+    _hint_of_bits,
     _is_known,
     _per_sequence,
 )
@@ -175,8 +178,8 @@ def attention(
         k = _as_array("k", k)
     if type(v) is not np.ndarray:
         v = _as_array("v", v)
-    char = q.dtype.char
-    if not (char == k.dtype.char == v.dtype.char and char in _NUMPY_TYPES):
+    number = q.dtype.num
+    if not (number == k.dtype.num == v.dtype.num and number in _TYPES):
         _check_types("attention", q, k, v)
 
     # Shapes: heads and lengths by layout, the axes left of them broadcast.
@@ -250,14 +253,14 @@ def attention(
     if out is None:
         # A plan asks a result for no more than its strides, which are q's: no pages for what will not be written.
         planned = counters is not None and counters is _core.PLAN and shape == q_shape
-        result = target = q if planned and q.flags.carray and q.dtype.isnative else _empty(shape, char)
+        result = target = q if planned and q.flags.carray and q.dtype.isnative else _empty(shape, number)
     else:
-        result = target = _check_out(out, shape, char)
+        result = target = _check_out(out, shape, number)
         if any(np.may_share_memory(out, x) for x in (q, k, v)) or (extras and extras.overlaps(out)):
-            target = _empty(shape, out.dtype.char)
+            target = _empty(shape, out.dtype.num)
     lse = None
     if return_lse:
-        lse = _empty((*batch, q_heads, len_q) if len(shape) > 2 else (len_q,), "d" if char == "d" else "f")
+        lse = _empty((*batch, q_heads, len_q) if len(shape) > 2 else (len_q,), _arithmetic(number))
 
     plan = _core.forward(
         q, k, v, target, lse, heads_first, scale, left, right, offsets, lengths, threads, isa, counters,
@@ -318,9 +321,10 @@ def merge_partials(outs: Sequence[Any], lses: Sequence[Any], *, layout: str = "b
         given = f"{len(outs)} outs and {len(lses)} lses"
         raise ValueError(f"merge_partials: one lse for each out, and at least one, got {given}")
     for name, arrays, names in (("outs", outs, _NAMES), ("lses", lses, "float32 or float64")):
-        chars = {x.dtype.char for x in arrays}
-        if len(chars) > 1 or not _is_known(arrays[0].dtype) or (name == "lses" and not chars <= {"f", "d"}):
-            given = ", ".join(str(x.dtype) for x in arrays)
+        numbers = {x.dtype.num for x in arrays}
+        known = numbers <= {_FLOAT32, _FLOAT64} if name == "lses" else _is_known(arrays[0].dtype)
+        if len(numbers) > 1 or not known:
+            given = ", ".join(str(x.dtype) for x in arrays) + _hint_of_bits("each", arrays[0])
             raise TypeError(f"merge_partials: {name} must be of one type, {names}, got {given}")
     shape = outs[0].shape
     rows = shape[:-1] if heads_first or len(shape) < 3 else (*shape[:-3], shape[-2], shape[-3])
@@ -341,7 +345,7 @@ def merge_partials(outs: Sequence[Any], lses: Sequence[Any], *, layout: str = "b
         for x, weight, log in zip(outs, weights, logs, strict=True):
             out += np.where(np.isneginf(log)[..., None], 0, x * weight[..., None])
         out /= np.where(total == 0, 1, total)[..., None]
-        return out.astype(_TYPES[outs[0].dtype.char]), lse.astype(_TYPES[lses[0].dtype.char])
+        return out.astype(_TYPES[outs[0].dtype.num]), lse.astype(_TYPES[lses[0].dtype.num])
 
 
 def _list_arrays(name: str, xs: Any) -> list[Array]:

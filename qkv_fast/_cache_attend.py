@@ -14,6 +14,7 @@ from ._attention import merge_partials
 from ._cache_types import Form
 from ._checks import (
     Array,
+    _arithmetic,
     _as_array,
     _check_layout,
     _check_out,
@@ -150,11 +151,11 @@ def attend(
     threads, isa, counters = _runtime.current()
     if num_threads is not None:
         threads = _runtime.check_threads(num_threads, f"{where}: num_threads")
-    char = q.dtype.char
+    number = q.dtype.num
     shape = (batch, heads, len_q, form.dim_v) if layout == "bhld" else (batch, len_q, heads, form.dim_v)
-    result = _empty(shape, char, where) if out is None else _check_out(out, shape, char, where)
+    result = _empty(shape, number, where) if out is None else _check_out(out, shape, number, where)
     view = target = result if layout == "bhld" else result.swapaxes(1, 2)
-    wide = "d" if char == "d" else "f"  # of the arithmetic
+    wide = _arithmetic(number)  # of the arithmetic
 
     apart = min(keep, tokens.most) if left is not None and tokens.most - 1 > left else 0  # kept keys beyond the window
     join = apart > 0 and len_q == 1 and (counts is mask is bias is alibi_slopes is None)
@@ -163,10 +164,10 @@ def attend(
         tokens = Tokens(keys.seen, 0, int(keys.seen.max()))
         left = right = None
         apart = 0
-    if apart and char != wide:
+    if apart and number != wide:
         target = _empty(view.shape, wide, where)  # rounded once, when both parts are there
     elif out is not None and (np.may_share_memory(out, q) or (extras and extras.overlaps(out))):
-        target = _empty(view.shape, out.dtype.char, where)
+        target = _empty(view.shape, out.dtype.num, where)
     lse = _empty((batch, heads, len_q), wide, where) if return_lse or apart else None
     if counts is not None or apart:
         spans = np.zeros((batch, len_q, 2), np.int64)  # nothing for a row beyond the sequence's queries

@@ -10,17 +10,18 @@ from . import _core
 
 Array = np.ndarray[Any, Any]
 
-_NUMPY_TYPES = "fde"  # element types by dtype.char; bfloat16 is none of NumPy's own
-_TYPES: dict[str, np.dtype[Any]] = {char: np.dtype(char) for char in _NUMPY_TYPES}  # and bfloat16, once it was seen
+_FLOAT32, _FLOAT64 = np.dtype("float32").num, np.dtype("float64").num
+# Element types by dtype.num, which no other type has, as it may have their letter; and bfloat16, once it was seen.
+_TYPES: dict[int, np.dtype[Any]] = {np.dtype(name).num: np.dtype(name) for name in ("float32", "float64", "float16")}
 _NAMES = "float16, bfloat16, float32 or float64"
 _FARTHEST_OFFSET = 2**60  # positions and distances below this cannot overflow 63 bits in the core
 _OPEN_DISTANCE = 2**61  # beyond every key from every position
 
 
-def _empty(shape: tuple[int, ...], char: str, where: str = "attention", like: Array | None = None) -> Array:
+def _empty(shape: tuple[int, ...], number: int, where: str = "attention", like: Array | None = None) -> Array:
     """With the axes in memory as those of `like`, if given."""
     try:
-        return np.empty(shape, _TYPES[char]) if like is None else np.empty_like(like, _TYPES[char], subok=False)
+        return np.empty(shape, _TYPES[number]) if like is None else np.empty_like(like, _TYPES[number], subok=False)
     except ValueError:
         raise OverflowError(f"{where}: a result of shape {shape} is too large for any array") from None
 
@@ -63,28 +64,36 @@ def _check_layout(layout: Any, where: str) -> bool:
 def _is_known(dtype: np.dtype[Any]) -> bool:
     """Whether calls take this type. Who has an array of bfloat16 has imported ml_dtypes, which registers it:
     we never need to."""
-    if dtype.char in _NUMPY_TYPES:
+    if dtype.num in _TYPES:
         return True
     if dtype.name != "bfloat16":
         return False
-    _TYPES[dtype.char] = np.dtype(dtype.type)
+    _TYPES[dtype.num] = np.dtype(dtype.type)
     return True
 
 
+def _arithmetic(number: int) -> int:
+    """The type that results of type `number` are computed in, and that of their log-sum-exp."""
+    return _FLOAT64 if number == _FLOAT64 else _FLOAT32
+
+
 def _check_type(where: str, name: str, x: Array) -> None:
-    if _is_known(x.dtype):
-        return
-    way_out = f"; pass {name}.astype('float32')" if x.dtype.kind in "biuf" else ""
-    if x.dtype.kind in "iuV" and x.dtype.itemsize == 2:  # what bfloat16 looks like where NumPy does not know it
-        way_out += "; if these are the bits of bfloat16, pip install ml_dtypes and pass "
-        way_out += f"{name}.view(ml_dtypes.bfloat16)"
-    raise TypeError(f"{where}: {name} must be {_NAMES}, got {x.dtype}{way_out}")
+    if not _is_known(x.dtype):
+        way_out = f"; pass {name}.astype('float32')" if x.dtype.kind in "biuf" else ""
+        raise TypeError(f"{where}: {name} must be {_NAMES}, got {x.dtype}{way_out}{_hint_of_bits(name, x)}")
+
+
+def _hint_of_bits(name: str, x: Array) -> str:
+    """Where x may be what bfloat16 looks like to a NumPy that does not know it."""
+    if x.dtype.kind not in "iuV" or x.dtype.itemsize != 2:
+        return ""
+    return f"; if these are the bits of bfloat16, pip install ml_dtypes and pass {name}.view(ml_dtypes.bfloat16)"
 
 
 def _check_narrower(where: str, given: dict[str, Array]) -> None:
     """That the second of two arrays has the type of the first, or a narrower one."""
     (name, a), (other, b) = given.items()
-    if a.dtype.itemsize == b.dtype.itemsize == 2 and a.dtype.char != b.dtype.char:
+    if a.dtype.itemsize == b.dtype.itemsize == 2 and a.dtype.num != b.dtype.num:
         raise TypeError(f"{where}: float16 and bfloat16 do not mix, got {name} in {a.dtype} and {other} in {b.dtype}")
     if b.dtype.itemsize > a.dtype.itemsize:
         raise TypeError(f"{where}: {other} must have {name}'s type or a narrower one, got {b.dtype} for {a.dtype}")
@@ -93,7 +102,7 @@ def _check_narrower(where: str, given: dict[str, Array]) -> None:
 def _check_types(where: str, q: Array, k: Array, v: Array) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_type(where, name, x)
-    if k.dtype.char != v.dtype.char:
+    if k.dtype.num != v.dtype.num:
         raise TypeError(f"{where}: k and v must have one type, got {k.dtype} and {v.dtype}")
     _check_narrower(where, {"q": q, "k and v": k})
 
@@ -116,7 +125,8 @@ def _check_fit(where: str, q: Array, k: Array, v: Array, heads: tuple[int, ...],
 
 
 def _check_scale(scale: Any, where: str = "attention", name: str = "scale") -> float:
-    if isinstance(scale, (bool, np.bool_)) or not isinstance(scale, (int, float, np.integer, np.floating)):
+    number = isinstance(scale, (int, float, np.integer, np.floating)) and not isinstance(scale, bool)
+    if not number and not (isinstance(scale, np.generic) and _is_known(scale.dtype)):
         raise TypeError(f"{where}: {name} must be a real number, got {scale!r}")
     try:
         value = float(scale)
@@ -218,13 +228,13 @@ def _check_lengths(where: str, lengths: Array, len_q: Any, len_k: Any, ambiguous
         )
 
 
-def _check_out(out: Any, shape: tuple[int, ...], char: str, where: str = "attention", like: str = "q") -> Array:
+def _check_out(out: Any, shape: tuple[int, ...], number: int, where: str = "attention", like: str = "q") -> Array:
     if not isinstance(out, np.ndarray) or isinstance(out, (np.ma.MaskedArray, np.matrix)):
         raise TypeError(f"{where}: out must be a plain numpy.ndarray, got {type(out).__name__}")
-    if out.dtype.char != char or not _is_known(out.dtype):
-        wider = "" if char in "fd" else ", or float32"
-        if not wider or out.dtype.char != "f":
-            raise TypeError(f"{where}: out must have {like}'s type {_TYPES[char]}{wider}, got {out.dtype}")
+    if out.dtype.num != number:
+        wider = "" if number in (_FLOAT32, _FLOAT64) else ", or float32"
+        if not wider or out.dtype.num != _FLOAT32:
+            raise TypeError(f"{where}: out must have {like}'s type {_TYPES[number]}{wider}, got {out.dtype}")
     if out.shape != shape:
         raise ValueError(f"{where}: out must have the shape {shape}, got out.shape={out.shape}")
     if not out.flags.writeable:

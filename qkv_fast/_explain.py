@@ -7,7 +7,7 @@ import numpy as np
 
 from . import _core, _runtime
 from ._attention import attention
-from ._checks import Array, _as_array
+from ._checks import Array, _arithmetic, _as_array
 
 
 class Plan(NamedTuple):
@@ -323,7 +323,7 @@ def _obstacles(x: Array, q: Array) -> list[str]:
     _, swapped, strided, unaligned, *_ = _core.OBSTACLES.values()
     step = x.strides[-1] if x.shape[-1] > 1 else 0  # of a row that is one element, that one is repeated
     found = {
-        "a type that is not q's": x.dtype != bool and x.dtype.char != ("d" if q.dtype.itemsize == 8 else "f"),
+        "a type that is not q's": x.dtype != bool and x.dtype.num != _arithmetic(q.dtype.num),
         swapped: not x.dtype.isnative,
         strided: step not in (0, x.itemsize),
         unaligned: not x.flags.aligned,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._checks import _NAMES, Array, _as_array, _check_scale, _fail_shapes, _is_known
+from ._checks import _NAMES, Array, _as_array, _check_scale, _fail_shapes, _hint_of_bits, _is_known
 
 _STEEPEST_SLOPE = 2.0**60  # times any distance, up to 2**62, it is within float32
 
@@ -73,7 +73,7 @@ def _check_mask(where: str, mask: Any) -> Array:
     if given.dtype == bool:
         return np.atleast_1d(given)  # the core looks at the last axis
     ways_out = "; to add it to the scores pass it as bias="
-    if given.dtype.kind in "iuf":
+    if given.dtype.kind in "iuf" or _is_known(given.dtype):
         ways_out += "; if it is not 0 where a query attends, pass mask.astype(bool)"
     raise TypeError(f"{where}: mask must be bool, True where a query attends to a key, got {given.dtype}{ways_out}")
 
@@ -83,8 +83,9 @@ def _check_bias(where: str, bias: Any) -> Array:
     if _is_known(given.dtype):
         return np.atleast_1d(given)
     ways_out = "; True where a query attends to a key is mask=" if given.dtype == bool else ""
-    if given.dtype.kind in "iufV":
+    if given.dtype.kind in "iuf":
         ways_out = "; pass bias.astype('float32') to add it, or as a bool mask= what is not 0 where a query attends"
+    ways_out += _hint_of_bits("bias", given)
     raise TypeError(f"{where}: bias, added to the scores, must be {_NAMES}, got {given.dtype}{ways_out}")
 
 

@@ -266,12 +266,12 @@ def softmax(
     if num_threads is not None:
         threads = _runtime.check_threads(num_threads, "softmax: num_threads")
     if out is None:
-        result = target = _empty(x.shape, x.dtype.char, where, like=x)
+        result = target = _empty(x.shape, x.dtype.num, where, like=x)
     else:
-        result = target = _check_out(out, x.shape, x.dtype.char, where, "x")
+        result = target = _check_out(out, x.shape, x.dtype.num, where, "x")
         in_place = _same_memory(out, x)
         if any(np.may_share_memory(out, y) for y in (x, mask) if y is not None and not (y is x and in_place)):
-            target = _empty(x.shape, out.dtype.char, where)
+            target = _empty(x.shape, out.dtype.num, where)
     _core.softmax(x, mask, target, axis % x.ndim, threads, isa, counters)
     if target is not result:
         result[...] = target
@@ -311,11 +311,11 @@ def _product(
     if num_threads is not None:
         threads = _runtime.check_threads(num_threads, f"{where}: num_threads")
     if out is None:
-        result = target = _empty(shape, a.dtype.char, where)
+        result = target = _empty(shape, a.dtype.num, where)
     else:
-        result = target = _check_out(out, shape, a.dtype.char, where, like)
+        result = target = _check_out(out, shape, a.dtype.num, where, like)
         if np.may_share_memory(out, a) or np.may_share_memory(out, b):
-            target = _empty(shape, out.dtype.char, where)
+            target = _empty(shape, out.dtype.num, where)
     rest = 1.0
     if a.dtype.itemsize < 8 and scale and not 2.0**-200 < abs(scale) < 2.0**200:
         scale, rest = math.copysign(2.0 ** (200 if abs(scale) > 1 else -200), scale), abs(scale)

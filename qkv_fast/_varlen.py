@@ -7,6 +7,7 @@ import numpy as np
 from . import _core, _masks, _runtime
 from ._checks import (
     Array,
+    _arithmetic,
     _as_array,
     _check_fit,
     _check_lengths,
@@ -150,14 +151,14 @@ def attention_varlen(
     threads, isa, counters = _runtime.current()
     if num_threads is not None:
         threads = _runtime.check_threads(num_threads, f"{where}: num_threads")
-    shape, char = (q.shape[0], q.shape[1], v.shape[2]), q.dtype.char
+    shape, number = (q.shape[0], q.shape[1], v.shape[2]), q.dtype.num
     if out is None:
-        result = target = _empty(shape, char, where)
+        result = target = _empty(shape, number, where)
     else:
-        result = target = _check_out(out, shape, char, where)
+        result = target = _check_out(out, shape, number, where)
         if any(np.may_share_memory(out, x) for x in (q, k, v)) or extras.overlaps(out):
-            target = _empty(shape, out.dtype.char, where)
-    lse = _empty((q.shape[1], q.shape[0]), "d" if char == "d" else "f", where) if return_lse else None
+            target = _empty(shape, out.dtype.num, where)
+    lse = _empty((q.shape[1], q.shape[0]), _arithmetic(number), where) if return_lse else None
     _core.forward(
         q, k, v, target, lse, False, scale, left, right, offsets, lengths, threads, isa, counters, extras
     )  # fmt: skip
