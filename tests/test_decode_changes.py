@@ -200,6 +200,20 @@ def test_hidden_blocks_are_not_even_looked_at(dtype, group):
 
 
 @dtypes
+def test_chunks_between_the_spans_of_two_rows_are_not_read(dtype):
+    q, k, v = qkv(11, dtype, heads=(2, 1), lengths=(2, 4 * CHUNK), dims=(24, 40))
+    segments = [0, 3], np.arange(4 * CHUNK) // CHUNK
+    clean = check(q, k, v, segments=segments)
+    plan = agree(q, k, v, segments=segments, num_threads=1)
+    assert (plan.tiles_full, plan.tiles_partial, plan.tiles_skipped) == (0, 2, 2)
+    between = (segments[1] == 1) | (segments[1] == 2)
+    k[:, between], v[:, between] = np.nan, np.nan
+    with _runtime.counters() as seen:
+        same_bits(qkv_fast.attention(q, k, v, segments=segments, return_lse=True), clean)
+    assert seen["panels_careful"] == 0
+
+
+@dtypes
 @kinds
 def test_nan_of_hidden_keys(dtype, kind):
     """In keys and values that some rows see and others do not, in every chunk."""
