@@ -12,7 +12,7 @@ import pytest
 from _explained import agree
 from _fence import Fence
 from _patterns import PATTERNS, fits
-from _util import ALL_TYPES, TYPES, check, normal, qkv, same_bits
+from _util import ALL_TYPES, TYPES, check, compare, normal, qkv, same_bits
 
 import qkv_fast
 from qkv_fast import _runtime
@@ -312,3 +312,14 @@ def test_caches(dtype, kind):
             same_bits(attend(q, return_lse=True, **options), expected)
         same = ("tiles_full", "tiles_partial", "tiles_skipped")
         assert [steps[name] for name in same] == [seen[name] for name in same]
+
+
+@pytest.mark.parametrize("stored", ["float16", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["mask", "mask of blocks", "bias", "alibi", "softcap"])
+def test_caches_of_narrow_types(stored, kind):
+    """Scores have the scales of their rows before anything becomes of them."""
+    (q, k, v), options = case(12, "float32", kind, heads=(4, 2), lengths=(2, CHUNK + 90), batch=(2,))
+    cache = qkv_fast.KVCache(2, 2, 24, 2000, value_dim=40, dtype=stored)
+    cache.append(k, v)
+    keys, values = cache.keys.astype("float32"), cache.values.astype("float32")
+    compare(cache.attend(q, return_lse=True, **options), (q, keys, values), causal=True, **options)
