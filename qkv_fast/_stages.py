@@ -8,6 +8,7 @@ import numpy as np
 
 from . import _core, _runtime
 from ._checks import (
+    _FLOAT32,
     Array,
     _as_array,
     _broadcast,
@@ -321,7 +322,7 @@ def _product(
         scale, rest = math.copysign(2.0 ** (200 if abs(scale) > 1 else -200), scale), abs(scale)
         rest /= abs(scale)
         if target.itemsize == 2:  # which are rounded once
-            target = _empty(shape, "f", where)
+            target = _empty(shape, _FLOAT32, where)
     _core.product(a, b, target, where == "scores", *heads_first, scale, threads, isa, counters)
     with np.errstate(all="ignore"):
         while rest != 1:  # in steps within the type: 0 times infinity would be NaN

@@ -12,7 +12,7 @@ import pytest
 from _explained import agree
 from _fence import Fence
 from _patterns import PATTERNS, fits
-from _util import ALL_TYPES, TYPES, check, normal, qkv, same_bits
+from _util import ALL_TYPES, TYPES, check, compare, normal, qkv, same_bits
 
 import qkv_fast
 from qkv_fast import _runtime
@@ -200,6 +200,20 @@ def test_hidden_blocks_are_not_even_looked_at(dtype, group):
 
 
 @dtypes
+def test_chunks_between_the_spans_of_two_rows_are_not_read(dtype):
+    q, k, v = qkv(11, dtype, heads=(2, 1), lengths=(2, 4 * CHUNK), dims=(24, 40))
+    segments = [0, 3], np.arange(4 * CHUNK) // CHUNK
+    clean = check(q, k, v, segments=segments)
+    plan = agree(q, k, v, segments=segments, num_threads=1)
+    assert (plan.tiles_full, plan.tiles_partial, plan.tiles_skipped) == (0, 2, 2)
+    between = (segments[1] == 1) | (segments[1] == 2)
+    k[:, between], v[:, between] = np.nan, np.nan
+    with _runtime.counters() as seen:
+        same_bits(qkv_fast.attention(q, k, v, segments=segments, return_lse=True), clean)
+    assert seen["panels_careful"] == 0
+
+
+@dtypes
 @kinds
 def test_nan_of_hidden_keys(dtype, kind):
     """In keys and values that some rows see and others do not, in every chunk."""
@@ -298,3 +312,14 @@ def test_caches(dtype, kind):
             same_bits(attend(q, return_lse=True, **options), expected)
         same = ("tiles_full", "tiles_partial", "tiles_skipped")
         assert [steps[name] for name in same] == [seen[name] for name in same]
+
+
+@pytest.mark.parametrize("stored", ["float16", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["mask", "mask of blocks", "bias", "alibi", "softcap"])
+def test_caches_of_narrow_types(stored, kind):
+    """Scores have the scales of their rows before anything becomes of them."""
+    (q, k, v), options = case(12, "float32", kind, heads=(4, 2), lengths=(2, CHUNK + 90), batch=(2,))
+    cache = qkv_fast.KVCache(2, 2, 24, 2000, value_dim=40, dtype=stored)
+    cache.append(k, v)
+    keys, values = cache.keys.astype("float32"), cache.values.astype("float32")
+    compare(cache.attend(q, return_lse=True, **options), (q, keys, values), causal=True, **options)
