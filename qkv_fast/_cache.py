@@ -35,7 +35,8 @@ class KVCache:
     value_dim : int, optional
         Elements of a value; `head_dim` by default.
     dtype : dtype_like, default "float32"
-        Of the stored keys and values: float32 or float64.
+        Of the stored keys and values: float32, float64, float16, bfloat16 (of the package ml_dtypes), int8 (a scale for
+        each key and value) or int4 (a scale for each 32 elements of one).
     window : int, optional
         Sequences grow without end, and a query sees the `window` tokens before it and itself: `attention`'s window of
         (window, None). The cache is then a ring of ``capacity - keep`` tokens, which must be more than `window`: with n
@@ -51,6 +52,8 @@ class KVCache:
     ------
     TypeError
         A number that is no integer, or a type that caches do not have.
+    ImportError
+        bfloat16 without ml_dtypes.
     ValueError
         Numbers out of range, or a file that is of another version or shape, truncated or damaged.
     OSError
@@ -65,7 +68,13 @@ class KVCache:
     Notes
     -----
     A result has the bits that `attention` has for the same keys in one array, of any batch; for a ring with `keep`,
-    once the first tokens are out of the window, that is true to rounding. Memory past the lengths has no influence.
+    once the first tokens are out of the window, and for int8 and int4 that is true to rounding. Memory past the lengths
+    has no influence.
+
+    int8 stores an element x as the integer n nearest to x / s, where s, a float32, is the largest magnitude of its key
+    or value over 127. int4 does so for groups of 32 elements, with n in -8..7 and s, a bfloat16 rounded away from zero,
+    the element of largest magnitude over -8. Both read as n s. Where an element is NaN or infinite, all that share its
+    scale read as NaN.
 
     To keep the first tokens of a sliding window is from G. Xiao et al., "Efficient Streaming Language Models with
     Attention Sinks", 2023, section 3.2; here tokens keep their positions.
@@ -162,7 +171,7 @@ class KVCache:
 
     @property
     def keys(self) -> Array:
-        """The stored keys, (batch, kv_heads, rows, head_dim): a read-only view.
+        """The stored keys, (batch, kv_heads, rows, head_dim): a read-only view, or a float32 copy of int8 and int4.
 
         Row t holds token t; in a ring `positions` says which. Rows past a sequence's length hold anything.
 
@@ -193,6 +202,18 @@ class KVCache:
         rows = x[:, :, : self._most]
         rows.flags.writeable = False
         return self._geometry.form.read(rows, dim)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values that there is room for.
+
+        Examples
+        --------
+        >>> import qkv_fast
+        >>> [qkv_fast.KVCache(1, 2, 128, 100, dtype=d).nbytes // 100 for d in ("float32", "float16", "int8", "int4")]
+        [2048, 1024, 528, 288]
+        """
+        return self._k.nbytes + self._v.nbytes
 
     @property
     def positions(self) -> Array:
@@ -231,7 +252,8 @@ class KVCache:
         Parameters
         ----------
         k : array_like, shape (batch, kv_heads, L, head_dim)
-            Keys of L tokens per sequence, of the cache's type or float32.
+            Keys of L tokens per sequence, of the cache's type or float32; of any type that
+            `attention` takes for int8 and int4.
         v : array_like, shape (batch, kv_heads, L, value_dim)
             Their values.
         lengths : int or array_like of int, optional
@@ -331,7 +353,7 @@ class KVCache:
         Parameters
         ----------
         q : array_like, shape (batch, Hq, L, head_dim)
-            Queries, of the cache's type or a wider one; ``Hq`` is a multiple of the key heads.
+            Queries, of the cache's type or a wider one, any for int8 and int4; ``Hq`` is a multiple of the key heads.
         lengths : int or array_like of int, optional
             How many of the L queries each sequence has, where they differ: its first ones, at its last tokens. The
             results of the others are 0. (The bits are then those of a call with L queries, not of one with fewer.)

@@ -34,12 +34,14 @@ class PagedKVCache:
     value_dim : int, optional
         Elements of a value; `head_dim` by default.
     dtype : dtype_like, default "float32"
-        Of the stored keys and values: float32 or float64.
+        Of the stored keys and values, as for `KVCache`.
 
     Raises
     ------
     TypeError
         A number that is no integer, or a type that caches do not have.
+    ImportError
+        bfloat16 without ml_dtypes.
     ValueError
         Numbers out of range.
     MemoryError
@@ -51,8 +53,9 @@ class PagedKVCache:
 
     Notes
     -----
-    A result has the bits that `attention` has for the same keys in one array. Pages are from W. Kwon et al., "Efficient
-    Memory Management for Large Language Model Serving with PagedAttention", 2023, section 4.
+    A result has the bits that `attention` has for the same keys in one array; for int8 and int4 that is true to
+    rounding. Pages are from W. Kwon et al., "Efficient Memory Management for Large Language Model Serving with
+    PagedAttention", 2023, section 4.
 
     A cache is not to be changed by two threads at once.
 
@@ -112,6 +115,18 @@ class PagedKVCache:
         20
         """
         return len(self._free)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pages.
+
+        Examples
+        --------
+        >>> import qkv_fast
+        >>> qkv_fast.PagedKVCache(1, 8, 20, page_size=10).nbytes
+        12800
+        """
+        return self._k.nbytes + self._v.nbytes
 
     @property
     def sequences(self) -> list[int]:
@@ -297,7 +312,8 @@ class PagedKVCache:
         sequences : sequence of int
             Their numbers, each once.
         k : array_like, shape (len(sequences), kv_heads, L, head_dim)
-            Keys of L tokens per sequence, of the cache's type or float32.
+            Keys of L tokens per sequence, of the cache's type or float32; of any type that
+            `attention` takes for int8 and int4.
         v : array_like, shape (len(sequences), kv_heads, L, value_dim)
             Their values.
         lengths : int or array_like of int, optional
@@ -398,7 +414,7 @@ class PagedKVCache:
         sequences : sequence of int
             Their numbers, at least one.
         q : array_like, shape (len(sequences), Hq, L, head_dim)
-            Queries, of the cache's type or a wider one; ``Hq`` is a multiple of the key heads.
+            Queries, of the cache's type or a wider one, any for int8 and int4; ``Hq`` is a multiple of the key heads.
         lengths : int or array_like of int, optional
             How many of the L queries each sequence has, where they differ: its first ones, at its last tokens. The
             results of the others are 0. (The bits are then those of a call with L queries, not of one with fewer.)
@@ -473,7 +489,7 @@ class PagedKVCache:
         return Keys(self._k, self._v, np.array(table, np.int64).reshape(-1, 4), np.array(run_of, np.int64))
 
     def gather(self, sequence: int) -> tuple[Array, Array]:
-        """Copies of the keys and values of one sequence, in order.
+        """Copies of the keys and values of one sequence, in order: float32 for int8 and int4.
 
         Parameters
         ----------

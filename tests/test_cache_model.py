@@ -1,10 +1,10 @@
 """Caches against a plain model: lists of tokens. Random appends, cuts, reorders, wraps and forks, by hypothesis.
 
 The model stores what a cache of the type gives back: numbers rounded to it, dequantised for int8 and int4. The result
-is that of `attention` over them for each sequence alone, to the last bit, and that of `reference.attention` by the error
-rule. By the rule alone: quantised rows, whose kernels may multiply by a scale after a sum; a ring that has lost sight of
-kept tokens; and numbers of queries that differ, since how many there are decides which kernel takes them. Memory starts
-as NaN, which must never show.
+is that of `attention` over them for each sequence alone, to the last bit, and that of `reference.attention` by the
+error rule. By the rule alone: quantised rows, whose kernels may multiply by a scale after a sum; a ring that has lost
+sight of kept tokens; and numbers of queries that differ, since how many there are decides which kernel takes them.
+Memory starts as NaN, which must never show.
 """
 
 import numpy as np

@@ -105,6 +105,43 @@ def test_attention_in_16_bits_keeps_the_similarities(example, model, embeddings,
     assert np.abs(result @ result.T - embeddings @ embeddings.T).max() <= 1e-2
 
 
+CACHE_TYPES = ("float32", "float16", "bfloat16", "int8", "int4")
+
+
+def rms(x):
+    return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
+
+
+def test_errors_of_caches_with_real_keys_and_values(example, model, monkeypatch):
+    """docs/guide.md says them, to two digits: half of the last is up to 5 %. They are the rounding of what is stored, so
+    other BLAS libraries, 1e-6 apart, change them by less; those of float32 are the rounding of sums."""
+    layers = []
+
+    def attention(q, k, v, **keywords):
+        layers.append([x.swapaxes(1, 2).copy() for x in (q, k, v)])
+        return qkv_fast.attention(q, k, v, **keywords)
+
+    monkeypatch.setattr(example, "attention", attention)
+    model.embed([" ".join(SENTENCES)])
+    q, k, v = (np.concatenate(arrays) for arrays in zip(*layers, strict=True))
+    assert q.shape == (6, 12, 168, 32)
+    exact = qkv_fast.reference.attention(q, k, v)
+    guide = (EXAMPLE.parents[1] / "docs" / "guide.md").read_text(encoding="utf-8")
+    for dtype in CACHE_TYPES:
+        cache = qkv_fast.KVCache(6, 12, 32, 168, dtype=dtype)
+        cache.append(k, v)
+        error = cache.attend(q, causal=False) - exact
+        stored = [rms(np.float64(x) - y) / rms(y) for x, y in ((cache.keys, k), (cache.values, v))]
+        found = [*stored, rms(error) / rms(exact), np.abs(error).max() / np.abs(v).max()]
+        size = cache.nbytes // (2 * 6 * 12 * 168)
+        row = " | ".join([dtype, str(size), *("0" if x == 0 else f"{x:.1e}" for x in found)])
+        print(f"| {row} |")
+        told = [line.strip("| ").split(" | ") for line in guide.splitlines() if line.startswith(f"| {dtype} |")]
+        assert len(told) == 1 and told[0][:2] == [dtype, str(size)]
+        share = 0.5 if dtype == "float32" else 0.05
+        np.testing.assert_allclose(found, [float(x) for x in told[0][2:]], rtol=share, err_msg=dtype)
+
+
 def test_sentence_alone_is_as_in_the_batch(model, embeddings):
     # Attention gives the same bits; the products around it may not, as BLAS chooses its kernels by size.
     alone = np.concatenate([model.embed([sentence]) for sentence in SENTENCES])
