@@ -13,6 +13,7 @@ from . import _core, _masks, _runtime
 from ._attention import merge_partials
 from ._cache_types import Form
 from ._checks import (
+    _FLOAT32,
     Array,
     _arithmetic,
     _as_array,
@@ -55,10 +56,11 @@ def check_tokens(
     if type(v) is not np.ndarray:
         v = _as_array("v", v, where)
     for name, x in (("k", k), ("v", v)):
-        if form.stored:
-            _check_type(where, name, x)
-        elif x.dtype != form.dtype and x.dtype != np.float32:
-            raise TypeError(f"{where}: {name} must be float32 or the cache's {form.dtype}, got {x.dtype}")
+        if x.dtype.num in (form.dtype.num, _FLOAT32):
+            continue
+        _check_type(where, name, x)
+        if not form.stored and x.dtype.itemsize >= form.dtype.itemsize:
+            raise TypeError(f"{where}: {name} must be {form.dtype} as the cache, float32 or narrower, got {x.dtype}")
     if layout != "bhld" and not _check_layout(layout, where) and k.ndim == v.ndim == 4:
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     shape = k.shape

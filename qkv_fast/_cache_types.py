@@ -71,7 +71,7 @@ def check_form(where: str, kv_heads: Any, head_dim: Any, value_dim: Any, dtype: 
     if max(dim, dim_v) > _core.MAX_DIM:
         raise ValueError(f"{where}: head_dim and value_dim are at most {_core.MAX_DIM}, got {dim} and {dim_v}")
     try:
-        name = str(np.dtype(dtype))
+        name = str(dtype if dtype is None else np.dtype(dtype))  # of None NumPy makes float64
     except TypeError:  # a word that NumPy does not know: int4, and bfloat16 before ml_dtypes is imported
         name = str(dtype)
     if name not in NAMES:

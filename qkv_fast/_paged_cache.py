@@ -312,7 +312,7 @@ class PagedKVCache:
         sequences : sequence of int
             Their numbers, each once.
         k : array_like, shape (len(sequences), kv_heads, L, head_dim)
-            Keys of L tokens per sequence, of the cache's type or float32; of any type that
+            Keys of L tokens per sequence, of the cache's type, float32 or narrower; of any type that
             `attention` takes for int8 and int4.
         v : array_like, shape (len(sequences), kv_heads, L, value_dim)
             Their values.

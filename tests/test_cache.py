@@ -155,7 +155,7 @@ K = np.ones((2, 2, 3, 4), "float32")
 Q = np.ones((2, 4, 1, 4), "float32")
 ERRORS = {
     "type of k": (lambda c: c.append(K.astype("float64"), K), TypeError, "k must be float32 .* got float64"),
-    "type of v": (lambda c: c.append(K, K.astype(int)), TypeError, "v must be float32 .* got int64"),
+    "type of v": (lambda c: c.append(K, K.astype(int)), TypeError, "v must be float16, .* got int64"),
     "masked": (lambda c: c.append(np.ma.array(K), K), TypeError, "masked array"),
     "batch": (lambda c: c.append(K[:1], K[:1]), ValueError, r"\(2, 2, tokens, 4\) .*k.shape=\(1, 2, 3, 4\)"),
     "heads": (lambda c: c.append(K[:, :1], K[:, :1]), ValueError, "k.shape"),

@@ -151,7 +151,7 @@ def test_names_of_types(given):
     assert f"dtype='{WORDS[given]}'" in repr(PagedKVCache(1, 33, 5, dtype=given))
 
 
-@pytest.mark.parametrize("given", ["int16", "uint8", "int2", ">f4", bool, object, "float8_e4m3fn", 7])
+@pytest.mark.parametrize("given", ["int16", "uint8", "int2", ">f4", bool, object, "float8_e4m3fn", 7, None])
 def test_types_that_no_cache_has(given):
     for make in (lambda: KVCache(1, 1, 8, 5, dtype=given), lambda: PagedKVCache(1, 8, 5, dtype=given)):
         with pytest.raises(TypeError, match=r"dtype must be one of .*, bfloat16, int8, int4, got"):
@@ -165,9 +165,9 @@ def test_bytes_of_a_row():
 
 K = np.ones((1, 2, 3, 8), "float32")
 REFUSED = {
-    ("float16", "float64"): "k must be float32 or the cache's float16, got float64",
-    ("float16", "bfloat16"): "k must be float32 or the cache's float16, got bfloat16",
-    ("bfloat16", "float16"): "k must be float32 or the cache's bfloat16, got float16",
+    ("float16", "float64"): "k must be float16 as the cache, float32 or narrower, got float64",
+    ("float16", "bfloat16"): "k must be float16 as the cache, float32 or narrower, got bfloat16",
+    ("bfloat16", "float16"): "k must be bfloat16 as the cache, float32 or narrower, got float16",
     ("int8", "int8"): r"k must be float16, .* got int8; pass k.astype\('float32'\)",
     ("int4", "uint8"): "k must be float16, .* got uint8",
     ("int4", "complex64"): "k must be float16, .* got complex64",
@@ -183,6 +183,19 @@ def test_numbers_that_are_refused(dtype, given):
         with pytest.raises(TypeError, match=REFUSED[dtype, given]):
             call()
     assert cache.lengths.tolist() == [0] and pool.lengths([0]).tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    "dtype, given",
+    [("float32", "float16"), ("float32", "bfloat16"), ("float64", "float32"), ("float16", "float32"), ("float16", ">f2")],
+)
+def test_numbers_of_other_types(dtype, given):
+    """Narrower ones, another byte order, and float32, which is rounded."""
+    cache = KVCache(1, 2, 8, 5, dtype=dtype)
+    x = (np.arange(48).reshape(K.shape) / 7).astype(given)
+    cache.append(x, -x)
+    np.testing.assert_array_equal(cache.keys, x.astype(dtype))
+    np.testing.assert_array_equal(cache.values, -x.astype(dtype))
 
 
 @pytest.mark.parametrize("dtype, given", [("int8", "int8"), ("int4", "uint8"), ("bfloat16", "float16")])
