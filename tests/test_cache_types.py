@@ -187,7 +187,13 @@ def test_numbers_that_are_refused(dtype, given):
 
 @pytest.mark.parametrize(
     "dtype, given",
-    [("float32", "float16"), ("float32", "bfloat16"), ("float64", "float32"), ("float16", "float32"), ("float16", ">f2")],
+    [
+        ("float32", "float16"),
+        ("float32", "bfloat16"),
+        ("float64", "float32"),
+        ("float16", "float32"),
+        ("float16", ">f2"),
+    ],
 )
 def test_numbers_of_other_types(dtype, given):
     """Narrower ones, another byte order, and float32, which is rounded."""

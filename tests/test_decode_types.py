@@ -62,7 +62,8 @@ def test_every_length(stored, request):
     step = 1 if request.config.getoption("--full") else 7
     for first, group in itertools.product(range(1, 601, 60 * step), (1, 4)):
         counts = np.arange(first, min(601, first + 60 * step), step)
-        check(*cached(first, stored, batch=len(counts), heads=(group, 1), lengths=(1, 600), dims=(32, 64), counts=counts))
+        shape = {"batch": len(counts), "heads": (group, 1), "lengths": (1, 600), "dims": (32, 64)}
+        check(*cached(first, stored, **shape, counts=counts))
     for n in (*range(1, 70), 255, 256, 257, 600):
         check(*cached(n, stored, heads=(5, 1), lengths=(1, n), dims=(48, 16)))
 
@@ -123,7 +124,8 @@ def test_pages_and_rings_do_not_change_bits(stored, dims):
         if stored in HALVES:
             same_bits(pool.attend(chosen[:1], q, return_lse=True), expected)
         else:  # numbers that were quantised are quantised anew
-            compare(pool.attend(chosen[:1], q, return_lse=True), (q, *(x[None] for x in pool.gather(chosen[0]))), causal=True)
+            kept = (x[None] for x in pool.gather(chosen[0]))
+            compare(pool.attend(chosen[:1], q, return_lse=True), (q, *kept), causal=True)
     ring = KVCache(1, 2, dims[0], 400, value_dim=dims[1], dtype=stored, window=350)
     for at in range(0, 1500, 50):
         ring.append(k[:, :, at : at + 50], v[:, :, at : at + 50])
@@ -151,8 +153,8 @@ def test_poison_behind_the_lengths(stored):
 @narrow
 @pytest.mark.parametrize("group", [1, 3])
 def test_nan_that_some_rows_see(stored, group):
-    """A value that the last position sees and the first ones do not: these keep their bits, the last has the NaN, in all that
-    shares its scale."""
+    """A value that the last position sees and the first ones do not: these keep their bits, the last has the NaN, in
+    all that shares its scale."""
     q, k, v = qkv(6, batch=(1,), heads=(group, 1), lengths=(3, 1200), dims=(64, 48))
     caches = KVCache(1, 1, 64, 1200, value_dim=48, dtype=stored), KVCache(1, 1, 64, 1200, value_dim=48, dtype=stored)
     caches[0].append(k, v)

@@ -113,8 +113,8 @@ def rms(x):
 
 
 def test_errors_of_caches_with_real_keys_and_values(example, model, monkeypatch):
-    """docs/guide.md says them, to two digits: half of the last is up to 5 %. They are the rounding of what is stored, so
-    other BLAS libraries, 1e-6 apart, change them by less; those of float32 are the rounding of sums."""
+    """docs/guide.md says them, to two digits: half of the last is up to 5 %. They are the rounding of what is stored,
+    so other BLAS libraries, 1e-6 apart, change them by less; those of float32 are the rounding of sums."""
     layers = []
 
     def attention(q, k, v, **keywords):
