@@ -10,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +23,7 @@ STREAM_BYTES = 1 << 28  # what the inputs of a streaming case total: several tim
 TINY_FLOPS = 1e7  # fewer than these take less than 0.1 ms: such a case is about the cost of a call
 
 
-SHORT = {"float64": "f64", "float16": "f16", "bfloat16": "bf16"}
+SHORT = {"float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "bf16", "int8": "int8", "int4": "int4"}
 
 
 @dataclass(frozen=True)
@@ -113,10 +114,12 @@ class Case:
         """Sets of inputs that calls take in turn."""
         return math.ceil(STREAM_BYTES / self.bytes()) if self.stream else 1
 
-    def sets(self) -> list[tuple[np.ndarray, ...]]:
+    def sets(self) -> Iterator[tuple[np.ndarray, ...]]:
         """The inputs as often as `copies` says: the same numbers, each at a place of their own."""
         first = self.inputs()
-        return [first] + [tuple(a.copy() for a in first) for _ in range(self.copies() - 1)]
+        yield first
+        for _ in range(self.copies() - 1):
+            yield tuple(a.copy() for a in first)
 
     @property
     def limited_by(self) -> str:
@@ -194,6 +197,15 @@ def _ragged_lengths(batch: int, longest: int) -> tuple[int, ...]:
     return tuple(math.ceil(longest * (0.25 + 0.75 * i / (batch - 1))) for i in range(batch))
 
 
+def _decode(shape: str, kv_heads: int | None, kv_len: int, goal: Goal | None, **options) -> Case:
+    """New tokens against long caches that are read from memory."""
+    options |= {"kv_heads": kv_heads, "kv_len": kv_len, "goal": goal}
+    return case(shape, 128, label="decode", stream=True, suites=("decode",), **options)
+
+
+# Single tokens: BxHxL, key heads (None: as many as query heads), keys.
+STEPS = (("1x32x1", None, 4096), ("1x32x1", 8, 4096), ("1x32x1", 8, 32768), ("8x32x1", 8, 4096))
+
 # Goals are those of the AVX-512 test machine (2 cores, Zen 4); on another machine they are only a comparison.
 CASES: tuple[Case, ...] = (
     case("1x12x2048", 64, suites=("foundation", "prefill", "masks", "main"), goal=_peak(86, 91)),
@@ -240,15 +252,18 @@ CASES: tuple[Case, ...] = (
     case("1x12x512", 64, kv_len=2048, causal=True, suites=("masks",)),
     case("4x8x512", 64, kv_len=2048, causal=True, kv_lengths=_ragged_lengths(4, 2048), suites=("masks",)),
     # One new token per sequence against long caches, read from memory.
-    case("1x32x1", 128, label="decode", kv_len=4096, stream=True, suites=("decode",), goal=_peak(85, 95)),
-    case("1x32x1", 128, label="decode", kv_heads=8, kv_len=4096, stream=True, suites=("decode",), goal=_peak(75, 90)),
-    case("1x32x1", 128, label="decode", kv_heads=8, kv_len=32768, stream=True, suites=("decode",), goal=_peak(75, 90)),
-    case("8x32x1", 128, label="decode", kv_heads=8, kv_len=4096, stream=True, suites=("decode",), goal=_peak(75, 90)),
-    # A few drafted tokens: in at most 1.6 times the time of one, by its goal; from 8 on bound by arithmetic.
-    case("1x32x4", 128, label="decode", kv_heads=8, kv_len=4096, stream=True, suites=("decode",), goal=_peak(47, 75)),
+    *(_decode(*shape, _peak(*goal)) for shape, goal in zip(STEPS, ((85, 95), *[(75, 90)] * 3), strict=True)),
+    *(_decode(*shape, _peak(70, 85), dtype=dtype) for dtype in HALVES for shape in STEPS),
+    *(
+        _decode(*shape, _peak(*goal), kv_dtype=stored, operation="cache")
+        for stored, alone, grouped in (("int8", (75, 88), (55, 75)), ("int4", (40, 60), (25, 40)))
+        for shape, goal in zip(STEPS, (alone, *[grouped] * 3), strict=True)
+    ),
+    # A few drafted tokens (the first row's goal is in properties.py); from 8 on bound by arithmetic.
+    _decode("1x32x4", 8, 4096, None),
     case("1x32x8", 128, label="decode", kv_heads=8, kv_len=4096, suites=("decode",), goal=_peak(70, 82)),
     case("1x32x16", 128, label="decode", kv_heads=8, kv_len=4096, suites=("decode",), goal=_peak(70, 82)),
-    case("1x12x1", 64, label="decode", kv_len=1024, stream=True, suites=("decode", "quick")),
+    case("1x12x1", 64, label="decode", kv_len=1024, suites=("decode", "quick")),
     # The same work, batch * heads * length**2, in sequences of 128 to 4096.
     case("128x8x128", 64, label="scaling", suites=("scaling",)),
     case("32x8x256", 64, label="scaling", suites=("scaling",)),

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -199,8 +200,49 @@ class Softmax(Stage):
         return TOLERANCE[case.dtype]
 
 
+class CacheStep(Attention):
+    """The newest q_len tokens of a `KVCache` that stores keys and values as `kv_type` says, int8 and int4 among them:
+    `attend` alone, what `append` made of the numbers is there already. The exact answer is that of what is stored."""
+
+    @staticmethod
+    def inputs(case: Case, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+        q, *others = (rng.standard_normal(shape, dtype="float32") for shape in Attention.shapes(case))
+        return q.astype(element(case.dtype), copy=False), *others
+
+    @staticmethod
+    def cache(case: Case, capacity: int) -> qkv_fast.KVCache:
+        return qkv_fast.KVCache(
+            case.batch, case.kv_heads, case.dim, capacity, value_dim=case.value_dim, dtype=case.kv_type
+        )
+
+    @staticmethod
+    def filled(case: Case, arrays: tuple[np.ndarray, ...]) -> qkv_fast.KVCache:
+        cache = CacheStep.cache(case, case.kv_len)
+        cache.append(*arrays[1:])
+        return cache
+
+    @staticmethod
+    def bytes(case: Case) -> int:
+        rows = case.batch * case.heads * case.q_len * (case.dim + case.value_dim) * element(case.dtype).itemsize
+        return rows + CacheStep.cache(case, 1).nbytes * case.kv_len
+
+    @staticmethod
+    def call(case: Case, arrays: tuple[np.ndarray, ...], threads: int, reuse_out: bool) -> Callable[[], np.ndarray]:
+        q, attend = arrays[0], CacheStep.filled(case, arrays).attend
+        options = {"num_threads": threads}
+        if reuse_out:
+            options["out"] = np.empty((*q.shape[:-1], case.value_dim), q.dtype)
+        return lambda: attend(q, **options)
+
+    @staticmethod
+    def exact(case: Case, arrays: tuple[np.ndarray, ...], rows: slice) -> np.ndarray:
+        cache = CacheStep.filled(case, arrays)
+        return Attention.exact(replace(case, causal=True), (arrays[0], cache.keys, cache.values), rows)
+
+
 OPERATIONS: dict[str, type] = {
     "attention": Attention,
+    "cache": CacheStep,
     "scores": Scores,
     "weighted_values": WeightedValues,
     "softmax": Softmax,

@@ -26,7 +26,7 @@ Way = tuple[str, list[Callable[[], object]], Callable[[], np.ndarray]]
 
 def sets(case: Case) -> list[tuple[np.ndarray, ...]]:
     """Contiguous (batch, heads, length, dim) inputs, whatever the case's layout, as often as the case wants them."""
-    found = case.sets()
+    found = list(case.sets())
     if case.layout == "blhd":
         return [tuple(np.ascontiguousarray(a.swapaxes(1, 2)) for a in arrays) for arrays in found]
     return found

@@ -19,7 +19,7 @@ import numpy as np
 import qkv_fast
 
 from .. import _runtime
-from . import machine
+from . import limits, machine
 from .cases import CASES, Case, case
 from .method import Local, Summary, describe, interleave, rotate
 from .ours import Ours, ours
@@ -120,7 +120,7 @@ def measure_step_changes(seconds: float, threads: tuple[int, ...]) -> Iterator[M
     """One query over many keys in memory, with a bias or the like, against the call without."""
     for name in ("decode:1x32x1-d128-k4096", "decode:1x32x1-d128-kv8-k4096"):
         plain = find(name)
-        sets, rng, row = plain.sets(), np.random.default_rng(0), (1, 1, 1, plain.kv_len)
+        sets, rng, row = list(plain.sets()), np.random.default_rng(0), (1, 1, 1, plain.kv_len)
         asked = {
             "bias (1, 1, 1, L)": {"bias": rng.standard_normal(row, dtype="float32")},
             "mask (1, 1, 1, L), half at random": {"mask": rng.random(row) < 0.5},
@@ -137,6 +137,49 @@ def measure_step_changes(seconds: float, threads: tuple[int, ...]) -> Iterator[M
             for title in asked:
                 found = rounds.ratio(title, "plain")
                 yield Measured(f"{title}, {name}, {threads_text(n)}", found.median, "x", 1.1, spread=found.spread)
+
+
+def measure_drafts(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]:
+    """A few drafted tokens against a single one, both over keys in memory."""
+    four, one = find("decode:1x32x4-d128-kv8-k4096"), find("decode:1x32x1-d128-kv8-k4096")
+    for n in threads:
+        found = ratio(ours(four, n), ours(one, n), seconds / len(threads))
+        arithmetic = four.flops() / limits.rate("float32", n, 0.1) * limits.rate("read", n, 0.1) / one.bytes()
+        note = f"{arithmetic:.2f} x if four ran at the FMA peak and one at the read bandwidth"
+        name = f"4 queries over 1, {four.name}, {threads_text(n)}"
+        yield Measured(name, found.median, "x", 1.6, spread=found.spread, note=note)
+
+
+def measure_cache_calls(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]:
+    """What `KVCache` adds to attention over the arrays that it holds, and to a copy of a token's key and value. Of one
+    thread, and with so few keys that the call is most of it."""
+    token = case("1x8x1", 64, kv_len=256)
+    q, *held = token.inputs()
+    cache = qkv_fast.KVCache(token.batch, token.kv_heads, token.dim, token.kv_len + 1)
+    cache.append(*held)
+    new, keys, values, room = held[0][:, :, :1].copy(), cache.keys, cache.values, np.empty_like(held[0])
+
+    def copy() -> None:
+        room[:, :, 1:2] = new
+        room[:, :, 2:3] = new
+
+    def append() -> None:
+        cache.append(new, new)
+        cache.truncate(token.kv_len)
+
+    calls = {
+        "attention": partial(qkv_fast.attention, q, keys, values, num_threads=1),
+        "attend": partial(cache.attend, q, num_threads=1),
+        "copy": copy,
+        "append": append,
+        "truncate": partial(cache.truncate, token.kv_len),
+    }
+    found = interleave([Local(name, call) for name, call in calls.items()], budget=seconds).seconds
+    took = {name: np.array(times) * 1e6 for name, times in found.items()}
+    over = Summary.of(list(took["attend"] - took["attention"]))
+    yield Measured("KVCache.attend beyond attention", over.median, "µs", 3.0, spread=over.spread)
+    over = Summary.of(list(took["append"] - took["truncate"] - took["copy"]))
+    yield Measured("KVCache.append of a token beyond copies", over.median, "µs", 5.0, spread=over.spread)
 
 
 def measure_documents(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]:
@@ -299,6 +342,8 @@ PROPERTIES: tuple[Property, ...] = (
     Property("scaling", ("foundation", "prefill"), measure_scaling),
     Property("changes", ("masks",), measure_changes),
     Property("step-changes", ("decode",), measure_step_changes),
+    Property("drafts", ("decode",), measure_drafts),
+    Property("cache-calls", ("decode",), measure_cache_calls),
     Property("documents", ("masks",), measure_documents),
     Property("ragged", ("masks",), measure_ragged),
     Property("subnormal", ("foundation", "prefill"), measure_subnormal),

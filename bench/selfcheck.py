@@ -3,12 +3,14 @@
 The rule is the library's promise: the largest error is at most twice that of plain NumPy in the same type,
 plus 4 eps max|v|. Both are measured against the next wider type: the float64 reference for float32, plain
 NumPy in long double for float64 (where long double is no wider than float64, rounding bounds the difference
-to the reference).
+to the reference). In 16 bits it is that of float32, one rounding more, and where pairs of bfloat16 are multiplied
+that of the weights. Steps of caches are compared with what they store.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +22,12 @@ import qkv_fast
 from .. import _runtime, reference
 from .cases import Case, case
 from .method import describe
+from .operations import element
 from .peers import softmax_values
+
+UNITS = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
+HAS_BFLOAT16 = importlib.util.find_spec("ml_dtypes") is not None
+TYPES = ("float32", "float64", "float16", "bfloat16")[: 4 if HAS_BFLOAT16 else 3]
 
 # Odd lengths and dims meet every tail of a kernel; the masks meet skipped, full and partial tiles.
 SHAPES: tuple[Case, ...] = (
@@ -37,6 +44,11 @@ SHAPES: tuple[Case, ...] = (
     case("1x8x1", 64, kv_len=700),
     case("1x1x1", 1),
 )
+STEPS: tuple[Case, ...] = tuple(
+    case(shape, 64, label="cache", kv_heads=2, kv_len=n, value_dim=dim_v, kv_dtype=stored, operation="cache")
+    for stored in (*TYPES[:1], *TYPES[2:], "int8", "int4")
+    for shape, n, dim_v in (("2x2x1", 300, 64), ("1x8x3", 1100, 40), ("1x8x50", 200, 64))
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +64,7 @@ class Check:
 
 def run(isa: str) -> Iterator[Check]:
     """Every check of one CPU path; an exception is a failed check."""
-    for dtype in ("float32", "float64"):
+    for dtype in TYPES:
         for shape, views in [(shape, False) for shape in SHAPES] + [(SHAPES[0], True), (SHAPES[3], True)]:
             name = shape.name + (" strided" if views else "")
             try:
@@ -63,16 +75,25 @@ def run(isa: str) -> Iterator[Check]:
                 yield compare(isa, dtype, name, answer, exact, allowed)
             except Exception as error:
                 yield Check(isa, dtype, name, math.nan, describe(error))
+    for step in STEPS:
+        try:
+            arrays = step.inputs()
+            exact, allowed = step.work.exact(step, arrays, slice(0, step.q_len)), step.work.tolerance(step, arrays)
+            with _runtime.force_isa(isa):
+                answer = step.work.call(step, arrays, qkv_fast.get_num_threads(), False)()
+            yield compare(isa, step.dtype, step.name, answer, exact, allowed)
+        except Exception as error:
+            yield Check(isa, step.dtype, step.name, math.nan, describe(error))
 
 
 def inputs(shape: Case, dtype: str, views: bool) -> list[np.ndarray]:
     """The case's numbers in a type, contiguous or as views with gaps and a negative stride."""
-    arrays = [a.astype(dtype) for a in shape.inputs()]
+    arrays = [a.astype(element(dtype)) for a in shape.inputs()]
     if not views:
         return arrays
     spread = []
     for a in arrays:
-        wide = np.zeros((*a.shape[:-2], 2 * a.shape[-2], 3 * a.shape[-1]), dtype)
+        wide = np.zeros((*a.shape[:-2], 2 * a.shape[-2], 3 * a.shape[-1]), a.dtype)
         view = wide[..., ::-2, ::3]
         view[...] = a
         spread.append(view)
@@ -83,11 +104,20 @@ def inputs(shape: Case, dtype: str, views: bool) -> list[np.ndarray]:
 def exact_and_allowed(shape: Case, dtype: str) -> tuple[np.ndarray, float]:
     """The answer in a wider type, in the case's layout, and the error that the rule allows."""
     q, k, v = inputs(shape, dtype, views=False)
+    if dtype in UNITS:
+        wide = [x.astype("float32") for x in (q, k, v)]
+        exact, allowed = error_of_plain(shape, *wide)
+        weights = 2 * float(np.abs(wide[2]).max(initial=0.0)) if dtype == "bfloat16" else 0.0
+        return exact, allowed + UNITS[dtype] * (float(np.abs(exact).max(initial=0.0)) + weights)
+    return error_of_plain(shape, q, k, v)
+
+
+def error_of_plain(shape: Case, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, float]:
     exact = reference.attention(q, k, v, layout=shape.layout, **shape.arguments())
     largest = float(np.abs(v).max(initial=0.0))
-    eps = float(np.finfo(dtype).eps)
+    eps = float(np.finfo(q.dtype).eps)
     plain = plain_numpy(shape, q, k, v)
-    if dtype == "float64":
+    if q.dtype == np.float64:
         if np.finfo(np.longdouble).eps >= eps:
             return exact, 64 * eps * largest
         exact = plain_numpy(shape, *(a.astype(np.longdouble) for a in (q, k, v)))
@@ -113,7 +143,7 @@ def plain_numpy(shape: Case, q, k, v) -> np.ndarray:
 def compare(isa: str, dtype: str, name: str, answer, exact, allowed: float) -> Check:
     if answer.shape != exact.shape or answer.dtype != dtype:
         return Check(isa, dtype, name, math.nan, f"{answer.dtype} {answer.shape}, not {dtype} {exact.shape}")
-    error = float(np.abs(answer - exact).max(initial=0.0))
+    error = float(np.abs(answer.astype(np.longdouble) - exact).max(initial=0.0))
     share = error / allowed if allowed else 0.0
     problem = "" if error <= allowed else f"error {error:.2e}, allowed {allowed:.2e}"  # a NaN is a problem too
     return Check(isa, dtype, name, share, problem)

@@ -5,6 +5,7 @@ t < keep, else in row keep + (t - keep) % size: positions stay what they are, an
 """
 
 import os
+import sys
 from typing import Any, Self
 
 import numpy as np
@@ -55,7 +56,7 @@ class KVCache:
     ImportError
         bfloat16 without ml_dtypes.
     ValueError
-        Numbers out of range, or a file that is of another version or shape, truncated or damaged.
+        Numbers out of range, or a file that is of another version or shape, truncated, damaged, or open for writing.
     OSError
         A file that cannot be made, read or written.
     MemoryError
@@ -74,12 +75,12 @@ class KVCache:
     int8 stores an element x as the integer n nearest to x / s, where s, a float32, is the largest magnitude of its key
     or value over 127. int4 does so for groups of 32 elements, with n in -8..7 and s, a bfloat16 rounded away from zero,
     the element of largest magnitude over -8. Both read as n s. Where an element is NaN or infinite, all that share its
-    scale read as NaN.
+    scale read as NaN. Queries of an int8 cache are multiplied by the n first: below 2^110, so that no sum overflows.
 
     To keep the first tokens of a sliding window is from G. Xiao et al., "Efficient Streaming Language Models with
     Attention Sinks", 2023, section 3.2; here tokens keep their positions.
 
-    A cache is not to be changed by two threads at once.
+    A cache is not to be changed by two threads at once. One in a file is closed when nothing refers to it any more.
 
     Examples
     --------
@@ -131,8 +132,11 @@ class KVCache:
             return
         if window is not None:
             raise ValueError(f"{where}: a ring is not written in place: use path without window, or save()")
+        if geometry.places()[3] > sys.maxsize:
+            raise OverflowError(f"{where}: no file is as large as a cache of {geometry}")
         if not os.path.exists(path):
-            _cache_files.create(path, geometry)
+            with _cache_files.creating(path, geometry):
+                pass
         store = Store(where, path, True)
         if store.geometry != geometry:
             raise ValueError(f"{where}: {os.fspath(path)!r} is a cache of {store.geometry}; asked for was {geometry}")
@@ -252,8 +256,8 @@ class KVCache:
         Parameters
         ----------
         k : array_like, shape (batch, kv_heads, L, head_dim)
-            Keys of L tokens per sequence, of the cache's type, float32 or narrower; of any type that
-            `attention` takes for int8 and int4.
+            Keys of L tokens per sequence, of the cache's type, float32 or narrower (lists become float64); of any type
+            that `attention` takes for int8 and int4. What a narrower type cannot hold becomes infinite in it.
         v : array_like, shape (batch, kv_heads, L, value_dim)
             Their values.
         lengths : int or array_like of int, optional
@@ -386,8 +390,8 @@ class KVCache:
         TypeError
             Arguments of the wrong kind.
         ValueError
-            Shapes that do not fit, more queries than a sequence has tokens, or queries whose window reaches back to
-            tokens that a ring no longer has.
+            Shapes that do not fit, more queries than a sequence has tokens (without any it gives zeros), or queries
+            whose window reaches back to tokens that a ring no longer has.
 
         Examples
         --------
@@ -404,8 +408,9 @@ class KVCache:
         _, _, reach, keep, form = self._geometry
         return _cache_attend.attend(
             "KVCache.attend", form, Tokens(self._lengths, self._least, self._most), self._find,
-            None if reach < 0 else reach, keep, q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap,
-            scale, layout, return_lse, out, num_threads,
+            None if reach < 0 else reach, keep, q,
+            lengths=lengths, mask=mask, bias=bias, causal=causal, window=window, alibi_slopes=alibi_slopes, sinks=sinks,
+            softcap=softcap, scale=scale, layout=layout, return_lse=return_lse, out=out, num_threads=num_threads,
         )  # fmt: skip
 
     def _find(self, left: int | None, queries: Any, join: bool) -> Keys:
@@ -540,15 +545,16 @@ class KVCache:
         if (wrong := (order < 0) | (order >= batch)).any():
             raise ValueError(f"{where}: index must be in 0..{batch - 1}, got {order[wrong][0]}")
         changed = np.flatnonzero(order != np.arange(batch))
+        source = order[changed]
+        rows = slice(int(self._lengths[source].max(initial=0)) if self._geometry.window < 0 else None)
+        moved = [x[source, :, rows] for x in (self._k, self._v)]  # copies: memory that is not there changes nothing
         if self._store is not None:
             self._store.check_writable(where)
             confirmed = self._store.lengths.copy()
             confirmed[changed] = 0
             self._store.withdraw(confirmed)
-        source = order[changed]
-        rows = slice(int(self._lengths[source].max(initial=0)) if self._geometry.window < 0 else None)
-        for x in (self._k, self._v):
-            x[changed, :, rows] = x[source, :, rows]
+        for x, copy in zip((self._k, self._v), moved, strict=True):
+            x[changed, :, rows] = copy
         self._reach = self._reach[order]
         self._set_lengths(self._lengths[order])
 
@@ -573,10 +579,14 @@ class KVCache:
         OSError
             A file that cannot be opened, for writing if `writable`.
         ValueError
-            No file of a cache, one of another version, or one that is truncated or damaged. It is not touched.
+            No file of a cache, one of another version, or one that is truncated or damaged. It is not touched. If
+            `writable`, one that is open for writing already (on POSIX systems).
 
         Notes
         -----
+        A reader has the tokens that were there when it opened the file. Should the writer cut some of them off, or
+        reorder sequences, and write others in their place, the reader sees these.
+
         A file that becomes shorter while it is open ends the process: that is what memory maps do.
 
         Examples
@@ -630,12 +640,14 @@ class KVCache:
         Parameters
         ----------
         path : str or path-like
-            For `load` and `open`.
+            For `load` and `open`. The cache's own file is flushed instead.
 
         Raises
         ------
         OSError
             A file that cannot be written. What was there is then as it was.
+        ValueError
+            The file that the cache was opened from for reading.
 
         Examples
         --------
@@ -650,8 +662,10 @@ class KVCache:
         """
         rows = slice(min(int(self._reach.max() if self._geometry.window >= 0 else self._most), self._geometry.capacity))
         reach = self._reach if self._geometry.window >= 0 else self._lengths
-        with _cache_files.replacing(path) as new:
-            _cache_files.create(new, self._geometry)
+        if self._store is not None and self._store.is_at(path):
+            self.flush()
+            return
+        with _cache_files.creating(path, self._geometry) as new:
             store = Store("KVCache.save", new, True)
             store.k[:, :, rows], store.v[:, :, rows] = self._k[:, :, rows], self._v[:, :, rows]
             store.commit(self._lengths, reach)

@@ -14,6 +14,7 @@ from ._attention import merge_partials
 from ._cache_types import Form
 from ._checks import (
     _FLOAT32,
+    _FLOAT64,
     Array,
     _arithmetic,
     _as_array,
@@ -60,7 +61,8 @@ def check_tokens(
             continue
         _check_type(where, name, x)
         if not form.stored and x.dtype.itemsize >= form.dtype.itemsize:
-            raise TypeError(f"{where}: {name} must be {form.dtype} as the cache, float32 or narrower, got {x.dtype}")
+            also = "" if form.dtype.num in (_FLOAT32, _FLOAT64) else ", float32"
+            raise TypeError(f"{where}: {name} must be {form.dtype} as the cache{also} or narrower, got {x.dtype}")
     if layout != "bhld" and not _check_layout(layout, where) and k.ndim == v.ndim == 4:
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     shape = k.shape
@@ -69,14 +71,14 @@ def check_tokens(
     ):  # fmt: skip
         fits = f"({batch}, {form.kv_heads}, tokens, {form.dim}) and ({batch}, {form.kv_heads}, tokens, {form.dim_v})"
         _fail_shapes(where, f"k and v must be of shapes {fits}, heads first", k=k, v=v)
-    return k, v, shape[2], None if lengths is None else check_counts(where, lengths, batch, shape[2])
+    return k, v, shape[2], None if lengths is None else check_counts(where, lengths, batch, shape[2], "tokens")
 
 
-def check_counts(where: str, lengths: Any, batch: int, most: int) -> Array:
+def check_counts(where: str, lengths: Any, batch: int, most: int, of: str) -> Array:
     """One count of 0..most per sequence."""
     counts = _per_sequence(where, "lengths", lengths, (batch,))
     if (wrong := (counts < 0) | (counts > most)).any():
-        raise ValueError(f"{where}: lengths must be in 0..{most} (the tokens given), got {counts[wrong][0]}")
+        raise ValueError(f"{where}: lengths must be in 0..{most} (the {of} given), got {counts[wrong][0]}")
     return counts
 
 
@@ -88,6 +90,7 @@ def attend(
     limit: int | None,
     keep: int,
     q: Any,
+    *,
     lengths: Any,
     mask: Any,
     bias: Any,
@@ -136,7 +139,7 @@ def attend(
         left = limit if window is None else left
     counts = offsets = None
     if lengths is not None:
-        counts = check_counts(where, lengths, batch, len_q)
+        counts = check_counts(where, lengths, batch, len_q, "queries")
         offsets = tokens.lengths - counts
     queries = len_q if counts is None else counts
     positions = left is not None or right is not None or alibi_slopes is not None
@@ -189,7 +192,8 @@ def attend(
     if apart:
         target[...], lse = merge_partials([first[0], target], [first[1], lse])
     if target is not view:
-        view[...] = target
+        with np.errstate(all="ignore"):  # rounding is silent, as that of the core
+            view[...] = target
     return (result, lse) if return_lse else result
 
 

@@ -2,13 +2,14 @@
 
 A commit writes keys and values to the disk first, then a header over the older of the two: its number is one higher,
 and its checksum says whether it is whole. Whenever the process ends, the newest whole header describes tokens that are
-there.
+there. A writer holds a lock on the file, where the system has such locks.
 """
 
 import contextlib
 import math
 import mmap
 import os
+import secrets
 import struct
 import sys
 import zlib
@@ -17,11 +18,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import _cache_types
+from . import _cache_types, _core
 from ._cache_types import Form
 from ._checks import Array
 
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None  # type: ignore[assignment]
+
 MAGIC, VERSION = b"QKVCACHE", 1
+_MOST_TOKENS = 1 << 62  # far from where sums of such numbers overflow
 _PAGE = 1 << 16  # a multiple of every system's page, which a flush begins on
 # magic, version, bytes of one header, number of the commit, byte order and type, seven numbers of Geometry. Then
 # lengths and reach, (batch,) int64 each, and CRC-32 of all that.
@@ -36,6 +43,13 @@ class Geometry(NamedTuple):
     window: int
     keep: int
     form: Form
+
+    def is_possible(self) -> bool:
+        """Whether a cache may have these numbers, which a file says."""
+        heads, dim, dim_v, *_ = self.form
+        ring = self.window >= 0 or (self.window == -1 and self.keep == 0)
+        dims = 1 <= dim <= _core.MAX_DIM and 1 <= dim_v <= _core.MAX_DIM
+        return dims and heads >= 1 and self.keep >= 0 and ring and self.capacity - self.keep > max(self.window, 0)
 
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return self.form.shapes(self.batch, self.form.kv_heads, self.capacity)
@@ -60,6 +74,9 @@ class Store:
 
     def __init__(self, where: str, path: Any, writable: bool) -> None:
         with open(path, "r+b" if writable else "rb") as file:
+            if writable:
+                _lock(where, path, file)
+            self._id = _file_id(os.fstat(file.fileno()))
             self.geometry, self.lengths, self.reach, self._commits = _read_headers(where, path, file)
             access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
             self._map = mmap.mmap(file.fileno(), 0, access=access)
@@ -67,6 +84,10 @@ class Store:
         shape_k, shape_v = self.geometry.shapes()
         self.k: Array = np.ndarray(shape_k, self.geometry.form.dtype, self._map, at_k)
         self.v: Array = np.ndarray(shape_v, self.geometry.form.dtype, self._map, at_v)
+
+    def is_at(self, path: Any) -> bool:
+        """Whether this is the file of that name."""
+        return os.path.exists(path) and _file_id(os.stat(path)) == self._id
 
     def check_writable(self, where: str) -> None:
         if not self.k.flags.writeable:
@@ -89,24 +110,41 @@ class Store:
         self.lengths, self.reach = lengths.copy(), reach.copy()
 
 
-def create(path: Any, geometry: Geometry) -> None:
-    """An empty cache, under its name when it is whole."""
-    end = geometry.places()[3]
-    zeros = np.zeros(geometry.batch, np.int64)
-    with replacing(path) as new, open(new, "wb") as file:
-        file.write(_header(geometry, 0, zeros, zeros))
-        if hasattr(os, "posix_fallocate"):  # a full disk is an error now, and not a signal later
-            os.posix_fallocate(file.fileno(), 0, end)
-        file.truncate(end)
-        file.flush()
-        os.fsync(file.fileno())
+def _file_id(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _lock(where: str, path: Any, file: Any) -> None:
+    """Until the file's last descriptor is closed, that of the memory map among them."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{where}: {os.fspath(path)!r} is open for writing, by another cache or process") from None
+    except OSError:  # a file system without locks
+        pass
 
 
 @contextlib.contextmanager
-def replacing(path: Any) -> Iterator[str]:
-    """A name beside `path`, whose file takes its place at the end."""
-    new = f"{os.fspath(path)}.new"
+def creating(path: Any, geometry: Geometry) -> Iterator[str]:
+    """An empty cache, whose file takes the name `path` at the end; until then it lies beside that, under a new name."""
+    path = os.path.realpath(os.fsdecode(path))
+    new = f"{path}.{secrets.token_hex(8)}.new"
+    end = geometry.places()[3]
+    zeros = np.zeros(geometry.batch, np.int64)
     try:
+        file = open(new, "xb")
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, path) from None
+    try:
+        with file:
+            file.write(_header(geometry, 0, zeros, zeros))
+            if hasattr(os, "posix_fallocate"):  # a full disk is an error now, and not a signal later
+                os.posix_fallocate(file.fileno(), 0, end)
+            file.truncate(end)
+            file.flush()
+            os.fsync(file.fileno())
         yield new
         os.replace(new, path)
     except BaseException:
@@ -164,7 +202,12 @@ def _read_headers(where: str, path: Any, file: Any) -> tuple[Geometry, Array, Ar
         raise fail(f"holds {name.decode()} (l or b: byte order), this machine and version read {known}")
     form = _cache_types.make_form(where, heads, dim, dim_v, types[name])
     geometry = Geometry(batch, capacity, window, keep, form)
+    if not geometry.is_possible():
+        raise fail(f"is damaged: there is no cache of {geometry}")
     if size != geometry.places()[3]:
         raise fail(f"is truncated or damaged: it has {size} bytes, a cache of {geometry} has {geometry.places()[3]}")
     lengths, reach = np.frombuffer(tables, "<i8").astype(np.int64).reshape(2, batch)
+    longest = capacity if window < 0 else _MOST_TOKENS
+    if (lengths < 0).any() or (reach < lengths).any() or (reach > longest).any() or commit > _MOST_TOKENS:
+        raise fail(f"is damaged: it has {lengths.tolist()} tokens, of {reach.tolist()}, in commit {commit}")
     return geometry, lengths.copy(), reach.copy(), commit

@@ -13,6 +13,7 @@ from . import _core, _runtime
 from ._checks import Array, _index, _is_known
 
 _BYTES = {"int8": lambda dim: -(-dim // 4) * 4 + 4, "int4": lambda dim: -(-dim // 32) * 18}  # of a row
+_PIECE = 1 << 22  # elements that are quantised at a time: some 10 ms, between which Ctrl-C is seen
 NAMES = ("float32", "float64", "float16", "bfloat16", *_BYTES)
 
 
@@ -43,9 +44,15 @@ class Form(NamedTuple):
     def write(self, to: Array, x: Array) -> None:
         """Numbers x (..., rows, dim) to stored rows."""
         if self.stored:
-            _core.quantise(x, to, self.stored, _runtime.current()[1])
-        else:
+            step = max(1, _PIECE // (self.kv_heads * x.shape[-1]))
+            for at in range(0, x.shape[-2], step):
+                rows = (..., slice(at, at + step), slice(None))
+                _core.quantise(x[rows], to[rows], self.stored, _runtime.current()[1])
+        elif x.dtype == self.dtype:
             to[...] = x
+        else:
+            with np.errstate(all="ignore"):  # what a narrower type cannot hold becomes infinite, as in results
+                to[...] = x
 
     def read(self, rows: Array, dim: int) -> Array:
         """Stored rows as numbers (..., rows, dim): themselves, or a copy in float32."""

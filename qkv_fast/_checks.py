@@ -85,7 +85,7 @@ def _check_type(where: str, name: str, x: Array) -> None:
 
 def _hint_of_bits(name: str, x: Array) -> str:
     """Where x may be what bfloat16 looks like to a NumPy that does not know it."""
-    if x.dtype.kind not in "iuV" or x.dtype.itemsize != 2:
+    if x.dtype.kind not in "iuV" or x.dtype.itemsize != 2 or _is_known(x.dtype):
         return ""
     return f"; if these are the bits of bfloat16, pip install ml_dtypes and pass {name}.view(ml_dtypes.bfloat16)"
 

@@ -57,7 +57,8 @@ class PagedKVCache:
     rounding. Pages are from W. Kwon et al., "Efficient Memory Management for Large Language Model Serving with
     PagedAttention", 2023, section 4.
 
-    A cache is not to be changed by two threads at once.
+    A cache is not to be changed by two threads at once. Pages are in memory alone: there is no file
+    of them.
 
     Examples
     --------
@@ -312,8 +313,8 @@ class PagedKVCache:
         sequences : sequence of int
             Their numbers, each once.
         k : array_like, shape (len(sequences), kv_heads, L, head_dim)
-            Keys of L tokens per sequence, of the cache's type, float32 or narrower; of any type that
-            `attention` takes for int8 and int4.
+            Keys of L tokens per sequence, of the cache's type, float32 or narrower (lists become float64); of any type
+            that `attention` takes for int8 and int4. What a narrower type cannot hold becomes infinite in it.
         v : array_like, shape (len(sequences), kv_heads, L, value_dim)
             Their values.
         lengths : int or array_like of int, optional
@@ -350,20 +351,21 @@ class PagedKVCache:
         for i, (sequence, n) in enumerate(zip(chosen, many, strict=True)):
             done = 0
             while done < n:
-                end, within = divmod(self._lengths[sequence], self._size)
+                end, within = divmod(self._lengths[sequence] + done, self._size)
                 row = self._own(self._pages[sequence], end, within) * self._size + within
                 m = min(n - done, self._size - within)
                 self._form.write(self._k[:, row : row + m], k[i, :, done : done + m])
                 self._form.write(self._v[:, row : row + m], v[i, :, done : done + m])
-                self._lengths[sequence] += m
                 done += m
+        for sequence, n in zip(chosen, many, strict=True):
+            self._lengths[sequence] += n
 
     def _count_needed(self, chosen: list[int], many: list[int]) -> int:
         """Pages that an append takes: new ones at the ends, and copies of last ones that are shared."""
         needed, left = 0, dict[int, int]()
         for sequence, n in zip(chosen, many, strict=True):
             pages, length = self._pages[sequence], self._lengths[sequence]
-            needed += -(-(length + n) // self._size) - len(pages)
+            needed += max(0, -(-(length + n) // self._size) - len(pages))
             if n and length % self._size:
                 owners = left.get(pages[-1], int(self._owners[pages[-1]]))
                 needed += owners > 1
@@ -445,7 +447,8 @@ class PagedKVCache:
         TypeError
             Arguments of the wrong kind.
         ValueError
-            Unknown sequences, shapes that do not fit, or more queries than a sequence has tokens.
+            Unknown sequences, shapes that do not fit, or more queries than a sequence has tokens (without any it gives
+            zeros).
 
         Examples
         --------
@@ -465,8 +468,9 @@ class PagedKVCache:
         tokens = Tokens(np.array(held, np.int64), min(held), max(held))
         tables = [self._pages[s] for s in chosen]
         return _cache_attend.attend(
-            where, self._form, tokens, lambda *_: self._find(tables), None, 0, q, lengths, mask, bias,
-            causal, window, alibi_slopes, sinks, softcap, scale, layout, return_lse, out, num_threads,
+            where, self._form, tokens, lambda *_: self._find(tables), None, 0, q,
+            lengths=lengths, mask=mask, bias=bias, causal=causal, window=window, alibi_slopes=alibi_slopes, sinks=sinks,
+            softcap=softcap, scale=scale, layout=layout, return_lse=return_lse, out=out, num_threads=num_threads,
         )  # fmt: skip
 
     def _find(self, tables: list[list[int]]) -> Keys:

@@ -335,13 +335,13 @@ static void conclude(qkv_call *job, int worker, few *t)
         write_rows(t);
 }
 
-/* One chunk of a split call. Whoever computes the last missing one merges them all, in order. */
+/* One chunk of a split call, counted from the first that the rows see. Whoever computes the last missing one merges them all, in order. */
 static void attend_split(qkv_call *job, int worker, few *t, int64_t base, int64_t chunk)
 {
     const qkv_plan *plan = job->plan;
     size_t chunk_bytes = (size_t)plan->tile_panels * plan->state_bytes;
     char *mine = job->partials + (size_t)(base * plan->chunks) * chunk_bytes;
-    attend_chunk(t, chunk, mine + (size_t)chunk * chunk_bytes);
+    attend_chunk(t, qkv_first_chunk(plan, t->any) + chunk, mine + (size_t)chunk * chunk_bytes);
     t->counters->splits++;
     if (atomic_fetch_sub(&job->pending[base], 1) != 1)
         return;

@@ -36,6 +36,20 @@ static void merge(const qkv_query_tile *t, char *total, char *state, int nv)
                          qkv_state_l(plan, state), nv, (int)t->problem->dim_v, plan->c);
 }
 
+/* The run that has a key, of those from r on. */
+static const qkv_run *run_with(const qkv_run *r, int64_t key)
+{
+    while (r->first + r->count <= key)
+        r++;
+    return r;
+}
+
+/* Its row of K or V, of the first head and sequence. */
+static const char *row_of(const qkv_run *r, int values, int64_t key, const qkv_strides *at)
+{
+    return (values ? r->v : r->k) + (key - r->first) * at->row;
+}
+
 /* K or V of the keys [first, last): where they lie if one run holds them all as the kernels want them, else a copy. */
 static const char *fetch(const qkv_query_tile *t, int values, int64_t first, int64_t last, ptrdiff_t *row)
 {
@@ -44,24 +58,29 @@ static const char *fetch(const qkv_query_tile *t, int values, int64_t first, int
     const qkv_strides *at = values ? &p->v_at : &p->k_at;
     int64_t offset = values ? t->v_offset : t->k_offset;
     int64_t d = values ? p->dim_v : p->dim, copy_row = values ? plan->copy_row_v : plan->copy_row_k;
-    int64_t run = p->run_of ? p->run_of[t->sequence] : 0;
-    while (p->runs[run].first + p->runs[run].count <= first)
-        run++;
-    const qkv_run *r = &p->runs[run];
+    const qkv_run *r = run_with(&p->runs[p->run_of ? p->run_of[t->sequence] : 0], first);
     int must_copy = values ? plan->copy_v : plan->copy_k;
     if (!must_copy && last <= r->first + r->count) {
         *row = (ptrdiff_t)(at->row / plan->kernels->size);
-        return (values ? r->v : r->k) + offset + (first - r->first) * at->row;
+        return row_of(r, values, first, at) + offset;
     }
     t->counters->tiles_copied++;
     char *copy = t->scratch + (values ? plan->at_v : plan->at_k);
-    for (int64_t key = first; key < last; r++) {
+    int pair = values ? plan->kernels->pair : 1;
+    for (int64_t key = first, n; key < last; key += n) {
+        r = run_with(r, key);
         int64_t end = qkv_min(last, r->first + r->count);
-        char *data = (char *)(values ? r->v : r->k) + offset + (key - r->first) * at->row;
+        char *data = (char *)row_of(r, values, key, at) + offset;
         qkv_rows from = {data, (ptrdiff_t)at->row, (ptrdiff_t)at->dim, p->kv_type, values ? p->swapped_v : p->swapped_k};
-        char *to = copy + (key - first) / (values ? plan->kernels->pair : 1) * copy_row * plan->kernels->size;
-        (values ? plan->kernels->gather_values : plan->kernels->gather_terms)(to, copy_row, &from, (int)(end - key), (int)d);
-        key = end;
+        char *to = copy + (key - first) / pair * copy_row * plan->kernels->size;
+        n = end - key;
+        if (end < last && n > pair) {
+            n -= n % pair;
+        } else if (end < last && n < pair) {            /* a pair whose keys lie in two runs */
+            from.row = (ptrdiff_t)((uintptr_t)row_of(run_with(r, end), values, end, at) - (uintptr_t)data) + offset;
+            n = pair;
+        }
+        (values ? plan->kernels->gather_values : plan->kernels->gather_terms)(to, copy_row, &from, (int)n, (int)d);
     }
     *row = (ptrdiff_t)copy_row;
     return copy;
@@ -262,14 +281,15 @@ static void conclude(qkv_call *job, int worker, const qkv_query_tile *t)
         qkv_write_tile(t);
 }
 
-/* One chunk of a split tile. Whoever computes a tile's last missing chunk merges them all, in order. */
+/* One chunk of a split tile, counted from the first that it sees. Whoever computes a tile's last missing chunk merges them
+ * all, in order. */
 static void attend_split(qkv_call *job, int worker, const qkv_query_tile *t, int64_t base, int64_t chunk)
 {
     const qkv_plan *plan = job->plan;
     uint64_t all = ~(uint64_t)0;
     char *mine = job->partials + (size_t)(base * plan->chunks) * (size_t)plan->tile_panels * plan->state_bytes;
     size_t chunk_bytes = (size_t)plan->tile_panels * plan->state_bytes;
-    attend_chunk(t, chunk, all, 0);
+    attend_chunk(t, qkv_first_chunk(plan, t->any) + chunk, all, 0);
     memcpy(mine + (size_t)chunk * chunk_bytes, t->panel[0].state, (size_t)t->panels * plan->state_bytes);
     t->counters->splits++;
     if (atomic_fetch_sub(&job->pending[base], 1) != 1)

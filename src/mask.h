@@ -40,15 +40,21 @@ static inline int64_t qkv_offset(const qkv_problem *p, int64_t sequence)
     return p->offset ? p->offset[sequence] : qkv_length(p, sequence) - qkv_queries(p, sequence);
 }
 
-static inline qkv_range qkv_visible(const qkv_problem *p, int64_t sequence, int64_t i)
+/* The keys within reach of some of the queries first .. last of a sequence, spans apart. May be empty. */
+static inline qkv_range qkv_reach(const qkv_problem *p, int64_t sequence, int64_t first, int64_t last)
 {
-    int64_t n = qkv_length(p, sequence);
-    int64_t position = i + qkv_offset(p, sequence);
+    int64_t n = qkv_length(p, sequence), offset = qkv_offset(p, sequence);
     qkv_range keys = {0, n};
     if (p->left != QKV_OPEN)
-        keys.lo = qkv_max(0, position - p->left);
+        keys.lo = qkv_max(0, first + offset - p->left);
     if (p->right != QKV_OPEN)
-        keys.hi = qkv_min(n, position + p->right + 1);
+        keys.hi = qkv_min(n, last + offset + p->right + 1);
+    return keys;
+}
+
+static inline qkv_range qkv_visible(const qkv_problem *p, int64_t sequence, int64_t i)
+{
+    qkv_range keys = qkv_reach(p, sequence, i, i);
     if (p->spans) {
         const int64_t *span = p->spans + 2 * qkv_query_index(p, sequence, i);
         keys.lo = qkv_max(keys.lo, span[0]);

@@ -31,7 +31,7 @@ enum {
     FAR_BYTES = 2048,                 /* rows further apart than this, and than they are long, no CPU fetches by itself */
     COLD_BYTES = 32 << 10             /* K and V of a block that are worth fetching ahead: larger ones push S out of L1 */
 };
-static const double SERIAL_BYTES = 1 << 20;             /* the same where K and V are read once */
+static const double SERIAL_BYTES = 1 << 20;             /* as SERIAL_FLOPS, where K and V are read once */
 
 _Static_assert((int)QKV_AS_F32 == QKV_F32 && (int)QKV_AS_F64 == QKV_F64 && (int)QKV_AS_F16 == QKV_F16
                && (int)QKV_AS_BF16 == QKV_BF16 && (int)QKV_AS_I8 == QKV_I8 && (int)QKV_AS_I4 == QKV_I4, "kernels number types as problems do");
@@ -218,11 +218,25 @@ int64_t qkv_tiles_of(const qkv_problem *p, const qkv_plan *plan, int64_t sequenc
     return ceil_div(panels_of(p, plan, sequence), plan->tile_panels);
 }
 
+/* What of the keys queries can see at all. */
+static void find_reach(const qkv_problem *p, qkv_plan *plan)
+{
+    int64_t alike = !p->length && !p->offset && !p->q_starts;
+    plan->chunks = 1;
+    for (int64_t b = 0; b < (alike ? qkv_min(1, plan->sequences) : plan->sequences); b++) {
+        qkv_range keys = qkv_reach(p, b, 0, qkv_queries(p, b) - 1);
+        if (keys.lo >= keys.hi)
+            continue;
+        plan->reach = qkv_max(plan->reach, keys.hi - keys.lo);
+        plan->chunks = qkv_max(plan->chunks, (keys.hi - 1) / CHUNK - keys.lo / CHUNK + 1);
+    }
+}
+
 /* Panels of all key heads, and floating-point operations if every query saw every key. */
 static int count_work(const qkv_problem *p, const qkv_plan *plan, int64_t *panels, double *flops)
 {
     int64_t heads;
-    double pairs = (double)plan->sequences * (double)p->len_q * (double)p->len_k;
+    double pairs = (double)plan->sequences * (double)p->len_q * (double)plan->reach;
     if (!multiply(plan->sequences, p->heads_kv, &heads)
         || !multiply(heads, ceil_div(plan->rows, plan->kernels->lanes), panels))
         return 0;
@@ -238,14 +252,10 @@ static int count_work(const qkv_problem *p, const qkv_plan *plan, int64_t *panel
     return 1;
 }
 
-/* Pairs are multiplied where Q, K and V hold them: what goes into Q is its sign alone, and keys come in pairs. */
+/* Pairs are multiplied where Q, K and V hold them, and what goes into Q is its sign alone. */
 static int multiplies_pairs(const qkv_problem *p, const qkv_plan *plan)
 {
-    const qkv_kernels *pairs = qkv_isa_at(p->isa)->pairs;
-    int fits = pairs && p->type == QKV_BF16 && p->kv_type == QKV_BF16 && fabs(plan->q_factor) == 1;
-    for (int64_t i = 0; fits && i < p->n_runs; i++)
-        fits = p->runs[i].first % pairs->pair == 0;
-    return fits;
+    return qkv_isa_at(p->isa)->pairs && p->type == QKV_BF16 && p->kv_type == QKV_BF16 && fabs(plan->q_factor) == 1;
 }
 
 qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
@@ -264,9 +274,9 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     plan->state_bytes = align((size_t)(p->dim_v + 2) * (size_t)kernels->lanes * (size_t)kernels->size);
     plan->block = BLOCK;
     plan->chunk = CHUNK;
-    plan->chunks = p->len_k > 0 ? ceil_div(p->len_k, CHUNK) : 1;
+    find_reach(p, plan);
     /* A sink is merged even with a single chunk: how many there are must not show in a sequence that has only one. */
-    plan->merges = plan->chunks > 1 || p->sinks;
+    plan->merges = p->len_k > CHUNK || p->sinks;
     choose_copies(p, plan);
     plan->copy_row_k = p->dim + COPY_PAD;
     plan->copy_row_v = p->dim_v + COPY_PAD;
@@ -292,7 +302,7 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     if (!count_work(p, plan, &base, &flops))
         return QKV_OVERFLOW;
     int64_t wanted = p->threads > 1 ? qkv_max(1, base / ((int64_t)p->threads * TASKS_PER_THREAD)) : most;
-    double panel_flops = 2.0 * (double)(p->dim + p->dim_v) * (double)kernels->lanes * (double)p->len_k;
+    double panel_flops = 2.0 * (double)(p->dim + p->dim_v) * (double)kernels->lanes * (double)plan->reach;
     most = qkv_min(most, (int64_t)(TASK_FLOPS / (panel_flops + 1)));
     plan->tile_panels = plan->decode ? 1 : qkv_max(1, qkv_min(qkv_min(most, wanted), panels));
     plan->tiles = plan->decode ? 1 : ceil_div(panels, plan->tile_panels);

@@ -53,7 +53,7 @@ typedef struct {
 
     int64_t block;                    /* keys of one kernel call; bounds are multiples of it */
     int64_t chunk;                    /* keys summed apart and then merged; a multiple of block */
-    int64_t chunks;
+    int64_t reach, chunks;            /* keys within reach of a sequence's queries, and chunks that they lie in, at most */
     int merges;                       /* chunks into a total of their own */
     int64_t pass;                     /* keys that all panels of a tile see before the next; a multiple of block, at most chunk */
     int split;                        /* chunks are tasks of their own */

@@ -116,6 +116,12 @@ void qkv_set_changes(const qkv_query_tile *tile, const qkv_panel *panel, int lan
 /* Of these keys, those that mask and ids let query i of a head see. */
 int64_t qkv_count_seen(const qkv_problem *problem, int64_t sequence, int64_t head, int64_t i, qkv_range keys);
 
+/* The chunk where these keys begin. */
+static inline int64_t qkv_first_chunk(const qkv_plan *plan, qkv_range keys)
+{
+    return keys.lo < keys.hi ? keys.lo / plan->chunk : 0;
+}
+
 static inline size_t qkv_lanes_bytes(const qkv_plan *plan)
 {
     return (size_t)plan->kernels->lanes * (size_t)plan->kernels->size;

@@ -93,7 +93,7 @@ def test_streaming_cases_have_more_inputs_than_a_cache_holds():
     first, second, *_ = few.sets()
     for a, b in zip(first, second, strict=True):
         assert np.array_equal(a, b) and not np.shares_memory(a, b)
-    assert len(SMALL.sets()) == 1
+    assert len(list(SMALL.sets())) == 1
 
 
 def test_what_limits_a_case_goes_by_its_work():
@@ -405,8 +405,22 @@ def test_an_exception_in_a_check_is_a_failed_check(monkeypatch):
         raise RuntimeError("broken")
 
     monkeypatch.setattr(qkv_fast, "attention", broken)
+    monkeypatch.setattr(qkv_fast, "KVCache", broken)
     checks = list(selfcheck.run(qkv_fast.isa()))
     assert checks and all(check.problem == "RuntimeError: broken" for check in checks)
+
+
+def test_the_self_check_knows_every_type(monkeypatch):
+    checks = list(selfcheck.run(qkv_fast.isa()))
+    assert {check.dtype for check in checks} == {"float32", "float64", "float16", "bfloat16"}
+    assert {name for name in ("f16", "bf16", "int8", "int4") if any(f"-kv_{name}" in c.name for c in checks)} == {
+        "f16", "bf16", "int8", "int4",
+    }  # fmt: skip
+    assert not any(check.problem for check in checks)
+    real = qkv_fast.KVCache.attend
+    monkeypatch.setattr(qkv_fast.KVCache, "attend", lambda *a, **k: real(*a, **k) * np.float32(1.001))
+    failed = {check.name for check in selfcheck.run(qkv_fast.isa()) if check.problem}
+    assert failed == {step.name for step in selfcheck.STEPS}
 
 
 def test_importing_the_package_does_not_import_the_benchmark():

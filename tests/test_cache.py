@@ -1,5 +1,8 @@
 """KVCache and PagedKVCache: what single calls give, and what is refused without a change."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from _util import TYPES, compare, normal, qkv, same_bits
@@ -187,7 +190,7 @@ ERRORS = {
     "causal": (lambda c: c.attend(Q, causal="top-left"), ValueError, "True or False"),
     "mask": (lambda c: c.attend(Q, mask=np.ones((1, 6), bool)), ValueError, "mask"),
     "out": (lambda c: c.attend(Q, out=Q[:1].copy()), ValueError, "out must have the shape"),
-    "flush": (lambda c: KVCache(2, 2, 4, 5, window=2, path="no.kv"), ValueError, "without window"),
+    "path": (lambda c: KVCache(2, 2, 4, 5, window=2, path="no.kv"), ValueError, "without window"),
     "kind": (lambda c: KVCache(2, 2, 4, 5.0), TypeError, "capacity must be an integer, got 5.0"),
     "least": (lambda c: KVCache(0, 2, 4, 5), ValueError, "batch must be at least 1, got 0"),
     "dims": (lambda c: KVCache(1, 2, 1025, 5), ValueError, "1024"),
@@ -226,6 +229,58 @@ def test_errors_of_rings(name):
     with pytest.raises(ValueError, match=message):
         call(cache)
     assert state(cache) == before
+
+
+@pytest.mark.parametrize("make", [
+    lambda: KVCache(2, 2, 4, 9, dtype="float16"), lambda: KVCache(2, 2, 4, 5, dtype="float16", window=3), None,
+], ids=["slab", "ring", "pages"])  # fmt: skip
+def test_numbers_beyond_the_type_of_the_cache(make):
+    """They are stored as infinity, as results are, whatever NumPy is to do about that."""
+    k = np.ones((2, 2, 6, 4), "float32")
+    k[1, 1, 4, 0], k[1, 0, 5, 1], k[0, 0, 3, 2] = 1e9, -1e9, 1e-30
+    with np.errstate(all="raise"):
+        if make:
+            cache = make()
+            cache.append(k[:, :, :3], k[:, :, :3])
+            cache.append(k[:, :, 3:], k[:, :, 3:])
+            at = cache.positions[0].argsort()[-3:]
+            got = cache.keys[:, :, at]
+        else:
+            pool = PagedKVCache(2, 4, 9, page_size=4, dtype="float16")
+            pool.append([pool.add(), pool.add()], k, k)
+            got = np.stack([pool.gather(s)[0][:, 3:] for s in pool.sequences])
+    expected = k[:, :, 3:].copy()
+    expected[1, 1, 1, 0], expected[1, 0, 2, 1], expected[0, 0, 0, 2] = np.inf, -np.inf, 0
+    assert np.array_equal(got, expected)
+
+
+REORDER = """
+import resource, sys, numpy as np, qkv_fast
+cache = qkv_fast.KVCache(2, 1, 1, 100_000, value_dim=64, path=sys.argv[1])
+numbers = np.arange(2, dtype="float32").reshape(2, 1, 1, 1)
+cache.append(np.broadcast_to(numbers, (2, 1, 100_000, 1)), np.broadcast_to(numbers, (2, 1, 100_000, 64)))
+cache.flush()
+with open("/proc/self/status") as status:
+    used = next(int(line.split()[1]) << 10 for line in status if line.startswith("VmSize"))
+resource.setrlimit(resource.RLIMIT_AS, (used + (20 << 20), resource.RLIM_INFINITY))
+try:
+    cache.reorder([1, 0])
+except MemoryError:
+    print("no memory")
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+reader = qkv_fast.KVCache.open(sys.argv[1])
+print(cache.keys[:, 0, 0, 0], cache.values[:, 0, 0, 0], cache.lengths, reader.lengths)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS and /proc are Linux's")
+def test_reordering_without_memory_changes_nothing(tmp_path):
+    """There is room for a copy of the keys, and none for one of the values."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", REORDER, str(tmp_path / "x.kv")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "no memory\n[0. 1.] [0. 1.] [100000 100000] [100000 100000]\n"
 
 
 PAGE_ERRORS = {

@@ -65,8 +65,11 @@ print(cache.lengths)
 
 def test_constructor_opens_what_is_there(path):
     first = made(path)
+    first.save(path.with_name("copy.kv"))
+    del first
     again = KVCache(2, 2, 8, 20, value_dim=4, path=path)
-    same_tokens(first, again)
+    same_tokens(again, KVCache.load(path.with_name("copy.kv")))
+    del again
     with pytest.raises(ValueError, match=r"capacity 20, float32; asked for was .* capacity 21, float32"):
         KVCache(2, 2, 8, 21, value_dim=4, path=path)
     with pytest.raises(ValueError, match=r"capacity 20, float32; asked for was .* capacity 20, int4"):
@@ -124,6 +127,77 @@ def test_what_becomes_invalid_is_withdrawn_at_once(path):
     same_tokens(KVCache.open(path), cache)
 
 
+def test_one_writer_at_a_time(path):
+    pytest.importorskip("fcntl", reason="the system has no such locks")
+    cache = made(path)
+    for call in (lambda: KVCache.open(path, writable=True), lambda: KVCache(2, 2, 8, 20, value_dim=4, path=path)):
+        with pytest.raises(ValueError, match="is open for writing, by another cache or process"):
+            call()
+    KVCache.open(path), KVCache.load(path)
+    code = f"""
+import qkv_fast
+try: qkv_fast.KVCache.open({str(path)!r}, writable=True)
+except ValueError: print("held")
+"""
+    assert child_says(code) == "held"
+    del cache
+    KVCache.open(path, writable=True).append(*tokens(1, 1))
+    assert child_says(code) == ""
+
+
+def test_saved_over_itself(path):
+    """The cache goes on in its file, which has what there is."""
+    cache = made(path)
+    link = path.with_name("link.kv")
+    link.symlink_to(path.name)
+    cache.append(*tokens(1, 1))
+    cache.save(link)
+    assert KVCache.open(path).lengths.tolist() == [8, 6]
+    cache.append(*tokens(2, 1))
+    cache.flush()
+    same_tokens(KVCache.open(path), cache)
+    with pytest.raises(ValueError, match="opened for reading"):
+        KVCache.open(path).save(path)
+
+
+def test_other_files_stay_as_they_are(path):
+    """Also those whose names begin with that of the file; a link stays one."""
+    others = [path.with_name(path.name + end) for end in (".new", ".new.new", "~", ".tmp")]
+    for other in others:
+        other.write_bytes(b"mine")
+    cache = made(path)
+    elsewhere = path.with_name("elsewhere.kv")
+    elsewhere.write_bytes(b"")
+    link = path.with_name("link.kv")
+    link.symlink_to(elsewhere.name)
+    cache.save(link)
+    assert link.is_symlink() and all(other.read_bytes() == b"mine" for other in others)
+    same_tokens(KVCache.open(elsewhere), cache)
+    assert len(os.listdir(path.parent)) == 3 + len(others)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+def test_files_that_may_not_be_written(path):
+    made(path)
+    path.chmod(0o400)
+    with pytest.raises(PermissionError):
+        KVCache.open(path, writable=True)
+    KVCache.open(path)
+    path.parent.chmod(0o500)
+    with pytest.raises(PermissionError):
+        KVCache(1, 1, 8, 5, path=path.with_name("another"))
+    with pytest.raises(PermissionError):
+        KVCache(1, 1, 8, 5).save(path.with_name("another"))
+    path.parent.chmod(0o700)
+
+
+@pytest.mark.parametrize("capacity", [2**58, 2**62, 2**70])
+def test_files_larger_than_any(path, capacity):
+    with pytest.raises(OverflowError, match="no file is as large as a cache of batch 1"):
+        KVCache(1, 1, 8, capacity, path=path)
+    assert os.listdir(path.parent) == []
+
+
 def checked(header):
     """A header with its checksum."""
     end = struct.calcsize("<8sIQQ17s7q") + 2 * 16
@@ -145,6 +219,35 @@ DAMAGE = {
         lambda data: checked(data[:29] + b"int9\0\0\0" + data[36:HEADER]) + bytes(HEADER) + data[2 * HEADER :], "int9",
     ),
 }  # fmt: skip
+
+
+# Numbers that no cache has, in a header that is whole: where they stand, and what they are.
+IMPOSSIBLE = {
+    "heads": (53, 0), "dim": (61, 0), "large dim": (61, 20000), "value_dim": (69, -4), "capacity": (77, 0),
+    "window": (85, -2), "wide window": (85, 20), "keep": (93, -1), "keep without window": (93, 3),
+    "tokens": (101, 10**9), "negative tokens": (109, -5), "reach": (117, 3), "far reach": (125, 2**62 + 1),
+    "commit": (20, 2**63),
+}  # fmt: skip
+OF_RINGS = sorted(IMPOSSIBLE.keys() - {"keep without window"})
+
+
+@pytest.mark.parametrize("name, ring", [*((n, False) for n in IMPOSSIBLE), *((n, True) for n in OF_RINGS)])
+def test_numbers_that_no_cache_has(path, name, ring):
+    cache = KVCache(2, 2, 8, 20, value_dim=4, **dict(window=7, keep=2) if ring else {})
+    cache.append(*tokens(0, 7))
+    cache.save(path)
+    data = path.read_bytes()
+    at, number = IMPOSSIBLE[name]
+    newest = HEADER  # of the second commit
+    assert struct.unpack_from("<7q", data, newest + 45) == (2, 2, 8, 4, 20, *((7, 2) if ring else (-1, 0)))
+    header = bytearray(data[newest : 2 * HEADER])
+    struct.pack_into("<Q" if name == "commit" else "<q", header, at, number)
+    data = data[:newest] + checked(bytes(header)) + data[2 * HEADER :]
+    path.write_bytes(data)
+    for call in (lambda: KVCache.open(path), lambda: KVCache.open(path, writable=True), lambda: KVCache.load(path)):
+        with pytest.raises(ValueError, match=r"is (truncated or )?damaged"):
+            call()
+    assert path.read_bytes() == data
 
 
 @pytest.mark.parametrize("name", DAMAGE)

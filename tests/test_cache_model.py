@@ -183,7 +183,7 @@ class Slab(RuleBasedStateMachine):
 class Pages(RuleBasedStateMachine):
     """PagedKVCache: a small pool, so that pages run out and are used again."""
 
-    SIZE, PAGES, HEADS, GROUP = 4, 15, 2, 2
+    SIZE, PAGES, HEADS, GROUP = 3, 20, 2, 2
 
     @initialize(data=st.data())
     def make(self, data):

@@ -48,20 +48,16 @@ def test_every_value_is_widened_exactly(dtype, wide):
 @halves
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_rounding_is_to_nearest_even(dtype):
-    """What NumPy's casts give for halfway cases, overflow, subnormal results and infinity."""
-    x = every_value(dtype).astype(np.float32)
-    x = x[np.isfinite(x)]
-    up = np.nextafter(x.astype(dtype), np.array(np.inf, dtype)).astype(np.float64)
-    halfway = ((x + up) / 2).astype(np.float32)
-    rng = np.random.default_rng(0)
-    bits = rng.integers(0, 2**32, 100_000, dtype=np.uint32).view(np.float32)
-    for values in (halfway, np.nextafter(halfway, np.float32(np.inf)), np.nextafter(halfway, np.float32(0)), bits):
-        for n in (values.size, 37, 5):
-            # As the scale of a float32 product, since 16-bit results have 16-bit operands: 1 * 1 * value.
-            got = [qkv_fast.scores(np.ones((1, 1), dtype), np.ones((1, 1), dtype), scale=float(value))[0, 0]
-                   for value in values[:n:max(1, n // 40)] if np.isfinite(value)]  # fmt: skip
-            exact = [value for value in values[: n : max(1, n // 40)] if np.isfinite(value)]
-            assert_equal(np.array(got), np.array(exact).astype(dtype))
+    """What NumPy's casts give for halfway cases, overflow and subnormal results: every value times others, which
+    float32 multiplies exactly but for what it cannot hold."""
+    rng, x = np.random.default_rng(0), every_value(dtype)
+    x = x[np.isfinite(x.astype(np.float32))]
+    near_one = 1 + np.arange(33) / (256 if dtype == "bfloat16" else 2048) * 2
+    others = np.concatenate([near_one, 2.0 ** -np.arange(9), rng.choice(x, 25).astype(float)]).astype(dtype)
+    exact = x.astype(np.float32)[:, None] * others.astype(np.float32)
+    low_bits = exact.view(np.uint32) & (0xFFFF if dtype == "bfloat16" else 0x1FFF)
+    assert np.count_nonzero(low_bits == (0x8000 if dtype == "bfloat16" else 0x1000)) > 10_000  # halfway
+    assert_equal(qkv_fast.scores(x[:, None], others[:, None], scale=1), exact.astype(dtype))
 
 
 @halves
