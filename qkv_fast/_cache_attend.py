@@ -57,7 +57,7 @@ def check_tokens(
     if type(v) is not np.ndarray:
         v = _as_array("v", v, where)
     for name, x in (("k", k), ("v", v)):
-        if x.dtype.num in (form.dtype.num, _FLOAT32):
+        if x.dtype.num == _FLOAT32 or (x.dtype.num == form.dtype.num and not form.stored):
             continue
         _check_type(where, name, x)
         if not form.stored and x.dtype.itemsize >= form.dtype.itemsize:

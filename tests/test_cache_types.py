@@ -165,11 +165,13 @@ def test_bytes_of_a_row():
 
 K = np.ones((1, 2, 3, 8), "float32")
 REFUSED = {
+    ("float32", "float64"): "k must be float32 as the cache or narrower, got float64",
     ("float16", "float64"): "k must be float16 as the cache, float32 or narrower, got float64",
     ("float16", "bfloat16"): "k must be float16 as the cache, float32 or narrower, got bfloat16",
     ("bfloat16", "float16"): "k must be bfloat16 as the cache, float32 or narrower, got float16",
     ("int8", "int8"): r"k must be float16, .* got int8; pass k.astype\('float32'\)",
-    ("int4", "uint8"): "k must be float16, .* got uint8",
+    ("int4", "uint8"): "k must be float16, .* got uint8",  # of which its rows are made
+    ("int8", "uint8"): "k must be float16, .* got uint8",
     ("int4", "complex64"): "k must be float16, .* got complex64",
     ("int8", "uint16"): "got uint16; .* the bits of bfloat16",
 }

@@ -57,6 +57,18 @@ def test_long_rows(dtype, n):
     same_bits(out, got)
 
 
+@pytest.mark.parametrize("n", [513, 1030, 2048, 8192])
+@pytest.mark.parametrize("spread", [1, 3, 4, 5])
+def test_softmax_keeps_the_error_rule(spread, n):
+    """At most twice NumPy's error, and 4 eps. A few large weights beside very many small ones: their sum is hard."""
+    x = normal(np.random.default_rng(n), (500, n)) * np.float32(spread)
+    exact = reference.softmax(x)
+    plain = np.exp(x - x.max(-1, keepdims=True))
+    plain /= plain.sum(-1, keepdims=True)
+    allowed = 2 * np.abs(plain - exact).max() + 4 * np.finfo("float32").eps
+    assert np.abs(qkv_fast.softmax(x) - exact).max() <= allowed / 2  # half of it: the order of sums is better than that
+
+
 @dtypes
 def test_results_larger_than_the_caches(dtype):
     """Those are written past them, from and to any alignment, the same bits as piece by piece."""
