@@ -144,6 +144,32 @@ def test_threads_do_not_change_bits(dtype, name):
 
 
 @dtypes
+@pytest.mark.parametrize("lq", [1, 40])
+def test_a_window_costs_the_chunks_that_it_reaches(dtype, lq):
+    """However many keys lie before and behind: the others are neither tasks nor partial results. Sequences whose
+    windows begin anywhere, also in the last chunk of another's, also with no key at all; few rows and many."""
+    n, lengths = 50 * CHUNK, np.array([50 * CHUNK, 5, 0, 20 * CHUNK + 1, 20 * CHUNK + lq, 49 * CHUNK - 1])
+    q, k, v = qkv(40 + lq, dtype, heads=(4, 4), lengths=(lq, n), dims=(8, 8))
+    q, lengths = np.stack([q] * len(lengths)), np.maximum(lengths, lq * (lengths > 0))
+    for window in ((2 * CHUNK, 0), (3, 3), (0, None)):
+        options = dict(window=window, kv_lengths=lengths, return_lse=True)
+        one = qkv_fast.attention(q, k, v, num_threads=1, **options)
+        chunks = 2 + (window[0] + lq + 3) // CHUNK
+        assert qkv_fast.explain(q, k, v, window=window, kv_lengths=lengths).chunks <= chunks
+        for b in range(len(lengths)):  # alone the chunks of one head are shared among threads
+            alone = dict(options, kv_lengths=lengths[b])
+            for threads in (2, 8):
+                with _runtime.counters() as seen:
+                    got = qkv_fast.attention(q[b, :1], k[:1], v[:1], num_threads=threads, **alone)
+                same_bits(got, tuple(x[b, :1] for x in one))
+                assert seen["splits"] <= chunks * -(-lq // 8)
+        with _runtime.counters() as seen:
+            same_bits(qkv_fast.attention(q, k, v, num_threads=3, **options), one)
+    assert lq > 1 or seen["tiles_full"] + seen["tiles_partial"] <= 4 * len(lengths) * chunks
+    check(q[0], k, v, window=(2 * CHUNK, 0))
+
+
+@dtypes
 @cases
 def test_batch_and_heads_do_not_change_bits(dtype, name):
     (q, k, v), options = _case(name, dtype, batch=(5,))
