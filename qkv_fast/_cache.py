@@ -1,7 +1,6 @@
 """KVCache: the keys and values of a batch of growing sequences, in memory or in a file, and attention over them.
 
-One slab of (batch, kv_heads, capacity, dim), written once. As a ring, token t of a sequence lies in row t while
-t < keep, else in row keep + (t - keep) % size: positions stay what they are, and attention reads laps as runs.
+One slab of (batch, kv_heads, capacity, dim), written once, or a ring of as many rows (_ring.py).
 """
 
 import os
@@ -14,8 +13,7 @@ from . import _cache_attend, _cache_files, _cache_types
 from ._cache_attend import Keys, Tokens
 from ._cache_files import Geometry, Store
 from ._checks import Array, _as_array, _per_sequence
-
-_BLOCK = 1024  # keys, at most, that the core fetches together: those of a block before the window need a place too
+from ._ring import Ring
 
 
 class KVCache:
@@ -144,6 +142,8 @@ class KVCache:
 
     def _take(self, geometry: Geometry, store: Store | None) -> None:
         self._geometry, self._store = geometry, store
+        # As a slab, whose capacity no token exceeds, a ring that is never turned.
+        self._ring = Ring(geometry.keep, geometry.capacity - geometry.keep)
         if store is None:
             try:
                 self._k, self._v = geometry.form.empty(geometry.batch, geometry.form.kv_heads, geometry.capacity)
@@ -233,13 +233,9 @@ class KVCache:
         >>> cache.positions  # token 0 is kept, the ring holds the last four
         array([[0, 5, 6, 3, 4]])
         """
-        keep, size = self._geometry.keep, self._geometry.capacity - self._geometry.keep
-        rows = np.arange(min(self._most, self._geometry.capacity))
-        lengths = self._lengths[:, None]
-        reach = self._reach[:, None] if self._geometry.window >= 0 else lengths
-        # the last token before `reach` in this row, which is the last one written there
-        at = np.where(rows < keep, rows, rows + (reach - 1 - rows) // size * size)
-        return np.where((rows <= at) & (at < lengths), at, -1)
+        rows = min(self._most, self._geometry.capacity)
+        reach = self._reach if self._geometry.window >= 0 else self._lengths
+        return self._ring.positions(self._lengths, reach, rows)
 
     def __repr__(self) -> str:
         batch, capacity, window, keep, form = self._geometry
@@ -318,19 +314,9 @@ class KVCache:
 
     def _write(self, to_k: Array, to_v: Array, k: Array, v: Array, begin: int, n: int) -> None:
         """n tokens k and v to the rows of the tokens from `begin` on."""
-        _, capacity, _, keep, form = self._geometry
-        size = capacity - keep
-        t = 0
-        while t < n:
-            if begin + t < keep:
-                row, end = begin + t, keep
-            else:
-                t = max(t, n - size)  # those before would be overwritten by the last
-                row, end = keep + (begin + t - keep) % size, capacity
-            many = min(end - row, n - t)
+        for row, t, many in self._ring.pieces(begin, n):
             for to, x in ((to_k, k), (to_v, v)):
-                form.write(to[:, :, row : row + many], x if many == n else x[:, :, t : t + many])
-            t += many
+                self._geometry.form.write(to[:, :, row : row + many], x if many == n else x[:, :, t : t + many])
 
     def attend(
         self,
@@ -414,51 +400,18 @@ class KVCache:
         )  # fmt: skip
 
     def _find(self, left: int | None, queries: Any, join: bool) -> Keys:
-        batch, capacity, window, keep, _ = self._geometry
-        if window < 0:
+        if self._geometry.window < 0:
             return Keys(self._k[:, :, : self._most], self._v[:, :, : self._most])
         assert left is not None
-        size = capacity - keep
-        many = [queries] * batch if isinstance(queries, int) else queries.tolist()
-        laps = []
-        for n, reach, new in zip(self._lengths.tolist(), self._reach.tolist(), many, strict=True):
-            first = max(n - new - left, keep)
-            if n > first < reach - size:
-                raise ValueError(
-                    f"KVCache.attend: the first query's window begins at token {first}, the ring holds {size} tokens "
-                    f"from {reach - size} on: append and attend to fewer tokens at a time (window={left})"
-                )
-            laps.append((max((first - _BLOCK - keep) // size, 0), max((n - 1 - keep) // size, 0)))
+        ring, steps = self._ring, [(x.strides[0], x.strides[2]) for x in (self._k, self._v)]
+        many = [queries] * len(self._lengths) if isinstance(queries, int) else queries.tolist()
+        laps = ring.laps(self._lengths, self._reach, many, left)
         if join:
-            return self._join(left)
-        if self._laps is None or self._laps[0] != laps:
-            self._laps = laps, self._make_runs(laps)
-        return self._laps[1]
-
-    def _make_runs(self, laps: list[tuple[int, int]]) -> Keys:
-        """Every lap around the ring is a run over the same rows. Older laps stand for what the window hides."""
-        keep, size = self._geometry.keep, self._geometry.capacity - self._geometry.keep
-        table, run_of = [], [0]
-        for b, (first, last) in enumerate(laps):
-            kept = [b * x.strides[0] for x in (self._k, self._v)]
-            ring = [b * x.strides[0] + keep * x.strides[2] for x in (self._k, self._v)]
-            if keep and first == 0:
-                table.append((*kept, 0, keep))
-            table += [(*ring, keep + lap * size, size) for lap in range(first, last + 1)]
-            run_of.append(len(table))
-        return Keys(self._k, self._v, np.array(table, np.int64), np.array(run_of, np.int64))
-
-    def _join(self, left: int) -> Keys:
-        """The kept tokens and the window of the last one, as if they followed one another."""
-        keep, size = self._geometry.keep, self._geometry.capacity - self._geometry.keep
-        gaps = np.maximum(self._lengths - 1 - left - keep, 0)
-        table = []
-        for b, gap in enumerate((gaps % size).tolist()):
-            for row, first, n in ((0, 0, keep), (keep + gap, keep, size - gap), (keep, keep + size - gap, gap)):
-                at = [b * x.strides[0] + row * x.strides[2] for x in (self._k, self._v)]
-                table.append((*at, first, n))
-        run_of = np.arange(0, len(table) + 1, 3)
-        return Keys(self._k, self._v, np.array(table, np.int64), run_of, self._lengths - gaps)
+            return Keys(self._k, self._v, *ring.joined(self._lengths, left, steps))
+        last = self._laps
+        if last is None or last[0] != laps:
+            self._laps = last = laps, Keys(self._k, self._v, *ring.runs(laps, steps))
+        return last[1]
 
     def truncate(self, n: Any) -> None:
         """Forget the tokens of each sequence from number `n` on.
@@ -486,7 +439,7 @@ class KVCache:
         array([6, 2])
         """
         where = "KVCache.truncate"
-        batch, capacity, window, keep, _ = self._geometry
+        batch, _, window, keep, _ = self._geometry
         stay = _per_sequence(where, "n", n, (batch,)).copy()
         if (wrong := (stay < 0) | (stay > self._lengths)).any():
             at = int(wrong.argmax())
@@ -494,11 +447,10 @@ class KVCache:
         if self._store is not None:
             self._store.check_writable(where)
         if window >= 0:
-            oldest = self._reach - (capacity - keep)
-            if (lost := (stay < self._lengths) & (stay > keep) & (np.maximum(stay - window, keep) < oldest)).any():
+            if (lost := self._ring.lost(stay, self._lengths, self._reach, window)).any():
                 at = int(lost.argmax())
                 begin = max(int(stay[at]) - window, keep)
-                held = f"of sequence {at} the ring holds the tokens from {oldest[at]} on"
+                held = f"of sequence {at} the ring holds the tokens from {self._reach[at] - self._ring.size} on"
                 raise ValueError(f"{where}: the window of token {stay[at]} begins at {begin}, {held}")
             self._reach = np.where(stay <= keep, stay, self._reach)  # nothing of the ring is left to be overwritten
         if self._store is not None:

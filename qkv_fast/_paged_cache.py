@@ -474,9 +474,10 @@ class PagedKVCache:
         )  # fmt: skip
 
     def _find(self, tables: list[list[int]]) -> Keys:
-        if self._last is None or self._last[0] != tables:
-            self._last = [list(pages) for pages in tables], self._make_runs(tables)
-        return self._last[1]
+        last = self._last
+        if last is None or last[0] != tables:
+            self._last = last = [list(pages) for pages in tables], self._make_runs(tables)
+        return last[1]
 
     def _make_runs(self, tables: list[list[int]]) -> Keys:
         """Pages that follow one another in the pool are one run."""

@@ -60,7 +60,7 @@ static inline int32_t steps(float x, float scale, int32_t middle, int32_t low, i
 static void store_i8(char *row, const float *x, int64_t d)
 {
     int32_t positive, most = largest(x, d, &positive);
-    int64_t at = (d + 3) / 4 * 4;
+    int64_t at = qkv_i8_bytes(d);
     float scale = most >= INFINITE ? float_of(NAN_BITS) : float_of(most) / 127;
     scale = scale > largest_i8 ? largest_i8 : scale;
     memset(row, 0, (size_t)at);
@@ -110,7 +110,7 @@ void qkv_quantise(const qkv_storage *s, const char *x, char *rows)
                     store_i8(to, row, s->dim);
                 else
                     for (int64_t g = 0; g < groups; g++)
-                        store_i4(to + g * GROUP / 2, to + groups * GROUP / 2 + 2 * g, row + g * GROUP);
+                        store_i4(to + g * GROUP / 2, to + qkv_i4_bytes(s->dim) + 2 * g, row + g * GROUP);
             }
 }
 

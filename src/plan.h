@@ -9,7 +9,7 @@
 static inline int qkv_size(qkv_type type) { return type == QKV_F64 ? 8 : type == QKV_F32 ? 4 : type < QKV_I8 ? 2 : 1; }
 static inline int64_t qkv_row_bytes(qkv_type type, int64_t dim)
 {
-    return type == QKV_I8 ? (dim + 3) / 4 * 4 + 4 : type == QKV_I4 ? (dim + 31) / 32 * 18 : dim * qkv_size(type);
+    return type == QKV_I8 ? qkv_i8_bytes(dim) + 4 : type == QKV_I4 ? qkv_i4_bytes(dim) / 8 * 9 : dim * qkv_size(type);
 }
 static inline qkv_type qkv_arithmetic(qkv_type type) { return type == QKV_F64 ? QKV_F64 : QKV_F32; }
 

@@ -42,7 +42,7 @@ static void X(decode_stack)(void *q, ptrdiff_t q_row, const void *const *rows, i
 /* Bytes of e elements of a row, its scales apart. */
 static QKV_INLINE ptrdiff_t X(decode_bytes)(const int as, int e)
 {
-    return as == OWN ? e * (ptrdiff_t)sizeof(REAL) : as == QKV_AS_I8 ? e : as == QKV_AS_I4 ? (e + 31) / 32 * 16 : e * 2;
+    return as == OWN ? e * (ptrdiff_t)sizeof(REAL) : as == QKV_AS_I8 ? e : as == QKV_AS_I4 ? qkv_i4_bytes(e) : e * 2;
 }
 
 /* Elements of a cache line. */
@@ -83,7 +83,7 @@ static void X(decode_scale)(const qkv_stack *t, const char *rows, ptrdiff_t row,
     REAL scale[PART];
     for (int i = 0; i < n; i++) {
         float x;
-        memcpy(&x, rows + i * row + (d + 3) / 4 * 4, sizeof x);
+        memcpy(&x, rows + i * row + qkv_i8_bytes(d), sizeof x);
         scale[i] = (REAL)x;
     }
     for (int r = 0; r < t->rows; r++) {

@@ -21,6 +21,10 @@
 enum { QKV_TERMS = 256 };             /* terms of one sum of a product: longer ones are sums of sums, as in a BLAS */
 enum { QKV_KEYS = 1024 };             /* most keys in one tile: key numbers are exact in any element type */
 
+/* Rows of bytes (qkv_type in qkv.h): where the scales begin in a row of d elements. */
+static inline int64_t qkv_i8_bytes(int64_t d) { return (d + 3) / 4 * 4; }
+static inline int64_t qkv_i4_bytes(int64_t d) { return (d + 31) / 32 * 16; }
+
 /* What becomes of the scores of some rows before it is said which they see, if `adjust`: they are multiplied by score_factor,
  * become softcap * tanh(x) unless that is 0, and what is not NULL is added. Per row: a slope, a position, and a row of elements
  * for the keys at hand. */

@@ -143,12 +143,12 @@ static void X(dequantise_row)(REAL *to, const char *data, int type, int d)
 {
     if (type == QKV_AS_I8) {
         float scale;
-        memcpy(&scale, data + (d + 3) / 4 * 4, sizeof scale);
+        memcpy(&scale, data + qkv_i8_bytes(d), sizeof scale);
         for (int e = 0; e < d; e++)
             to[e] = (REAL)scale * (REAL)((const signed char *)data)[e];
         return;
     }
-    const char *scales = data + (d + 31) / 32 * 16;
+    const char *scales = data + qkv_i4_bytes(d);
     for (int e = 0; e < d; e++) {
         uint16_t half;
         memcpy(&half, scales + e / 32 * 2, sizeof half);
