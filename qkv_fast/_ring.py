@@ -23,7 +23,7 @@ class Ring(NamedTuple):
     size: int
 
     def pieces(self, begin: int, n: int) -> Iterator[tuple[int, int, int]]:
-        """Where tokens begin .. begin + n go, as (row, number of the first, how many); but those that others overwrite."""
+        """Where tokens begin .. begin + n go, as (row, number of the first, how many), without those overwritten."""
         keep, size = self
         t = 0
         while t < n:
