@@ -92,6 +92,31 @@ def test_gives_what_torch_gives(name, mask):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", SHAPES)
+def test_16_bits(name, dtype):
+    """What torch gives for the same numbers in float32, rounded: once, or where pairs of bfloat16 are multiplied the
+    weights as well."""
+    unit = torch.finfo(dtype).eps / 2
+    for mask, is_causal in itertools.product(("none", "bool", "added", "added, float32"), (False, True)):
+        q, k, v, numbers = (x.to(dtype) for x in tensors(name))
+        attn_mask = MASKS[mask](numbers)
+        if is_causal and attn_mask is not None:
+            continue
+        options = {"is_causal": is_causal, "enable_gqa": name.startswith("gqa")}
+        ours = scaled_dot_product_attention(q, k, v, attn_mask, **options)
+        wide = None if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask.float()
+        theirs = THEIRS(q.float(), k.float(), v.float(), attn_mask if wide is None else wide, **options)
+        assert ours.dtype == dtype and ours.is_contiguous()
+        weights = 2 * unit * v.float().abs().max().item() if v.numel() and dtype == torch.bfloat16 else 0
+        torch.testing.assert_close(ours.float(), theirs, rtol=unit, atol=1e-6 + weights)
+    strided = [x.to(dtype).transpose(-1, -2).contiguous().transpose(-1, -2) for x in tensors("4-D")[:3]]
+    torch.testing.assert_close(
+        scaled_dot_product_attention(*strided), scaled_dot_product_attention(*(x.contiguous() for x in strided)),
+        rtol=0, atol=0,
+    )  # fmt: skip
+
+
 def test_mask_and_causal_are_composed_like_torchs_fused_kernel():
     q, k, v, numbers = tensors("more queries than keys")
     for mask in (numbers > 0, numbers):
@@ -225,8 +250,8 @@ def test_autocast_keeps_the_type():
         ({"query": torch.zeros(4, L, E, device="meta")}, NotImplementedError, "query is .* on meta"),
         ({"attn_mask": torch.zeros(L, S, device="meta")}, NotImplementedError, "attn_mask is .* on meta"),
         ({"key": torch.zeros(4, S, E).to_sparse()}, NotImplementedError, "key is torch.sparse_coo on cpu"),
-        ({"query": torch.zeros(4, L, E, dtype=torch.float16)}, TypeError, "torch.float32 or .*64, got torch.float16"),
-        ({"query": torch.zeros(4, L, E, dtype=torch.int64)}, TypeError, "torch.float32 or .*64, got torch.int64"),
+        ({"query": torch.zeros(4, L, E, dtype=torch.int8)}, TypeError, "torch.float32 or .*bfloat16, got torch.int8"),
+        ({"query": torch.zeros(4, L, E, dtype=torch.int64)}, TypeError, "torch.float32 or .*bfloat16, got torch.int64"),
         ({"value": torch.zeros(4, S, E, dtype=torch.float64)}, TypeError, "value must be torch.float32, .*float64"),
         ({"attn_mask": torch.ones(L, S, dtype=torch.int64)}, TypeError, "attn_mask must be torch.bool.*int64"),
         ({"attn_mask": torch.zeros(L, S, dtype=torch.bfloat16)}, TypeError, "attn_mask .* got torch.bfloat16"),

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 
 from .. import attention
 
-_TYPES = (torch.float32, torch.float64)
+_TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def scaled_dot_product_attention(
@@ -39,7 +39,7 @@ def scaled_dot_product_attention(
     Parameters
     ----------
     query : torch.Tensor, shape (..., Hq, L, E)
-        Queries, float32 or float64. Or (L, E).
+        Queries, float32, float64, float16 or bfloat16. Or (L, E).
     key : torch.Tensor, shape (..., H, S, E)
         Keys, of query's type.
     value : torch.Tensor, shape (..., H, S, Ev)
@@ -68,6 +68,8 @@ def scaled_dot_product_attention(
         Not tensors, or of types other than the supported; a switch that is no bool, a dropout_p that is no real number.
     ValueError
         Shapes that do not fit.
+    ImportError
+        bfloat16 without ml_dtypes.
     NotImplementedError
         What torch does and this does not: an input needs a gradient or carries a forward one, is nested, not on the CPU
         or not strided; dropout; `torch.jit.trace`, which would keep the result as a constant.
@@ -108,11 +110,25 @@ def scaled_dot_product_attention(
     if dropout_p != 0:
         _refuse(f"no dropout: dropout_p must be 0, got {dropout_p!r}")
 
-    q, k, v, *masks = (x.numpy(force=True) for x in tensors.values())  # a view, or a copy where torch is lazy
+    q, k, v, *masks = map(_as_array, tensors.values())
     if not q.shape[-3:-2] == k.shape[-3:-2] == v.shape[-3:-2]:
         q, k, v = _share_heads(q, k, v, enable_gqa)
     added: dict[str, Any] = {("mask" if mask.dtype == bool else "bias"): mask for mask in masks}
-    return torch.from_numpy(attention(q, k, v, causal="top-left" if is_causal else False, scale=scale, **added))
+    out = attention(q, k, v, causal="top-left" if is_causal else False, scale=scale, **added)
+    if query.dtype == torch.bfloat16:
+        return torch.from_numpy(out.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(out)
+
+
+def _as_array(x: torch.Tensor) -> Any:
+    """A view, or a copy where torch is lazy. NumPy knows bfloat16 by ml_dtypes, and torch's only as bits."""
+    if x.dtype != torch.bfloat16:
+        return x.numpy(force=True)
+    try:
+        import ml_dtypes
+    except ImportError:
+        raise ImportError("scaled_dot_product_attention: bfloat16 needs ml_dtypes: pip install ml_dtypes") from None
+    return x.detach().view(torch.int16).numpy(force=True).view(ml_dtypes.bfloat16)
 
 
 def _refuse(what: str) -> NoReturn:
