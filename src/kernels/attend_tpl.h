@@ -2,7 +2,7 @@
  *
  * Every product here is one form: C[i][lane] = sum over t of A[i * row + t * step] (a scalar, broadcast from where it
  * lies) times B[t][lane] (contiguous). Scores are S^T = K Q^T with rows of keys; values are O^T += V^T P^T with rows of
- * output columns. A block of ROW_TILE rows times nv vectors stays in registers while t runs.
+ * output columns. A block of rows times nv vectors stays in registers while t runs.
  *
  * The values of a tile are summed from zero and then added to alpha * O: over long sequences that keeps the error near
  * that of a pairwise sum, and alpha (1 unless the maximum moved) costs nothing there.
@@ -24,14 +24,11 @@ static inline VEC X(mad_seen)(VEC v, VEC p, VEC z) { return X(select)(X(less)(p,
 
 /* nr rows of C, all of it in registers: nr and nv are compile-time constants wherever this is inlined. */
 static QKV_INLINE void X(product)(const int nr, const int nv, const REAL *a, ptrdiff_t row, ptrdiff_t step,
-                                  const REAL *b, int n, VEC c[ROW_TILE][LANE_VECTORS])
+                                  const REAL *b, int n, VEC c[HELD])
 {
     QKV_UNROLL
-    for (int i = 0; i < nr; i++) {
-        QKV_UNROLL
-        for (int j = 0; j < nv; j++)
-            c[i][j] = X(set1)(0);
-    }
+    for (int i = 0; i < nr * nv; i++)
+        c[i] = X(set1)(0);
     QKV_UNROLL_2
     for (int t = 0; t < n; t++, a += step, b += LANES) {
         VEC x[LANE_VECTORS];
@@ -43,7 +40,7 @@ static QKV_INLINE void X(product)(const int nr, const int nv, const REAL *a, ptr
             VEC y = X(set1)(a[i * row]);
             QKV_UNROLL
             for (int j = 0; j < nv; j++)
-                c[i][j] = X(mad)(y, x[j], c[i][j]);
+                c[i * nv + j] = X(mad)(y, x[j], c[i * nv + j]);
         }
     }
 }
@@ -97,14 +94,14 @@ static QKV_INLINE void X(score_rows)(const int nr, const int nv, const qkv_tile 
     REAL *s = (REAL *)t->s + (ptrdiff_t)i * LANES;
     int e = 0;
     do {
-        VEC c[ROW_TILE][LANE_VECTORS];
+        VEC c[HELD];
         X(product)(nr, nv, k + e, t->k_row, 1, q + (ptrdiff_t)e * LANES, t->d - e < QKV_TERMS ? t->d - e : QKV_TERMS, c);
         QKV_UNROLL
         for (int r = 0; r < nr; r++) {
             QKV_UNROLL
             for (int j = 0; j < nv; j++) {
                 REAL *at = s + r * LANES + j * W;
-                X(store)(at, e ? X(add)(X(load)(at), c[r][j]) : c[r][j]);
+                X(store)(at, e ? X(add)(X(load)(at), c[r * nv + j]) : c[r * nv + j]);
             }
         }
         e += QKV_TERMS;
@@ -142,7 +139,7 @@ static QKV_INLINE void X(top_rows)(const int nv, const qkv_tile *t, int first, i
 /* Columns i .. i + nr of O: O^T <- alpha O^T + V^T P^T. */
 static QKV_INLINE void X(value_rows)(const int nr, const int nv, const qkv_tile *t, int i, const REAL *alpha)
 {
-    VEC c[ROW_TILE][LANE_VECTORS];
+    VEC c[HELD];
     X(product)(nr, nv, (const REAL *)t->v + i, 1, t->v_row, t->s, (t->nk + PAIR - 1) / PAIR, c);
     REAL *o = (REAL *)t->o + (ptrdiff_t)i * LANES;
     QKV_UNROLL
@@ -151,7 +148,7 @@ static QKV_INLINE void X(value_rows)(const int nr, const int nv, const qkv_tile 
         QKV_UNROLL
         for (int r = 0; r < nr; r++) {
             REAL *at = o + r * LANES + j * W;
-            X(store)(at, X(fma)(a, X(load)(at), c[r][j]));
+            X(store)(at, X(fma)(a, X(load)(at), c[r * nv + j]));
         }
     }
 }
@@ -233,10 +230,10 @@ typedef struct {
     QKV_ALIGN REAL alpha[LANES];      /* what O and l of earlier tiles are multiplied by */
 } X(lanes);
 
-/* While the keys of one row tile are scored: the next ones, and the values, which will be read column by column. */
-static QKV_NOINLINE void X(prefetch_tile)(const qkv_tile *t, int i)
+/* While keys i .. i + n are scored: the next ones, and the values, which will be read column by column. */
+static QKV_NOINLINE void X(prefetch_tile)(const qkv_tile *t, int i, int n)
 {
-    int n = t->nk - i < ROW_TILE ? t->nk - i : ROW_TILE, next = i + 2 * ROW_TILE <= t->nk ? i + ROW_TILE : i;
+    int next = i + 2 * n <= t->nk ? i + n : i;
     X(prefetch_rows)((const REAL *)t->k + next * t->k_row, t->k_row, n, t->d);
     X(prefetch_rows)((const REAL *)t->v + i / PAIR * t->v_row, t->v_row, (n + PAIR - 1) / PAIR, t->dv);
 }
@@ -248,21 +245,23 @@ static inline int X(strip_end)(const qkv_tile *t, int i)
     return end < t->nk ? end : t->nk;
 }
 
-/* All scores, ROW_TILE keys at a time. Every STRIP of them is finished while it is still in L1: with `weigh` it becomes
+/* All scores, a few keys at a time. Every STRIP of them is finished while it is still in L1: with `weigh` it becomes
  * weights, else only its maximum is taken. */
 static QKV_INLINE void X(score)(const int nv, const int weigh, const int careful, const qkv_tile *t,
                                 const X(limits) *limits, X(lanes) *lanes)
 {
     int strip = 0;                    /* first row that is not finished */
     for (int i = 0, nr; i < t->nk; i += nr) {
-        if (t->cold)
-            X(prefetch_tile)(t, i);
-        if (i + ROW_TILE <= t->nk)
+        if (i + ROWS(nv) <= t->nk)
+            X(score_rows)(nr = ROWS(nv), nv, t, i);
+        else if (ROWS(nv) > ROW_TILE && i + ROW_TILE <= t->nk)
             X(score_rows)(nr = ROW_TILE, nv, t, i);
         else if (i + ROW_TILE / 2 <= t->nk)
             X(score_rows)(nr = ROW_TILE / 2, nv, t, i);
         else
             X(score_rows)(nr = 1, nv, t, i);
+        if (t->cold)
+            X(prefetch_tile)(t, i, nr);
         for (int end; strip < i + nr && (end = X(strip_end)(t, strip)) <= i + nr; strip = end) {
             X(settle_rows)(t, strip, end, limits);
             if (weigh)
@@ -292,40 +291,63 @@ static QKV_INLINE void X(raise_maxima)(const int nv, const int weighed, const qk
     }
 }
 
+/* The lanes that have seen nothing yet take this tile's maximum; a sum of up to QKV_KEYS weights of 1 stays below P_LIMIT. */
+static QKV_INLINE void X(begin_maxima)(const int nv, const qkv_tile *t, X(lanes) *lanes)
+{
+    VEC none = X(set1)(-(REAL)INFINITY), zero = X(set1)(0);
+    for (int j = 0; j < nv * W; j += W) {
+        VEC m = X(load)((REAL *)t->m + j);
+        m = X(select)(X(equal)(m, none), X(load)(lanes->top + j), m);
+        X(store)((REAL *)t->m + j, m);
+        X(store)(lanes->shift + j, X(select)(X(equal)(m, none), zero, m));
+    }
+}
+
+static QKV_INLINE int X(sums_are_small)(const int nv, const X(lanes) *lanes)
+{
+    int large = 0;
+    for (int j = 0; j < nv * W; j += W)
+        large |= X(any)(X(beyond)(X(load)(lanes->sum + j), X(set1)(P_LIMIT)));
+    return !large;
+}
+
 /* S and P of a tile, and the state's m and l.
  *
- * Most tiles need no new maximum, so the weights are first computed with the one there is. A lane whose weights then
- * sum to more than P_LIMIT gets a new maximum, and the tile is scored again. The decision is a lane's own: neighbours
- * never change its bits. With ALiBi maxima grow from tile to tile, so there they come first. */
+ * Most tiles need no new maximum, so the weights are first computed with the one there is, or, where lanes have none yet, with
+ * that of their scores here. A lane whose weights then sum to more than P_LIMIT gets a new maximum, and the tile is scored
+ * again. The decision is a lane's own: neighbours never change its bits. With ALiBi maxima grow from tile to tile, so there
+ * they come first. */
 static QKV_INLINE void X(weigh)(const int nv, const int careful, const qkv_tile *t, X(lanes) *lanes)
 {
     X(limits) limits;
     X(find_limits)(t, &limits);
-    VEC none = X(set1)(-(REAL)INFINITY), zero = X(set1)(0), one = X(set1)(1), limit = X(set1)(P_LIMIT);
-    VEC least = X(set1)(-REAL_LARGEST);
-    int fresh = 1, raise = 0;
+    VEC none = X(set1)(-(REAL)INFINITY), zero = X(set1)(0), one = X(set1)(1);
+    const int weighed = !t->changes.slope;
+    int fresh = 0, done = 0;
     for (int j = 0; j < nv * W; j += W) {
         VEC m = X(load)((const REAL *)t->m + j);
-        fresh &= !X(any)(X(less)(none, m));
-        /* A lane that has seen nothing has a weight above 0 for whatever it sees now. */
-        X(store)(lanes->shift + j, X(select)(X(equal)(m, none), least, m));
+        fresh |= X(any)(X(equal)(m, none));
+        X(store)(lanes->shift + j, m);
         X(store)(lanes->sum + j, zero);
         X(store)(lanes->top + j, none);
         X(store)(lanes->alpha + j, one);
     }
-    int weighed = !fresh && !t->changes.slope;
-    if (weighed) {
+    int begun = !weighed;             /* all lanes have a maximum, or get one that is right */
+    if (weighed && !fresh) {
         X(score)(nv, 1, careful, t, &limits, lanes);
-        for (int j = 0; j < nv * W; j += W) {
-            VEC unseen = X(select)(X(equal)(X(load)((const REAL *)t->m + j), none), zero, limit);
-            raise |= X(any)(X(beyond)(X(load)(lanes->sum + j), unseen));
-        }
+        done = X(sums_are_small)(nv, lanes);
+        begun = 1;
     }
-    if (!weighed || raise) {
+    while (!done) {
         X(score)(nv, 0, careful, t, &limits, lanes);
-        X(raise_maxima)(nv, weighed, t, lanes);
+        if (begun)
+            X(raise_maxima)(nv, weighed, t, lanes);
+        else
+            X(begin_maxima)(nv, t, lanes);
         for (int i = 0, end; i < t->nk; i = end)
             X(weigh_rows)(nv, careful, t, i, end = X(strip_end)(t, i), lanes->shift, lanes->sum);
+        done = begun || X(sums_are_small)(nv, lanes);
+        begun = 1;
     }
     for (int j = 0; j < nv * W; j += W) {
         REAL *l = (REAL *)t->l + j;
@@ -358,7 +380,9 @@ static QKV_INLINE void X(attend_vectors)(const int nv, const int careful, const 
         return;
     }
     int i = 0;
-    for (; i + ROW_TILE <= t->dv; i += ROW_TILE)
+    for (; i + ROWS(nv) <= t->dv; i += ROWS(nv))
+        X(value_rows)(ROWS(nv), nv, t, i, lanes.alpha);
+    for (; ROWS(nv) > ROW_TILE && i + ROW_TILE <= t->dv; i += ROW_TILE)
         X(value_rows)(ROW_TILE, nv, t, i, lanes.alpha);
     for (; i + ROW_TILE / 2 <= t->dv; i += ROW_TILE / 2)
         X(value_rows)(ROW_TILE / 2, nv, t, i, lanes.alpha);

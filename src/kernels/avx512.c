@@ -47,6 +47,7 @@ static inline vec_f32 sum_each_f32(vec_f32 x[16])
 #define T f32
 #define LANE_VECTORS 3
 #define ROW_TILE 8
+#define ROW_TILE_1 8
 #define PAIR 1
 #define NARROWS 1
 #define WIDENS 1
@@ -141,6 +142,7 @@ static inline vec_f64 sum_each_f64(vec_f64 x[8])
 #define T f64
 #define LANE_VECTORS 3
 #define ROW_TILE 8
+#define ROW_TILE_1 8
 #define PAIR 1
 #define NARROWS 0
 #define WIDENS 0

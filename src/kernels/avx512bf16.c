@@ -49,6 +49,7 @@ static inline vec_f32 turn_f32(vec_f32 factor, vec_f32 x)
 #define T f32
 #define LANE_VECTORS 3
 #define ROW_TILE 8
+#define ROW_TILE_1 8
 #define PAIR 2
 #define NARROWS 1
 #define WIDENS 0

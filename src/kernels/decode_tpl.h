@@ -363,18 +363,18 @@ static QKV_INLINE void X(decode_value_as)(const int as, const qkv_stack *t, cons
     for (int some; n > 0; at += some, n -= some, v += some * v_row) {
         some = PART - at % PART < n ? PART - at % PART : n;
         int begins = at % PART == 0 || at == t->first, ends = (at + some) % PART == 0 || at + some == t->last, row = 0;
-#define ROWS(nr, careful) (X(decode_value_rows)(as, nr, careful, t, row, v, v_row, ahead, at, some, begins, ends), row += nr)
+#define TILES(nr, careful) (X(decode_value_rows)(as, nr, careful, t, row, v, v_row, ahead, at, some, begins, ends), row += nr)
         if (as == QKV_AS_I8)
             X(decode_scale)(t, v, v_row, t->dv, at, some, t->careful);
         while (t->careful && row < t->rows)
-            ROWS(1, 1);
+            TILES(1, 1);
         while (row + 4 <= t->rows && four)
-            ROWS(4, 0);
+            TILES(4, 0);
         while (row + 2 <= t->rows && as == OWN)
-            ROWS(2, 0);
+            TILES(2, 0);
         while (row < t->rows)
-            ROWS(1, 0);
-#undef ROWS
+            TILES(1, 0);
+#undef TILES
     }
 }
 

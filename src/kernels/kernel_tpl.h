@@ -4,6 +4,7 @@
  *   T              suffix of the type: f32, f64; every name below ends in _##T
  *   LANE_VECTORS   vectors in a panel row (3)
  *   ROW_TILE       keys, or output columns, that the product holds in registers at a time
+ *   ROW_TILE_1     the same where only one vector is at work: a multiple of ROW_TILE, with enough sums to hide the latency
  *   PAIR           elements that one multiplication takes: 2 where it adds the products of pairs of 16 bits, else 1
  *   NARROWS        1 where 16-bit types are computed in this one, else 0
  *   WIDENS         1 where few rows of narrower types are widened as they are loaded, which is a kind of code for each
@@ -51,6 +52,9 @@
 #define VEC X(vec)
 #define W X(width)
 #define LANES (LANE_VECTORS * W)
+/* Rows of a product in registers where nv vectors are at work, and the sums that these are at most. */
+#define ROWS(nv) ((nv) == 1 ? ROW_TILE_1 : ROW_TILE)
+#define HELD (ROW_TILE * LANE_VECTORS > ROW_TILE_1 ? ROW_TILE * LANE_VECTORS : ROW_TILE_1)
 #define REAL_LARGEST ((REAL)(sizeof(REAL) == 4 ? FLT_MAX : DBL_MAX))
 
 #include "exp2_tpl.h"
@@ -83,6 +87,8 @@ static const qkv_kernels X(kernels) = KERNELS;
 
 #undef KERNELS
 #undef REAL_LARGEST
+#undef HELD
+#undef ROWS
 #undef UNPAIRED
 #undef LANES
 #undef W
@@ -95,6 +101,7 @@ static const qkv_kernels X(kernels) = KERNELS;
 #undef WIDENS
 #undef NARROWS
 #undef PAIR
+#undef ROW_TILE_1
 #undef ROW_TILE
 #undef LANE_VECTORS
 #undef T

@@ -12,7 +12,7 @@ static QKV_INLINE void X(product_rows)(const int nr, const int nv, const qkv_pro
     for (int r = 0; r < nr && !t->stream; r++)
         for (int j = 0; j < t->columns; j += 64 / (int)sizeof(REAL))
             QKV_PREFETCH_WRITE(to + r * t->c_row + j);
-    VEC c[ROW_TILE][LANE_VECTORS];
+    VEC c[HELD];
     X(product)(nr, nv, (const REAL *)t->a + i * t->a_row + e, t->a_row, 1, (const REAL *)t->b + (ptrdiff_t)e * LANES, n,
                c);
     VEC factor = X(set1)((REAL)t->factor);
@@ -22,13 +22,13 @@ static QKV_INLINE void X(product_rows)(const int nr, const int nv, const qkv_pro
         QKV_UNROLL
         for (int j = 0; j < nv; j++) {
             REAL *at = to + r * t->c_row + j * W;
+            VEC x = c[r * nv + j];
             if (t->stream && (j + 1 < nv || part == W))
-                X(stream)(at, X(mul)(factor, c[r][j]));
+                X(stream)(at, X(mul)(factor, x));
             else if (j + 1 < nv || part == W)
-                X(storeu)(at, add ? X(fma)(factor, c[r][j], X(loadu)(at)) : X(mul)(factor, c[r][j]));
+                X(storeu)(at, add ? X(fma)(factor, x, X(loadu)(at)) : X(mul)(factor, x));
             else
-                X(store_part)(at, add ? X(fma)(factor, c[r][j], X(load_part)(at, part)) : X(mul)(factor, c[r][j]),
-                              part);
+                X(store_part)(at, add ? X(fma)(factor, x, X(load_part)(at, part)) : X(mul)(factor, x), part);
         }
     }
 }
@@ -38,7 +38,9 @@ static QKV_INLINE void X(product_vectors)(const int nv, const qkv_product_tile *
     int e = 0;
     do {
         int n = t->n - e < QKV_TERMS ? t->n - e : QKV_TERMS, i = 0;
-        for (; i + ROW_TILE <= t->m; i += ROW_TILE)
+        for (; i + ROWS(nv) <= t->m; i += ROWS(nv))
+            X(product_rows)(ROWS(nv), nv, t, i, e, n);
+        for (; ROWS(nv) > ROW_TILE && i + ROW_TILE <= t->m; i += ROW_TILE)
             X(product_rows)(ROW_TILE, nv, t, i, e, n);
         for (; i + ROW_TILE / 2 <= t->m; i += ROW_TILE / 2)
             X(product_rows)(ROW_TILE / 2, nv, t, i, e, n);
