@@ -47,7 +47,8 @@ class Ring(NamedTuple):
     def lost(self, stay: Array, lengths: Array, reach: Array, window: int) -> Array:
         """Whether sequences cut down to `stay` tokens would lack some of their last one's window, (batch,) bool."""
         oldest = reach - self.size
-        return (stay < lengths) & (stay > self.keep) & (np.maximum(stay - window, self.keep) < oldest)
+        lacking: Array = (stay < lengths) & (stay > self.keep) & (np.maximum(stay - window, self.keep) < oldest)
+        return lacking
 
     def laps(self, lengths: Array, reach: Array, queries: list[int], left: int) -> Laps:
         """Laps for the newest queries, whose windows reach `left` back."""
