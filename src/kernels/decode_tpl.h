@@ -304,6 +304,11 @@ static QKV_INLINE void X(decode_value_tile)(const int as, const int nr, const in
     /* Of int4 only tiles of whole groups know their elements' numbers at compile time. */
     const int known = as != QKV_AS_I4 || nc * W % 32 == 0, group = known ? e : e / 32 * 32;
     const char *scale = v + X(decode_bytes)(as, t->dv) + e / 32 * 2;
+    /* Tiles narrower than a cache line fetch it once: the first in it, and the last of a row its scales. */
+    const int line = X(decode_line)(as), narrow = as != OWN && nc * W < line;
+    ptrdiff_t fetch = e % line == 0 ? ahead : 0;
+    if (e + nc * W >= t->dv && fetch == 0)
+        fetch = ahead + (scale - v) - X(decode_bytes)(as, group);
     v += X(decode_bytes)(as, group);
     QKV_UNROLL_2
     for (int i = 0; i < n; i++, v += v_row, scale += v_row) {
@@ -313,10 +318,12 @@ static QKV_INLINE void X(decode_value_tile)(const int as, const int nr, const in
         QKV_UNROLL
         for (int j = 0; j < nc; j++) {
             y[j] = X(decode_load)(as, v, scale, known ? j * W : e - group, some);
-            if (!careful && (as == OWN || j * W % X(decode_line)(as) == 0))
+            if (!careful && !narrow && (as == OWN || j * W % line == 0))
                 X(decode_fetch)(v + X(decode_bytes)(as, j * W), ahead);
         }
-        if (!careful && (as == QKV_AS_I8 || as == QKV_AS_I4))
+        if (!careful && narrow)
+            X(decode_fetch)(v, fetch);
+        else if (!careful && (as == QKV_AS_I8 || as == QKV_AS_I4))
             X(decode_fetch)(scale, ahead);
         QKV_UNROLL
         for (int r = 0; r < nr; r++) {
@@ -348,6 +355,9 @@ static QKV_INLINE void X(decode_value_rows)(const int as, const int nr, const in
     if (!careful && SUMS / nr >= 4)
         for (; e + 4 * W <= t->dv; e += 4 * W)
             TILE(4, W);
+    if (!careful && SUMS / nr == 2)
+        for (; e + 2 * W <= t->dv; e += 2 * W)
+            TILE(2, W);
     for (; e < t->dv; e += W)
         TILE(1, as == OWN && t->dv - e < W ? t->dv - e : W);
 #undef TILE
@@ -358,8 +368,9 @@ static QKV_INLINE void X(decode_value_rows)(const int as, const int nr, const in
 static QKV_INLINE void X(decode_value_as)(const int as, const qkv_stack *t, const char *v, ptrdiff_t v_row, int at, int n)
 {
     const ptrdiff_t ahead = X(decode_ahead)(as, t, v_row, t->dv);
-    /* Four rows only if their registers hold all columns, memory likes whole rows of V; or if they are to be widened. */
-    const int four = as != OWN || t->dv <= SUMS / 4 * W;
+    /* Four rows only if their registers hold all columns, memory likes whole rows of V; or if they are to be widened, int4 a
+     * group at a time. */
+    const int whole = as != QKV_AS_I4 || SUMS / 4 * W >= 32, four = as == OWN ? t->dv <= SUMS / 4 * W : whole;
     for (int some; n > 0; at += some, n -= some, v += some * v_row) {
         some = PART - at % PART < n ? PART - at % PART : n;
         int begins = at % PART == 0 || at == t->first, ends = (at + some) % PART == 0 || at + some == t->last, row = 0;
@@ -370,7 +381,7 @@ static QKV_INLINE void X(decode_value_as)(const int as, const qkv_stack *t, cons
             TILES(1, 1);
         while (row + 4 <= t->rows && four)
             TILES(4, 0);
-        while (row + 2 <= t->rows && as == OWN)
+        while (row + 2 <= t->rows && (as == OWN || !whole))
             TILES(2, 0);
         while (row < t->rows)
             TILES(1, 0);
