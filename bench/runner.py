@@ -7,6 +7,7 @@ kept.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -156,7 +157,8 @@ def run_job(job: Job, how: How, workers: dict[str, Worker]) -> Row:
 
 def check_memory(case: Case) -> None:
     """MemoryError where the system would have to kill someone: it promises more memory than it has."""
-    needed = case.bytes() * (case.copies() + 4)  # 4: the reference's float64 arrays
+    elements = sum(math.prod(shape) for shape in case.work.shapes(case))
+    needed = case.bytes() * case.copies() + max(4 * case.bytes(), 16 * elements)  # of the reference, in float64
     there = memory.left()
     if there is not None and needed > there:
         raise MemoryError(f"the case takes about {needed / 2**30:.3g} GB, {there / 2**30:.3g} GB are left")

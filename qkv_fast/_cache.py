@@ -3,6 +3,7 @@
 One slab of (batch, kv_heads, capacity, dim), written once, or a ring of as many rows (_ring.py).
 """
 
+import contextlib
 import os
 import sys
 from typing import Any, Self
@@ -78,7 +79,8 @@ class KVCache:
     To keep the first tokens of a sliding window is from G. Xiao et al., "Efficient Streaming Language Models with
     Attention Sinks", 2023, section 3.2; here tokens keep their positions.
 
-    A cache is not to be changed by two threads at once. One in a file is closed when nothing refers to it any more.
+    A cache is not to be changed by two threads at once. One in a file is closed when nothing refers to it any more,
+    in forked processes too.
 
     Examples
     --------
@@ -133,11 +135,13 @@ class KVCache:
         if geometry.places()[3] > sys.maxsize:
             raise OverflowError(f"{where}: no file is as large as a cache of {geometry}")
         if not os.path.exists(path):
-            with _cache_files.creating(path, geometry):
+            with contextlib.suppress(FileExistsError), _cache_files.creating(path, geometry, over=False):
                 pass
         store = Store(where, path, True)
         if store.geometry != geometry:
-            raise ValueError(f"{where}: {os.fspath(path)!r} is a cache of {store.geometry}; asked for was {geometry}")
+            found = store.geometry
+            del store  # and its lock, which the exception's frames would keep
+            raise ValueError(f"{where}: {os.fspath(path)!r} is a cache of {found}; asked for was {geometry}")
         self._take(geometry, store)
 
     def _take(self, geometry: Geometry, store: Store | None) -> None:
@@ -293,16 +297,17 @@ class KVCache:
         if counts is None and self._least == self._most:
             if geometry.window < 0 and self._most + n > geometry.capacity:
                 self._fail_capacity(where, self._most, n)
+            if geometry.window >= 0:  # first: whatever happens then, nobody reads what is overwritten
+                np.maximum(self._reach, self._most + n, out=self._reach)
             self._write(self._k, self._v, k, v, self._most, n)
             self._least = self._most = self._most + n
             self._lengths.fill(self._most)
-            if geometry.window >= 0:
-                np.maximum(self._reach, self._lengths, out=self._reach)
             return
         ends = self._lengths + (n if counts is None else counts)
         if geometry.window < 0 and ends.max() > geometry.capacity:
             at = int(ends.argmax())
             self._fail_capacity(where, int(self._lengths[at]), int(ends[at] - self._lengths[at]))
+        np.maximum(self._reach, ends, out=self._reach)
         for b, (begin, end) in enumerate(zip(self._lengths.tolist(), ends.tolist(), strict=True)):
             n = end - begin
             self._write(self._k[b : b + 1], self._v[b : b + 1], k[b : b + 1, :, :n], v[b : b + 1, :, :n], begin, n)
@@ -496,12 +501,13 @@ class KVCache:
             raise ValueError(f"{where}: index must have the shape ({batch},), one per sequence, got {order.shape}")
         if (wrong := (order < 0) | (order >= batch)).any():
             raise ValueError(f"{where}: index must be in 0..{batch - 1}, got {order[wrong][0]}")
+        if self._store is not None:
+            self._store.check_writable(where)
         changed = np.flatnonzero(order != np.arange(batch))
         source = order[changed]
         rows = slice(int(self._lengths[source].max(initial=0)) if self._geometry.window < 0 else None)
         moved = [x[source, :, rows] for x in (self._k, self._v)]  # copies: memory that is not there changes nothing
         if self._store is not None:
-            self._store.check_writable(where)
             confirmed = self._store.lengths.copy()
             confirmed[changed] = 0
             self._store.withdraw(confirmed)
@@ -554,6 +560,7 @@ class KVCache:
         """
         store = Store("KVCache.open", path, bool(writable))
         if writable and store.geometry.window >= 0:
+            del store  # and its lock
             raise ValueError(f"KVCache.open: a ring is not written in place; load() it ({os.fspath(path)!r})")
         cache = cls.__new__(cls)
         cache._take(store.geometry, store)
@@ -599,7 +606,7 @@ class KVCache:
         OSError
             A file that cannot be written. What was there is then as it was.
         ValueError
-            The file that the cache was opened from for reading.
+            The file that the cache was opened from for reading, or one that another cache writes to.
 
         Examples
         --------
@@ -615,9 +622,11 @@ class KVCache:
         rows = slice(min(int(self._reach.max() if self._geometry.window >= 0 else self._most), self._geometry.capacity))
         reach = self._reach if self._geometry.window >= 0 else self._lengths
         if self._store is not None and self._store.is_at(path):
+            self._store.check_writable("KVCache.save")
             self.flush()
             return
-        with _cache_files.creating(path, self._geometry) as new:
+        _cache_files.check_free("KVCache.save", path)
+        with _cache_files.creating(path, self._geometry, over=True) as new:
             store = Store("KVCache.save", new, True)
             store.k[:, :, rows], store.v[:, :, rows] = self._k[:, :, rows], self._v[:, :, rows]
             store.commit(self._lengths, reach)

@@ -127,10 +127,11 @@ def _lock(where: str, path: Any, file: Any) -> None:
 
 
 @contextlib.contextmanager
-def creating(path: Any, geometry: Geometry) -> Iterator[str]:
-    """An empty cache, whose file takes the name `path` at the end; until then it lies beside that, under a new name."""
+def creating(path: Any, geometry: Geometry, *, over: bool) -> Iterator[str]:
+    """An empty cache, whose file takes the name `path` at the end; until then it lies beside that, under a new name. If
+    there is a file of that name by then, it is replaced, or that is an error."""
     path = os.path.realpath(os.fsdecode(path))
-    new = f"{path}.{secrets.token_hex(8)}.new"
+    new = os.path.join(os.path.dirname(path), f".{secrets.token_hex(8)}.new")
     end = geometry.places()[3]
     zeros = np.zeros(geometry.batch, np.int64)
     try:
@@ -146,11 +147,31 @@ def creating(path: Any, geometry: Geometry) -> Iterator[str]:
             file.flush()
             os.fsync(file.fileno())
         yield new
-        os.replace(new, path)
+        if over:
+            os.replace(new, path)
+        else:
+            _take_name(new, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(new)
         raise
+
+
+def _take_name(new: str, path: str) -> None:
+    try:
+        os.link(new, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        os.replace(new, path)
+    else:
+        os.unlink(new)
+
+
+def check_free(where: str, path: Any) -> None:
+    """That no cache writes to the file of this name, if there is one."""
+    with contextlib.suppress(FileNotFoundError, PermissionError), open(path, "rb") as file:
+        _lock(where, path, file)
 
 
 def _up(size: int) -> int:
@@ -199,7 +220,8 @@ def _read_headers(where: str, path: Any, file: Any) -> tuple[Geometry, Array, Ar
     types = {_type_name(known): known for known in _cache_types.NAMES}
     if name not in types:
         known = ", ".join(_cache_types.NAMES)
-        raise fail(f"holds {name.decode()} (l or b: byte order), this machine and version read {known}")
+        held = name.decode("ascii", "replace")
+        raise fail(f"holds {held} (l or b: byte order), this machine and version read {known}")
     form = _cache_types.make_form(where, heads, dim, dim_v, types[name])
     geometry = Geometry(batch, capacity, window, keep, form)
     if not geometry.is_possible():

@@ -5,6 +5,7 @@ they mean, src/cache.c how they are chosen): an array (..., rows, bytes) of uint
 need to know nothing of scales.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,7 +45,7 @@ class Form(NamedTuple):
     def write(self, to: Array, x: Array) -> None:
         """Numbers x (..., rows, dim) to stored rows."""
         if self.stored:
-            step = max(1, _PIECE // (self.kv_heads * x.shape[-1]))
+            step = max(1, _PIECE // (math.prod(x.shape[:-2]) * x.shape[-1] or 1))
             for at in range(0, x.shape[-2], step):
                 rows = (..., slice(at, at + step), slice(None))
                 _core.quantise(x[rows], to[rows], self.stored, _runtime.current()[1])

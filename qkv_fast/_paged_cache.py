@@ -348,15 +348,20 @@ class PagedKVCache:
         if needed > len(self._free):
             given = f"{sum(many)} tokens for {len(chosen)} sequences, {self._size} in a page"
             raise ValueError(f"{where}: {needed} new pages are needed, {len(self._free)} are free ({given})")
-        for i, (sequence, n) in enumerate(zip(chosen, many, strict=True)):
-            done = 0
-            while done < n:
-                end, within = divmod(self._lengths[sequence] + done, self._size)
-                row = self._own(self._pages[sequence], end, within) * self._size + within
-                m = min(n - done, self._size - within)
-                self._form.write(self._k[:, row : row + m], k[i, :, done : done + m])
-                self._form.write(self._v[:, row : row + m], v[i, :, done : done + m])
-                done += m
+        try:
+            for i, (sequence, n) in enumerate(zip(chosen, many, strict=True)):
+                done = 0
+                while done < n:
+                    end, within = divmod(self._lengths[sequence] + done, self._size)
+                    row = self._own(self._pages[sequence], end, within) * self._size + within
+                    m = min(n - done, self._size - within)
+                    self._form.write(self._k[:, row : row + m], k[i, :, done : done + m])
+                    self._form.write(self._v[:, row : row + m], v[i, :, done : done + m])
+                    done += m
+        except BaseException:  # Ctrl-C among them: pages beyond the lengths go back
+            for sequence in chosen:
+                self.truncate(sequence, self._lengths[sequence])
+            raise
         for sequence, n in zip(chosen, many, strict=True):
             self._lengths[sequence] += n
 
@@ -365,7 +370,7 @@ class PagedKVCache:
         needed, left = 0, dict[int, int]()
         for sequence, n in zip(chosen, many, strict=True):
             pages, length = self._pages[sequence], self._lengths[sequence]
-            needed += max(0, -(-(length + n) // self._size) - len(pages))
+            needed += -(-(length + n) // self._size) - len(pages)
             if n and length % self._size:
                 owners = left.get(pages[-1], int(self._owners[pages[-1]]))
                 needed += owners > 1

@@ -232,7 +232,7 @@ static void find_reach(const qkv_problem *p, qkv_plan *plan)
     }
 }
 
-/* Panels of all key heads, and floating-point operations if every query saw every key. */
+/* Panels of all key heads, and floating-point operations if every query saw every key within reach (of ragged sequences: all). */
 static int count_work(const qkv_problem *p, const qkv_plan *plan, int64_t *panels, double *flops)
 {
     int64_t heads;

@@ -314,7 +314,7 @@ def test_bench_prints_a_table_and_its_json_says_the_same(tmp_path, capsys):
     arguments = ["--case", "1x8x1-d64,1x1x64-d64", "--peers", "numpy", "--threads", "1", "--seconds", "0.01"]
     assert cli.main(["bench", *arguments, "--json", str(path)]) == 0
     printed = capsys.readouterr().out
-    run = json.loads(path.read_text())
+    run = json.loads(path.read_text(encoding="utf-8"))
     assert run["machine"]["isa"] == qkv_fast.isa()
     assert [row["case"]["name"] for row in run["rows"]] == ["1x8x1-d64", "1x1x64-d64"]
     for row in run["rows"]:

@@ -254,6 +254,53 @@ def test_numbers_beyond_the_type_of_the_cache(make):
     assert np.array_equal(got, expected)
 
 
+def stop_at(monkeypatch, k):
+    """The k-th write of rows from now on is interrupted."""
+    form = type(PagedKVCache(1, 1, 1)._form)
+    left, real = [k], form.write
+
+    def write(self, to, x):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        real(self, to, x)
+
+    monkeypatch.setattr(form, "write", write)
+
+
+@pytest.mark.parametrize("k", range(1, 7))
+def test_an_interrupted_append_of_pages(monkeypatch, k):
+    """What it took is free again, also where a shared page had been copied."""
+    pool = PagedKVCache(2, 4, 7, page_size=4)
+    pool.add(), pool.add()
+    pool.append([0, 1], K, K)
+    fork = pool.fork(0)
+    before = [x.copy() for s in (0, 1, fork) for x in pool.gather(s)]
+    stop_at(monkeypatch, k)
+    with pytest.raises(KeyboardInterrupt):
+        pool.append([0, 1], *[np.ones((2, 2, 6, 4), "float32")] * 2)
+    monkeypatch.undo()
+    assert pool.lengths([0, 1, fork]).tolist() == [3, 3, 3]
+    same_bits(tuple(x for s in (0, 1, fork) for x in pool.gather(s)), tuple(before))
+    for s in (0, 1, fork):
+        pool.truncate(s, 0)
+    assert pool.free_pages == 7
+
+
+def test_an_interrupted_append_of_a_ring(monkeypatch):
+    """The tokens whose rows it overwrote are gone: attention says so."""
+    cache = KVCache(1, 1, 4, 10, window=9)
+    for _ in range(25):
+        cache.append(K[:1, :1, :1], K[:1, :1, :1])
+    stop_at(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        cache.append(*[np.full((1, 1, 2, 4), 9, "float32")] * 2)
+    monkeypatch.undo()
+    assert cache.lengths.tolist() == [25] and cache.positions.tolist() == [[20, 21, 22, 23, 24, -1, -1, 17, 18, 19]]
+    with pytest.raises(ValueError, match="the ring holds 10 tokens from 17 on"):
+        cache.attend(K[:1, :1, :1])
+
+
 REORDER = """
 import resource, sys, numpy as np, qkv_fast
 cache = qkv_fast.KVCache(2, 1, 1, 100_000, value_dim=64, path=sys.argv[1])

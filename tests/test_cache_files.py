@@ -145,6 +145,40 @@ except ValueError: print("held")
     assert child_says(code) == ""
 
 
+def test_a_refused_constructor_lets_go_of_the_file(path):
+    """Though the exception, and with it the frames that it went through, is kept."""
+    made(path)
+    with pytest.raises(ValueError, match="asked for was") as kept:
+        KVCache(2, 2, 8, 21, value_dim=4, path=path)
+    KVCache(2, 2, 8, 20, value_dim=4, path=path)
+    assert kept.value.__traceback__
+
+
+def test_two_that_make_the_same_file(path, monkeypatch):
+    """The second finds none, but when it names its own there is one by now: it opens that."""
+    first = made(path)
+    first.save(path.with_name("copy.kv"))
+    del first
+    monkeypatch.setattr(os.path, "exists", lambda name: False)
+    second = KVCache(2, 2, 8, 20, value_dim=4, path=path)
+    monkeypatch.undo()
+    same_tokens(second, KVCache.load(path.with_name("copy.kv")))
+    assert sorted(os.listdir(path.parent)) == ["chat.kv", "copy.kv"]
+
+
+def test_saved_over_a_file_that_is_being_written(path):
+    pytest.importorskip("fcntl", reason="the system has no such locks")
+    cache = made(path)
+    with pytest.raises(ValueError, match=r"KVCache.save: .* is open for writing"):
+        KVCache(2, 2, 8, 20).save(path)
+    cache.append(*tokens(1, 1))
+    cache.flush()
+    same_tokens(KVCache.open(path), cache)
+    del cache
+    KVCache(2, 2, 8, 20).save(path)
+    assert KVCache.open(path).lengths.tolist() == [0, 0]
+
+
 def test_saved_over_itself(path):
     """The cache goes on in its file, which has what there is."""
     cache = made(path)

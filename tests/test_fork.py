@@ -242,7 +242,8 @@ print("end")
 def test_exit_by_a_signal():
     """Ctrl-C ends a program that does nothing but compute; the status is that of KeyboardInterrupt."""
     code = """
-import _thread, threading, time
+import _thread, signal, threading, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in what they run in the background
 import numpy as np, qkv_fast
 x = np.random.default_rng(1).standard_normal((4, 6000, 64)).astype("float32")
 small = x[:, :100]

@@ -230,7 +230,7 @@ typedef struct {
     QKV_ALIGN REAL alpha[LANES];      /* what O and l of earlier tiles are multiplied by */
 } X(lanes);
 
-/* While keys i .. i + n are scored: the next ones, and the values, which will be read column by column. */
+/* As keys i .. i + n are scored: the next ones, and the values, which will be read column by column. */
 static QKV_NOINLINE void X(prefetch_tile)(const qkv_tile *t, int i, int n)
 {
     int next = i + 2 * n <= t->nk ? i + n : i;

@@ -5,6 +5,7 @@
  * results are plain memory.
  */
 #ifndef _WIN32
+#define _POSIX_C_SOURCE 200809L       /* nanosleep, which musl declares for no less */
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdio.h>
