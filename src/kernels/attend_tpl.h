@@ -230,7 +230,7 @@ typedef struct {
     QKV_ALIGN REAL alpha[LANES];      /* what O and l of earlier tiles are multiplied by */
 } X(lanes);
 
-/* As keys i .. i + n are scored: the next ones, and the values, which will be read column by column. */
+/* While keys i .. i + n are scored: the next ones, and the values, which will be read column by column. */
 static QKV_NOINLINE void X(prefetch_tile)(const qkv_tile *t, int i, int n)
 {
     int next = i + 2 * n <= t->nk ? i + n : i;
@@ -252,6 +252,8 @@ static QKV_INLINE void X(score)(const int nv, const int weigh, const int careful
 {
     int strip = 0;                    /* first row that is not finished */
     for (int i = 0, nr; i < t->nk; i += nr) {
+        if (t->cold)
+            X(prefetch_tile)(t, i, t->nk - i < ROWS(nv) ? t->nk - i : ROWS(nv));
         if (i + ROWS(nv) <= t->nk)
             X(score_rows)(nr = ROWS(nv), nv, t, i);
         else if (ROWS(nv) > ROW_TILE && i + ROW_TILE <= t->nk)
@@ -260,8 +262,6 @@ static QKV_INLINE void X(score)(const int nv, const int weigh, const int careful
             X(score_rows)(nr = ROW_TILE / 2, nv, t, i);
         else
             X(score_rows)(nr = 1, nv, t, i);
-        if (t->cold)
-            X(prefetch_tile)(t, i, nr);
         for (int end; strip < i + nr && (end = X(strip_end)(t, strip)) <= i + nr; strip = end) {
             X(settle_rows)(t, strip, end, limits);
             if (weigh)
