@@ -9,7 +9,6 @@ import contextlib
 import math
 import mmap
 import os
-import secrets
 import struct
 import sys
 import zlib
@@ -131,7 +130,7 @@ def creating(path: Any, geometry: Geometry, *, over: bool) -> Iterator[str]:
     """An empty cache, whose file takes the name `path` at the end; until then it lies beside that, under a new name. If
     there is a file of that name by then, it is replaced, or that is an error."""
     path = os.path.realpath(os.fsdecode(path))
-    new = os.path.join(os.path.dirname(path), f".{secrets.token_hex(8)}.new")
+    new = os.path.join(os.path.dirname(path), f".{os.urandom(8).hex()}.new")
     end = geometry.places()[3]
     zeros = np.zeros(geometry.batch, np.int64)
     try:
