@@ -7,11 +7,9 @@ there. A writer holds a lock on the file, where the system has such locks.
 
 import contextlib
 import math
-import mmap
 import os
 import struct
 import sys
-import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -72,6 +70,8 @@ class Store:
     """An open file: `k` and `v` are its memory, `lengths` and `reach` what its last commit confirmed."""
 
     def __init__(self, where: str, path: Any, writable: bool) -> None:
+        import mmap  # which few need: half a millisecond of every import
+
         with open(path, "r+b" if writable else "rb") as file:
             if writable:
                 _lock(where, path, file)
@@ -182,7 +182,13 @@ def _header(geometry: Geometry, commit: int, lengths: Array, reach: Array) -> by
     numbers = (batch, form.kv_heads, form.dim, form.dim_v, capacity, window, keep)
     made = _HEAD.pack(MAGIC, VERSION, geometry.places()[0], commit, _type_name(form.name), *numbers)
     made += lengths.astype("<i8").tobytes() + reach.astype("<i8").tobytes()
-    return made + struct.pack("<I", zlib.crc32(made))
+    return made + _checksum(made)
+
+
+def _checksum(data: bytes) -> bytes:
+    import zlib
+
+    return struct.pack("<I", zlib.crc32(data))
 
 
 def _type_name(name: str) -> bytes:
@@ -210,7 +216,7 @@ def _read_headers(where: str, path: Any, file: Any) -> tuple[Geometry, Array, Ar
             continue
         _, _, _, commit, name, batch, *numbers = _HEAD.unpack(made[: _HEAD.size])
         end = _HEAD.size + 16 * batch
-        if batch < 1 or len(made) < end + 4 or made[end : end + 4] != struct.pack("<I", zlib.crc32(made[:end])):
+        if batch < 1 or len(made) < end + 4 or made[end : end + 4] != _checksum(made[:end]):
             continue
         whole.append((commit, name.rstrip(b"\0"), batch, numbers, made[_HEAD.size : end]))
     if not whole:
