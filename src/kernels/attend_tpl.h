@@ -17,6 +17,11 @@
  * block, wherever the tile does. */
 #define STRIP 32
 
+/* Calls what has the number of vectors as a constant. Each step of a tile is a function of its own around such a call: inlined
+ * where it is used, its loop would share registers with all that is around, and its sums or pointers would live on the stack. */
+#define BY_VECTORS(function, nv, ...) \
+    ((nv) == 1 ? function(1, __VA_ARGS__) : (nv) == 2 ? function(2, __VA_ARGS__) : function(LANE_VECTORS, __VA_ARGS__))
+
 #if PAIR == 1
 static inline VEC X(mad)(VEC x, VEC y, VEC z) { return X(fma)(x, y, z); }
 static inline VEC X(mad_seen)(VEC v, VEC p, VEC z) { return X(select)(X(less)(p, X(set1)(0)), z, X(fma)(v, p, z)); }
@@ -24,11 +29,14 @@ static inline VEC X(mad_seen)(VEC v, VEC p, VEC z) { return X(select)(X(less)(p,
 
 /* nr rows of C, all of it in registers: nr and nv are compile-time constants wherever this is inlined. */
 static QKV_INLINE void X(product)(const int nr, const int nv, const REAL *a, ptrdiff_t row, ptrdiff_t step,
-                                  const REAL *b, int n, VEC c[HELD])
+                                  const REAL *b, int n, VEC c[MOST_ROWS][LANE_VECTORS])
 {
     QKV_UNROLL
-    for (int i = 0; i < nr * nv; i++)
-        c[i] = X(set1)(0);
+    for (int i = 0; i < nr; i++) {
+        QKV_UNROLL
+        for (int j = 0; j < nv; j++)
+            c[i][j] = X(set1)(0);
+    }
     QKV_UNROLL_2
     for (int t = 0; t < n; t++, a += step, b += LANES) {
         VEC x[LANE_VECTORS];
@@ -40,7 +48,7 @@ static QKV_INLINE void X(product)(const int nr, const int nv, const REAL *a, ptr
             VEC y = X(set1)(a[i * row]);
             QKV_UNROLL
             for (int j = 0; j < nv; j++)
-                c[i * nv + j] = X(mad)(y, x[j], c[i * nv + j]);
+                c[i][j] = X(mad)(y, x[j], c[i][j]);
         }
     }
 }
@@ -64,8 +72,7 @@ static void X(find_limits)(const qkv_tile *t, X(limits) *limits)
     }
 }
 
-/* Rows first .. last of S^T become -inf where the key is excluded. Like weigh_rows not inline, or the compiler would hold
- * its constants in registers that the product needs. */
+/* Rows first .. last of S^T become -inf where the key is excluded. */
 static QKV_NOINLINE void X(exclude_rows)(const qkv_tile *t, int first, int last, const X(limits) *limits)
 {
     VEC hidden = X(set1)(-(REAL)INFINITY);
@@ -87,25 +94,19 @@ static QKV_INLINE void X(prefetch_rows)(const REAL *rows, ptrdiff_t row, int n, 
             QKV_PREFETCH(rows + i * row + e);
 }
 
-/* Rows i .. i + nr of K Q^T. Long scalar products are sums of shorter ones, as in a BLAS. */
-static QKV_INLINE void X(score_rows)(const int nr, const int nv, const qkv_tile *t, int i)
+/* Rows i .. i + nr of K Q^T, the terms from e on: stored, or added to those before. */
+static QKV_INLINE void X(score_rows)(const int nr, const int nv, const qkv_tile *t, int i, int e)
 {
-    const REAL *k = (const REAL *)t->k + i * t->k_row, *q = t->q;
+    VEC c[MOST_ROWS][LANE_VECTORS];
     REAL *s = (REAL *)t->s + (ptrdiff_t)i * LANES;
-    int e = 0;
-    do {
-        VEC c[HELD];
-        X(product)(nr, nv, k + e, t->k_row, 1, q + (ptrdiff_t)e * LANES, t->d - e < QKV_TERMS ? t->d - e : QKV_TERMS, c);
+    X(product)(nr, nv, (const REAL *)t->k + i * t->k_row + e, t->k_row, 1, (const REAL *)t->q + (ptrdiff_t)e * LANES,
+               t->d - e < QKV_TERMS ? t->d - e : QKV_TERMS, c);
+    QKV_UNROLL
+    for (int r = 0; r < nr; r++) {
         QKV_UNROLL
-        for (int r = 0; r < nr; r++) {
-            QKV_UNROLL
-            for (int j = 0; j < nv; j++) {
-                REAL *at = s + r * LANES + j * W;
-                X(store)(at, e ? X(add)(X(load)(at), c[r * nv + j]) : c[r * nv + j]);
-            }
-        }
-        e += QKV_TERMS;
-    } while (e < t->d);
+        for (int j = 0; j < nv; j++)
+            X(store)(s + r * LANES + j * W, e ? X(add)(X(load)(s + r * LANES + j * W), c[r][j]) : c[r][j]);
+    }
 }
 
 /* Rows first .. last of S^T, from products to what softmax takes. */
@@ -120,7 +121,7 @@ static QKV_INLINE void X(settle_rows)(const qkv_tile *t, int first, int last, co
 }
 
 /* The maximum of rows first .. last of S^T in each lane, into top. */
-static QKV_INLINE void X(top_rows)(const int nv, const qkv_tile *t, int first, int last, REAL *top)
+static QKV_INLINE void X(top_vectors)(const int nv, const qkv_tile *t, int first, int last, REAL *top)
 {
     VEC m[LANE_VECTORS];
     QKV_UNROLL
@@ -136,10 +137,15 @@ static QKV_INLINE void X(top_rows)(const int nv, const qkv_tile *t, int first, i
         X(store)(top + j * W, m[j]);
 }
 
+static QKV_NOINLINE void X(top_rows)(int nv, const qkv_tile *t, int first, int last, REAL *top)
+{
+    BY_VECTORS(X(top_vectors), nv, t, first, last, top);
+}
+
 /* Columns i .. i + nr of O: O^T <- alpha O^T + V^T P^T. */
 static QKV_INLINE void X(value_rows)(const int nr, const int nv, const qkv_tile *t, int i, const REAL *alpha)
 {
-    VEC c[HELD];
+    VEC c[MOST_ROWS][LANE_VECTORS];
     X(product)(nr, nv, (const REAL *)t->v + i, 1, t->v_row, t->s, (t->nk + PAIR - 1) / PAIR, c);
     REAL *o = (REAL *)t->o + (ptrdiff_t)i * LANES;
     QKV_UNROLL
@@ -148,7 +154,7 @@ static QKV_INLINE void X(value_rows)(const int nr, const int nv, const qkv_tile 
         QKV_UNROLL
         for (int r = 0; r < nr; r++) {
             REAL *at = o + r * LANES + j * W;
-            X(store)(at, X(fma)(a, X(load)(at), c[r * nv + j]));
+            X(store)(at, X(fma)(a, X(load)(at), c[r][j]));
         }
     }
 }
@@ -214,12 +220,8 @@ static QKV_NOINLINE void X(weigh_rows)(int nv, int careful, const qkv_tile *t, i
 {
     if (careful)
         X(weigh_vectors)(1, 1, t, first, last, shift, sum);
-    else if (nv == 1)
-        X(weigh_vectors)(1, 0, t, first, last, shift, sum);
-    else if (nv == 2)
-        X(weigh_vectors)(2, 0, t, first, last, shift, sum);
     else
-        X(weigh_vectors)(LANE_VECTORS, 0, t, first, last, shift, sum);
+        BY_VECTORS(X(weigh_vectors), nv, 0, t, first, last, shift, sum);
 }
 
 /* What softmax keeps per lane while it works on a tile. */
@@ -230,6 +232,13 @@ typedef struct {
     QKV_ALIGN REAL alpha[LANES];      /* what O and l of earlier tiles are multiplied by */
 } X(lanes);
 
+/* First row behind the strip that row i is in. */
+static inline int X(strip_end)(const qkv_tile *t, int i)
+{
+    int end = (i + t->skew) / STRIP * STRIP + STRIP - t->skew;
+    return end < t->nk ? end : t->nk;
+}
+
 /* While keys i .. i + n are scored: the next ones, and the values, which will be read column by column. */
 static QKV_NOINLINE void X(prefetch_tile)(const qkv_tile *t, int i, int n)
 {
@@ -238,37 +247,45 @@ static QKV_NOINLINE void X(prefetch_tile)(const qkv_tile *t, int i, int n)
     X(prefetch_rows)((const REAL *)t->v + i / PAIR * t->v_row, t->v_row, (n + PAIR - 1) / PAIR, t->dv);
 }
 
-/* First row behind the strip that row i is in. */
-static inline int X(strip_end)(const qkv_tile *t, int i)
+static QKV_INLINE int X(score_tiles)(const int nr, const int nv, const qkv_tile *t, int i, int last, int e)
 {
-    int end = (i + t->skew) / STRIP * STRIP + STRIP - t->skew;
-    return end < t->nk ? end : t->nk;
+    for (; i + nr <= last; i += nr) {
+        if (t->cold && e == 0)
+            X(prefetch_tile)(t, i, nr);
+        X(score_rows)(nr, nv, t, i, e);
+    }
+    return i;
 }
 
-/* All scores, a few keys at a time. Every STRIP of them is finished while it is still in L1: with `weigh` it becomes
- * weights, else only its maximum is taken. */
+static QKV_INLINE void X(score_vectors)(const int nv, const qkv_tile *t, int i, int last, int e)
+{
+    i = X(score_tiles)(ROWS(nv), nv, t, i, last, e);
+    if (ROWS(nv) > ROW_TILE)
+        i = X(score_tiles)(ROW_TILE, nv, t, i, last, e);
+    i = X(score_tiles)(ROW_TILE / 2, nv, t, i, last, e);
+    X(score_tiles)(1, nv, t, i, last, e);
+}
+
+/* Rows first .. last of K Q^T, up to QKV_TERMS terms from e on: long scalar products are sums of shorter ones, as in a BLAS. */
+static QKV_NOINLINE void X(score_terms)(int nv, const qkv_tile *t, int first, int last, int e)
+{
+    BY_VECTORS(X(score_vectors), nv, t, first, last, e);
+}
+
+/* All scores, strip by strip. Each is finished while it is still in L1: with `weigh` it becomes weights, else only its
+ * maximum is taken. */
 static QKV_INLINE void X(score)(const int nv, const int weigh, const int careful, const qkv_tile *t,
                                 const X(limits) *limits, X(lanes) *lanes)
 {
-    int strip = 0;                    /* first row that is not finished */
-    for (int i = 0, nr; i < t->nk; i += nr) {
-        if (t->cold)
-            X(prefetch_tile)(t, i, t->nk - i < ROWS(nv) ? t->nk - i : ROWS(nv));
-        if (i + ROWS(nv) <= t->nk)
-            X(score_rows)(nr = ROWS(nv), nv, t, i);
-        else if (ROWS(nv) > ROW_TILE && i + ROW_TILE <= t->nk)
-            X(score_rows)(nr = ROW_TILE, nv, t, i);
-        else if (i + ROW_TILE / 2 <= t->nk)
-            X(score_rows)(nr = ROW_TILE / 2, nv, t, i);
+    for (int i = 0, end; i < t->nk; i = end) {
+        end = X(strip_end)(t, i);
+        for (int e = 0; e == 0 || e < t->d; e += QKV_TERMS)
+            X(score_terms)(nv, t, i, end, e);
+        X(settle_rows)(t, i, end, limits);
+        if (weigh)
+            X(weigh_rows)(nv, careful, t, i, end, lanes->shift, lanes->sum);
         else
-            X(score_rows)(nr = 1, nv, t, i);
-        for (int end; strip < i + nr && (end = X(strip_end)(t, strip)) <= i + nr; strip = end) {
-            X(settle_rows)(t, strip, end, limits);
-            if (weigh)
-                X(weigh_rows)(nv, careful, t, strip, end, lanes->shift, lanes->sum);
-            else
-                X(top_rows)(nv, t, strip, end, lanes->top);
-        }
+            X(top_rows)(nv, t, i, end, lanes->top);
     }
 }
 
@@ -371,35 +388,40 @@ static void X(value_careful)(const qkv_tile *t, const REAL *alpha)
     }
 }
 
+static QKV_INLINE void X(value_vectors)(const int nv, const qkv_tile *t, const REAL *alpha)
+{
+    int i = 0;
+    for (; i + ROWS(nv) <= t->dv; i += ROWS(nv))
+        X(value_rows)(ROWS(nv), nv, t, i, alpha);
+    for (; ROWS(nv) > ROW_TILE && i + ROW_TILE <= t->dv; i += ROW_TILE)
+        X(value_rows)(ROW_TILE, nv, t, i, alpha);
+    for (; i + ROW_TILE / 2 <= t->dv; i += ROW_TILE / 2)
+        X(value_rows)(ROW_TILE / 2, nv, t, i, alpha);
+    for (; i < t->dv; i++)
+        X(value_rows)(1, nv, t, i, alpha);
+}
+
+static QKV_NOINLINE void X(value)(int nv, const qkv_tile *t, const REAL *alpha)
+{
+    BY_VECTORS(X(value_vectors), nv, t, alpha);
+}
+
 static QKV_INLINE void X(attend_vectors)(const int nv, const int careful, const qkv_tile *t)
 {
     X(lanes) lanes;
     X(weigh)(nv, careful, t, &lanes);
-    if (careful) {
+    if (careful)
         X(value_careful)(t, lanes.alpha);
-        return;
-    }
-    int i = 0;
-    for (; i + ROWS(nv) <= t->dv; i += ROWS(nv))
-        X(value_rows)(ROWS(nv), nv, t, i, lanes.alpha);
-    for (; ROWS(nv) > ROW_TILE && i + ROW_TILE <= t->dv; i += ROW_TILE)
-        X(value_rows)(ROW_TILE, nv, t, i, lanes.alpha);
-    for (; i + ROW_TILE / 2 <= t->dv; i += ROW_TILE / 2)
-        X(value_rows)(ROW_TILE / 2, nv, t, i, lanes.alpha);
-    for (; i < t->dv; i++)
-        X(value_rows)(1, nv, t, i, lanes.alpha);
+    else
+        X(value)(nv, t, lanes.alpha);
 }
 
 static void X(attend)(const qkv_tile *t)
 {
     if (t->careful)
         X(attend_vectors)(1, 1, t);
-    else if (t->nv == 1)
-        X(attend_vectors)(1, 0, t);
-    else if (t->nv == 2)
-        X(attend_vectors)(2, 0, t);
     else
-        X(attend_vectors)(LANE_VECTORS, 0, t);
+        BY_VECTORS(X(attend_vectors), t->nv, 0, t);
 }
 
 static void X(reset)(void *o, void *m, void *l, int nv, int dv)
@@ -434,5 +456,6 @@ static void X(merge)(void *o, void *m, void *l, const void *o2, const void *m2, 
     }
 }
 
+#undef BY_VECTORS
 #undef STRIP
 #undef P_LIMIT

@@ -52,9 +52,9 @@
 #define VEC X(vec)
 #define W X(width)
 #define LANES (LANE_VECTORS * W)
-/* Rows of a product in registers where nv vectors are at work, and the sums that these are at most. */
+/* Rows of a product in registers where nv vectors are at work, and the most of them. */
 #define ROWS(nv) ((nv) == 1 ? ROW_TILE_1 : ROW_TILE)
-#define HELD (ROW_TILE * LANE_VECTORS > ROW_TILE_1 ? ROW_TILE * LANE_VECTORS : ROW_TILE_1)
+#define MOST_ROWS (ROW_TILE > ROW_TILE_1 ? ROW_TILE : ROW_TILE_1)
 #define REAL_LARGEST ((REAL)(sizeof(REAL) == 4 ? FLT_MAX : DBL_MAX))
 
 #include "exp2_tpl.h"
@@ -87,7 +87,7 @@ static const qkv_kernels X(kernels) = KERNELS;
 
 #undef KERNELS
 #undef REAL_LARGEST
-#undef HELD
+#undef MOST_ROWS
 #undef ROWS
 #undef UNPAIRED
 #undef LANES

@@ -12,7 +12,7 @@ static QKV_INLINE void X(product_rows)(const int nr, const int nv, const qkv_pro
     for (int r = 0; r < nr && !t->stream; r++)
         for (int j = 0; j < t->columns; j += 64 / (int)sizeof(REAL))
             QKV_PREFETCH_WRITE(to + r * t->c_row + j);
-    VEC c[HELD];
+    VEC c[MOST_ROWS][LANE_VECTORS];
     X(product)(nr, nv, (const REAL *)t->a + i * t->a_row + e, t->a_row, 1, (const REAL *)t->b + (ptrdiff_t)e * LANES, n,
                c);
     VEC factor = X(set1)((REAL)t->factor);
@@ -22,7 +22,7 @@ static QKV_INLINE void X(product_rows)(const int nr, const int nv, const qkv_pro
         QKV_UNROLL
         for (int j = 0; j < nv; j++) {
             REAL *at = to + r * t->c_row + j * W;
-            VEC x = c[r * nv + j];
+            VEC x = c[r][j];
             if (t->stream && (j + 1 < nv || part == W))
                 X(stream)(at, X(mul)(factor, x));
             else if (j + 1 < nv || part == W)
