@@ -86,6 +86,8 @@ typedef struct {
     int stream;                       /* write whole vectors past the caches: they are aligned, `fence` follows, no add */
 } qkv_product_tile;
 
+enum { QKV_LINE = 64 };               /* bytes of a cache line */
+
 /* Softmax of `count` rows of n elements, or of `count` columns of n elements. x may be e or out, and e may be out for one
  * row. All but `mask` are of the table's element type and aligned to it, e and state to a vector. */
 typedef struct {
@@ -94,10 +96,10 @@ typedef struct {
     ptrdiff_t x_row, out_row;         /* strides in elements */
     const uint8_t *mask;              /* 0: the element takes no part, and has weight 0; NULL: all do */
     ptrdiff_t mask_axis, mask_run;    /* strides in bytes: along n, along count */
-    void *e;                          /* scratch, rows: (n); columns: (n, strip) */
-    void *state;                      /* scratch, columns: (3 * vector + 4, strip) */
+    void *e;                          /* scratch, rows: (n); columns: (2, n, strip) */
+    void *state;                      /* scratch, columns: (3 * vector + 3, strip) */
     int64_t n, count;
-    int64_t strip;                    /* columns that are worked on together, whole vectors */
+    int64_t strip;                    /* columns that are worked on together, whole vectors; a line more than usual, or all */
     int stream;                       /* write past the caches */
 } qkv_softmax_tile;
 
