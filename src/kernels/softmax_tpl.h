@@ -135,13 +135,18 @@ static void X(softmax_rows)(const qkv_softmax_tile *t)
     REAL *e = t->e;
     for (int64_t i = 0; i < t->count; i++) {
         const REAL *x = (const REAL *)t->x + i * t->x_row, *next = i + 1 < t->count ? x + t->x_row : x;
+        REAL *out = (REAL *)t->out + i * t->out_row;
         if (t->mask) {
             X(hide)(e, x, t->mask + i * t->mask_run, t->mask_axis, t->n);
             x = e;
         }
+        if (t->stream) {              /* the lines that are written in part */
+            QKV_PREFETCH_WRITE(out);
+            QKV_PREFETCH_WRITE(out + t->n - 1);
+        }
         VEC shift = X(shift_of)(X(set1)(X(row_max)(x, t->n)));
         REAL sum = X(row_exp)(e, x, t->n, shift, next);
-        X(row_scale)((REAL *)t->out + i * t->out_row, e, t->n, X(inverse_of)(X(set1)(sum)), t->stream);
+        X(row_scale)(out, e, t->n, X(inverse_of)(X(set1)(sum)), t->stream);
     }
     if (t->stream)
         X(fence)();
@@ -221,7 +226,7 @@ static void X(take_rows)(const qkv_softmax_tile *t, X(strip) s, int64_t i, int64
 }
 
 /* e <- 2^(c (e - top)): some rows, of which those W apart are summed in one register. Meanwhile the lines of as many rows at
- * `next` are fetched. */
+ * `next` are fetched; where these do not begin at lines, the strip before them had their first ones. */
 static QKV_INLINE void X(exp_rows)(int64_t rows, X(factor) c, REAL *e, int64_t width, int64_t count, const REAL *top,
                                    REAL *part, const REAL *next, ptrdiff_t next_row, int64_t next_count)
 {
@@ -238,7 +243,7 @@ static QKV_INLINE void X(exp_rows)(int64_t rows, X(factor) c, REAL *e, int64_t w
             if (j % LINE == 0 && j < next_count) {
                 QKV_UNROLL
                 for (int i = 0; i < RUN; i++)
-                    QKV_PREFETCH_L2(next + i * next_row + j);
+                    QKV_PREFETCH_L2(next + i * next_row + j + LINE - 1);
             }
         }
     }
