@@ -7,6 +7,14 @@
 static inline VEC X(turn)(VEC factor, VEC x) { return X(mul)(factor, x); }
 #endif
 
+static QKV_INLINE void X(prefetch_each)(const void *const *rows, int n, int d)
+{
+    for (int i = 0; i < n; i++)
+        X(prefetch_rows)(rows[i], 0, 1, d);
+}
+
+static void X(expect)(void *const *rows, int n, int dv) { X(prefetch_each)((const void *const *)rows, n, dv); }
+
 /* Columns e .. e + part of the w lanes that begin at rows[0]; of n rows, lanes without one repeat the last. */
 static QKV_INLINE void X(pack_square)(REAL *to, const void *const *rows, int n, int e, int part, VEC scale)
 {
@@ -24,9 +32,12 @@ static QKV_INLINE void X(pack_square)(REAL *to, const void *const *rows, int n, 
 static void X(pack)(void *qt, const void *const *rows, int n, int d, double factor)
 {
     VEC scale = X(set1)((REAL)factor);
+    X(prefetch_each)(rows, n < W ? n : W, d);
     for (int g = 0; g < n; g += W) {
         REAL *to = (REAL *)qt + g;
         int e = 0;
+        if (g + W < n)
+            X(prefetch_each)(rows + g + W, n - g < 2 * W ? n - g - W : W, d);
         if (n - g == 1) {
             const REAL *row = rows[g];
             for (; e < d; e++)
@@ -74,12 +85,6 @@ static void X(finish)(void *const *rows, const void *o, const void *l, int n, in
         for (; e < dv; e += W)
             X(finish_square)(rows + g, from, n - g, e, dv - e < W ? dv - e : W, inverse);
     }
-}
-
-static void X(expect)(void *const *rows, int n, int dv)
-{
-    for (int i = 0; i < n; i++)
-        X(prefetch_rows)(rows[i], 0, 1, dv);
 }
 
 static int X(finite)(const void *o, const void *l, int nv, int dv)
