@@ -63,7 +63,7 @@ static void stack_queries(few *t)
         if (!plan->few.direct_q) {
             char *copy = t->scratch + plan->few.at_copies + (size_t)(r * p->dim) * (size_t)plan->few.kernels->size;
             qkv_rows one = {from, 0, (ptrdiff_t)p->q_at.dim, p->type, p->swapped_q};
-            plan->few.kernels->gather(copy, 0, &one, 1, (int)p->dim);
+            plan->few.kernels->gather_terms(copy, 0, &one, 1, (int)p->dim);
             rows[r] = copy;
         }
     }
@@ -122,12 +122,10 @@ static void open_rows(few *t, const qkv_call *job, int worker, int64_t sequence,
     stack_queries(t);
 }
 
-/* K or V of the keys from `first` on, of which it says the last: where they lie, to the end of their run, or a copy; the
- * bytes from row to row, and the type. */
-static const char *piece(few *t, int values, int64_t first, int64_t *last, ptrdiff_t *row, int *as)
+/* K or V of the keys from `first` on, to `last` or to the end of their run, which becomes the last. */
+static qkv_rows rows_from(few *t, int values, int64_t first, int64_t *last)
 {
     const qkv_problem *p = t->problem;
-    const qkv_plan *plan = t->plan;
     const qkv_strides *at = values ? &p->v_at : &p->k_at;
     while (p->runs[t->run].first > first)
         t->run--;
@@ -136,21 +134,56 @@ static const char *piece(few *t, int values, int64_t first, int64_t *last, ptrdi
     const qkv_run *run = &p->runs[t->run];
     char *data = (char *)(values ? run->v : run->k) + (values ? t->v_offset : t->k_offset) + (first - run->first) * at->row;
     *last = qkv_min(*last, run->first + run->count);
+    return (qkv_rows){data, (ptrdiff_t)at->row, (ptrdiff_t)at->dim, p->kv_type, values ? p->swapped_v : p->swapped_k};
+}
+
+/* The same, where they lie or a copy; the bytes from row to row, and the type. */
+static const char *piece(few *t, int values, int64_t first, int64_t *last, ptrdiff_t *row, int *as)
+{
+    const qkv_problem *p = t->problem;
+    const qkv_plan *plan = t->plan;
+    qkv_rows from = rows_from(t, values, first, last);
     if (!(values ? plan->few.copy_v : plan->few.copy_k)) {
-        *row = (ptrdiff_t)at->row;
+        *row = from.row;
         *as = p->kv_type;
-        return data;
+        return from.data;
     }
     *last = qkv_min(*last, first + plan->few.pass);
     ptrdiff_t copy_row = (ptrdiff_t)(values ? plan->copy_row_v : plan->copy_row_k);
     *row = copy_row * plan->few.kernels->size;
     *as = qkv_arithmetic(p->type);
-    qkv_rows from = {data, (ptrdiff_t)at->row, (ptrdiff_t)at->dim, p->kv_type,
-                     values ? p->swapped_v : p->swapped_k};
     char *copy = t->scratch + (values ? plan->few.at_v : plan->few.at_k);
-    plan->few.kernels->gather(copy, copy_row, &from, (int)(*last - first), (int)(values ? p->dim_v : p->dim));
+    plan->few.kernels->gather_terms(copy, copy_row, &from, (int)(*last - first), (int)(values ? p->dim_v : p->dim));
     t->counters->tiles_copied++;
     return copy;
+}
+
+/* Values of the keys from `first` on, of [begin, end) that some row sees, where pairs of keys are multiplied: from an even key
+ * to an even one. Two whose runs differ, or of which one lies outside, are put side by side, with 0 for what is outside. */
+static const char *even_piece(few *t, int64_t *first, int64_t *last, int64_t begin, int64_t end, ptrdiff_t *row, int *as)
+{
+    if (*first % 2 == 0) {
+        const char *rows = piece(t, 1, *first, last, row, as);
+        if (*last - *first > 1) {
+            *last -= *last % 2;
+            return rows;
+        }
+    }
+    char *pair = t->scratch + t->plan->few.at_pair;
+    int dim = (int)t->problem->dim_v;
+    *row = (dim + 1) / 2 * t->plan->few.kernels->size;
+    *first -= *first % 2;
+    *last = *first + 2;
+    for (int64_t key = *first, one; key < *last; key++, pair += *row) {
+        one = key + 1;
+        if (key < begin || key >= end) {
+            memset(pair, 0, (size_t)*row);
+        } else {
+            qkv_rows from = rows_from(t, 1, key, &one);
+            t->plan->few.kernels->gather_terms(pair, 0, &from, 1, dim);
+        }
+    }
+    return t->scratch + t->plan->few.at_pair;
 }
 
 /* No positions of a chunk at all. */
@@ -256,7 +289,7 @@ static void attend_chunk(few *t, int64_t chunk, char *state)
     kernels->decode_weigh(&t->stack);
     for (int64_t key = next_block(t, 0, first, last), end; key < last; key = next_block(t, 0, end, last)) {
         end = next_block(t, 1, key, last);
-        rows = piece(t, 1, key, &end, &row, &as);
+        rows = kernels->pair > 1 ? even_piece(t, &key, &end, first, last, &row, &as) : piece(t, 1, key, &end, &row, &as);
         kernels->decode_value(&t->stack, rows, row, as, (int)(key - base), (int)(end - key));
     }
 }

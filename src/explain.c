@@ -67,12 +67,17 @@ static void count_tiles(const qkv_problem *p, const qkv_plan *plan, int64_t sequ
     int64_t lanes = plan->kernels->lanes, vector = plan->kernels->vector, rows = plan->tile_panels * lanes;
     int copies = (plan->copy_k != 0) + (plan->copy_v != 0);
     if (plan->decode) {
-        copies = (plan->few.copy_k != 0) + (plan->few.copy_v != 0);
         qkv_limits limits = limits_of(p, plan->group, sequence, 0, plan->rows - 1);
         if (limits.any.lo >= limits.any.hi)
             return;
         int64_t visited = blocks_up_to(limits.any.hi, plan->chunk) - limits.any.lo / plan->chunk;
-        count->tiles_copied += copies * count_passes(plan, plan->few.pass, limits.any.lo, limits.any.hi);
+        if (plan->few.copy_k)
+            count->tiles_copied += count_passes(plan, plan->few.pass, limits.any.lo, limits.any.hi);
+        /* Of pairs of keys, one beside which no row sees another is no pass. */
+        int64_t pair = plan->few.kernels->pair, lo = blocks_up_to(limits.any.lo, pair) * pair;
+        int64_t hi = limits.any.hi / pair * pair;
+        if (plan->few.copy_v && lo < hi)
+            count->tiles_copied += count_passes(plan, plan->few.pass, lo, hi);
         count_vectors(count, &limits, plan->chunk, visited, 1);
         return;
     }
@@ -273,7 +278,7 @@ qkv_status qkv_explain(const qkv_problem *p, qkv_report *report)
     qkv_plan plan;
     qkv_status status = qkv_make_plan(p, &plan);
     memset(report, 0, sizeof *report);
-    report->pair = plan.kernels->pair;
+    report->pair = plan.decode ? plan.few.kernels->pair : plan.kernels->pair;
     report->decode = plan.decode;
     report->panel_rows = plan.decode ? plan.rows : plan.kernels->lanes;
     report->vector_rows = plan.decode ? plan.rows : plan.kernels->vector;

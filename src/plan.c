@@ -154,6 +154,12 @@ int qkv_has_few(const qkv_problem *p, const qkv_plan *plan, int64_t sequence)
     return qkv_queries(p, sequence) * plan->group <= plan->few.most;
 }
 
+/* Pairs are multiplied where Q, K and V hold them, and what goes into Q is its sign alone. */
+static int multiplies_pairs(const qkv_problem *p, const qkv_plan *plan)
+{
+    return qkv_isa_at(p->isa)->pairs && p->type == QKV_BF16 && p->kv_type == QKV_BF16 && fabs(plan->q_factor) == 1;
+}
+
 /* For tiles of few rows, where there may be some: `rows` at most. */
 static void plan_few(const qkv_problem *p, qkv_plan *plan)
 {
@@ -165,18 +171,20 @@ static void plan_few(const qkv_problem *p, qkv_plan *plan)
     plan->decode = plan->rows <= few->most;
     if (!plan->decode && !p->q_starts)
         return;
-    few->kernels = plan->kernels;
-    /* Whole vectors are widened as they are loaded. */
+    int pairs = multiplies_pairs(p, plan);
+    few->kernels = pairs ? qkv_isa_at(p->isa)->pairs : plan->kernels;
+    /* Whole vectors are widened as they are loaded, and pairs need no widening. */
     int widens = few->kernels->widens;
-    few->copy_k = plan->copy_k & ~(widens && p->dim % vector == 0 ? QKV_WIDENED : 0);
-    few->copy_v = plan->copy_v & ~(widens && p->dim_v % vector == 0 ? QKV_WIDENED : 0);
+    few->copy_k = plan->copy_k & ~(pairs || (widens && p->dim % vector == 0) ? QKV_WIDENED : 0);
+    few->copy_v = plan->copy_v & ~(pairs || (widens && p->dim_v % vector == 0) ? QKV_WIDENED : 0);
     few->direct_q = plan->direct_q;
     int64_t n = qkv_min(few->most, plan->rows);
     size_t at = 0, rows = (size_t)n, lanes = (size_t)(ceil_div(n, vector) * vector);
     size_t dim = (size_t)qkv_max(p->dim, p->dim_v);
     few->pass = qkv_min(CHUNK, qkv_max(16, COPY_PASS_BYTES / ((p->dim + p->dim_v + 1) * size) / 16 * 16));
-    few->q_row = ceil_div(p->dim, vector) * vector;
-    few->o_row = ceil_div(p->dim_v, vector) * vector;
+    int64_t pair = few->kernels->pair;
+    few->q_row = ceil_div(p->dim, pair * vector) * vector;
+    few->o_row = ceil_div(p->dim_v, pair * vector) * pair * vector;
     few->l_bytes = align((size_t)(n * size));
     few->state_bytes = align((size_t)(n * few->o_row * size)) + 2 * few->l_bytes;
 #define TAKE(field, bytes) (few->field = at, at += align(bytes))
@@ -189,6 +197,7 @@ static void plan_few(const qkv_problem *p, qkv_plan *plan)
     TAKE(at_total, few->state_bytes);
     TAKE(at_k, few->copy_k ? (size_t)(few->pass * plan->copy_row_k * size) : 0);
     TAKE(at_v, few->copy_v ? (size_t)(few->pass * plan->copy_row_v * size) : 0);
+    TAKE(at_pair, pairs ? (size_t)(2 * ceil_div(p->dim_v, 2) * size) : 0);
     TAKE(at_copies, plan->direct_q && plan->direct_out ? 0 : rows * dim * (size_t)size);
     TAKE(at_lanes, plan->adjust ? lanes * QKV_LANE_BYTES : 0);
     TAKE(at_pointers, plan->adjust ? 2 * rows * sizeof(void *) : 0);
@@ -250,12 +259,6 @@ static int count_work(const qkv_problem *p, const qkv_plan *plan, int64_t *panel
     }
     *flops = 2.0 * (double)(p->dim + p->dim_v) * pairs * (double)p->heads_q;
     return 1;
-}
-
-/* Pairs are multiplied where Q, K and V hold them, and what goes into Q is its sign alone. */
-static int multiplies_pairs(const qkv_problem *p, const qkv_plan *plan)
-{
-    return qkv_isa_at(p->isa)->pairs && p->type == QKV_BF16 && p->kv_type == QKV_BF16 && fabs(plan->q_factor) == 1;
 }
 
 qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)

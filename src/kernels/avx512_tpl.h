@@ -91,3 +91,21 @@ static inline void transpose_f32(vec_f32 x[16])
     for (int i = 0; i < 16; i++)
         x[i] = y[i];
 }
+
+/* Halves, then quarters, then within quarters; the pairs are chosen so that sums end up in order. */
+static inline vec_f32 sum_each_f32(vec_f32 x[16])
+{
+    vec_f32 y[8], z[4];
+    QKV_UNROLL
+    for (int i = 0; i < 8; i++) {
+        vec_f32 a = x[i % 4 + i / 4 * 8], b = x[i % 4 + i / 4 * 8 + 4];
+        y[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xff00, a, b), _mm512_shuffle_f32x4(a, b, 0x4e));
+    }
+    QKV_UNROLL
+    for (int i = 0; i < 4; i++)
+        z[i] = _mm512_add_ps(_mm512_shuffle_f32x4(y[i], y[i + 4], 0x88), _mm512_shuffle_f32x4(y[i], y[i + 4], 0xdd));
+    QKV_UNROLL
+    for (int i = 0; i < 4; i += 2)
+        z[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xcccc, z[i], z[i + 1]), _mm512_shuffle_ps(z[i], z[i + 1], 0x4e));
+    return _mm512_add_ps(_mm512_shuffle_ps(z[0], z[2], 0x88), _mm512_shuffle_ps(z[0], z[2], 0xdd));
+}

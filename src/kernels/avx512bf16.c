@@ -25,12 +25,14 @@ static inline vec_f32 mad_seen_f32(vec_f32 v, vec_f32 p, vec_f32 z)
     return mad_f32(_mm512_castsi512_ps(values), _mm512_castsi512_ps(weights), z);
 }
 
+static inline vec_f32 append_f32(vec_f32 x, vec_f32 y) { return (vec_f32)_mm512_cvtne2ps_pbh(y, x); }
+
 static inline vec_f32 join_f32(vec_f32 x, vec_f32 y)
 {
     const __m512i order = _mm512_add_epi32(                 /* halves 0, 16, 1, 17 ... */
         _mm512_mullo_epi32(_mm512_set1_epi32(0x00010001), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)),
         _mm512_set1_epi32(0x00100000));
-    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(y, x)));
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, _mm512_castps_si512(append_f32(x, y))));
 }
 
 static inline vec_f32 interleave_f32(const void *a, const void *b)
@@ -44,6 +46,23 @@ static inline vec_f32 turn_f32(vec_f32 factor, vec_f32 x)
     __m512i sign = _mm512_and_si512(_mm512_castps_si512(factor), _mm512_set1_epi32(INT32_MIN));
     sign = _mm512_or_si512(sign, _mm512_srli_epi32(sign, 16));
     return _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(x), sign));
+}
+
+static inline vec_f32 load_halves_f32(const void *p, int n)
+{
+    return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16((__mmask32)(0xffffffffu >> (32 - n)), p));
+}
+
+/* Pairs of the first four elements of each quarter, and of the last four. */
+static inline vec_f32 zip_f32(vec_f32 x, vec_f32 y, const int at)
+{
+    __m512i a = _mm512_castps_si512(x), b = _mm512_castps_si512(y);
+    return _mm512_castsi512_ps(at ? _mm512_unpackhi_epi16(a, b) : _mm512_unpacklo_epi16(a, b));
+}
+static inline vec_f32 unzip_f32(vec_f32 x, vec_f32 y, int at)
+{
+    const __m512i order = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    return _mm512_permutex2var_ps(x, _mm512_add_epi32(order, _mm512_set1_epi32(at / 2)), y);
 }
 
 #define T f32

@@ -8,6 +8,7 @@
  *
  * Rows of K and V are of the table's own type, or, if WIDENS, of a narrower one that is widened in registers as it is loaded:
  * `as`, a constant of each tile. They have whole vectors then. The scale of a row of int8 multiplies scores and weights.
+ * Where pairs are multiplied, decode_pairs_tpl.h has the products.
  *
  * What a row computes depends on its own data and on positions in the chunk alone: not on other rows, on where the keys
  * that are seen begin or end, or on the pieces in which K and V are handed over.
@@ -24,7 +25,24 @@
 #define AHEAD_ONE 4096
 #define AHEAD_MORE 16384
 #define AHEAD_WIDENED 9216
+#define AHEAD_HALVES 20480
 
+static QKV_INLINE void X(decode_fetch)(const char *from, ptrdiff_t ahead)
+{
+    QKV_PREFETCH_L2((const void *)((uintptr_t)from + (uintptr_t)ahead));
+}
+
+/* Bytes from where rows of d elements of 16 bits are read to where they are fetched: of one or two rows just the next, since
+ * the CPU itself is far ahead of what it needs. */
+static QKV_INLINE ptrdiff_t X(decode_ahead_halves)(const qkv_stack *t, ptrdiff_t row, int d)
+{
+    ptrdiff_t rows = t->rows <= 2 ? 1 : AHEAD_HALVES / (2 * d + 1);
+    return (rows > 1 ? rows : 1) * row;
+}
+
+#if PAIR == 2
+#include "decode_pairs_tpl.h"
+#else
 #define OWN (sizeof(REAL) == 4 ? QKV_AS_F32 : QKV_AS_F64)
 
 /* q (n, q_row) <- factor * rows, 0 behind each. */
@@ -51,14 +69,11 @@ static QKV_INLINE int X(decode_line)(const int as) { return as == QKV_AS_I4 ? 12
 /* Bytes from where rows of d elements are read to where they are fetched. */
 static QKV_INLINE ptrdiff_t X(decode_ahead)(const int as, const qkv_stack *t, ptrdiff_t row, int d)
 {
+    if (as == QKV_AS_F16 || as == QKV_AS_BF16)
+        return X(decode_ahead_halves)(t, row, d);
     ptrdiff_t far = as != OWN ? AHEAD_WIDENED : t->rows == 1 ? AHEAD_ONE : AHEAD_MORE;
     ptrdiff_t rows = far / (X(decode_bytes)(as, d) + 1);
     return (rows > 1 ? rows : 1) * row;
-}
-
-static QKV_INLINE void X(decode_fetch)(const char *from, ptrdiff_t ahead)
-{
-    QKV_PREFETCH_L2((const void *)((uintptr_t)from + (uintptr_t)ahead));
 }
 
 /* w elements from number e on, or, of the own type, the first `some` of them, with 0 behind. Of int4 `scale` is that of the
@@ -120,7 +135,8 @@ static QKV_INLINE void X(decode_score_tile)(const int as, const int nr, const in
                                             const qkv_stack *t, int row, const char *k, ptrdiff_t k_row, ptrdiff_t ahead,
                                             int at)
 {
-    const int few = fetch && as == OWN ? 1 : nk < 4 ? nk : 4, step = as == QKV_AS_I4 ? 32 : 2 * W;
+    const int halves = as == QKV_AS_F16 || as == QKV_AS_BF16;
+    const int few = (fetch && as == OWN) || (halves && nr == 1) ? 1 : nk < 4 ? nk : 4, step = as == QKV_AS_I4 ? 32 : 2 * W;
     const REAL *q = (const REAL *)t->q + row * t->q_row;
     VEC c[SUMS];
     QKV_UNROLL
@@ -222,6 +238,9 @@ static void X(decode_score)(const qkv_stack *t, const void *k, ptrdiff_t k_row, 
     BY_TYPE(X(decode_score_as), as, t, k, k_row, at, n);
 }
 
+static inline VEC X(decode_columns)(const REAL *o, int e) { return X(load)(o + e); }
+#endif
+
 /* The largest of s[begin .. end), whole pairs of vectors. NaN does not count. */
 static REAL X(decode_top)(const REAL *s, int begin, int end)
 {
@@ -238,7 +257,8 @@ static REAL X(decode_top)(const REAL *s, int begin, int end)
     return lane[0];
 }
 
-/* s[begin .. end) -> weights; returns their sum. If careful, the weight of an excluded key is -1. */
+/* s[begin .. end) -> weights; returns their sum. If careful, the weight of an excluded key is -1. Of pairs, those of keys 2 i
+ * and 2 i + 1 are joined in element i. */
 static REAL X(decode_exp)(REAL *s, int begin, int end, REAL top, double factor, int careful)
 {
     VEC none = X(set1)(-(REAL)INFINITY), shift = X(set1)(top == -(REAL)INFINITY ? 0 : top), total = X(set1)(0);
@@ -256,8 +276,13 @@ static REAL X(decode_exp)(REAL *s, int begin, int end, REAL top, double factor, 
                 sum = X(add)(sum, p[j]);
                 if (careful)
                     p[j] = X(select)(X(equal)(x[j], none), X(set1)(-1), p[j]);
+#if PAIR == 1
                 X(store)(s + i + j * W, p[j]);
+#endif
             }
+#if PAIR == 2
+            X(store)(s + i / 2, X(append)(p[0], p[1]));
+#endif
         }
         total = X(add)(total, sum);
     }
@@ -286,6 +311,7 @@ static void X(decode_weigh)(const qkv_stack *t)
     }
 }
 
+#if PAIR == 1
 /* nc vectors of columns from column e on, or the first `some` elements of one, of the values of nr rows: n keys of one
  * part, whose first one begins it if `begins`, whose last one ends it if `ends`. If careful, excluded keys are left out. */
 static QKV_INLINE void X(decode_value_tile)(const int as, const int nr, const int nc, const int careful, int some,
@@ -393,6 +419,7 @@ static void X(decode_value)(const qkv_stack *t, const void *v, ptrdiff_t v_row, 
 {
     BY_TYPE(X(decode_value_as), as, t, v, v_row, at, n);
 }
+#endif
 
 /* O, m, l <- those of the keys before, then those of `o2 m2 l2`. */
 static void X(decode_merge)(const qkv_stack *t, const void *o2, const void *m2, const void *l2)
@@ -426,7 +453,7 @@ static int X(decode_finish)(void *const *rows, const qkv_stack *t)
         /* x - x is 0 for every finite x and NaN for the others. */
         bad = X(add)(bad, X(sub)(sum, sum));
         for (int e = 0; e < t->dv; e += W) {
-            VEC x = X(load)(o + e);
+            VEC x = X(decode_columns)(o, e);
             bad = X(add)(bad, X(sub)(x, x));
             /* Adding 0 turns -0 into 0: the sign of a zero would tell which keys were skipped. */
             x = X(add)(X(mul)(x, inverse), zero);
@@ -441,6 +468,7 @@ static int X(decode_finish)(void *const *rows, const qkv_stack *t)
 
 #undef BY_TYPE
 #undef OWN
+#undef AHEAD_HALVES
 #undef AHEAD_WIDENED
 #undef AHEAD_MORE
 #undef AHEAD_ONE

@@ -27,6 +27,10 @@
  *   mad(x, y, z)             z + both products of the pairs x and y
  *   mad_seen(v, p, z)        the same without those where p is -1
  *   join(x, y)               pairs of the elements of x and of y, rounded
+ *   append(x, y)             the elements of x, then those of y, rounded
+ *   load_halves(p, n)        the first n <= 2 w elements of 16 bits, any alignment, 0 behind; nothing past them is touched
+ *   zip(x, y, at)            w of the 2 w pairs of the elements of x and of y, at 0 and w, in an order of their own
+ *   unzip(x, y, at)          w of the 2 w reals of such pairs, x at 0 and y at w, at 0 and w in their first order
  *   interleave(a, b)         pairs of w elements of 16 bits each, any alignment
  *   turn(a, x)               x with the sign of a
  * and in any case:
@@ -62,14 +66,11 @@
 #include "attend_tpl.h"
 #include "rows_tpl.h"
 #include "peak_tpl.h"
+#include "decode_tpl.h"
 #if PAIR == 1
 #include "product_tpl.h"
 #include "softmax_tpl.h"
-#include "decode_tpl.h"
 #define UNPAIRED \
-    .widens = WIDENS, \
-    .decode_stack = X(decode_stack), .decode_score = X(decode_score), .decode_weigh = X(decode_weigh), \
-    .decode_value = X(decode_value), .decode_merge = X(decode_merge), .decode_finish = X(decode_finish), \
     .multiply = X(multiply), .fence = X(fence), .softmax_rows = X(softmax_rows), .softmax_columns = X(softmax_columns),
 #else
 #define UNPAIRED
@@ -80,6 +81,9 @@
     .attend = X(attend), .reset = X(reset), .merge = X(merge), \
     .pack = X(pack), .expect = X(expect), .finish = X(finish), .finite = X(finite), \
     .gather = X(gather), .scatter = X(scatter), .gather_terms = X(gather_terms), .gather_values = X(gather_values), \
+    .widens = WIDENS, \
+    .decode_stack = X(decode_stack), .decode_score = X(decode_score), .decode_weigh = X(decode_weigh), \
+    .decode_value = X(decode_value), .decode_merge = X(decode_merge), .decode_finish = X(decode_finish), \
     UNPAIRED \
     .exp2 = X(exp2_array), .fma = X(fma_rounds) }
 

@@ -60,11 +60,12 @@ typedef struct {
 /* Few rows that share their keys, against one chunk of them: here a lane is an element of the head dimension. All pointers
  * are to the table's element type and aligned to a vector, and so are rows. A position is that of a key in the chunk. */
 typedef struct {
-    const void *q;                    /* (rows, q_row), from decode_stack */
-    void *s;                          /* (rows, s_row): scores, then weights, by position; s_row is a multiple of 2 vectors */
+    const void *q;                    /* (rows, q_row), from decode_stack: elements, or pairs of them */
+    void *s;                          /* (rows, s_row): scores, then weights, by position, or of pairs of positions; s_row is a
+                                       * multiple of 2 vectors */
     void *sums;                       /* (rows, o_row): what decode_value keeps from one call to the next */
     void *o, *m, *l;                  /* (rows, o_row), (rows), (rows): the state */
-    ptrdiff_t q_row, s_row, o_row;    /* elements */
+    ptrdiff_t q_row, s_row, o_row;    /* elements, or pairs of Q; o_row is a multiple of 2 vectors there */
     const int32_t *lo, *hi;           /* (rows): row r sees the positions lo[r] <= i < hi[r], between first and last */
     double c;                         /* log2(e) * what of the scale is not in q; positive */
     int rows, d, dv;
@@ -156,14 +157,13 @@ typedef struct {
     void (*gather_terms)(void *to, ptrdiff_t to_row, const qkv_rows *from, int n, int d);
     void (*gather_values)(void *to, ptrdiff_t to_row, const qkv_rows *from, int n, int d);
 
-    /* From here up to exp2 NULL where pairs are multiplied. */
-
     /* Few rows. In this order: q <- factor * n rows of d elements at unit stride, 0 behind each; positions at .. at + n of
      * S <- Q K^T; S -> P, m and l, where -inf is excluded; positions at .. at + n of P V, added to O, from 0 at the first to
      * the last in order; the state of the keys so far <- that, followed by that of another chunk, and
      * rows <- O / l (0 where l = 0), which returns whether O and l hold no NaN and no infinity. K and V lie in rows of
      * elements side by side, `k_row` and `v_row` bytes apart, in the table's type or, if `widens` and these are
-     * whole vectors, in the QKV_AS_... of `as`. */
+     * whole vectors, in the QKV_AS_... of `as`. Where pairs are multiplied, K and V are bfloat16 at any alignment, and values
+     * come two keys at a time: `at` and n are even for decode_value, and a row that no row sees is 0. */
     int widens;
     void (*decode_stack)(void *q, ptrdiff_t q_row, const void *const *rows, int n, int d, double factor);
     void (*decode_score)(const qkv_stack *stack, const void *k, ptrdiff_t k_row, int as, int at, int n);
@@ -171,6 +171,8 @@ typedef struct {
     void (*decode_value)(const qkv_stack *stack, const void *v, ptrdiff_t v_row, int as, int at, int n);
     void (*decode_merge)(const qkv_stack *stack, const void *o2, const void *m2, const void *l2);
     int (*decode_finish)(void *const *rows, const qkv_stack *stack);
+
+    /* From here up to exp2 NULL where pairs are multiplied. */
 
     void (*multiply)(const qkv_product_tile *tile);
     void (*fence)(void);              /* other threads see what was streamed */
