@@ -232,9 +232,10 @@ return_lse, out, num_threads
         asked, source = _runtime.check_threads(num_threads, "explain: num_threads"), "num_threads="
     isa, dtype = _runtime.available_isas()[index], "float64" if used["q"].dtype.itemsize == 8 else "float32"
     kernel = "decode" if report["decode"] else "attend"
-    kernel += f"_{'f64' if dtype == 'float64' else 'f32'}_{isa.removesuffix('bf16')}"
     if report["pair"] == 2:  # which is all that this path has of its own
-        kernel = f"attend_bf16_{isa}"
+        kernel += f"_bf16_{isa}"
+    else:
+        kernel += f"_{'f64' if dtype == 'float64' else 'f32'}_{isa.removesuffix('bf16')}"
     keys = used["k"].shape[-3 if layout == "blhd" and used["k"].ndim > 2 else -2]
     return Plan(
         isa=isa,

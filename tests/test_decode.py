@@ -17,7 +17,8 @@ import qkv_fast
 from qkv_fast import _runtime
 
 pytestmark = pytest.mark.usefixtures("isa")
-dtypes = pytest.mark.parametrize("dtype", TYPES)
+dtypes = pytest.mark.parametrize("dtype", (*TYPES, "bfloat16"))  # whose pairs are multiplied on some paths
+wide = pytest.mark.parametrize("dtype", TYPES)
 
 
 def plan_of(*args, **options):
@@ -143,7 +144,7 @@ def test_threads_do_not_change_bits(dtype, name):
     assert name == "short" or True in split, "the keys were never shared among threads"
 
 
-@dtypes
+@wide
 @pytest.mark.parametrize("lq", [1, 40])
 def test_a_window_costs_the_chunks_that_it_reaches(dtype, lq):
     """However many keys lie before and behind: the others are neither tasks nor partial results. Sequences whose
@@ -238,7 +239,7 @@ def test_a_score_of_minus_infinity_excludes_its_value(dtype):
     assert not out.any() and (lse == -np.inf).all()
 
 
-@dtypes
+@wide
 @pytest.mark.parametrize("threads", [1, 4])
 def test_sinks(dtype, threads):
     q, k, v = qkv(9, dtype, heads=(4, 2), lengths=(2, 3000), dims=(24, 40))
@@ -282,7 +283,7 @@ def test_nothing_beside_the_arrays_is_read_or_written(dtype, place):
         same_bits(views[3].copy(), expected)
 
 
-@dtypes
+@wide
 def test_long_sums_stay_exact(dtype):
     """64k keys: values that do not cancel, and equal ones, in one chunk after the other."""
     q, k, v = qkv(8, dtype, heads=(2, 1), lengths=(1, 65536), dims=(16, 16))

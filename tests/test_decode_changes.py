@@ -18,7 +18,8 @@ import qkv_fast
 from qkv_fast import _runtime
 
 pytestmark = pytest.mark.usefixtures("isa")
-dtypes = pytest.mark.parametrize("dtype", TYPES)
+dtypes = pytest.mark.parametrize("dtype", (*TYPES, "bfloat16"))  # whose pairs are multiplied on some paths
+wide = pytest.mark.parametrize("dtype", TYPES)
 places = pytest.mark.parametrize("place", ["at_end", "at_start"])
 fenced = pytest.mark.skipif(sys.platform == "win32", reason="mprotect is POSIX")
 
@@ -231,7 +232,7 @@ def test_nan_of_hidden_keys(dtype, kind):
               qkv_fast.attention(q, k, v, **options | dict(bias=bias, mask=mask)))  # fmt: skip
 
 
-@dtypes
+@wide
 @pytest.mark.parametrize("threads", [1, 4])
 def test_the_least_number_everywhere_averages(dtype, threads):
     q, k, v = qkv(7, dtype, heads=(4, 1), lengths=(1, 3 * CHUNK), dims=(16, 16))
@@ -249,7 +250,7 @@ def test_the_least_number_everywhere_averages(dtype, threads):
     assert not out[0].any() and lse[0] == 1 and not out[3].any() and lse[3] == 2
 
 
-@dtypes
+@wide
 @pytest.mark.parametrize("offset", [10**5, -(10**5), 2**24 + 1, 2**40 + 3, 2**60])
 def test_alibi_far_away(dtype, offset):
     """As with many rows: only the differences of distances are left, as far as the type holds them."""

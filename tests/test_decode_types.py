@@ -109,13 +109,19 @@ def test_threads_do_not_change_bits(stored, heads, lq):
 
 
 @narrow
-@pytest.mark.parametrize("dims", [(64, 32), (20, 12)])
-def test_pages_and_rings_do_not_change_bits(stored, dims):
-    """Runs that end anywhere in what is scored, summed or copied at once."""
+@pytest.mark.parametrize("dims", [(64, 32), (20, 12), (33, 71)])
+@pytest.mark.parametrize("wide", [True, False])
+def test_pages_and_rings_do_not_change_bits(stored, dims, wide):
+    """Runs that end anywhere in what is scored, summed or copied at once; queries of the stored type too, if it is one of
+    theirs, and windows that begin and end between the keys of a pair."""
+    if not wide and stored not in HALVES:
+        pytest.skip("queries are wider")
     q, k, v = qkv(4, batch=(1,), heads=(4, 2), lengths=(2, 1500), dims=dims)
+    q = q if wide else q.astype(stored)
     cache = KVCache(1, 2, dims[0], 1500, value_dim=dims[1], dtype=stored)
     cache.append(k, v)
-    expected = cache.attend(q, return_lse=True)
+    windows = {"window": (349, 0)}, {"window": (350, 0)}, {"window": (1, 0)}
+    expected = [cache.attend(q, return_lse=True, **options) for options in ({}, *windows)]
     for size in (1, 5, 16, 37):
         pool = PagedKVCache(2, dims[0], 1600 // size + 2, value_dim=dims[1], page_size=size, dtype=stored)
         chosen = [pool.add(), pool.add()]
@@ -123,11 +129,12 @@ def test_pages_and_rings_do_not_change_bits(stored, dims):
             pool.append(chosen[:1], k[:, :, at : at + 100], v[:, :, at : at + 100])
             if at == 500:
                 pool.append(chosen[1:], k[:, :, :1], v[:, :, :1])
-        same_bits(pool.attend(chosen[:1], q, return_lse=True), expected)
-    ring = KVCache(1, 2, dims[0], 400, value_dim=dims[1], dtype=stored, window=350)
+        for options, same in zip(({}, *windows), expected, strict=True):
+            same_bits(pool.attend(chosen[:1], q, return_lse=True, **options), same)
+    ring = KVCache(1, 2, dims[0], 401, value_dim=dims[1], dtype=stored, window=350)
     for at in range(0, 1500, 50):
         ring.append(k[:, :, at : at + 50], v[:, :, at : at + 50])
-    same_bits(ring.attend(q, return_lse=True), cache.attend(q, window=(350, 0), return_lse=True))
+    same_bits(ring.attend(q, return_lse=True), expected[2])
 
 
 @narrow
