@@ -32,11 +32,11 @@ static QKV_INLINE void X(decode_fetch)(const char *from, ptrdiff_t ahead)
     QKV_PREFETCH_L2((const void *)((uintptr_t)from + (uintptr_t)ahead));
 }
 
-/* Bytes from where rows of d elements of 16 bits are read to where they are fetched: of one or two rows just the next, since
- * the CPU itself is far ahead of what it needs. */
+/* Bytes from where rows of d elements of 16 bits are read to where they are fetched: of one row, or of two whose pairs are
+ * multiplied, just the next, since the CPU itself is far ahead of what they need. */
 static QKV_INLINE ptrdiff_t X(decode_ahead_halves)(const qkv_stack *t, ptrdiff_t row, int d)
 {
-    ptrdiff_t rows = t->rows <= 2 ? 1 : AHEAD_HALVES / (2 * d + 1);
+    ptrdiff_t far = sizeof(VEC) == 64 ? AHEAD_HALVES : AHEAD_WIDENED, rows = t->rows <= PAIR ? 1 : far / (2 * d + 1);
     return (rows > 1 ? rows : 1) * row;
 }
 
@@ -136,7 +136,7 @@ static QKV_INLINE void X(decode_score_tile)(const int as, const int nr, const in
                                             int at)
 {
     const int halves = as == QKV_AS_F16 || as == QKV_AS_BF16;
-    const int few = (fetch && as == OWN) || (halves && nr == 1) ? 1 : nk < 4 ? nk : 4, step = as == QKV_AS_I4 ? 32 : 2 * W;
+    const int few = fetch && (as == OWN || halves) ? 1 : nk < 4 ? nk : 4, step = as == QKV_AS_I4 ? 32 : 2 * W;
     const REAL *q = (const REAL *)t->q + row * t->q_row;
     VEC c[SUMS];
     QKV_UNROLL
@@ -211,8 +211,12 @@ static QKV_INLINE void X(decode_score_as)(const int as, const qkv_stack *t, cons
         while (row < t->rows && n >= SUMS && as == OWN) {
             TILES(1, 0);
         }
+        if (t->rows == 1 && (as == QKV_AS_F16 || as == QKV_AS_BF16)) {
+            X(decode_score_tile)(as, 1, SUMS, 1, some, t, row, k, k_row, ahead, at);
+            row++;
+        }
         for (; row < t->rows; row++)
-            X(decode_score_tile)(as, 1, SUMS, as != OWN, some, t, row, k, k_row, ahead, at);
+            X(decode_score_tile)(as, 1, SUMS, 0, some, t, row, k, k_row, ahead, at);
 #undef TILES
         if (as == QKV_AS_I8)
             X(decode_scale)(t, k, k_row, t->d, at, some, 0);
@@ -396,6 +400,7 @@ static QKV_INLINE void X(decode_value_as)(const int as, const qkv_stack *t, cons
     const ptrdiff_t ahead = X(decode_ahead)(as, t, v_row, t->dv);
     /* Four rows only if their registers hold all columns, memory likes whole rows of V; or if they are to be widened, int4 a
      * group at a time. */
+    const int twos = as == OWN || (sizeof(VEC) == 64 && (as == QKV_AS_F16 || as == QKV_AS_BF16));
     const int whole = as != QKV_AS_I4 || SUMS / 4 * W >= 32, four = as == OWN ? t->dv <= SUMS / 4 * W : whole;
     for (int some; n > 0; at += some, n -= some, v += some * v_row) {
         some = PART - at % PART < n ? PART - at % PART : n;
@@ -407,7 +412,7 @@ static QKV_INLINE void X(decode_value_as)(const int as, const qkv_stack *t, cons
             TILES(1, 1);
         while (row + 4 <= t->rows && four)
             TILES(4, 0);
-        while (row + 2 <= t->rows && (as == OWN || !whole))
+        while (row + 2 <= t->rows && (twos || !whole))
             TILES(2, 0);
         while (row < t->rows)
             TILES(1, 0);
