@@ -307,8 +307,8 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     int64_t wanted = p->threads > 1 ? qkv_max(1, base / ((int64_t)p->threads * TASKS_PER_THREAD)) : most;
     double panel_flops = 2.0 * (double)(p->dim + p->dim_v) * (double)kernels->lanes * (double)plan->reach;
     most = qkv_min(most, (int64_t)(TASK_FLOPS / (panel_flops + 1)));
-    plan->tile_panels = plan->decode ? 1 : qkv_max(1, qkv_min(qkv_min(most, wanted), panels));
-    plan->tiles = plan->decode ? 1 : ceil_div(panels, plan->tile_panels);
+    plan->tiles = plan->decode ? 1 : ceil_div(panels, qkv_max(1, qkv_min(qkv_min(most, wanted), panels)));
+    plan->tile_panels = qkv_max(1, ceil_div(panels, qkv_max(1, plan->tiles)));         /* tiles of about one size */
     plan->tasks = plan->sequences * p->heads_kv * plan->tiles;
     if (p->q_starts) {
         plan->tasks = 0;
