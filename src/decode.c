@@ -60,7 +60,7 @@ static void stack_queries(few *t)
     for (int64_t r = 0; r < t->count; r++) {
         char *from = (char *)p->q + t->q_offset + row_offset(t, r, &p->q_at);
         rows[r] = from;
-        if (!plan->few.direct_q) {
+        if (plan->few.obstacles_q) {
             char *copy = t->scratch + plan->few.at_copies + (size_t)(r * p->dim) * (size_t)plan->few.kernels->size;
             qkv_rows one = {from, 0, (ptrdiff_t)p->q_at.dim, p->type, p->swapped_q};
             plan->few.kernels->gather_terms(copy, 0, &one, 1, (int)p->dim);
@@ -162,12 +162,10 @@ static const char *piece(few *t, int values, int64_t first, int64_t *last, ptrdi
  * to an even one. Two whose runs differ, or of which one lies outside, are put side by side, with 0 for what is outside. */
 static const char *even_piece(few *t, int64_t *first, int64_t *last, int64_t begin, int64_t end, ptrdiff_t *row, int *as)
 {
-    if (*first % 2 == 0) {
-        const char *rows = piece(t, 1, *first, last, row, as);
-        if (*last - *first > 1) {
-            *last -= *last % 2;
-            return rows;
-        }
+    rows_from(t, 1, *first, last);
+    if (*first % 2 == 0 && *last - *first > 1) {
+        *last -= *last % 2;
+        return piece(t, 1, *first, last, row, as);
     }
     char *pair = t->scratch + t->plan->few.at_pair;
     int dim = (int)t->problem->dim_v;

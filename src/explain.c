@@ -177,10 +177,10 @@ static void no_states(const qkv_stack *stack, const void *o2, const void *m2, co
 
 static int finite_rows(void *const *rows, const qkv_stack *stack) { return (void)rows, (void)stack, 1; }
 
-/* Counts what the call would count, by the driver itself. */
-static qkv_status walk(const qkv_problem *p, const qkv_plan *plan, qkv_counters *counters)
+/* Kernels that do nothing. */
+static qkv_kernels idle(const qkv_kernels *of)
 {
-    qkv_kernels kernels = *plan->kernels;
+    qkv_kernels kernels = *of;
     kernels.attend = no_attend;
     kernels.reset = no_reset;
     kernels.merge = no_merge;
@@ -195,8 +195,16 @@ static qkv_status walk(const qkv_problem *p, const qkv_plan *plan, qkv_counters 
     kernels.decode_weigh = no_weigh;
     kernels.decode_merge = no_states;
     kernels.decode_finish = finite_rows;
+    return kernels;
+}
+
+/* Counts what the call would count, by the driver itself. */
+static qkv_status walk(const qkv_problem *p, const qkv_plan *plan, qkv_counters *counters)
+{
+    qkv_kernels kernels = idle(plan->kernels), few = plan->few.kernels ? idle(plan->few.kernels) : kernels;
     qkv_plan dry_plan = *plan;
-    dry_plan.kernels = dry_plan.few.kernels = &kernels;
+    dry_plan.kernels = &kernels;
+    dry_plan.few.kernels = &few;
     qkv_problem dry = *p;
     dry.lse = NULL;
     dry.counters = counters;
@@ -293,7 +301,7 @@ qkv_status qkv_explain(const qkv_problem *p, qkv_report *report)
     report->chunk_keys = plan.chunk;
     report->chunks = plan.chunks;
     report->split = plan.split;
-    report->obstacles_q = plan.obstacles_q;
+    report->obstacles_q = plan.decode ? plan.few.obstacles_q : plan.obstacles_q;
     report->obstacles_k = plan.decode ? plan.few.copy_k : plan.copy_k;
     report->obstacles_v = plan.decode ? plan.few.copy_v : plan.copy_v;
     report->obstacles_out = plan.obstacles_out;

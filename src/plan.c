@@ -173,11 +173,11 @@ static void plan_few(const qkv_problem *p, qkv_plan *plan)
         return;
     int pairs = multiplies_pairs(p, plan);
     few->kernels = pairs ? qkv_isa_at(p->isa)->pairs : plan->kernels;
-    /* Whole vectors are widened as they are loaded, and pairs need no widening. */
-    int widens = few->kernels->widens;
-    few->copy_k = plan->copy_k & ~(pairs || (widens && p->dim % vector == 0) ? QKV_WIDENED : 0);
-    few->copy_v = plan->copy_v & ~(pairs || (widens && p->dim_v % vector == 0) ? QKV_WIDENED : 0);
-    few->direct_q = plan->direct_q;
+    /* Whole vectors are widened as they are loaded; pairs are loaded from anywhere. */
+    int anywhere = pairs ? QKV_WIDENED | QKV_UNPAIRED | QKV_UNALIGNED : 0, widens = few->kernels->widens;
+    few->copy_k = plan->copy_k & ~(widens && p->dim % vector == 0 ? QKV_WIDENED : anywhere);
+    few->copy_v = plan->copy_v & ~(widens && p->dim_v % vector == 0 ? QKV_WIDENED : anywhere);
+    few->obstacles_q = plan->obstacles_q & ~anywhere;
     int64_t n = qkv_min(few->most, plan->rows);
     size_t at = 0, rows = (size_t)n, lanes = (size_t)(ceil_div(n, vector) * vector);
     size_t dim = (size_t)qkv_max(p->dim, p->dim_v);
@@ -198,7 +198,7 @@ static void plan_few(const qkv_problem *p, qkv_plan *plan)
     TAKE(at_k, few->copy_k ? (size_t)(few->pass * plan->copy_row_k * size) : 0);
     TAKE(at_v, few->copy_v ? (size_t)(few->pass * plan->copy_row_v * size) : 0);
     TAKE(at_pair, pairs ? (size_t)(2 * ceil_div(p->dim_v, 2) * size) : 0);
-    TAKE(at_copies, plan->direct_q && plan->direct_out ? 0 : rows * dim * (size_t)size);
+    TAKE(at_copies, !few->obstacles_q && plan->direct_out ? 0 : rows * dim * (size_t)size);
     TAKE(at_lanes, plan->adjust ? lanes * QKV_LANE_BYTES : 0);
     TAKE(at_pointers, plan->adjust ? 2 * rows * sizeof(void *) : 0);
     TAKE(at_bias, p->bias && !plan->direct_bias ? rows * (size_t)(CHUNK * size) : 0);
@@ -308,7 +308,7 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     double panel_flops = 2.0 * (double)(p->dim + p->dim_v) * (double)kernels->lanes * (double)plan->reach;
     most = qkv_min(most, (int64_t)(TASK_FLOPS / (panel_flops + 1)));
     plan->tiles = plan->decode ? 1 : ceil_div(panels, qkv_max(1, qkv_min(qkv_min(most, wanted), panels)));
-    plan->tile_panels = qkv_max(1, ceil_div(panels, qkv_max(1, plan->tiles)));         /* tiles of about one size */
+    plan->tile_panels = plan->decode ? 1 : qkv_max(1, ceil_div(panels, qkv_max(1, plan->tiles)));     /* of about one size */
     plan->tasks = plan->sequences * p->heads_kv * plan->tiles;
     if (p->q_starts) {
         plan->tasks = 0;

@@ -19,11 +19,11 @@ enum { QKV_LANE_BYTES = 48 };         /* room for what one lane has in a qkv_pan
 
 /* Few rows: all those of a sequence and key head are a tile of their own kind (decode.c), and a chunk is its block. */
 typedef struct {
-    const qkv_kernels *kernels;       /* of pairs where they are multiplied; and what is copied for them */
-    int copy_k, copy_v, direct_q;
+    const qkv_kernels *kernels;       /* the table of pairs where these are multiplied */
+    int copy_k, copy_v, obstacles_q;
     int64_t most;                     /* rows that are few */
     int64_t pass;                     /* keys that are copied at a time */
-    int64_t q_row, o_row;             /* elements per row of Q and O, whole vectors */
+    int64_t q_row, o_row;             /* elements per row of Q and O, whole vectors; of pairs those of Q, and two vectors of O */
     size_t l_bytes, state_bytes;      /* l, as m; O, m and l */
     /* Scratch of one worker, where that of tiles is otherwise. */
     size_t at_limits, at_rows, at_q, at_state, at_total, at_s, at_sums, at_k, at_v, at_pair, at_copies;

@@ -8,7 +8,7 @@ enum {
     C_BYTES = 1 << 20,                /* C of a task, where it needs a copy */
     TASKS_EACH = 4,                   /* tasks per thread of a stage: they are equally long */
     STRIP_WIDTH = 256,                /* bytes of a row of a strip: 128 takes 1.1 to 1.3 times as long, 512 up to 2.1 times */
-    STRIP_BYTES = 4 << 20,            /* narrower ones where a strip is longer than this */
+    STRIP_BYTES = 4 << 20,            /* narrower ones where a strip is larger; scratch holds two, each a line wider */
     STRIP_ROWS = 1 << 20,             /* longer columns are copied one by one, several times slower */
     STRIP_TASKS_EACH = 2,             /* tasks per thread: the ends of each are slow */
     ROW_BYTES = 512 << 10,            /* exponentials of a longer row leave L2 anyway */

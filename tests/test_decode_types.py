@@ -112,8 +112,8 @@ def test_threads_do_not_change_bits(stored, heads, lq):
 @pytest.mark.parametrize("dims", [(64, 32), (20, 12), (33, 71)])
 @pytest.mark.parametrize("wide", [True, False])
 def test_pages_and_rings_do_not_change_bits(stored, dims, wide):
-    """Runs that end anywhere in what is scored, summed or copied at once; queries of the stored type too, if it is one of
-    theirs, and windows that begin and end between the keys of a pair."""
+    """Runs that end anywhere in what is scored, summed or copied at once; queries of the stored type too, if it is one
+    of theirs, and windows that begin and end between the keys of a pair."""
     if not wide and stored not in HALVES:
         pytest.skip("queries are wider")
     q, k, v = qkv(4, batch=(1,), heads=(4, 2), lengths=(2, 1500), dims=dims)

@@ -76,6 +76,25 @@ def test_random_calls(isa, seed):
     _check_work(plan, q, k, v, options)
 
 
+@pytest.mark.parametrize("lk", [1, 2, 5, 101, 1000, 1001, 1025, 2049])
+@pytest.mark.parametrize("masked", [False, True])
+def test_few_rows_of_pairs(isa, lk, masked):
+    """Values of an odd number of keys, in rows that have to be copied, seen from odd keys on."""
+    q, k, v = (x.astype("bfloat16") for x in qkv(lk, heads=(2, 2), lengths=(1, lk), dims=(33, 31)))
+    for options in ({}, {"window": (lk // 2, 0)}, {"kv_lengths": lk - 1}):
+        if masked:
+            options["mask"] = np.arange(lk) % 7 != 3
+        plan = agree(q, k, np.asfortranarray(v), **options, num_threads=1)
+        assert plan.tile_panels == 1 and plan.kernel.startswith("decode")
+
+
+@pytest.mark.parametrize("rows", [1, 8, 32])
+def test_few_rows_are_no_panels(isa, rows):
+    q, k, v = qkv(3, "float64", heads=(2, 2), lengths=(rows, 100), dims=(256, 256))
+    plan = agree(q, k, v, num_threads=2)
+    assert plan.tile_panels == 1 or not plan.kernel.startswith("decode")
+
+
 def _check_work(plan, q, k, v, options):
     """Operations and bytes against the reference's own matrix of visible pairs."""
     if options.get("layout") == "blhd":

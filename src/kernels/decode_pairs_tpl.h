@@ -66,19 +66,7 @@ static QKV_INLINE void X(decode_score_tile)(const int nr, const int nk, int n, c
         if (left)
             X(decode_score_step)(nr, nk, few, terms, t->q_row, from, k_row, ahead, last, left, c + i);
     }
-    QKV_ALIGN REAL sums[SUMS];
-    QKV_UNROLL
-    for (int i = 0; i < SUMS; i += W)
-        X(store)(sums + i, X(sum_each)(c + i));
-    QKV_UNROLL
-    for (int r = 0; r < nr; r++) {
-        REAL *s = (REAL *)t->s + (row + r) * t->s_row + at;
-        if (nr > 1)
-            memcpy(s, sums + r * nk, (size_t)nk * sizeof(REAL));
-        else
-            for (int i = 0; i < n; i += W)
-                X(store_part)(s + i, X(load)(sums + i), n - i < W ? n - i : W);
-    }
+    X(decode_keep_scores)(nr, nk, n, t, row, at, c);
 }
 
 static void X(decode_score)(const qkv_stack *t, const void *keys, ptrdiff_t k_row, int as, int at, int n)

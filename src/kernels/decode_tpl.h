@@ -40,6 +40,24 @@ static QKV_INLINE ptrdiff_t X(decode_ahead_halves)(const qkv_stack *t, ptrdiff_t
     return (rows > 1 ? rows : 1) * row;
 }
 
+/* S of nr rows and nk keys, or, of one row, of the first n of them, from sums across lanes. */
+static QKV_INLINE void X(decode_keep_scores)(const int nr, const int nk, int n, const qkv_stack *t, int row, int at, VEC *c)
+{
+    QKV_ALIGN REAL sums[SUMS];
+    QKV_UNROLL
+    for (int i = 0; i < SUMS; i += W)
+        X(store)(sums + i, X(sum_each)(c + i));
+    QKV_UNROLL
+    for (int r = 0; r < nr; r++) {
+        REAL *s = (REAL *)t->s + (row + r) * t->s_row + at;
+        if (nr > 1)
+            memcpy(s, sums + r * nk, (size_t)nk * sizeof(REAL));
+        else
+            for (int i = 0; i < n; i += W)
+                X(store_part)(s + i, X(load)(sums + i), n - i < W ? n - i : W);
+    }
+}
+
 #if PAIR == 2
 #include "decode_pairs_tpl.h"
 #else
@@ -172,19 +190,7 @@ static QKV_INLINE void X(decode_score_tile)(const int as, const int nr, const in
         }
 #undef STEP
     }
-    QKV_ALIGN REAL sums[SUMS];
-    QKV_UNROLL
-    for (int i = 0; i < SUMS; i += W)
-        X(store)(sums + i, X(sum_each)(c + i));
-    QKV_UNROLL
-    for (int r = 0; r < nr; r++) {
-        REAL *s = (REAL *)t->s + (row + r) * t->s_row + at;
-        if (nr > 1)
-            memcpy(s, sums + r * nk, (size_t)nk * sizeof(REAL));
-        else
-            for (int i = 0; i < n; i += W)
-                X(store_part)(s + i, X(load)(sums + i), n - i < W ? n - i : W);
-    }
+    X(decode_keep_scores)(nr, nk, n, t, row, at, c);
 }
 
 /* Positions at .. at + n of S. K goes through SUMS keys at a time: they stay in L1 while all rows meet them. Rows are taken in

@@ -100,7 +100,8 @@ typedef struct {
     void *e;                          /* scratch, rows: (n); columns: (2, n, strip) */
     void *state;                      /* scratch, columns: (3 * vector + 3, strip) */
     int64_t n, count;
-    int64_t strip;                    /* columns that are worked on together, whole vectors; a line more than usual, or all */
+    int64_t strip;                    /* columns that are worked on together, whole vectors: all, or at least two lines, of which
+                                       * one is for what is left at the end */
     int stream;                       /* write past the caches */
 } qkv_softmax_tile;
 

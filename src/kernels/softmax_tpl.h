@@ -266,7 +266,7 @@ static QKV_INLINE void X(give_vectors)(const int nv, REAL *out, ptrdiff_t out_ro
     }
 }
 
-/* Rows i .. i + rows of a strip. Lines are streamed whole. */
+/* Rows i .. i + rows of a strip. Lines are streamed whole where rows are whole lines apart, else vectors. */
 static void X(give_rows)(const qkv_softmax_tile *t, X(strip) s, int64_t i, int64_t rows, const REAL *inverse)
 {
     const int stream = t->stream && (uintptr_t)s.out % sizeof(VEC) == 0 && t->out_row % W == 0;
@@ -276,7 +276,7 @@ static void X(give_rows)(const qkv_softmax_tile *t, X(strip) s, int64_t i, int64
     for (; stream && j + 4 * W <= s.count; j += 4 * W)
         X(give_vectors)(4, out + j, t->out_row, e + j, t->strip, rows, inverse + j, 1);
     for (; stream && j + LINE <= s.count; j += LINE)
-        X(give_vectors)((int)(LINE / W), out + j, t->out_row, e + j, t->strip, rows, inverse + j, 1);
+        X(give_vectors)(LINE / W < 4 ? (int)(LINE / W) : 4, out + j, t->out_row, e + j, t->strip, rows, inverse + j, 1);
     for (; j + 4 * W <= s.count; j += 4 * W)
         X(give_vectors)(4, out + j, t->out_row, e + j, t->strip, rows, inverse + j, 0);
     for (; j + W <= s.count; j += W)
