@@ -55,7 +55,7 @@ def attention(
     r"""Scaled dot-product attention, fused: ``softmax(scale * q @ k.T) @ v``.
 
     The (Lq, Lk) matrix of scores is never stored, arrays of any strides are read where they lie, and the work is
-    shared among threads. The result is the same bits for any number of threads, batch, heads and strides.
+    shared among threads. The result is the same bits for any number of threads, batch, key heads and strides.
 
     Parameters
     ----------
@@ -128,7 +128,7 @@ def attention(
     ValueError
         Shapes that do not fit, values out of range, an unknown word.
     OverflowError
-        An offset beyond ±2**60, or a size too large for 63 bits.
+        An offset or a slope beyond ±2**60, or a size too large for 63 bits.
     MemoryError
         No memory for the result or for scratch space.
 
