@@ -21,6 +21,7 @@ typedef struct {
     int64_t first, last;
     const char *k, *v;                /* NULL: not yet needed */
     ptrdiff_t k_row, v_row;           /* elements */
+    qkv_ahead ahead;                  /* of the block at hand, for the first panel that meets it */
 } pass_rows;
 
 static void reset(const qkv_query_tile *t, char *state, int nv)
@@ -50,6 +51,13 @@ static const char *row_of(const qkv_run *r, int values, int64_t key, const qkv_s
     return (values ? r->v : r->k) + (key - r->first) * at->row;
 }
 
+/* The run that has a key of the tile's sequence. */
+static const qkv_run *run_at(const qkv_query_tile *t, int64_t key)
+{
+    const qkv_problem *p = t->problem;
+    return run_with(&p->runs[p->run_of ? p->run_of[t->sequence] : 0], key);
+}
+
 /* K or V of the keys [first, last): where they lie if one run holds them all as the kernels want them, else a copy. */
 static const char *fetch(const qkv_query_tile *t, int values, int64_t first, int64_t last, ptrdiff_t *row)
 {
@@ -58,7 +66,7 @@ static const char *fetch(const qkv_query_tile *t, int values, int64_t first, int
     const qkv_strides *at = values ? &p->v_at : &p->k_at;
     int64_t offset = values ? t->v_offset : t->k_offset;
     int64_t d = values ? p->dim_v : p->dim, copy_row = values ? plan->copy_row_v : plan->copy_row_k;
-    const qkv_run *r = run_with(&p->runs[p->run_of ? p->run_of[t->sequence] : 0], first);
+    const qkv_run *r = run_at(t, first);
     int must_copy = values ? plan->copy_v : plan->copy_k;
     if (!must_copy && last <= r->first + r->count) {
         *row = (ptrdiff_t)(at->row / plan->kernels->size);
@@ -93,6 +101,36 @@ static void need(const qkv_query_tile *t, pass_rows *kv)
         kv->k = fetch(t, 0, kv->first, kv->last, &kv->k_row);
         kv->v = fetch(t, 1, kv->first, kv->last, &kv->v_row);
     }
+}
+
+/* K or V of the keys [first, last) where they lie, to be asked for; those of another run than theirs apart. */
+static void add_span(const qkv_query_tile *t, qkv_ahead *ahead, const qkv_run *r, int values, int64_t first, int64_t last)
+{
+    const qkv_problem *p = t->problem;
+    const qkv_strides *at = values ? &p->v_at : &p->k_at;
+    int64_t rows = qkv_min(last, r->first + r->count) - first, bytes = (values ? p->dim_v : p->dim) * t->plan->kernels->size;
+    if (rows <= 0)
+        return;
+    const char *data = row_of(r, values, first, at) + (values ? t->v_offset : t->k_offset);
+    int whole = at->row == bytes;     /* one long row */
+    ahead->span[ahead->next++] = whole ? (qkv_span){data, 0, 1, rows * bytes, 0}
+                                       : (qkv_span){data, (ptrdiff_t)at->row, rows, bytes, 0};
+}
+
+/* What to ask for while the first panel is at work on the block [first, last): its K, unless the block before has done that,
+ * its V, and the K of the block behind it, of those before `end`. */
+static void look_ahead(const qkv_query_tile *t, pass_rows *kv, int64_t first, int64_t last, int64_t end, int begun)
+{
+    const qkv_plan *plan = t->plan;
+    const qkv_run *r = run_at(t, first);
+    kv->ahead = (qkv_ahead){.rate = begun ? 1 : 2};
+    if (kv->last > r->first + r->count)                 /* the pass is copied */
+        return;
+    if (!begun)
+        add_span(t, &kv->ahead, r, 0, first + 2 * plan->kernels->row_tile, last);
+    add_span(t, &kv->ahead, r, 1, first, last);
+    add_span(t, &kv->ahead, r, 0, last, qkv_min(last + plan->block, end));
+    kv->ahead.next = 0;
 }
 
 /* One kernel call: `tile` against the keys [first, last) of a pass, in the block that begins at block_first. */
@@ -137,8 +175,8 @@ static int attend_full(const qkv_query_tile *t, const qkv_panel *x, pass_rows *k
 }
 
 /* One panel against the keys [first, last) of one block. */
-static void attend_block(const qkv_query_tile *t, const qkv_panel *x, pass_rows *kv, int64_t first, int64_t last, int cold,
-                         int careful)
+static void attend_block(const qkv_query_tile *t, const qkv_panel *x, pass_rows *kv, int64_t first, int64_t last,
+                         qkv_ahead *ahead, int careful)
 {
     const qkv_problem *p = t->problem;
     const qkv_plan *plan = t->plan;
@@ -149,7 +187,7 @@ static void attend_block(const qkv_query_tile *t, const qkv_panel *x, pass_rows 
     qkv_tile whole = {
         .q = x->q, .s = t->scratch + plan->at_s,
         .o = x->state, .m = qkv_state_m(plan, x->state), .l = qkv_state_l(plan, x->state), .c = plan->c,
-        .d = (int)plan->terms, .dv = (int)p->dim_v, .nv = x->nv, .cold = cold, .careful = careful,
+        .d = (int)plan->terms, .dv = (int)p->dim_v, .nv = x->nv, .ahead = ahead, .careful = careful,
     };
     qkv_kind kind = qkv_cut(&x->limits[0], &first, &last);
     if (kind == QKV_SKIP) {
@@ -225,8 +263,12 @@ static void attend_chunk(const qkv_query_tile *t, int64_t chunk, uint64_t chosen
             const qkv_panel *x = &t->panel[i];
             if (last == t->any.hi)
                 qkv_expect_writing(t, x);
-            for (int64_t key = first; key < last; key += plan->block)
-                attend_block(t, x, &kv, key, qkv_min(key + plan->block, last), cold, careful);
+            for (int64_t key = first; key < last; key += plan->block) {
+                int64_t next = qkv_min(key + plan->block, last);
+                if (cold)
+                    look_ahead(t, &kv, key, next, end, key > begin);
+                attend_block(t, x, &kv, key, next, cold ? &kv.ahead : NULL, careful);
+            }
             cold = 0;
         }
     }

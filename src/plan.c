@@ -13,11 +13,13 @@
  * time without copies, 8 heads of D 128). */
 enum {
     BLOCK = 128,                      /* keys per kernel call: S^T (128, 48) is 24 KB, most of L1, but read in order */
-    /* Rows of a key head up to which lanes along the head dimension are faster: one for this many columns of K and V. At D
-     * 128 32 rows take 0.8 of the time of lanes of rows from memory, 1 from cache; at D 64 16 take 0.7 and 1.15; D 32, 8. */
+    /* Rows of a key head up to which lanes along the head dimension are faster: one for this many columns of K and V, and not
+     * more than fill three quarters of a vector (at D 128, float32, 12 take 0.9 of the time of lanes of rows, 16 take 1.1); if
+     * K and V would have to be widened, more: 16 take 0.5 and 32 0.7 in float16. */
     FEW_COLUMNS = 8,
     FEW_LEAST = 4,
-    FEW_MOST = 32,
+    FEW_BYTES = 48,
+    FEW_WIDENED = 32,
     CHUNK = 1024,                     /* keys per chunk; merging chunks of about 1000 keeps the error of 64k keys small */
     PASS_BYTES = 256 << 10,           /* K and V of a pass: a quarter of L2, half of an older 512 KB one */
     STATE_BYTES = 192 << 10,          /* Q^T, O and totals of the panels that share a pass */
@@ -25,11 +27,12 @@ enum {
     COPY_STATE_BYTES = 2 << 20,
     TILE_PANELS = 32,                 /* most panels in a query tile */
     TASKS_PER_THREAD = 8,             /* enough for an even finish; fewer, larger tasks share K and V better */
+    ENOUGH_TASKS = 4,                 /* for each thread: if heads alone are as many, the panels of a head stay together, */
+    SHARING_PANELS = 3,               /* up to this many: they read K and V once */
     PARTIAL_BYTES = 32 << 20,         /* most memory that a split may take */
     SUMMARY_BYTES = 8 << 20,          /* most of a mask's summary: 1 GB of mask */
     SUMMARY_ROWS = 64,                /* of a task of it: some microseconds for rows of a few thousand keys */
-    FAR_BYTES = 2048,                 /* rows further apart than this, and than they are long, no CPU fetches by itself */
-    COLD_BYTES = 32 << 10             /* K and V of a block that are worth fetching ahead: larger ones push S out of L1 */
+    COLD_BYTES = 1 << 20              /* less than that of K and V is in some cache: asking for it took 3 % at 8x128 */
 };
 static const double SERIAL_BYTES = 1 << 20;             /* as SERIAL_FLOPS, where K and V are read once */
 
@@ -167,7 +170,8 @@ static void plan_few(const qkv_problem *p, qkv_plan *plan)
     int64_t size = plan->kernels->size, vector = plan->kernels->vector;
     if (plan->rows == 0)
         return;
-    few->most = qkv_min(FEW_MOST, qkv_max(FEW_LEAST, (p->dim + p->dim_v) / FEW_COLUMNS));
+    int64_t most = p->kv_type == qkv_arithmetic(p->type) ? FEW_BYTES / size : FEW_WIDENED;
+    few->most = qkv_min(most, qkv_max(FEW_LEAST, (p->dim + p->dim_v) / FEW_COLUMNS));
     plan->decode = plan->rows <= few->most;
     if (!plan->decode && !p->q_starts)
         return;
@@ -206,13 +210,6 @@ static void plan_few(const qkv_problem *p, qkv_plan *plan)
 #undef TAKE
     few->scratch_bytes = at;
     plan->state_bytes = plan->decode ? few->state_bytes : (size_t)qkv_max((int64_t)plan->state_bytes, (int64_t)few->state_bytes);
-}
-
-/* Rows that lie far apart, as in (length, heads, dim) arrays. */
-static int is_scattered(const qkv_strides *at, int64_t dim)
-{
-    int64_t apart = at->row < 0 ? -at->row : at->row;
-    return apart >= FAR_BYTES && apart > dim * at->dim;
 }
 
 static int64_t panels_of(const qkv_problem *p, const qkv_plan *plan, int64_t sequence)
@@ -292,8 +289,8 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     int64_t row_bytes = (p->dim + p->dim_v) * kernels->size / kernels->pair;
     /* Copies want many panels to share them, and leave them the room by being short. */
     int copies = (plan->copy_k | plan->copy_v) != 0;
-    int scattered = !copies && (is_scattered(&p->k_at, p->dim) || is_scattered(&p->v_at, p->dim_v));
-    plan->cold = scattered || BLOCK * row_bytes <= COLD_BYTES;
+    double cold_bytes = (double)plan->sequences * (double)p->heads_kv * (double)plan->reach * (double)row_bytes;
+    plan->cold = !copies && cold_bytes > COLD_BYTES;
     int64_t pass = (copies ? COPY_PASS_BYTES : PASS_BYTES) / (row_bytes + kernels->size) / BLOCK * BLOCK;
     plan->pass = qkv_min(CHUNK, qkv_max(BLOCK, pass));
 
@@ -304,7 +301,8 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     int64_t most = qkv_min(TILE_PANELS, qkv_max(1, (copies ? COPY_STATE_BYTES : STATE_BYTES) / panel_bytes));
     if (!count_work(p, plan, &base, &flops))
         return QKV_OVERFLOW;
-    int64_t wanted = p->threads > 1 ? qkv_max(1, base / ((int64_t)p->threads * TASKS_PER_THREAD)) : most;
+    int64_t least = plan->sequences * p->heads_kv < (int64_t)p->threads * ENOUGH_TASKS ? 1 : SHARING_PANELS;
+    int64_t wanted = p->threads > 1 ? qkv_max(least, base / ((int64_t)p->threads * TASKS_PER_THREAD)) : most;
     double panel_flops = 2.0 * (double)(p->dim + p->dim_v) * (double)kernels->lanes * (double)plan->reach;
     most = qkv_min(most, (int64_t)(TASK_FLOPS / (panel_flops + 1)));
     plan->tiles = plan->decode ? 1 : ceil_div(panels, qkv_max(1, qkv_min(qkv_min(most, wanted), panels)));

@@ -41,6 +41,12 @@ def multiplies_pairs(q, k, v):
     return qkv_fast.isa() == "avx512bf16" and q.dtype == k.dtype == v.dtype == "bfloat16"
 
 
+def are_few(q, k, v):
+    """Whether the kernel of few rows takes the rows of a key head: more of them where K and V would be widened."""
+    most = 48 // q.itemsize if k.dtype == arithmetic(q.dtype) else 32
+    return q.shape[-2] * q.shape[-3] // k.shape[-3] <= min(most, max(4, (q.shape[-1] + v.shape[-1]) // 8))
+
+
 def normal(rng, shape, dtype="float32"):
     return rng.standard_normal(shape).astype(dtype)
 

@@ -27,29 +27,60 @@ static inline VEC X(mad)(VEC x, VEC y, VEC z) { return X(fma)(x, y, z); }
 static inline VEC X(mad_seen)(VEC v, VEC p, VEC z) { return X(select)(X(less)(p, X(set1)(0)), z, X(fma)(v, p, z)); }
 #endif
 
-/* nr rows of C, all of it in registers: nr and nv are compile-time constants wherever this is inlined. */
-static QKV_INLINE void X(product)(const int nr, const int nv, const REAL *a, ptrdiff_t row, ptrdiff_t step,
-                                  const REAL *b, int n, VEC c[MOST_ROWS][LANE_VECTORS])
+/* Asks for the next n lines. */
+static QKV_INLINE void X(fetch_lines)(qkv_ahead *ahead, const int n)
 {
+    qkv_span *s = &ahead->span[ahead->next];
+    const char *from = s->row + s->at;
+    if (s->at + n * QKV_LINE < s->bytes) {
+        QKV_UNROLL
+        for (int i = 0; i < n; i++)
+            QKV_PREFETCH(from + i * QKV_LINE);
+        s->at += n * QKV_LINE;
+        return;
+    }
+    for (int i = 0; i < n && s->rows > 0; i++) {
+        QKV_PREFETCH(s->row + s->at);
+        s->at += QKV_LINE;
+        if (s->at >= s->bytes) {
+            s->at = 0;
+            s->row += s->step;
+            s->rows--;
+            s = &ahead->span[ahead->next += s->rows == 0];
+        }
+    }
+}
+
+/* nr rows of C, all of it in registers: nr and nv are compile-time constants wherever this is inlined. Lines are asked for a
+ * few at a time, as many as A has been read: more than the CPU has buffers for would hold up the products. */
+static QKV_INLINE void X(product)(const int nr, const int nv, const REAL *a, ptrdiff_t row, ptrdiff_t step,
+                                  const REAL *b, int n, qkv_ahead *ahead, VEC c[MOST_ROWS][LANE_VECTORS])
+{
+    const int piece = ahead ? QKV_LINE / (int)sizeof(REAL) : n;
     QKV_UNROLL
     for (int i = 0; i < nr; i++) {
         QKV_UNROLL
         for (int j = 0; j < nv; j++)
             c[i][j] = X(set1)(0);
     }
-    QKV_UNROLL_2
-    for (int t = 0; t < n; t++, a += step, b += LANES) {
-        VEC x[LANE_VECTORS];
-        QKV_UNROLL
-        for (int j = 0; j < nv; j++)
-            x[j] = X(load)(b + j * W);
-        QKV_UNROLL
-        for (int i = 0; i < nr; i++) {
-            VEC y = X(set1)(a[i * row]);
+    for (; n > 0; n -= piece) {
+        const int terms = n < piece ? n : piece;
+        QKV_UNROLL_2
+        for (int t = 0; t < terms; t++, a += step, b += LANES) {
+            VEC x[LANE_VECTORS];
             QKV_UNROLL
             for (int j = 0; j < nv; j++)
-                c[i][j] = X(mad)(y, x[j], c[i][j]);
+                x[j] = X(load)(b + j * W);
+            QKV_UNROLL
+            for (int i = 0; i < nr; i++) {
+                VEC y = X(set1)(a[i * row]);
+                QKV_UNROLL
+                for (int j = 0; j < nv; j++)
+                    c[i][j] = X(mad)(y, x[j], c[i][j]);
+            }
         }
+        for (int i = 0; ahead && i < ahead->rate; i++)
+            X(fetch_lines)(ahead, nr);
     }
 }
 
@@ -86,21 +117,13 @@ static QKV_NOINLINE void X(exclude_rows)(const qkv_tile *t, int first, int last,
     }
 }
 
-/* Rows of d elements that are needed soon, into the cache. */
-static QKV_INLINE void X(prefetch_rows)(const REAL *rows, ptrdiff_t row, int n, int d)
-{
-    for (int i = 0; i < n; i++)
-        for (int e = 0; e < d; e += 64 / (int)sizeof(REAL))
-            QKV_PREFETCH(rows + i * row + e);
-}
-
 /* Rows i .. i + nr of K Q^T, the terms from e on: stored, or added to those before. */
 static QKV_INLINE void X(score_rows)(const int nr, const int nv, const qkv_tile *t, int i, int e)
 {
     VEC c[MOST_ROWS][LANE_VECTORS];
     REAL *s = (REAL *)t->s + (ptrdiff_t)i * LANES;
     X(product)(nr, nv, (const REAL *)t->k + i * t->k_row + e, t->k_row, 1, (const REAL *)t->q + (ptrdiff_t)e * LANES,
-               t->d - e < QKV_TERMS ? t->d - e : QKV_TERMS, c);
+               t->d - e < QKV_TERMS ? t->d - e : QKV_TERMS, t->ahead, c);
     QKV_UNROLL
     for (int r = 0; r < nr; r++) {
         QKV_UNROLL
@@ -146,7 +169,7 @@ static QKV_NOINLINE void X(top_rows)(int nv, const qkv_tile *t, int first, int l
 static QKV_INLINE void X(value_rows)(const int nr, const int nv, const qkv_tile *t, int i, const REAL *alpha)
 {
     VEC c[MOST_ROWS][LANE_VECTORS];
-    X(product)(nr, nv, (const REAL *)t->v + i, 1, t->v_row, t->s, (t->nk + PAIR - 1) / PAIR, c);
+    X(product)(nr, nv, (const REAL *)t->v + i, 1, t->v_row, t->s, (t->nk + PAIR - 1) / PAIR, t->ahead, c);
     REAL *o = (REAL *)t->o + (ptrdiff_t)i * LANES;
     QKV_UNROLL
     for (int j = 0; j < nv; j++) {
@@ -239,21 +262,10 @@ static inline int X(strip_end)(const qkv_tile *t, int i)
     return end < t->nk ? end : t->nk;
 }
 
-/* While keys i .. i + n are scored: the next ones, and the values, which will be read column by column. */
-static QKV_NOINLINE void X(prefetch_tile)(const qkv_tile *t, int i, int n)
-{
-    int next = i + 2 * n <= t->nk ? i + n : i;
-    X(prefetch_rows)((const REAL *)t->k + next * t->k_row, t->k_row, n, t->d);
-    X(prefetch_rows)((const REAL *)t->v + i / PAIR * t->v_row, t->v_row, (n + PAIR - 1) / PAIR, t->dv);
-}
-
 static QKV_INLINE int X(score_tiles)(const int nr, const int nv, const qkv_tile *t, int i, int last, int e)
 {
-    for (; i + nr <= last; i += nr) {
-        if (t->cold && e == 0)
-            X(prefetch_tile)(t, i, nr);
+    for (; i + nr <= last; i += nr)
         X(score_rows)(nr, nv, t, i, e);
-    }
     return i;
 }
 

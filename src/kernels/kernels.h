@@ -38,6 +38,22 @@ typedef struct {
     const uint8_t *const *mask;       /* 0 excludes, else nothing is added */
 } qkv_changes;
 
+enum { QKV_LINE = 64 };               /* bytes of a cache line */
+
+/* Rows that are needed soon: `bytes` of each, of which `at` have been asked for in the first. */
+typedef struct {
+    const char *row;
+    ptrdiff_t step;                   /* bytes from row to row */
+    int64_t rows, bytes, at;
+} qkv_span;
+
+/* What a tile asks memory for while it multiplies, span by span. */
+typedef struct {
+    qkv_span span[4];                 /* the last has no rows */
+    int next;                         /* the first that has rows left */
+    int rate;                         /* lines for each line of K or V that is read */
+} qkv_ahead;
+
 /* One step of online softmax over nk keys for nv vectors of lanes. All pointers are to the table's element type and
  * aligned to it; panel pointers (q s o m l) are aligned to a vector and have rows of `lanes` elements. */
 typedef struct {
@@ -52,7 +68,7 @@ typedef struct {
     int nk, d, dv, nv;                /* nk <= QKV_KEYS */
     int skew;                         /* keys of the block before the first, even with pairs: sums do not depend on where
                                        * a tile is cut */
-    int cold;                         /* fetch k and v ahead: they are not in a near cache yet */
+    qkv_ahead *ahead;                 /* NULL: nothing */
     int careful;                      /* take nothing from V where the lane's key is excluded, even NaN; nv is 1 */
     qkv_changes changes;              /* per lane, for the nk keys */
 } qkv_tile;
@@ -86,8 +102,6 @@ typedef struct {
     int add;                          /* to what C holds */
     int stream;                       /* write whole vectors past the caches: they are aligned, `fence` follows, no add */
 } qkv_product_tile;
-
-enum { QKV_LINE = 64 };               /* bytes of a cache line */
 
 /* Softmax of `count` rows of n elements, or of `count` columns of n elements. x may be e or out, and e may be out for one
  * row. All but `mask` are of the table's element type and aligned to it, e and state to a vector. */

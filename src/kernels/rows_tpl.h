@@ -10,7 +10,8 @@ static inline VEC X(turn)(VEC factor, VEC x) { return X(mul)(factor, x); }
 static QKV_INLINE void X(prefetch_each)(const void *const *rows, int n, int d)
 {
     for (int i = 0; i < n; i++)
-        X(prefetch_rows)(rows[i], 0, 1, d);
+        for (int e = 0; e < d; e += QKV_LINE / (int)sizeof(REAL))
+            QKV_PREFETCH((const REAL *)rows[i] + e);
 }
 
 static void X(expect)(void *const *rows, int n, int dv) { X(prefetch_each)((const void *const *)rows, n, dv); }
