@@ -126,10 +126,10 @@ static void X(decode_scale)(const qkv_stack *t, const char *rows, ptrdiff_t row,
     }
 }
 
-/* Adds the products of `some` elements, from number e on, of nr rows and `few` keys to c, whose rows have nk sums. */
-static QKV_INLINE void X(decode_score_step)(const int as, const int nr, const int nk, const int few, const int fetch,
-                                            const REAL *q, ptrdiff_t q_row, const char *k, const char *scale,
-                                            ptrdiff_t k_row, ptrdiff_t ahead, int last, const int e, int some, VEC *c)
+/* Adds the products of `some` elements, from number e of those at `k`, of nr rows and `few` keys to c, whose rows have nk sums. */
+static QKV_INLINE void X(decode_score_step)(const int as, const int nr, const int nk, const int few, const REAL *q,
+                                            ptrdiff_t q_row, const char *k, const char *scale, const ptrdiff_t *key,
+                                            const int e, int some, VEC *c)
 {
     VEC x[4];
     QKV_UNROLL
@@ -137,10 +137,7 @@ static QKV_INLINE void X(decode_score_step)(const int as, const int nr, const in
         x[r] = X(load)(q + r * q_row + e);
     QKV_UNROLL
     for (int i = 0; i < few; i++) {
-        ptrdiff_t at = (i < last ? i : last) * k_row;
-        VEC y = X(decode_load)(as, k + at, scale + at, e, some);
-        if (fetch && as == OWN)
-            X(decode_fetch)(k + at + X(decode_bytes)(as, e), ahead);
+        VEC y = X(decode_load)(as, k + key[i], scale + key[i], e, some);
         QKV_UNROLL
         for (int r = 0; r < nr; r++)
             c[r * nk + i] = X(fma)(x[r], y, c[r * nk + i]);
@@ -155,40 +152,45 @@ static QKV_INLINE void X(decode_score_tile)(const int as, const int nr, const in
 {
     const int halves = as == QKV_AS_F16 || as == QKV_AS_BF16;
     const int few = fetch && (as == OWN || halves) ? 1 : nk < 4 ? nk : 4, step = as == QKV_AS_I4 ? 32 : 2 * W;
-    const REAL *q = (const REAL *)t->q + row * t->q_row;
     VEC c[SUMS];
     QKV_UNROLL
     for (int i = 0; i < SUMS; i++)
         c[i] = X(set1)(0);
     QKV_UNROLL
     for (int i = 0; i < nk; i += few) {
-        const char *from = k + (i < n ? i : n - 1) * k_row;
-        int last = n - 1 - i > 0 ? n - 1 - i : 0, e = 0;
-        const char *scale = from + X(decode_bytes)(as, t->d);
-#define STEP(more, some) \
-    X(decode_score_step)(as, nr, nk, few, fetch, q + e, t->q_row, from + X(decode_bytes)(as, e), scale + e / 16, k_row, ahead, \
-                         last, more, some, c + i)
+        /* Pointers that move on, and what is between keys: with an index gcc adds up every address. */
+        const char *from = k + (i < n ? i : n - 1) * k_row, *scale = from + X(decode_bytes)(as, t->d);
+        const REAL *q = (const REAL *)t->q + row * t->q_row;
+        ptrdiff_t key[4];
+        int left = t->d;
+        QKV_UNROLL
+        for (int j = 0; j < few; j++)
+            key[j] = (i + j < n ? j : i < n ? n - 1 - i : 0) * k_row;
         QKV_UNROLL_2
-        for (; e + step <= t->d; e += step) {
-            if (as != OWN && e % X(decode_line)(as) == 0) {
-                QKV_UNROLL
-                for (int j = 0; j < few; j++)
-                    X(decode_fetch)(from + j * k_row + X(decode_bytes)(as, e), ahead);
-            }
+        for (int line = 0; left >= step; left -= step, line += step) {
             QKV_UNROLL
-            for (int more = 0; more < step; more += W)
-                STEP(more, W);
+            for (int more = 0; more < step; more += W) {
+                if ((as == OWN && fetch) || (as != OWN && more == 0 && line % X(decode_line)(as) == 0)) {
+                    QKV_UNROLL
+                    for (int j = 0; j < few; j++)
+                        X(decode_fetch)(from + key[j] + X(decode_bytes)(as, more), ahead);
+                }
+                X(decode_score_step)(as, nr, nk, few, q, t->q_row, from, scale, key, more, W, c + i);
+            }
+            from += X(decode_bytes)(as, step);
+            scale += step / 16;
+            q += step;
         }
         QKV_UNROLL
         for (int more = 0; more < step; more += W)
-            if (e + more < t->d)
-                STEP(more, as == OWN && t->d - e - more < W ? t->d - e - more : W);
+            if (more < left)
+                X(decode_score_step)(as, nr, nk, few, q, t->q_row, from, scale, key, more,
+                                     as == OWN && left - more < W ? left - more : W, c + i);
         if (as == QKV_AS_I8 || as == QKV_AS_I4) {
             QKV_UNROLL
             for (int j = 0; j < few; j++)
-                X(decode_fetch)(scale + j * k_row, ahead);
+                X(decode_fetch)(scale + key[j], ahead);
         }
-#undef STEP
     }
     X(decode_keep_scores)(nr, nk, n, t, row, at, c);
 }
