@@ -72,8 +72,12 @@ static uint32_t detect(void)
     if ((states & ZMM) == ZMM && (seven[EBX] & all) == all)
         have |= QKV_CPU_AVX512 | (seven[EAX] >= 1 && more[EAX] & BF16 ? QKV_CPU_AVX512BF16 : 0);
     /* Twice the rate of multiply-adds on Zen 4 and later; on Sapphire Rapids less than theirs. */
-    if (have & QKV_CPU_AVX512BF16 && zero[ECX] == 0x444d4163)      /* AuthentiCAMD */
+    const int amd = zero[ECX] == 0x444d4163;           /* AuthentiCAMD */
+    if (have & QKV_CPU_AVX512BF16 && amd)
         have |= QKV_CPU_FAST_PAIRS;
+    /* Zen 4 reads a stream fastest if nothing is fetched but the next row: 26 instead of 20 GB/s. Zen 5: 17 instead of 33. */
+    if (amd && (one[EAX] >> 20 & 0xff) == 0xa)         /* family 0x19 */
+        have |= QKV_CPU_STREAMS;
     return have;
 }
 
@@ -109,7 +113,7 @@ uint32_t qkv_built_needs(int path) { return path >= 0 && path < BUILT ? built[pa
 const char *qkv_feature_name(int bit)
 {
     static const char *const names[] = {"avx2", "fma", "avx512 (f, vl, dq, bw, cd)", "avx512bf16", "f16c",
-                                        "fast avx512bf16 (amd)"};     /* as QKV_CPU_... */
+                                        "fast avx512bf16 (amd)", "streams (zen 3, zen 4)"};   /* as QKV_CPU_... */
     return bit >= 0 && (size_t)bit < sizeof names / sizeof names[0] ? names[bit] : NULL;
 }
 

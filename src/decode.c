@@ -111,6 +111,7 @@ static void open_rows(few *t, const qkv_call *job, int worker, int64_t sequence,
         .q = scratch + plan->few.at_q, .s = scratch + plan->few.at_s, .sums = scratch + plan->few.at_sums,
         .q_row = (ptrdiff_t)plan->few.q_row, .s_row = (ptrdiff_t)plan->chunk, .o_row = (ptrdiff_t)plan->few.o_row,
         .lo = t->lo, .hi = t->hi, .c = plan->c, .rows = (int)t->count, .d = (int)p->dim, .dv = (int)p->dim_v,
+        .streams = plan->few.streams,
     };
     t->q_offset = qkv_rows_offset(p, &p->q_at, sequence) + head * plan->group * p->q_at.head;
     t->out_offset = qkv_rows_offset(p, &p->out_at, sequence) + head * plan->group * p->out_at.head;

@@ -181,6 +181,7 @@ static void plan_few(const qkv_problem *p, qkv_plan *plan)
     int anywhere = pairs ? QKV_WIDENED | QKV_UNPAIRED | QKV_UNALIGNED : 0, widens = few->kernels->widens;
     few->copy_k = plan->copy_k & ~(widens && p->dim % vector == 0 ? QKV_WIDENED : anywhere);
     few->copy_v = plan->copy_v & ~(widens && p->dim_v % vector == 0 ? QKV_WIDENED : anywhere);
+    few->streams = (qkv_features() & QKV_CPU_STREAMS) != 0;
     few->obstacles_q = plan->obstacles_q & ~anywhere;
     int64_t n = qkv_min(few->most, plan->rows);
     size_t at = 0, rows = (size_t)n, lanes = (size_t)(ceil_div(n, vector) * vector);

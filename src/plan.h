@@ -21,6 +21,7 @@ enum { QKV_LANE_BYTES = 48 };         /* room for what one lane has in a qkv_pan
 typedef struct {
     const qkv_kernels *kernels;       /* the table of pairs where these are multiplied */
     int copy_k, copy_v, obstacles_q;
+    int streams;                      /* the CPU has QKV_CPU_STREAMS */
     int64_t most;                     /* rows that are few */
     int64_t pass;                     /* keys that are copied at a time */
     int64_t q_row, o_row;             /* elements per row of Q and O, whole vectors; of pairs those of Q, and two vectors of O */

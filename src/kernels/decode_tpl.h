@@ -33,10 +33,11 @@ static QKV_INLINE void X(decode_fetch)(const char *from, ptrdiff_t ahead)
 }
 
 /* Bytes from where rows of d elements of 16 bits are read to where they are fetched: of one row, or of two whose pairs are
- * multiplied, just the next, since the CPU itself is far ahead of what they need. */
+ * multiplied, just the next where the CPU itself is far ahead of what they need. */
 static QKV_INLINE ptrdiff_t X(decode_ahead_halves)(const qkv_stack *t, ptrdiff_t row, int d)
 {
-    ptrdiff_t far = sizeof(VEC) == 64 ? AHEAD_HALVES : AHEAD_WIDENED, rows = t->rows <= PAIR ? 1 : far / (2 * d + 1);
+    ptrdiff_t far = t->rows > PAIR ? (sizeof(VEC) == 64 ? AHEAD_HALVES : AHEAD_WIDENED) : t->streams ? 0 : AHEAD_ONE;
+    ptrdiff_t rows = far / (2 * d + 1);
     return (rows > 1 ? rows : 1) * row;
 }
 

@@ -87,6 +87,7 @@ typedef struct {
     int rows, d, dv;
     int first, last;                  /* positions that some row sees */
     int careful;                      /* take nothing from V where the row's key is excluded, even NaN */
+    int streams;                      /* the CPU has QKV_CPU_STREAMS */
     const qkv_changes *changes;       /* per row, from position `first` on; the chunk is the block; or NULL: none */
 } qkv_stack;
 
@@ -210,6 +211,6 @@ typedef struct {
 } qkv_isa;
 
 enum { QKV_CPU_AVX2 = 1, QKV_CPU_FMA = 2, QKV_CPU_AVX512 = 4 };      /* AVX512 is F, VL, DQ, BW and CD together */
-enum { QKV_CPU_AVX512BF16 = 8, QKV_CPU_F16C = 16, QKV_CPU_FAST_PAIRS = 32 };
+enum { QKV_CPU_AVX512BF16 = 8, QKV_CPU_F16C = 16, QKV_CPU_FAST_PAIRS = 32, QKV_CPU_STREAMS = 64 };
 
 #endif
