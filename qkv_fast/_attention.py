@@ -85,8 +85,8 @@ def attention(
     kv_lengths : int or array_like of int, optional
         Number of keys of each sequence, 0 to Lk; one for all, or one per sequence (it broadcasts to the axes left of
         the heads). Keys and values at or past it are never read. With `causal`, `window` or `alibi_slopes` and fewer
-        keys than queries, say with `q_offset` where the queries sit (0 for right-padded ones): that call is a
-        ValueError without it.
+        keys than queries, but some, say with `q_offset` where the queries sit (0 for right-padded ones): that call is
+        a ValueError without it.
     segments : (q_ids, k_ids), optional
         Integers of shapes (..., Lq) and (..., Lk), whose leading axes broadcast to those left of the heads. A query
         attends only to keys with its own id: documents packed into one sequence, for example. In any order; whole tiles

@@ -381,8 +381,8 @@ class KVCache:
         TypeError
             Arguments of the wrong kind.
         ValueError
-            Shapes that do not fit, more queries than a sequence has tokens (without any it gives zeros), or queries
-            whose window reaches back to tokens that a ring no longer has.
+            Shapes that do not fit, more queries than a sequence has tokens where positions matter (without any token
+            it gives zeros), or queries whose window reaches back to tokens that a ring no longer has.
 
         Examples
         --------

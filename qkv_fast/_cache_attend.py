@@ -19,11 +19,11 @@ from ._checks import (
     _arithmetic,
     _as_array,
     _check_layout,
+    _check_narrower,
     _check_out,
     _check_positions,
     _check_scale,
     _check_type,
-    _check_types,
     _empty,
     _fail_shapes,
     _per_sequence,
@@ -116,8 +116,8 @@ def attend(
     if form.stored:
         _check_type(where, "q", q)
     elif q.dtype != form.dtype:
-        example = np.empty(0, form.dtype)
-        _check_types(where, q, example, example)
+        _check_type(where, "q", q)
+        _check_narrower(where, {"q": q, "the cache": np.empty(0, form.dtype)})
     if layout != "bhld" and not _check_layout(layout, where) and q.ndim == 4:
         q = q.swapaxes(1, 2)
     batch = len(tokens.lengths)

@@ -346,7 +346,7 @@ class PagedKVCache:
         many = [n] * len(chosen) if counts is None else counts.tolist()
         needed = self._count_needed(chosen, many)
         if needed > len(self._free):
-            given = f"{sum(many)} tokens for {len(chosen)} sequences, {self._size} in a page"
+            given = f"{sum(many)} tokens for {len(chosen)} sequence{'s' * (len(chosen) != 1)}, {self._size} in a page"
             raise ValueError(f"{where}: {needed} new pages are needed, {len(self._free)} are free ({given})")
         try:
             for i, (sequence, n) in enumerate(zip(chosen, many, strict=True)):
@@ -452,8 +452,8 @@ class PagedKVCache:
         TypeError
             Arguments of the wrong kind.
         ValueError
-            Unknown sequences, shapes that do not fit, or more queries than a sequence has tokens (without any it gives
-            zeros).
+            Unknown sequences, shapes that do not fit, or more queries than a sequence has tokens where positions
+            matter (without any token it gives zeros).
 
         Examples
         --------

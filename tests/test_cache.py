@@ -180,7 +180,7 @@ ERRORS = {
     "index below": (lambda c: c.reorder([-1, 0]), ValueError, "got -1"),
     "index's shape": (lambda c: c.reorder([0]), ValueError, r"shape \(2,\)"),
     "index's type": (lambda c: c.reorder([True, False]), TypeError, "bool"),
-    "q's type": (lambda c: c.attend(Q.astype("float16")), TypeError, "must have q's type"),
+    "q's type": (lambda c: c.attend(Q.astype("float16")), TypeError, "the cache must have q's type"),
     "q's batch": (lambda c: c.attend(Q[:1]), ValueError, r"q.shape=\(1, 4, 1, 4\)"),
     "q's heads": (lambda c: c.attend(Q[:, :3]), ValueError, "multiple of 2"),
     "q's dim": (lambda c: c.attend(Q[..., :2]), ValueError, "q.shape"),
