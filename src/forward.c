@@ -19,9 +19,10 @@ enum { MAX_VECTOR = 64 };             /* elements of a vector */
 /* The keys [first, last) of one pass, and their K and V. */
 typedef struct {
     int64_t first, last;
+    const qkv_run *run;               /* that has the first of them */
     const char *k, *v;                /* NULL: not yet needed */
     ptrdiff_t k_row, v_row;           /* elements */
-    qkv_ahead ahead;                  /* of the block at hand, for the first panel that meets it */
+    qkv_ahead ahead;                  /* of the block at hand, for the first panel of the pass */
 } pass_rows;
 
 static void reset(const qkv_query_tile *t, char *state, int nv)
@@ -51,22 +52,16 @@ static const char *row_of(const qkv_run *r, int values, int64_t key, const qkv_s
     return (values ? r->v : r->k) + (key - r->first) * at->row;
 }
 
-/* The run that has a key of the tile's sequence. */
-static const qkv_run *run_at(const qkv_query_tile *t, int64_t key)
-{
-    const qkv_problem *p = t->problem;
-    return run_with(&p->runs[p->run_of ? p->run_of[t->sequence] : 0], key);
-}
-
-/* K or V of the keys [first, last): where they lie if one run holds them all as the kernels want them, else a copy. */
-static const char *fetch(const qkv_query_tile *t, int values, int64_t first, int64_t last, ptrdiff_t *row)
+/* K or V of a pass: where they lie if one run holds them all as the kernels want them, else a copy. */
+static const char *fetch(const qkv_query_tile *t, const pass_rows *kv, int values, ptrdiff_t *row)
 {
     const qkv_problem *p = t->problem;
     const qkv_plan *plan = t->plan;
     const qkv_strides *at = values ? &p->v_at : &p->k_at;
+    int64_t first = kv->first, last = kv->last;
     int64_t offset = values ? t->v_offset : t->k_offset;
     int64_t d = values ? p->dim_v : p->dim, copy_row = values ? plan->copy_row_v : plan->copy_row_k;
-    const qkv_run *r = run_at(t, first);
+    const qkv_run *r = kv->run;
     int must_copy = values ? plan->copy_v : plan->copy_k;
     if (!must_copy && last <= r->first + r->count) {
         *row = (ptrdiff_t)(at->row / plan->kernels->size);
@@ -98,39 +93,41 @@ static const char *fetch(const qkv_query_tile *t, int values, int64_t first, int
 static void need(const qkv_query_tile *t, pass_rows *kv)
 {
     if (!kv->k) {
-        kv->k = fetch(t, 0, kv->first, kv->last, &kv->k_row);
-        kv->v = fetch(t, 1, kv->first, kv->last, &kv->v_row);
+        kv->k = fetch(t, kv, 0, &kv->k_row);
+        kv->v = fetch(t, kv, 1, &kv->v_row);
     }
 }
 
-/* K or V of the keys [first, last) where they lie, to be asked for; those of another run than theirs apart. */
-static void add_span(const qkv_query_tile *t, qkv_ahead *ahead, const qkv_run *r, int values, int64_t first, int64_t last)
+/* One more of n spans: K or V of the keys [first, last) that lie in the run. Returns how many there are then. */
+static int add_span(const qkv_query_tile *t, pass_rows *kv, int n, int values, int64_t first, int64_t last)
 {
     const qkv_problem *p = t->problem;
     const qkv_strides *at = values ? &p->v_at : &p->k_at;
-    int64_t rows = qkv_min(last, r->first + r->count) - first, bytes = (values ? p->dim_v : p->dim) * t->plan->kernels->size;
+    int64_t bytes = qkv_row_bytes(p->kv_type, values ? p->dim_v : p->dim);
+    int64_t rows = qkv_min(last, kv->run->first + kv->run->count) - first;
     if (rows <= 0)
-        return;
-    const char *data = row_of(r, values, first, at) + (values ? t->v_offset : t->k_offset);
+        return n;
+    const char *data = row_of(kv->run, values, first, at) + (values ? t->v_offset : t->k_offset);
     int whole = at->row == bytes;     /* one long row */
-    ahead->span[ahead->next++] = whole ? (qkv_span){data, 0, 1, rows * bytes, 0}
-                                       : (qkv_span){data, (ptrdiff_t)at->row, rows, bytes, 0};
+    kv->ahead.span[n] = whole ? (qkv_span){data, 0, 1, rows * bytes, 0} : (qkv_span){data, (ptrdiff_t)at->row, rows, bytes, 0};
+    return n + 1;
 }
 
-/* What to ask for while the first panel is at work on the block [first, last): its K, unless the block before has done that,
- * its V, and the K of the block behind it, of those before `end`. */
-static void look_ahead(const qkv_query_tile *t, pass_rows *kv, int64_t first, int64_t last, int64_t end, int begun)
+/* What to ask for while the first panel of a pass is at work on the block [first, last): its K, unless it is not the chunk's
+ * first (then the block before has asked), its V, and the K of the block behind it, of those before `end`. NULL: nothing, the
+ * pass is copied. */
+static qkv_ahead *look_ahead(const qkv_query_tile *t, pass_rows *kv, int64_t first, int64_t last, int64_t end, int begun)
 {
     const qkv_plan *plan = t->plan;
-    const qkv_run *r = run_at(t, first);
+    if (kv->last > kv->run->first + kv->run->count)
+        return NULL;
+    int n = 0, soon = 2 * plan->kernels->row_tile;      /* keys that are read before what is asked for could come */
     kv->ahead = (qkv_ahead){.rate = begun ? 1 : 2};
-    if (kv->last > r->first + r->count)                 /* the pass is copied */
-        return;
     if (!begun)
-        add_span(t, &kv->ahead, r, 0, first + 2 * plan->kernels->row_tile, last);
-    add_span(t, &kv->ahead, r, 1, first, last);
-    add_span(t, &kv->ahead, r, 0, last, qkv_min(last + plan->block, end));
-    kv->ahead.next = 0;
+        n = add_span(t, kv, n, 0, first + soon, last);
+    n = add_span(t, kv, n, 1, first, last);
+    add_span(t, kv, n, 0, last, qkv_min(last + plan->block, end));
+    return &kv->ahead;
 }
 
 /* One kernel call: `tile` against the keys [first, last) of a pass, in the block that begins at block_first. */
@@ -253,10 +250,12 @@ static void attend_chunk(const qkv_query_tile *t, int64_t chunk, uint64_t chosen
     for (int i = 0; i < t->panels; i++)
         if (chosen >> i & 1)
             reset(t, t->panel[i].state, t->panel[i].nv);
+    const qkv_run *run = t->problem->runs + (t->problem->run_of ? t->problem->run_of[t->sequence] : 0);
     for (int64_t first = begin; first < end; first += plan->pass) {
         int64_t last = qkv_min(first + plan->pass, end);
         int cold = plan->cold;        /* for the first panel that walks this pass */
-        pass_rows kv = {.first = first, .last = last};
+        run = run_with(run, first);
+        pass_rows kv = {.first = first, .last = last, .run = run};
         for (int i = 0; i < t->panels; i++) {
             if (!(chosen >> i & 1))
                 continue;
@@ -265,9 +264,8 @@ static void attend_chunk(const qkv_query_tile *t, int64_t chunk, uint64_t chosen
                 qkv_expect_writing(t, x);
             for (int64_t key = first; key < last; key += plan->block) {
                 int64_t next = qkv_min(key + plan->block, last);
-                if (cold)
-                    look_ahead(t, &kv, key, next, end, key > begin);
-                attend_block(t, x, &kv, key, next, cold ? &kv.ahead : NULL, careful);
+                qkv_ahead *ahead = cold ? look_ahead(t, &kv, key, next, end, key > begin) : NULL;
+                attend_block(t, x, &kv, key, next, ahead, careful);
             }
             cold = 0;
         }

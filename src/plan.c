@@ -14,8 +14,8 @@
 enum {
     BLOCK = 128,                      /* keys per kernel call: S^T (128, 48) is 24 KB, most of L1, but read in order */
     /* Rows of a key head up to which lanes along the head dimension are faster: one for this many columns of K and V, and not
-     * more than fill three quarters of a vector (at D 128, float32, 12 take 0.9 of the time of lanes of rows, 16 take 1.1); if
-     * K and V would have to be widened, more: 16 take 0.5 and 32 0.7 in float16. */
+     * more than fill three quarters of 64 bytes, on every path (at D 128, float32, 12 take 0.9 of the time of lanes of rows, 16
+     * take 1.1); if K and V would have to be widened, more: 16 take 0.5 and 32 0.7 in float16. From memory, Zen 5. */
     FEW_COLUMNS = 8,
     FEW_LEAST = 4,
     FEW_BYTES = 48,
@@ -27,8 +27,8 @@ enum {
     COPY_STATE_BYTES = 2 << 20,
     TILE_PANELS = 32,                 /* most panels in a query tile */
     TASKS_PER_THREAD = 8,             /* enough for an even finish; fewer, larger tasks share K and V better */
-    ENOUGH_TASKS = 4,                 /* for each thread: if heads alone are as many, the panels of a head stay together, */
-    SHARING_PANELS = 3,               /* up to this many: they read K and V once */
+    ENOUGH_ROUNDS = 4,                /* heads for each thread: if they come out even, the panels of a head stay together, */
+    SHARING_PANELS = 3,               /* up to this many: they read K and V from memory once (64 rows: 0.88 of the time) */
     PARTIAL_BYTES = 32 << 20,         /* most memory that a split may take */
     SUMMARY_BYTES = 8 << 20,          /* most of a mask's summary: 1 GB of mask */
     SUMMARY_ROWS = 64,                /* of a task of it: some microseconds for rows of a few thousand keys */
@@ -302,7 +302,9 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     int64_t most = qkv_min(TILE_PANELS, qkv_max(1, (copies ? COPY_STATE_BYTES : STATE_BYTES) / panel_bytes));
     if (!count_work(p, plan, &base, &flops))
         return QKV_OVERFLOW;
-    int64_t least = plan->sequences * p->heads_kv < (int64_t)p->threads * ENOUGH_TASKS ? 1 : SHARING_PANELS;
+    int64_t heads = plan->sequences * p->heads_kv, threads = qkv_max(1, p->threads), rounds = ceil_div(heads, threads);
+    int even = rounds >= ENOUGH_ROUNDS && rounds * threads <= heads + heads / 16;
+    int64_t least = plan->cold && even ? SHARING_PANELS : 1;
     int64_t wanted = p->threads > 1 ? qkv_max(least, base / ((int64_t)p->threads * TASKS_PER_THREAD)) : most;
     double panel_flops = 2.0 * (double)(p->dim + p->dim_v) * (double)kernels->lanes * (double)plan->reach;
     most = qkv_min(most, (int64_t)(TASK_FLOPS / (panel_flops + 1)));

@@ -60,7 +60,7 @@ def test_thread_counts(dtype, name):
 @dtypes
 def test_long_keys_use_several_threads(dtype):
     """Few rows over many keys are cut for the threads, not only for the arithmetic."""
-    args = qkv(2, dtype, heads=(1, 1), lengths=(8, 60_000), dims=(64, 64))
+    args = qkv(2, dtype, heads=(1, 1), lengths=(4, 60_000), dims=(64, 64))
     with _runtime.counters() as seen:
         two = qkv_fast.attention(*args, num_threads=2)
     assert seen["threads"] == 2 and seen["tasks"] > 1 and seen["splits"] > 0

@@ -31,8 +31,8 @@ static inline VEC X(mad_seen)(VEC v, VEC p, VEC z) { return X(select)(X(less)(p,
 static QKV_INLINE void X(fetch_lines)(qkv_ahead *ahead, const int n)
 {
     qkv_span *s = &ahead->span[ahead->next];
-    const char *from = s->row + s->at;
     if (s->at + n * QKV_LINE < s->bytes) {
+        const char *from = s->row + s->at;
         QKV_UNROLL
         for (int i = 0; i < n; i++)
             QKV_PREFETCH(from + i * QKV_LINE);
@@ -42,12 +42,13 @@ static QKV_INLINE void X(fetch_lines)(qkv_ahead *ahead, const int n)
     for (int i = 0; i < n && s->rows > 0; i++) {
         QKV_PREFETCH(s->row + s->at);
         s->at += QKV_LINE;
-        if (s->at >= s->bytes) {
-            s->at = 0;
+        if (s->at < s->bytes)
+            continue;
+        s->at = 0;
+        if (--s->rows > 0)
             s->row += s->step;
-            s->rows--;
-            s = &ahead->span[ahead->next += s->rows == 0];
-        }
+        else
+            s = &ahead->span[++ahead->next];
     }
 }
 

@@ -4,7 +4,7 @@
  * rows in the lanes (attend_tpl.h) would leave most of each vector idle. A score is a sum across lanes; SUMS of them are
  * kept as vectors and summed by one transposing tree. Scores of the chunk lie row by row in a buffer, (rows, s_row), by
  * position in the chunk, so that what becomes of a score between product and weights needs no kernel of its own. It loses
- * to rows in the lanes once these fill a few vectors: the trees are work that attend has not.
+ * to rows in the lanes once these fill most of a vector: the trees are work that attend has not.
  *
  * Rows of K and V are of the table's own type, or, if WIDENS, of a narrower one that is widened in registers as it is loaded:
  * `as`, a constant of each tile. They have whole vectors then. The scale of a row of int8 multiplies scores and weights.
@@ -184,9 +184,12 @@ static QKV_INLINE void X(decode_score_tile)(const int as, const int nr, const in
         }
         QKV_UNROLL
         for (int more = 0; more < step; more += W)
-            if (more < left)
+            if (more < left) {
+                if (as == OWN && fetch)
+                    X(decode_fetch)(from + X(decode_bytes)(as, more), ahead);
                 X(decode_score_step)(as, nr, nk, few, q, t->q_row, from, scale, key, more,
                                      as == OWN && left - more < W ? left - more : W, c + i);
+            }
         if (as == QKV_AS_I8 || as == QKV_AS_I4) {
             QKV_UNROLL
             for (int j = 0; j < few; j++)
