@@ -183,7 +183,7 @@ static QKV_INLINE void X(decode_score_tile)(const int as, const int nr, const in
              * memory sets the pace, pointers take 1.04 (float16 1.1). */
             from = few > 1 ? from + X(decode_bytes)(as, step) : first + X(decode_bytes)(as, e + step);
             q = few > 1 ? q + step : first_q + e + step;
-            scale += step / 16;
+            scale += as == QKV_AS_I4 ? step / 16 : 0;
         }
         QKV_UNROLL
         for (int more = 0; more < step; more += W)
@@ -196,7 +196,7 @@ static QKV_INLINE void X(decode_score_tile)(const int as, const int nr, const in
         if (as == QKV_AS_I8 || as == QKV_AS_I4) {
             QKV_UNROLL
             for (int j = 0; j < few; j++)
-                X(decode_fetch)(first + X(decode_bytes)(as, t->d) + key[j], ahead);
+                X(decode_fetch)(scale + key[j], ahead);
         }
     }
     X(decode_keep_scores)(nr, nk, n, t, row, at, c);
