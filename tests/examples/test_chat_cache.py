@@ -11,7 +11,7 @@ import pytest
 import qkv_fast
 from qkv_fast._runtime import force_isa
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "chat_cache.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "chat_cache.py"
 ARGUMENTS = (str(EXAMPLE), "--tokens", "20", "--layers", "2")
 BYTES = {"float32": 128, "float64": 256, "float16": 64, "bfloat16": 64, "int8": 36, "int4": 18}  # of a row of 32
 

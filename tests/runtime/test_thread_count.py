@@ -4,11 +4,11 @@ import os
 
 import numpy as np
 import pytest
+from _limits import LIMITS, tree
 from _util import child_says
 
 from qkv_fast import _runtime
 
-LIMITS = dict(QKV_FAST_NUM_THREADS=None, OMP_NUM_THREADS=None)
 HOW_MANY = "import qkv_fast; print(qkv_fast.get_num_threads())"
 
 
@@ -47,14 +47,6 @@ def test_default_is_what_the_process_may_use():
     assert 1 <= n <= allowed and (quota is None or n <= max(1, np.ceil(quota)))
     if quota is None:
         assert n == allowed
-
-
-def _tree(root, files):
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return str(root)
 
 
 @pytest.mark.parametrize(
@@ -127,4 +119,4 @@ def _tree(root, files):
     ],
 )
 def test_cgroup_quota(tmp_path, files, quota):
-    assert _runtime.cpu_quota(_tree(tmp_path, files)) == quota
+    assert _runtime.cpu_quota(tree(tmp_path, files)) == quota

@@ -7,8 +7,8 @@ import sys
 
 import numpy as np
 import pytest
+from _limits import LIMITS, tree
 from _util import child_says
-from test_thread_count import LIMITS, _tree
 
 import qkv_fast
 
@@ -104,10 +104,10 @@ LARGE = {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "6400000 100000\
     "files, quota, count", [(V1, 3.0, 3), (V2, 3.5, 3), (SMALL, 0.2, 1), (LARGE, 64.0, 8), ({}, None, 8)]
 )
 def test_control_groups(tmp_path, files, quota, count):
-    said = threads(faked(_tree(tmp_path, files)))
+    said = threads(faked(tree(tmp_path, files)))
     assert (said["count"], said["control group's quota"], said["CPUs allowed"]) == (count, quota, 8)
     assert ("quota" in said["from"]) == (count < 8)
-    assert threads(faked(_tree(tmp_path, files)), QKV_FAST_NUM_THREADS=5)["count"] == 5
+    assert threads(faked(tree(tmp_path, files)), QKV_FAST_NUM_THREADS=5)["count"] == 5
 
 
 def test_the_path_and_what_chose_it():
