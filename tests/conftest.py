@@ -1,5 +1,11 @@
-"""What every test stands on: the installed package, a choice of CPU path, and how many examples are drawn."""
+"""What every test stands on: the installed package, a choice of CPU path, how many examples are drawn, and who runs it.
 
+Folders of tests run in one process per CPU, by pytest-xdist; files and single tests, or all without that package, in
+one process. Tests marked `alone` (of time, signals, forks, or the threads and memory of a process) run when the other
+processes have ended, one after another, in the process that started them.
+"""
+
+import itertools
 import json
 import os
 from importlib import metadata
@@ -16,6 +22,9 @@ import qkv_fast
 from qkv_fast._runtime import force_isa
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if IS_WORKER:  # one process of many: calls that name no number still have two threads
+    os.environ.setdefault("QKV_FAST_NUM_THREADS", "2")
 
 
 def pytest_addoption(parser):
@@ -52,7 +61,43 @@ def installed_package():
         pytest.fail(f"the tests import {package.parent}: run `pip install '.[test]'`, then `pytest`")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads its options
+def pytest_cmdline_main(config):
+    if IS_WORKER:  # it would start workers of its own, and those theirs
+        return
+    option = config.option
+    unset = getattr(option, "numprocesses", 0) is None and option.dist == "no"
+    if unset and not option.usepdb and all(Path(name).is_dir() for name in config.args):
+        option.numprocesses = "auto"
+
+
+def has_workers(config):
+    return config.pluginmanager.has_plugin("dsession")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop(session):
+    """After the workers' tests, those that run alone: the workers have ended by then."""
+    done = yield
+    if has_workers(session.config):
+        session.config.pluginmanager.get_plugin("terminalreporter").ensure_newline()
+        others = session.testscollected
+        items = session.perform_collect()
+        session.testscollected += others
+        for item, following in itertools.pairwise([*items, None]):
+            session.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            if session.shouldfail or session.shouldstop:
+                raise session.Interrupted(session.shouldfail or session.shouldstop)
+    return done
+
+
 def pytest_collection_modifyitems(config, items):
+    leave_out_types_of_other_paths(config, items)
+    if IS_WORKER or has_workers(config):
+        items[:] = [item for item in items if bool(item.get_closest_marker("alone")) == has_workers(config)]
+
+
+def leave_out_types_of_other_paths(config, items):
     """A path that only multiplies pairs of bfloat16 leaves all else to the next: other types are tested there."""
     given = [(item, getattr(item, "callspec", None)) for item in items]
     others = ("float16", "float32", "float64")

@@ -363,6 +363,7 @@ def test_every_allocation_may_fail(dtype, case):
     assert n >= 1 and (n >= 3 or case != "split") and (n >= 2 or case != "two threads")
 
 
+@pytest.mark.alone
 def test_failed_allocations_leak_nothing():
     """The same failures 3000 times leave the process as large as it was."""
     code = """

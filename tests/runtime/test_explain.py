@@ -235,6 +235,7 @@ def test_the_text(isa):
     assert plan.seconds == max(plan.limits) > 0
 
 
+@pytest.mark.alone
 def test_the_roofline_is_a_bound_of_the_right_size():
     """Measured on one thread for a call that is bound by arithmetic: not faster than the bound, give or take the clock
     of a shared machine, and not twenty times slower."""

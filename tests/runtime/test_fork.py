@@ -44,6 +44,7 @@ def fork_and_wait(expected, depth=1):
     return "hangs"
 """
 
+pytestmark = pytest.mark.alone
 posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
 
 

@@ -9,7 +9,10 @@ from _util import child_says
 import qkv_fast
 from qkv_fast import _runtime
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="sends itself a signal as POSIX has them")
+pytestmark = [
+    pytest.mark.alone,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="sends itself a signal as POSIX has them"),
+]
 
 # Keys and values of stride 0: no memory, but all the work. Each call would take seconds or more.
 INTERRUPTED = """

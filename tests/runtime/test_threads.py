@@ -12,6 +12,7 @@ from _util import TYPES, child_says, qkv, same_bits
 import qkv_fast
 from qkv_fast import _runtime
 
+pytestmark = pytest.mark.alone
 dtypes = pytest.mark.parametrize("dtype", TYPES)
 
 
