@@ -10,6 +10,7 @@ import qkv_fast
 from qkv_fast import _runtime
 
 Q, K, V, OUT = (2, 4, 5, 8), (2, 2, 9, 8), (2, 2, 9, 6), (2, 4, 5, 6)
+OBJECT = pytest.param(object(), id="object")  # whose name would be an address
 LOGITS = (2, 4, 5, 9)
 
 
@@ -183,7 +184,7 @@ def test_caps_out_of_range(bad):
     refuses(ValueError, "softcap", repr(bad).replace("np.float32(", "").rstrip(")"), softcap=bad)
 
 
-@pytest.mark.parametrize("bad", ["1", 1j, [1.0], True, np.array([1.0]), (1,), object()], ids=str)
+@pytest.mark.parametrize("bad", ["1", 1j, [1.0], True, np.array([1.0]), (1,), OBJECT], ids=str)
 def test_caps_of_other_kinds(bad):
     refuses(TypeError, "softcap", softcap=bad)
 
