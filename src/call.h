@@ -19,7 +19,4 @@ typedef struct {
 /* A worker's counters lie before its scratch, which stays aligned. */
 _Static_assert(sizeof(qkv_counters) % 64 == 0, "counters misalign scratch");
 
-/* Tile number `base`, the few rows of this key head, against all its keys, or one chunk of them if the call is split. */
-void qkv_decode(qkv_call *call, int worker, int64_t sequence, int64_t head, int64_t base, int64_t chunk);
-
 #endif

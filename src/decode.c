@@ -4,18 +4,23 @@
  * its values are added up by the same pieces. Between the two products the scores of a chunk lie in scratch, (rows, chunk).
  * Chunks start from an empty state and merge in order of position, whoever computed them, as in forward.c.
  */
+#include "decode.h"
+
 #include <stdatomic.h>
 #include <string.h>
 
-#include "call.h"
+#include "elements.h"
+#include "mask.h"
+#include "rows.h"
 #include "tile.h"
+#include "types.h"
 
-/* For elements.c: the rows as lanes of one panel, and what they meet in the chunk at hand. */
+/* What scores meet by element: of all rows, and in the chunk at hand. */
 typedef struct {
-    qkv_query_tile tile;
-    qkv_panel panel;
+    qkv_elements elements;
+    qkv_lanes lanes;
     qkv_changes changes;
-} lanes;
+} changes;
 
 typedef struct {
     const qkv_problem *problem;
@@ -31,7 +36,7 @@ typedef struct {
     qkv_stack stack;
     char *scratch;
     qkv_counters *counters;
-    lanes *lanes;                     /* filled if scores are adjusted */
+    changes *changes;                 /* filled if scores are adjusted */
 } few;
 
 /* Row r is position r / group, query head head * group + r % group. */
@@ -83,26 +88,27 @@ static void use_state(few *t, char *state)
 static void open_changes(few *t)
 {
     const qkv_plan *plan = t->plan;
-    lanes *x = t->lanes;
-    x->tile = (qkv_query_tile){
+    int64_t vector = plan->kernels->vector;
+    changes *x = t->changes;
+    x->elements = (qkv_elements){
         .problem = t->problem, .plan = plan, .sequence = t->sequence, .head = t->head, .block = plan->chunk,
         .bias_rows = (const void **)(t->scratch + plan->few.at_pointers),
         .mask_rows = (const uint8_t **)(t->scratch + plan->few.at_pointers) + t->count,
         .bias_copies = t->scratch + plan->few.at_bias, .mask_copies = (uint8_t *)t->scratch + plan->few.at_mask,
     };
-    x->panel = (qkv_panel){.n = (int)t->count, .nv = (int)(t->count + plan->kernels->vector - 1) / plan->kernels->vector};
     x->changes = (qkv_changes){0};
-    qkv_open_lanes(&x->tile, &x->panel, t->scratch + plan->few.at_lanes);
+    qkv_open_lanes(&x->elements, &x->lanes, 0, t->count, (t->count + vector - 1) / vector * vector,
+                   t->scratch + plan->few.at_lanes);
 }
 
-static void open_rows(few *t, const qkv_call *job, int worker, int64_t sequence, int64_t head, lanes *lanes)
+static void open_rows(few *t, const qkv_call *job, int worker, int64_t sequence, int64_t head, changes *changes)
 {
     const qkv_problem *p = job->problem;
     const qkv_plan *plan = job->plan;
     char *scratch = job->scratch[worker] + sizeof(qkv_counters);
     *t = (few){
         .problem = p, .plan = plan, .sequence = sequence, .head = head, .count = qkv_queries(p, sequence) * plan->group,
-        .scratch = scratch, .counters = (qkv_counters *)job->scratch[worker], .lanes = lanes,
+        .scratch = scratch, .counters = (qkv_counters *)job->scratch[worker], .changes = changes,
         .sees = (qkv_range *)(scratch + plan->few.at_limits), .run = p->run_of ? p->run_of[sequence] : 0,
     };
     t->lo = (int32_t *)(t->sees + t->count);
@@ -198,10 +204,10 @@ static void see_nothing(few *t)
 static qkv_kind look_through(few *t, int64_t first, int64_t last)
 {
     int64_t block = t->plan->block;
-    qkv_changes *changes = &t->lanes->changes;
+    qkv_changes *changes = &t->changes->changes;
     int count = (int)t->count, found = 0;
     t->hidden = 0;
-    qkv_set_mask(&t->lanes->tile, &t->lanes->panel, 0, count, first, last, changes);
+    qkv_set_mask(&t->changes->elements, &t->changes->lanes, 0, count, first, last, changes);
     for (int64_t key = first, end; key < last; key = end) {
         end = qkv_min(last, (key / block + 1) * block);
         int here = qkv_look_at(changes, count, key - first, end - key);
@@ -229,8 +235,8 @@ static qkv_kind look(few *t, int64_t *first, int64_t *last)
 /* What becomes of the scores of the keys [first, last) of a chunk, after its mask. */
 static void find_changes(few *t, int64_t first, int64_t last)
 {
-    qkv_changes *changes = &t->lanes->changes;
-    qkv_set_changes(&t->lanes->tile, &t->lanes->panel, 0, (int)t->count, first, last, changes);
+    qkv_changes *changes = &t->changes->changes;
+    qkv_set_changes(&t->changes->elements, &t->changes->lanes, 0, (int)t->count, first, last, changes);
     t->stack.changes = changes->adjust ? changes : NULL;
 }
 
@@ -386,8 +392,8 @@ static void attend_split(qkv_call *job, int worker, few *t, int64_t base, int64_
 void qkv_decode(qkv_call *job, int worker, int64_t sequence, int64_t head, int64_t base, int64_t chunk)
 {
     few t;
-    lanes lanes;
-    open_rows(&t, job, worker, sequence, head, &lanes);
+    changes changes;
+    open_rows(&t, job, worker, sequence, head, &changes);
     if (job->plan->split)
         attend_split(job, worker, &t, base, chunk);
     else if (attend_all(job, worker, &t))

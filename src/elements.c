@@ -3,11 +3,11 @@
  * A kernel wants a row of adjacent elements for every lane. Rows that lie so are used where they are; of others, and of
  * segments in any order, the keys of a block are copied to scratch, once for lanes that share a row.
  */
+#include "elements.h"
+
 #include <string.h>
 
-#include "mask.h"
-#include "plan.h"
-#include "tile.h"
+#include "rows.h"
 
 enum { MAX_LANES = 256 };
 
@@ -15,32 +15,31 @@ _Static_assert(QKV_LANE_BYTES >= 3 * sizeof(char *) + sizeof(int64_t) + sizeof(d
 
 static const char *row_at(const char *data, const qkv_strides *at, int64_t offset, const qkv_row *r)
 {
-    return data ? data + offset + r->head * at->head + r->position * at->row : NULL;
+    return data ? data + offset + qkv_row_offset(r, at) : NULL;
 }
 
-void qkv_open_lanes(const qkv_query_tile *t, qkv_panel *x, char *at)
+void qkv_open_lanes(const qkv_elements *e, qkv_lanes *x, int64_t row, int64_t n, int64_t lanes, char *at)
 {
-    const qkv_problem *p = t->problem;
-    int64_t lanes = x->nv * t->plan->kernels->vector;
+    const qkv_problem *p = e->problem;
     x->bias = (const char **)at;
     x->mask = x->bias + lanes;
     x->summary = (const uint8_t **)(x->mask + lanes);
     x->position = (int64_t *)(x->summary + lanes);
     x->slope = (double *)(x->position + lanes);
     x->id = (int32_t *)(x->slope + lanes);
-    int64_t head = t->head * t->plan->group;
-    int64_t bias_offset = p->bias ? qkv_sequence_offset(p, &p->bias_at, t->sequence) + head * p->bias_at.head : 0;
-    int64_t mask_offset = p->mask ? qkv_sequence_offset(p, &p->mask_at, t->sequence) + head * p->mask_at.head : 0;
-    const qkv_strides *summary_at = &t->plan->summary_at;
-    int64_t summary_offset = t->summary ? qkv_sequence_offset(p, summary_at, t->sequence) + head * summary_at->head : 0;
-    int64_t position = qkv_offset(p, t->sequence), query = qkv_query_index(p, t->sequence, 0);
-    qkv_row r = qkv_first_row(t, x);
+    int64_t head = e->head * e->plan->group;
+    int64_t bias_offset = p->bias ? qkv_sequence_offset(p, &p->bias_at, e->sequence) + head * p->bias_at.head : 0;
+    int64_t mask_offset = p->mask ? qkv_sequence_offset(p, &p->mask_at, e->sequence) + head * p->mask_at.head : 0;
+    const qkv_strides *summary_at = &e->plan->summary_at;
+    int64_t summary_offset = e->summary ? qkv_sequence_offset(p, summary_at, e->sequence) + head * summary_at->head : 0;
+    int64_t position = qkv_offset(p, e->sequence), query = qkv_query_index(p, e->sequence, 0);
+    qkv_row r = qkv_row_of(row, e->plan->group);
     for (int64_t j = 0; j < lanes; j++) {
-        if (j > 0 && j < x->n)        /* lanes without a row repeat the last one, as in Q */
+        if (j > 0 && j < n)           /* lanes without a row repeat the last one, as in Q */
             qkv_next_row(&r);
         x->bias[j] = row_at(p->bias, &p->bias_at, bias_offset, &r);
         x->mask[j] = row_at(p->mask, &p->mask_at, mask_offset, &r);
-        x->summary[j] = t->summary ? (const uint8_t *)row_at((const char *)t->summary, summary_at, summary_offset, &r) : NULL;
+        x->summary[j] = e->summary ? (const uint8_t *)row_at((const char *)e->summary, summary_at, summary_offset, &r) : NULL;
         x->position[j] = r.position + position;
         x->id[j] = p->q_ids ? p->q_ids[query + r.position] : 0;
         x->slope[j] = p->slopes ? p->slopes[head + r.head] : 0;
@@ -48,13 +47,13 @@ void qkv_open_lanes(const qkv_query_tile *t, qkv_panel *x, char *at)
 }
 
 /* Rows of the bias at key `first`, for n lanes. */
-static const void *const *bias_rows(const qkv_query_tile *t, const qkv_panel *x, int lane, int n, int64_t first,
+static const void *const *bias_rows(const qkv_elements *e, const qkv_lanes *x, int lane, int n, int64_t first,
                                     int64_t last)
 {
-    const qkv_problem *p = t->problem;
-    const qkv_plan *plan = t->plan;
-    const void **rows = t->bias_rows;
-    size_t row_bytes = (size_t)t->block * (size_t)plan->kernels->size;
+    const qkv_problem *p = e->problem;
+    const qkv_plan *plan = e->plan;
+    const void **rows = e->bias_rows;
+    size_t row_bytes = (size_t)e->block * (size_t)plan->kernels->size;
     for (int j = 0; j < n; j++) {
         char *from = (char *)x->bias[lane + j] + first * p->bias_at.dim;
         if (plan->direct_bias) {
@@ -62,7 +61,7 @@ static const void *const *bias_rows(const qkv_query_tile *t, const qkv_panel *x,
         } else if (j > 0 && x->bias[lane + j] == x->bias[lane + j - 1]) {
             rows[j] = rows[j - 1];
         } else {
-            char *copy = t->bias_copies + (size_t)j * row_bytes;
+            char *copy = e->bias_copies + (size_t)j * row_bytes;
             qkv_rows one = {from, 0, (ptrdiff_t)p->bias_at.dim, p->bias_type, p->swapped_bias};
             plan->kernels->gather(copy, 0, &one, 1, (int)(last - first));
             rows[j] = copy;
@@ -98,15 +97,15 @@ int64_t qkv_count_seen(const qkv_problem *p, int64_t sequence, int64_t head, int
     return seen;
 }
 
-void qkv_set_mask(const qkv_query_tile *t, const qkv_panel *x, int lane, int n, int64_t first, int64_t last, qkv_changes *to)
+void qkv_set_mask(const qkv_elements *e, const qkv_lanes *x, int lane, int n, int64_t first, int64_t last, qkv_changes *to)
 {
-    const qkv_problem *p = t->problem;
-    const uint8_t **rows = t->mask_rows;
-    int64_t block = t->block;
-    uint8_t *copies = t->mask_copies;
+    const qkv_problem *p = e->problem;
+    const uint8_t **rows = e->mask_rows;
+    int64_t block = e->block;
+    uint8_t *copies = e->mask_copies;
     int own[MAX_LANES], count = 0;    /* lanes that do not share the row of the one before */
     for (int j = 0; j < n; j++) {
-        if (t->plan->direct_mask) {
+        if (e->plan->direct_mask) {
             rows[j] = (const uint8_t *)x->mask[lane + j] + first;
         } else if (j > 0 && x->mask[lane + j] == x->mask[lane + j - 1] && x->id[lane + j] == x->id[lane + j - 1]) {
             rows[j] = rows[j - 1];
@@ -120,7 +119,7 @@ void qkv_set_mask(const qkv_query_tile *t, const qkv_panel *x, int lane, int n, 
         for (int k = 0; k < count; k++)
             copies[own[k] * block + i - first] = x->mask[lane + own[k]][i * p->mask_at.dim] != 0;
     for (int k = 0; k < count && p->q_ids; k++) {
-        const int32_t *ids = key_ids(p, t->sequence), id = x->id[lane + own[k]];
+        const int32_t *ids = key_ids(p, e->sequence), id = x->id[lane + own[k]];
         uint8_t *copy = copies + own[k] * block;
         for (int64_t i = first; i < last; i++)
             copy[i - first] = (!p->mask || copy[i - first]) & (ids[i] == id);
@@ -190,20 +189,20 @@ void qkv_summarise(const qkv_problem *p, const qkv_plan *plan, int64_t first, in
     }
 }
 
-qkv_kind qkv_look(const qkv_query_tile *t, const qkv_panel *x, int lane, int n, int64_t first, int64_t last,
+qkv_kind qkv_look(const qkv_elements *e, const qkv_lanes *x, int lane, int n, int64_t first, int64_t last,
                   qkv_changes *to)
 {
     const int both = QKV_SEEN | QKV_HIDDEN;
     int found = 0;
     to->mask = NULL;
-    if (t->summary) {
-        int64_t block = first / t->plan->block * t->plan->summary_at.dim;
+    if (e->summary) {
+        int64_t block = first / e->plan->block * e->plan->summary_at.dim;
         for (int j = 0; j < n; j++)
             found |= x->summary[lane + j][block];
         if (found == both)
-            qkv_set_mask(t, x, lane, n, first, last, to);
+            qkv_set_mask(e, x, lane, n, first, last, to);
     } else {
-        qkv_set_mask(t, x, lane, n, first, last, to);
+        qkv_set_mask(e, x, lane, n, first, last, to);
         found = qkv_look_at(to, n, 0, last - first);
         if (found != both)
             to->mask = NULL;
@@ -211,16 +210,16 @@ qkv_kind qkv_look(const qkv_query_tile *t, const qkv_panel *x, int lane, int n, 
     return found == both ? QKV_PARTIAL : found == QKV_HIDDEN ? QKV_SKIP : QKV_FULL;
 }
 
-void qkv_set_changes(const qkv_query_tile *t, const qkv_panel *x, int lane, int n, int64_t first, int64_t last,
+void qkv_set_changes(const qkv_elements *e, const qkv_lanes *x, int lane, int n, int64_t first, int64_t last,
                      qkv_changes *to)
 {
-    const qkv_plan *plan = t->plan;
-    if (t->problem->bias)
-        to->bias = bias_rows(t, x, lane, n, first, last);
-    if (t->problem->slopes) {
+    const qkv_plan *plan = e->plan;
+    if (e->problem->bias)
+        to->bias = bias_rows(e, x, lane, n, first, last);
+    if (e->problem->slopes) {
         to->slope = x->slope + lane;
         to->position = x->position + lane;
-        to->key = first / t->block * t->block;
+        to->key = first / e->block * e->block;
     }
     to->score_factor = plan->score_factor;
     to->softcap = plan->softcap;

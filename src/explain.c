@@ -8,9 +8,11 @@
 #include <math.h>
 #include <string.h>
 
+#include "elements.h"
+#include "forward.h"
 #include "mask.h"
 #include "plan.h"
-#include "tile.h"
+#include "types.h"
 
 /* Rows [first, last] of one key head. Rows that see nothing lie before or after all that see something. */
 static qkv_limits limits_of(const qkv_problem *p, int64_t group, int64_t sequence, int64_t first, int64_t last)

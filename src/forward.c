@@ -7,12 +7,18 @@
  * Chunks always start from an empty state and merge in order of position, whoever computed them: that keeps the error
  * of long sums small, and the result the same bits for any number of threads.
  */
+#include "forward.h"
+
 #include <stdatomic.h>
 #include <string.h>
 
 #include "call.h"
+#include "decode.h"
+#include "elements.h"
+#include "mask.h"
 #include "memory.h"
 #include "tile.h"
+#include "types.h"
 
 enum { MAX_VECTOR = 64 };             /* elements of a vector */
 
@@ -151,7 +157,7 @@ static int attend_full(const qkv_query_tile *t, const qkv_panel *x, pass_rows *k
 {
     int w = t->plan->kernels->vector, n = x->nv * w, partial = 0, skipped = 0;
     for (int i = 0; t->plan->masked && i < n; i += w) {
-        qkv_kind kind = qkv_look(t, x, i, w, first, last, &whole.changes);
+        qkv_kind kind = qkv_look(&t->elements, &x->lanes, i, w, first, last, &whole.changes);
         partial += kind == QKV_PARTIAL;
         skipped += kind == QKV_SKIP;
     }
@@ -159,14 +165,14 @@ static int attend_full(const qkv_query_tile *t, const qkv_panel *x, pass_rows *k
         return 0;
     whole.changes.mask = NULL;
     if (partial)
-        qkv_set_mask(t, x, 0, n, first, last, &whole.changes);
+        qkv_set_mask(&t->elements, &x->lanes, 0, n, first, last, &whole.changes);
     t->counters->tiles_full += x->nv - partial - skipped;
     t->counters->tiles_partial += partial;
     t->counters->tiles_skipped += skipped;
     if (skipped)
         return 1;
     if (t->plan->adjust)
-        qkv_set_changes(t, x, 0, n, first, last, &whole.changes);
+        qkv_set_changes(&t->elements, &x->lanes, 0, n, first, last, &whole.changes);
     attend_keys(t, kv, block_first, first, last, &whole);
     return 1;
 }
@@ -210,7 +216,7 @@ static void attend_block(const qkv_query_tile *t, const qkv_panel *x, pass_rows 
         int odd = kind == QKV_FULL && (first - block_first) % kernels->pair, limited = kind == QKV_PARTIAL || odd;
         first -= odd;
         if (kind != QKV_SKIP && plan->masked) {
-            qkv_kind masked = qkv_look(t, x, i * w, w, first, last, &one.changes);
+            qkv_kind masked = qkv_look(&t->elements, &x->lanes, i * w, w, first, last, &one.changes);
             kind = masked == QKV_FULL ? kind : masked;
         }
         if (kind == QKV_SKIP) {
@@ -218,7 +224,7 @@ static void attend_block(const qkv_query_tile *t, const qkv_panel *x, pass_rows 
             continue;
         }
         if (plan->adjust)
-            qkv_set_changes(t, x, i * w, w, first, last, &one.changes);
+            qkv_set_changes(&t->elements, &x->lanes, i * w, w, first, last, &one.changes);
         size_t shift = (size_t)i * (size_t)w * size;
         one.q = (const char *)whole.q + shift;
         one.s = (char *)whole.s + shift;

@@ -6,7 +6,12 @@
  * that results are the same bits for any batch, heads, strides and threads. What changes only who does what when (query
  * tiles, passes, splits, copies, threads) may depend on everything.
  */
+#include "plan.h"
+
+#include "cpu.h"
+#include "mask.h"
 #include "plan_tools.h"
+#include "types.h"
 
 /* Chosen on a 2-core Zen 4 (32 KB L1d, 1 MB L2). Blocks of 64 to 256 keys, passes of 64 to 512 KB and states of 40 to 400 KB
  * came out within that machine's noise of each other; only copies clearly want large states (1.06 against 1.035 of the

@@ -5,17 +5,8 @@
 #include "kernels/kernels.h"
 #include "qkv.h"
 
-/* Bytes of an element in memory, 1 where rows are bytes, and the type that it is computed in. */
-static inline int qkv_size(qkv_type type) { return type == QKV_F64 ? 8 : type == QKV_F32 ? 4 : type < QKV_I8 ? 2 : 1; }
-static inline int64_t qkv_row_bytes(qkv_type type, int64_t dim)
-{
-    return type == QKV_I8 ? qkv_i8_bytes(dim) + 4 : type == QKV_I4 ? qkv_i4_bytes(dim) / 8 * 9 : dim * qkv_size(type);
-}
-static inline qkv_type qkv_arithmetic(qkv_type type) { return type == QKV_F64 ? QKV_F64 : QKV_F32; }
-
 enum { QKV_PANEL_BYTES = 128 };       /* room for a qkv_panel of tile.h */
-enum { QKV_SEEN = 1, QKV_HIDDEN = 2 };                  /* of a mask's elements: some are */
-enum { QKV_LANE_BYTES = 48 };         /* room for what one lane has in a qkv_panel's arrays by element */
+enum { QKV_LANE_BYTES = 48 };         /* room for what a lane has in qkv_lanes of elements.h */
 
 /* Few rows: all those of a sequence and key head are a tile of their own kind (decode.c), and a chunk is its block. */
 typedef struct {
@@ -89,47 +80,5 @@ int qkv_has_few(const qkv_problem *problem, const qkv_plan *plan, int64_t sequen
 
 /* Query tiles of one key head of a sequence. */
 int64_t qkv_tiles_of(const qkv_problem *problem, const qkv_plan *plan, int64_t sequence);
-
-/* Carries out a plan with tasks (forward.c). */
-qkv_status qkv_run_plan(const qkv_problem *problem, const qkv_plan *plan);
-
-/* A product: a grid of sequences x heads of B x row tiles x column tiles. A row is a (head of the group, row) pair, the row
- * running fastest. A task prepares B a pass of terms at a time, as panels, and runs `group_rows` rows of A over them. */
-typedef struct {
-    const qkv_kernels *kernels;
-    double b_factor, factor;          /* the scale: what goes into a transposed B, and what multiplies sums */
-    int64_t sequences, group, length; /* heads of C per head of B; rows of one head */
-    int64_t a_head, a_row, c_head, c_row;               /* byte strides of heads and rows */
-    int64_t tile_rows, row_tiles, tile_columns, column_tiles;
-    int64_t pass, group_rows;
-    int direct_a, direct_b, direct_c;                   /* rows can be used where they lie */
-    int stream;                       /* C is written past the caches */
-    int64_t tasks;
-    int threads;
-    size_t at_b, at_rows, at_columns, at_a, at_c;       /* scratch of one worker */
-    int64_t copy_row_b, copy_row_a;                     /* elements */
-    size_t scratch_bytes;
-} qkv_product_plan;
-
-qkv_status qkv_plan_product(const qkv_product_problem *problem, qkv_product_plan *plan);
-
-/* A softmax: a grid of outer axes x pieces of the innermost one, the run. Its elements are columns, worked on in strips, if
- * the axis lies across them; else they are rows. */
-typedef struct {
-    const qkv_kernels *kernels;
-    int across;                       /* the run is contiguous, the axis is not */
-    int n_axes;                       /* outer axes, as in the problem, after merging */
-    int64_t axes[QKV_MAX_AXES], x_at[QKV_MAX_AXES], mask_at[QKV_MAX_AXES], out_at[QKV_MAX_AXES];
-    int64_t run, x_run, mask_run, out_run;
-    int64_t piece, pieces, strip;
-    int direct_x, direct_out;         /* a row can be used where it lies */
-    int in_out;                       /* rows too long for a cache: exponentials go to `out` at once */
-    int stream;
-    int64_t tasks;
-    int threads;
-    size_t at_state, scratch_bytes;   /* the exponentials come first */
-} qkv_softmax_plan;
-
-qkv_status qkv_plan_softmax(const qkv_softmax_problem *problem, qkv_softmax_plan *plan);
 
 #endif

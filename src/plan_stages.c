@@ -1,5 +1,9 @@
 /* A stage's problem -> its plan: the blocks of a product, the rows or strips of a softmax. */
+#include "plan_stages.h"
+
+#include "mask.h"
 #include "plan_tools.h"
+#include "types.h"
 
 enum {
     B_BYTES = 256 << 10,              /* panels of B of a task: they stay in L2 while all rows of A pass */

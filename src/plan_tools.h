@@ -1,4 +1,4 @@
-/* What both planners need, and the numbers that they share. */
+/* What both planners need, and the numbers that they share. Of plans it knows nothing. */
 #ifndef QKV_PLAN_TOOLS_H
 #define QKV_PLAN_TOOLS_H
 
@@ -7,7 +7,7 @@
 
 #include "cpu.h"
 #include "mask.h"
-#include "plan.h"
+#include "types.h"
 
 enum {
     COPY_PAD = 16,                    /* elements between copied rows, which would fight for cache sets */

@@ -8,7 +8,7 @@
 
 #include "mask.h"
 #include "memory.h"
-#include "plan.h"
+#include "plan_stages.h"
 #include "threads.h"
 
 typedef struct {

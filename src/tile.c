@@ -10,26 +10,6 @@
 
 _Static_assert(sizeof(qkv_panel) <= QKV_PANEL_BYTES, "panels overlap in scratch");
 
-int64_t qkv_sequence_offset(const qkv_problem *p, const qkv_strides *at, int64_t sequence)
-{
-    int64_t offset = 0;
-    for (int i = p->n_axes; i-- > 0;) {
-        offset += sequence % p->axes[i] * at->axis[i];
-        sequence /= p->axes[i];
-    }
-    return offset;
-}
-
-int64_t qkv_rows_offset(const qkv_problem *p, const qkv_strides *at, int64_t sequence)
-{
-    return p->q_starts ? p->q_starts[sequence] * at->row : qkv_sequence_offset(p, at, sequence);
-}
-
-static int64_t row_offset(const qkv_row *r, const qkv_strides *at)
-{
-    return r->position * at->row + r->head * at->head;
-}
-
 static void lay_out_panels(qkv_query_tile *t, int64_t first)
 {
     const qkv_plan *plan = t->plan;
@@ -90,7 +70,7 @@ static void pack_queries(const qkv_query_tile *t)
         const qkv_panel *x = &t->panel[i];
         qkv_row r = qkv_first_row(t, x);
         for (int j = 0; j < x->n; j++, qkv_next_row(&r)) {
-            char *from = (char *)p->q + t->q_offset + row_offset(&r, &p->q_at);
+            char *from = (char *)p->q + t->q_offset + qkv_row_offset(&r, &p->q_at);
             rows[j] = from;
             if (!plan->direct_q) {
                 char *copy = t->scratch + plan->at_tile + (size_t)j * row_bytes;
@@ -111,7 +91,10 @@ void qkv_open_tile(qkv_query_tile *t, const qkv_problem *p, const qkv_plan *plan
     *t = (qkv_query_tile){
         .problem = p, .plan = plan, .sequence = sequence, .head = head, .rows = rows,
         .panels = (int)qkv_min(plan->tile_panels, panels - first_panel),
-        .summary = summary, .scratch = scratch, .counters = counters, .block = plan->block,
+        .scratch = scratch, .counters = counters,
+    };
+    t->elements = (qkv_elements){
+        .problem = p, .plan = plan, .sequence = sequence, .head = head, .block = plan->block, .summary = summary,
         .bias_rows = (const void **)(scratch + plan->at_pointers),
         .mask_rows = (const uint8_t **)(scratch + plan->at_pointers) + lanes,
         .bias_copies = scratch + plan->at_bias, .mask_copies = (uint8_t *)scratch + plan->at_mask,
@@ -122,8 +105,11 @@ void qkv_open_tile(qkv_query_tile *t, const qkv_problem *p, const qkv_plan *plan
     t->v_offset = head * p->v_at.head + (p->run_of ? 0 : qkv_sequence_offset(p, &p->v_at, sequence));
     lay_out_panels(t, first_panel);
     find_limits(t);
-    for (int i = 0; plan->adjust && i < t->panels; i++)
-        qkv_open_lanes(t, &t->panel[i], scratch + plan->at_lanes + i * lanes * QKV_LANE_BYTES);
+    for (int i = 0; plan->adjust && i < t->panels; i++) {
+        qkv_panel *x = &t->panel[i];
+        qkv_open_lanes(&t->elements, &x->lanes, x->row, x->n, x->nv * plan->kernels->vector,
+                       scratch + plan->at_lanes + i * lanes * QKV_LANE_BYTES);
+    }
     pack_queries(t);
 }
 
@@ -197,7 +183,7 @@ static void **output_rows(const qkv_query_tile *t, const qkv_panel *x)
     size_t row_bytes = (size_t)p->dim_v * (size_t)plan->kernels->size;
     qkv_row r = qkv_first_row(t, x);
     for (int j = 0; j < x->n; j++, qkv_next_row(&r))
-        rows[j] = plan->direct_out ? p->out + t->out_offset + row_offset(&r, &p->out_at)
+        rows[j] = plan->direct_out ? p->out + t->out_offset + qkv_row_offset(&r, &p->out_at)
                                    : copies + (size_t)j * row_bytes;
     return rows;
 }
@@ -218,7 +204,7 @@ void qkv_write_tile(const qkv_query_tile *t)
         plan->kernels->finish(rows, x->total, qkv_state_l(plan, x->total), x->n, (int)p->dim_v);
         qkv_row r = qkv_first_row(t, x);
         for (int j = 0; j < x->n && !plan->direct_out; j++, qkv_next_row(&r)) {
-            qkv_rows to = {p->out + t->out_offset + row_offset(&r, &p->out_at), 0,
+            qkv_rows to = {p->out + t->out_offset + qkv_row_offset(&r, &p->out_at), 0,
                            (ptrdiff_t)p->out_at.dim, p->out_type, p->swapped_out};
             plan->kernels->scatter(&to, rows[j], 0, 1, (int)p->dim_v);
         }

@@ -25,17 +25,19 @@ HEADERS = {
     "memory.[ch]": "qkv.h",
     "mask.h": "qkv.h",
     "threads.[ch]": "qkv.h memory.h",
-    "plan.[ch]": "plan_tools.h qkv.h kernels/kernels.h cpu.h mask.h",
-    "plan_stages.c": "plan_tools.h",
-    "plan_tools.h": "plan.h cpu.h mask.h",
-    "tile.[ch]": "plan.h mask.h",
+    "types.h": "qkv.h kernels/kernels.h",
+    "rows.h": "qkv.h",
+    "plan_tools.h": "cpu.h mask.h types.h",
+    "plan.[ch]": "qkv.h kernels/kernels.h cpu.h mask.h types.h plan_tools.h",
+    "plan_stages.[ch]": "qkv.h kernels/kernels.h mask.h types.h plan_tools.h",
+    "elements.[ch]": "plan.h mask.h rows.h",
+    "tile.[ch]": "plan.h mask.h rows.h elements.h",
     "call.h": "plan.h threads.h",
-    "forward.c": "call.h tile.h plan.h mask.h threads.h memory.h",
-    "decode.c": "call.h tile.h plan.h mask.h threads.h",
-    "elements.c": "tile.h plan.h mask.h",
-    "explain.c": "plan.h mask.h tile.h",
+    "decode.[ch]": "call.h tile.h elements.h mask.h rows.h types.h",
+    "forward.[ch]": "plan.h call.h decode.h tile.h elements.h mask.h types.h memory.h",
+    "explain.c": "plan.h forward.h elements.h mask.h types.h",
     "cache.c": "qkv.h kernels/kernels.h cpu.h",
-    "stages.c": "plan.h mask.h threads.h memory.h",
+    "stages.c": "plan_stages.h mask.h threads.h memory.h",
     "hooks.c": "*",
 }
 
@@ -70,18 +72,62 @@ def row(table, name):
     return next((table[pattern].split() for pattern in table if fnmatchcase(name, pattern)), None)
 
 
-def may_include(name, header):
-    """`header` as it stands in the file, with its brackets or quotes."""
-    if header.startswith("<"):
-        return header.strip("<>") in row(SYSTEM, name)
+def included(name):
+    """What a file of src/ includes, as it stands there, with brackets or quotes."""
+    text = (CHECKOUT / "src" / name).read_text(encoding="utf-8")
+    return re.findall(r'^\s*#\s*include\s*([<"][^>"]*[>"])', text, re.MULTILINE)
+
+
+def ours(name, header):
+    """The file of src/ that "header" means in the file `name`, or None."""
     base = (CHECKOUT / "src" / name).parent
     found = [folder / header.strip('"') for folder in (base, CHECKOUT / "src")]
     path = next((path.resolve() for path in found if path.is_file()), None)
     if path is None or not path.is_relative_to(CHECKOUT / "src"):
+        return None
+    return path.relative_to(CHECKOUT / "src").as_posix()
+
+
+def may_include(name, header):
+    if header.startswith("<"):
+        return header.strip("<>") in row(SYSTEM, name)
+    target = ours(name, header)
+    if target is None:
         return False
-    target = path.relative_to(CHECKOUT / "src").as_posix()
     own = Path(name).with_suffix(".h").as_posix()
     return target == own or any(fnmatchcase(target, pattern) for pattern in row(HEADERS, name))
+
+
+def find_circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Rooms that use each other, of a graph {room: rooms that it uses}: each circle once, its rooms by name."""
+
+    def reach(start):
+        seen, ahead = set(), list(graph.get(start, ()))
+        while ahead:
+            room = ahead.pop()
+            if room not in seen:
+                seen.add(room)
+                ahead.extend(graph.get(room, ()))
+        return seen
+
+    reached = {room: reach(room) for room in graph}
+    circles = {tuple(sorted(b for b in graph if b in reached[a] and a in reached[b])) for a in graph}
+    return sorted(list(circle) for circle in circles if len(circle) > 1)
+
+
+def functions(text):
+    """Of each function at the top level of a C file: its name, whether it is static, whether its body is here."""
+    text = re.sub(r"/\*.*?\*/|//[^\n]*", " ", text, flags=re.DOTALL)
+    text = re.sub(r"^\s*#(?:[^\n]*\\\n)*[^\n]*", "", text, flags=re.MULTILINE)
+    text = re.sub(r'"(?:\\.|[^"\\])*"|\'(?:\\.|[^\'\\])*\'', "0", text)
+    n = 1
+    while n:  # innermost blocks first
+        text, n = re.subn(r"\{[^{}]*\}", "\0", text)
+    for part in re.findall(r"[^;\0]*[;\0]", text):
+        head = part[:-1].split("=")[0]
+        if match := re.match(r"\s*((?:\w+[\s*]+)+)(\w+)\s*\(", head):
+            if not {"typedef", "struct", "enum", "union"} & set(match[1].split()[:1]):
+                yield match[2], "static" in match[1].split(), part.endswith("\0")
 
 
 def may_import(name, module):
@@ -123,9 +169,33 @@ PYTHON_FILES = [
 @pytest.mark.parametrize("name", C_FILES)
 def test_includes(name):
     assert row(HEADERS, name) is not None, "no row: which layer is this file in?"
-    text = (CHECKOUT / "src" / name).read_text(encoding="utf-8")
-    included = re.findall(r'^\s*#\s*include\s*([<"][^>"]*[>"])', text, re.MULTILINE)
-    assert not [header for header in included if not may_include(name, header)]
+    assert not [header for header in included(name) if not may_include(name, header)]
+
+
+def test_no_module_of_c_uses_one_that_uses_it():
+    """A .c and its .h are one module; that no header stands for another .c is the next test's business."""
+    graph = {}
+    for name in C_FILES:
+        used = {ours(name, header) for header in included(name) if header.startswith('"')}
+        room = name.rpartition(".")[0]
+        graph.setdefault(room, set()).update({header.rpartition(".")[0] for header in used} - {room})
+    assert {"call", "tile"} <= graph["decode"] and "kernels/kernel_tpl" in graph["kernels/avx2"]
+    assert find_circles(graph) == []
+
+
+@pytest.mark.parametrize("name", [name for name in C_FILES if not name.startswith("kernels/") and name != "qkv.h"])
+def test_functions_are_declared_where_they_are_defined(name):
+    """But for the core's contract, qkv.h, which many modules fulfil."""
+    texts = {path.name: path.read_text(encoding="utf-8") for path in files("src", ".c", ".h")}
+    stem = name.rpartition(".")[0]
+    public = {function for function, *_ in functions(texts["qkv.h"])}
+    own = {function for function, static, body in functions(texts.get(f"{stem}.h", "")) if not static and not body}
+    defined = {function for function, static, body in functions(texts.get(f"{stem}.c", "")) if not static and body}
+    if name.endswith(".h"):
+        assert own <= defined
+    else:
+        assert defined and defined <= own | public
+        assert not [function for function, static, body in functions(texts[name]) if not static and not body]
 
 
 @pytest.mark.parametrize("name", PYTHON_FILES)
@@ -178,3 +248,24 @@ def test_the_rule_refuses_imports():
     assert not may_import("bench/runner.py", "qkv_fast._attention.attention")
     assert not may_import("examples/x.py", "qkv_fast._runtime.force_isa")
     assert may_import("tests/test_x.py", "qkv_fast._runtime.force_isa")
+
+
+def test_circles_are_found():
+    graph = {"a": {"b"}, "b": {"c", "elsewhere"}, "c": {"a"}, "d": {"a", "e"}, "e": {"d"}, "f": {"f", "a"}}
+    assert find_circles(graph) == [["a", "b", "c"], ["d", "e"]]
+    assert find_circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_functions_are_found():
+    text = """
+    #define TWICE(x) \\
+        f(x); f(x)
+    typedef int (*task)(void *); /* int commented(void); */
+    struct pair { int (*of)(int); };
+    static inline struct pair one(int a) { if (a) { b(); } return (struct pair){0}; }
+    int const *declared(int (*ask)(void *), struct pair x);
+    void defined(void) { call("{;"); }
+    _Static_assert(sizeof(int) == 4, "a rule");
+    static const int numbers[] = {1, 2};
+    """
+    assert list(functions(text)) == [("one", True, True), ("declared", False, False), ("defined", False, True)]

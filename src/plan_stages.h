@@ -1,0 +1,47 @@
+/* How the stages will be computed: a product, and the softmax of an axis. */
+#ifndef QKV_PLAN_STAGES_H
+#define QKV_PLAN_STAGES_H
+
+#include "kernels/kernels.h"
+#include "qkv.h"
+
+/* A product: a grid of sequences x heads of B x row tiles x column tiles. A row is a (head of the group, row) pair, the row
+ * running fastest. A task prepares B a pass of terms at a time, as panels, and runs `group_rows` rows of A over them. */
+typedef struct {
+    const qkv_kernels *kernels;
+    double b_factor, factor;          /* the scale: what goes into a transposed B, and what multiplies sums */
+    int64_t sequences, group, length; /* heads of C per head of B; rows of one head */
+    int64_t a_head, a_row, c_head, c_row;               /* byte strides of heads and rows */
+    int64_t tile_rows, row_tiles, tile_columns, column_tiles;
+    int64_t pass, group_rows;
+    int direct_a, direct_b, direct_c;                   /* rows can be used where they lie */
+    int stream;                       /* C is written past the caches */
+    int64_t tasks;
+    int threads;
+    size_t at_b, at_rows, at_columns, at_a, at_c;       /* scratch of one worker */
+    int64_t copy_row_b, copy_row_a;                     /* elements */
+    size_t scratch_bytes;
+} qkv_product_plan;
+
+qkv_status qkv_plan_product(const qkv_product_problem *problem, qkv_product_plan *plan);
+
+/* A softmax: a grid of outer axes x pieces of the innermost one, the run. Its elements are columns, worked on in strips, if
+ * the axis lies across them; else they are rows. */
+typedef struct {
+    const qkv_kernels *kernels;
+    int across;                       /* the run is contiguous, the axis is not */
+    int n_axes;                       /* outer axes, as in the problem, after merging */
+    int64_t axes[QKV_MAX_AXES], x_at[QKV_MAX_AXES], mask_at[QKV_MAX_AXES], out_at[QKV_MAX_AXES];
+    int64_t run, x_run, mask_run, out_run;
+    int64_t piece, pieces, strip;
+    int direct_x, direct_out;         /* a row can be used where it lies */
+    int in_out;                       /* rows too long for a cache: exponentials go to `out` at once */
+    int stream;
+    int64_t tasks;
+    int threads;
+    size_t at_state, scratch_bytes;   /* the exponentials come first */
+} qkv_softmax_plan;
+
+qkv_status qkv_plan_softmax(const qkv_softmax_problem *problem, qkv_softmax_plan *plan);
+
+#endif

@@ -1,0 +1,46 @@
+/* Rows of a problem: which query and head they are, and where they lie in arrays. */
+#ifndef QKV_ROWS_H
+#define QKV_ROWS_H
+
+#include "qkv.h"
+
+/* Rows of a key head in order: row r is query r / group of the sequence, head r % group of the group. */
+typedef struct { int64_t position, head, group; } qkv_row;
+
+static inline qkv_row qkv_row_of(int64_t row, int64_t group)
+{
+    return (qkv_row){row / group, row % group, group};
+}
+
+static inline void qkv_next_row(qkv_row *r)
+{
+    if (++r->head == r->group) {
+        r->head = 0;
+        r->position++;
+    }
+}
+
+/* From where the rows of a sequence and key head begin, in bytes. */
+static inline int64_t qkv_row_offset(const qkv_row *r, const qkv_strides *at)
+{
+    return r->position * at->row + r->head * at->head;
+}
+
+/* Where a sequence begins, in bytes, by the strides of its axes. */
+static inline int64_t qkv_sequence_offset(const qkv_problem *p, const qkv_strides *at, int64_t sequence)
+{
+    int64_t offset = 0;
+    for (int i = p->n_axes; i-- > 0;) {
+        offset += sequence % p->axes[i] * at->axis[i];
+        sequence /= p->axes[i];
+    }
+    return offset;
+}
+
+/* Where the rows of a sequence begin in q and out. */
+static inline int64_t qkv_rows_offset(const qkv_problem *p, const qkv_strides *at, int64_t sequence)
+{
+    return p->q_starts ? p->q_starts[sequence] * at->row : qkv_sequence_offset(p, at, sequence);
+}
+
+#endif

@@ -1,0 +1,20 @@
+/* Types of elements: what they take in memory, and what they are computed in. */
+#ifndef QKV_TYPES_H
+#define QKV_TYPES_H
+
+#include "kernels/kernels.h"
+#include "qkv.h"
+
+/* Bytes of an element, 1 where rows are bytes. */
+static inline int qkv_size(qkv_type type) { return type == QKV_F64 ? 8 : type == QKV_F32 ? 4 : type < QKV_I8 ? 2 : 1; }
+
+/* Bytes of a row of `dim` elements, with its scales. */
+static inline int64_t qkv_row_bytes(qkv_type type, int64_t dim)
+{
+    return type == QKV_I8 ? qkv_i8_bytes(dim) + 4 : type == QKV_I4 ? qkv_i4_bytes(dim) / 8 * 9 : dim * qkv_size(type);
+}
+
+/* The type of products and sums. */
+static inline qkv_type qkv_arithmetic(qkv_type type) { return type == QKV_F64 ? QKV_F64 : QKV_F32; }
+
+#endif
