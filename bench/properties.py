@@ -6,13 +6,9 @@ rounds in this process; memory and import time are each taken in a process of th
 
 from __future__ import annotations
 
-import math
-import os
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -20,52 +16,17 @@ import numpy as np
 import qkv_fast
 
 from .. import _runtime
-from . import limits, machine
+from . import limits, machine, surroundings
 from .cases import CASES, Case, case
-from .method import Local, Summary, describe, interleave, rotate
+from .measured import Measured, Property, child, ratio
+from .method import Local, Summary, interleave, rotate
 from .ours import Ours, ours
 from .runner import threads_text
 from .worker import first_call_memory
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One figure; `more` says whether more is better, `floor` what it must reach, `aim` what it should."""
-
-    name: str
-    value: float
-    unit: str
-    floor: float
-    aim: float | None = None
-    more: bool = False
-    spread: float = 0.0
-    note: str = ""
-
-    @property
-    def verdict(self) -> str:
-        def reached(bound: float) -> bool:
-            return self.value >= bound if self.more else self.value <= bound
-
-        if self.aim is not None and reached(self.aim):
-            return "aim"
-        return "ok" if reached(self.floor) else "below"
-
-
-@dataclass(frozen=True)
-class Property:
-    name: str
-    suites: tuple[str, ...]
-    measure: Callable[[float, tuple[int, ...]], Iterator[Measured]]  # (seconds to spend, thread counts)
-
-
 def find(name: str) -> Case:
     return next(c for c in CASES if c.name == name)
-
-
-def ratio(slow: Callable, fast: Callable, seconds: float) -> Summary:
-    """Time of one call over that of another, in interleaved rounds."""
-    rounds = interleave([Local("fast", fast), Local("slow", slow)], budget=seconds)
-    return rounds.ratio("slow", "fast")
 
 
 def measure_window(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]:
@@ -324,21 +285,6 @@ def measure_import(seconds: float, threads: tuple[int, ...]) -> Iterator[Measure
     yield Measured("import beyond NumPy's", found.median * 1e3, "ms", 10.0, spread=found.spread)
 
 
-def child(code: str, *arguments: str, environment: Mapping[str, str] | None = None) -> str:
-    """Output of a fresh interpreter on the current CPU path; -P keeps the current folder off its path."""
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code, *arguments],
-        env=os.environ | {"QKV_FAST_ISA": qkv_fast.isa()} | dict(environment or {}),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1] if done.stderr else f"exit {done.returncode}")
-    return done.stdout
-
-
 PROPERTIES: tuple[Property, ...] = (
     Property("window", ("foundation", "prefill"), measure_window),
     Property("blhd", ("foundation", "prefill"), measure_blhd),
@@ -355,14 +301,7 @@ PROPERTIES: tuple[Property, ...] = (
     Property("fork-join", ("foundation", "small"), measure_fork_join),
     Property("memory", ("foundation", "prefill"), measure_memory),
     Property("import", ("foundation", "small"), measure_import),
+    Property("after-product", ("surroundings",), surroundings.measure_after_product),
+    Property("gaps", ("surroundings",), surroundings.measure_gaps),
+    Property("block", ("surroundings",), surroundings.measure_block),
 )
-
-
-def measure(asked: Property, seconds: float, threads: tuple[int, ...]) -> list[Measured]:
-    """The figures of a property; a failure is a figure too, with its reason as the note."""
-    found: list[Measured] = []
-    try:
-        found.extend(asked.measure(seconds, threads))
-    except Exception as error:  # one that cannot be measured must not take the rest with it
-        found.append(Measured(asked.name, math.nan, "", math.nan, note=describe(error)))
-    return found

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
+from .measured import Measured
 from .method import WIDE_SPREAD
 from .ours import OURS
 from .peers import PEERS
-from .properties import Measured
 from .runner import Goal, Row
 from .selfcheck import Check
 from .tables import Table, bytes_text, percent_text, ratio_text, seconds_text
@@ -140,7 +140,7 @@ def measured_table(measured: list[Measured]) -> Table:
             continue
         sign = "≥" if m.more else "≤"
         spread = percent_text(m.spread, m.spread > WIDE_SPREAD) if m.spread else ""
-        asked = f"{sign} {m.floor:g} {m.unit}"
+        asked = "" if m.floor is None else f"{sign} {m.floor:g} {m.unit}"
         aim = "" if m.aim is None else f"{sign} {m.aim:g}"
         table.add([m.name, f"{m.value:.3g} {m.unit}", spread, asked, aim, m.verdict, m.note], m.verdict)
     return table
