@@ -16,7 +16,8 @@ import numpy as np
 
 from .. import _runtime
 from . import machine
-from .cases import STREAM_BYTES, Case
+from .cases import Case
+from .work import STREAM_BYTES, limited_by
 
 BESIDE_SECONDS = 0.02  # of each of the two measurements around a sample
 RUN_SECONDS = 0.05
@@ -37,7 +38,7 @@ def copied() -> np.ndarray:
 
 def of_case(case: Case, threads: int) -> Callable[[], float]:
     """What limits a case, measured anew at each call."""
-    return lambda: rate(case.limited_by, threads, BESIDE_SECONDS)
+    return lambda: rate(limited_by(case), threads, BESIDE_SECONDS)
 
 
 def rate(name: str, threads: int, seconds: float) -> float:

@@ -16,7 +16,7 @@ import numpy as np
 import qkv_fast
 
 from .. import _runtime
-from . import limits, machine, surroundings
+from . import limits, machine, surroundings, work
 from .cases import CASES, Case, case
 from .measured import Measured, Property, child, ratio
 from .method import Local, Summary, interleave, rotate
@@ -67,7 +67,7 @@ def changes(heads: int, length: int) -> dict[str, tuple[dict, float]]:
 def measure_changes(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]:
     """Calls with a mask, a bias or the like against the call without."""
     plain = case("1x12x1024", 64)
-    q, k, v = plain.inputs()
+    q, k, v = work.inputs(plain)
     asked, out = changes(plain.heads, plain.q_len), np.empty_like(q)
     for n in threads:
         call = partial(qkv_fast.attention, q, k, v, out=out, num_threads=n)
@@ -82,7 +82,7 @@ def measure_step_changes(seconds: float, threads: tuple[int, ...]) -> Iterator[M
     """One query over many keys in memory, with a bias or the like, against the call without."""
     for name in ("decode:1x32x1-d128-k4096", "decode:1x32x1-d128-kv8-k4096"):
         plain = find(name)
-        sets, rng, row = list(plain.sets()), np.random.default_rng(0), (1, 1, 1, plain.kv_len)
+        sets, rng, row = list(work.sets(plain)), np.random.default_rng(0), (1, 1, 1, plain.kv_len)
         asked = {
             "bias (1, 1, 1, L)": {"bias": rng.standard_normal(row, dtype="float32")},
             "mask (1, 1, 1, L), half at random": {"mask": rng.random(row) < 0.5},
@@ -106,7 +106,8 @@ def measure_drafts(seconds: float, threads: tuple[int, ...]) -> Iterator[Measure
     four, one = find("decode:1x32x4-d128-kv8-k4096"), find("decode:1x32x1-d128-kv8-k4096")
     for n in threads:
         found = ratio(ours(four, n), ours(one, n), seconds / len(threads))
-        arithmetic = four.flops() / limits.rate("float32", n, 0.1) * limits.rate("read", n, 0.1) / one.bytes()
+        computing = work.flops(four) / limits.rate("float32", n, 0.1)
+        arithmetic = computing * limits.rate("read", n, 0.1) / work.bytes_of(one)
         note = f"{arithmetic:.2f} x if four ran at the FMA peak and one at the read bandwidth"
         name = f"4 queries over 1, {four.name}, {threads_text(n)}"
         yield Measured(name, found.median, "x", 1.6, spread=found.spread, note=note)
@@ -116,7 +117,7 @@ def measure_cache_calls(seconds: float, threads: tuple[int, ...]) -> Iterator[Me
     """What `KVCache` adds to attention over the arrays that it holds, and to a copy of a token's key and value. Of one
     thread, and with so few keys that the call is most of it."""
     token = case("1x8x1", 64, kv_len=256)
-    q, *held = token.inputs()
+    q, *held = work.inputs(token)
     cache = qkv_fast.KVCache(token.batch, token.kv_heads, token.dim, token.kv_len + 1)
     cache.append(*held)
     new, keys, values, room = held[0][:, :, :1].copy(), cache.keys, cache.values, np.empty_like(held[0])
@@ -147,7 +148,7 @@ def measure_cache_calls(seconds: float, threads: tuple[int, ...]) -> Iterator[Me
 def measure_documents(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]:
     """Documents that attend to themselves alone, against what their share of the pairs predicts."""
     plain, documents = case("1x12x4096", 64), 8
-    q, k, v = plain.inputs()
+    q, k, v = work.inputs(plain)
     ids, out = np.arange(plain.q_len) // (plain.q_len // documents), np.empty_like(q)
     given = {"segments": (ids, ids), "mask": (ids[:, None] == ids)[None, None]}
     for n in threads:
@@ -163,13 +164,13 @@ def measure_documents(seconds: float, threads: tuple[int, ...]) -> Iterator[Meas
 def measure_ragged(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]:
     """Many short sequences, packed, against one long one: operations per second."""
     long = case("1x12x2048", 64)
-    one, one_out = long.inputs(), np.empty((1, long.heads, long.q_len, long.value_dim), long.dtype)
+    one, one_out = work.inputs(long), np.empty((1, long.heads, long.q_len, long.value_dim), long.dtype)
     rng = np.random.default_rng(0)
     lengths = rng.permutation(np.linspace(20, 300, 64).astype(int))
     starts = np.concatenate([[0], np.cumsum(lengths)])
     packed = rng.standard_normal((3, starts[-1], long.heads, long.dim), dtype=long.dtype)
     out = np.empty_like(packed[0])
-    work = float((lengths**2).sum()) / long.q_len**2
+    pairs = float((lengths**2).sum()) / long.q_len**2
     for n in threads:
         calls = [
             Local("one", partial(qkv_fast.attention, *one, out=one_out, num_threads=n)),
@@ -178,7 +179,7 @@ def measure_ragged(seconds: float, threads: tuple[int, ...]) -> Iterator[Measure
         found = interleave(calls, budget=seconds / len(threads)).ratio("one", "ragged")
         given = f"{lengths.size} sequences of {lengths.min()} to {lengths.max()}, {threads_text(n)}"
         title = f"{given}: speed over one of {long.q_len}"
-        yield Measured(title, found.median * work, "x", 0.70, 0.85, more=True, spread=found.spread)
+        yield Measured(title, found.median * pairs, "x", 0.70, 0.85, more=True, spread=found.spread)
 
 
 def measure_scaling(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]:
@@ -202,7 +203,7 @@ def measure_scaling(seconds: float, threads: tuple[int, ...]) -> Iterator[Measur
 def measure_subnormal(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]:
     """Inputs full of subnormal numbers, or weights that decay into them, against normal ones."""
     usual = case("1x8x1024", 64)
-    q, k, v = usual.inputs()
+    q, k, v = work.inputs(usual)
     tiny = np.float32(1e-40)
     steep_q, decaying_k = np.zeros_like(q), np.zeros_like(k)
     steep_q[..., 0] = 8.0  # the scale is 1/8, so a score is the key's first element
@@ -239,7 +240,7 @@ def measure_softmax_axis(seconds: float, threads: tuple[int, ...]) -> Iterator[M
 def measure_explain(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]:
     """What it takes to plan a call, which is all that `explain` does before it is printed."""
     usual = find("1x12x2048-d64-causal")
-    q, k, v = usual.inputs()
+    q, k, v = work.inputs(usual)
     call = Local("explain", partial(qkv_fast.explain, q, k, v, **usual.arguments()))
     found = interleave([call], budget=seconds).time(call.name)
     yield Measured(f"explain {usual.name}", found.median * 1e6, "µs", 50.0, spread=found.spread)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from . import work
 from .measured import Measured
 from .method import WIDE_SPREAD
 from .ours import OURS
@@ -15,7 +16,7 @@ from .tables import Table, bytes_text, percent_text, ratio_text, seconds_text
 
 def is_tiny(row: Row) -> bool:
     """Whether the row is about the cost of a call: it has a time, but its rate says nothing."""
-    return row.job.case.limited_by == "calls"
+    return work.limited_by(row.job.case) == "calls"
 
 
 def rate_text(row: Row, name: str) -> str:
@@ -24,7 +25,7 @@ def rate_text(row: Row, name: str) -> str:
 
 
 def unit(row: Row) -> str:
-    return "GB/s" if row.job.case.limited_by in ("read", "copy") else "GF/s"
+    return "GB/s" if work.limited_by(row.job.case) in ("read", "copy") else "GF/s"
 
 
 def speed_table(rows: list[Row], peers: list[str], title: str, goals: bool = True) -> Table:

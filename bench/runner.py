@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import qkv_fast
 
 from .. import _runtime
-from . import limits, memory
+from . import limits, memory, work
 from .answers import Exact
 from .cases import Case, Goal
 from .method import MAX_ROUNDS, MIN_ROUNDS, Local, Refused, Rounds, Summary, describe, interleave
@@ -73,7 +73,7 @@ class Row:
     @property
     def amount(self) -> int:
         """Work of a call in the unit of its limit."""
-        return self.job.case.amount
+        return work.amount(self.job.case)
 
     @property
     def share(self) -> Summary:
@@ -157,8 +157,9 @@ def run_job(job: Job, how: How, workers: dict[str, Worker]) -> Row:
 
 def check_memory(case: Case) -> None:
     """MemoryError where the system would have to kill someone: it promises more memory than it has."""
-    elements = sum(math.prod(shape) for shape in case.work.shapes(case))
-    needed = case.bytes() * case.copies() + max(4 * case.bytes(), 16 * elements)  # of the reference, in float64
+    elements = sum(math.prod(shape) for shape in work.operation(case).shapes(case))
+    once = work.bytes_of(case)
+    needed = once * work.copies(case) + max(4 * once, 16 * elements)  # of the reference, in float64
     there = memory.left()
     if there is not None and needed > there:
         raise MemoryError(f"the case takes about {needed / 2**30:.3g} GB, {there / 2**30:.3g} GB are left")
@@ -170,7 +171,7 @@ def measure(row: Row, case: Case, how: How, workers: dict[str, Worker]) -> None:
     exact = Exact.of(case)
     call = ours(case, threads, how.reuse_out)
     try:
-        row.our_error = exact.error(case.work.head_first(case, call()))
+        row.our_error = exact.error(work.operation(case).head_first(case, call()))
     except Refused:
         row.wrong = True
         raise

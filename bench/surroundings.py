@@ -18,6 +18,7 @@ import numpy as np
 
 import qkv_fast
 
+from . import work
 from .cases import case
 from .measured import Measured, child
 from .method import Summary
@@ -27,7 +28,7 @@ from .tables import seconds_text
 # What OpenBLAS's threads spin: 2**26 clock ticks unless it is told, and 2**4, the least that it takes, if it is.
 POOLS: dict[str, dict[str, str]] = {"": {}, "OPENBLAS_THREAD_TIMEOUT=4": {"OPENBLAS_THREAD_TIMEOUT": "4"}}
 QUIET = 0.15  # seconds after which no thread spins any more
-CALLS = 12  # of a sample, after an untimed one
+CALLS = 8  # of a sample, after an untimed one
 GAPS = (30, 100, 300)  # microseconds
 GAP_CALLS = 100
 LEAST_ROUNDS = 5
@@ -75,7 +76,7 @@ def rounds(contestants: dict[str, Callable[[], float]], seconds: float) -> Sampl
 def after_product(threads: int, seconds: float) -> Samples:
     """A call right after a product, and after a sleep as long in which no other thread runs; the product's arrays are
     read after the sleep, so that the caches hold the same."""
-    q, k, v = case("1x12x512", 64).inputs()
+    q, k, v = work.inputs(case("1x12x512", 64))
     x, w, y = (np.ones(shape, np.float32) for shape in ((512, 768), (768, 768), (512, 768)))
     call = partial(qkv_fast.attention, q, k, v, num_threads=threads)
     product = partial(np.matmul, x, w, out=y)
@@ -107,10 +108,10 @@ def measure_after_product(seconds: float, threads: tuple[int, ...]) -> Iterator[
 
 def gaps(threads: int, seconds: float) -> Samples:
     """A small call with other work before each, on one thread and on several."""
-    q, k, v = case("3x1x60", 64).inputs()
+    q, k, v = work.inputs(case("3x12x1", 64, kv_len=60))
     small = np.ones(64, np.float32)
 
-    def work(length: float) -> None:
+    def other_work(length: float) -> None:
         until = time.perf_counter() + length
         while time.perf_counter() < until:
             np.add(small, small, out=small)
@@ -118,7 +119,7 @@ def gaps(threads: int, seconds: float) -> Samples:
 
     def contestant(gap: int, n: int) -> Callable[[], float]:
         call = partial(qkv_fast.attention, q, k, v, num_threads=n)
-        return lambda: sample(partial(work, gap * 1e-6), call, GAP_CALLS)
+        return lambda: sample(partial(other_work, gap * 1e-6), call, GAP_CALLS)
 
     return rounds({f"{gap} {n}": contestant(gap, n) for gap in GAPS for n in (1, threads)}, seconds)
 
@@ -132,7 +133,7 @@ def measure_gaps(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]
     for gap in GAPS:
         over = ratio_of(found, f"{gap} {n}", f"{gap} 1")
         many, one = (seconds_text(statistics.median(found[f"{gap} {count}"])) for count in (n, 1))
-        name = f"3x1x60-d64 every {gap} µs, {threads_text(n)} over 1"
+        name = f"3x12x1-d64-k60 every {gap} µs, {threads_text(n)} over 1"
         # No slower than one thread, and 5 % for the noise of calls so short.
         yield Measured(name, over.median, "x", 1.05, 1.0, spread=over.spread, note=f"{many}; {one} on 1 thread")
 
