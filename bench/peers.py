@@ -63,7 +63,7 @@ class NumPy:
 
     name, title = "numpy", "NumPy"
     requires = ("numpy",)
-    settle = 0.04  # OpenBLAS threads spin for 2^26 clock ticks after a product
+    settle = 0.12  # OpenBLAS threads spin for 2^26 clock ticks after a product: up to 0.1 s
     operations = ("attention", "scores", "weighted_values", "softmax")
 
     def __init__(self, threads: int) -> None:

@@ -36,6 +36,8 @@ def row_data(row: Row) -> dict:
             "max_error": row.our_error,
             "seconds": row.rounds.seconds,
             "limits": row.rounds.limits,
+            "left": row.rounds.left,
+            "disturbed": row.disturbed,
             "median_seconds": row.time.median,
             "spread": row.time.spread,
             "wide": row.time.wide,

@@ -92,6 +92,7 @@ def peers_table(rows: list[Row], peers: list[str]) -> Table:
             slower.append(f"{row.job.case.name} ({row.job.threads}): {', '.join(faster)}")
         table.add(cells)
     table.notes = [f"({number}) {reason}" for reason, number in reasons.items()]
+    table.notes += disturbance_notes(rows)
     if titles:
         table.notes.append(", ".join(titles.values()) + "; in brackets their GF/s, GB/s or time")
         table.notes.append("every peer on as many threads as ours (thr)")
@@ -100,6 +101,19 @@ def peers_table(rows: list[Row], peers: list[str]) -> Table:
     if slower:
         table.notes.append(f"rows where a peer is faster than {OURS}: " + "; ".join(slower))
     return table
+
+
+def disturbance_notes(rows: list[Row]) -> list[str]:
+    """Peers whose threads were not at rest when the next one's turn began."""
+    found: dict[str, list[str]] = {}
+    for row in (row for row in rows if not row.error):
+        for name, ratio in row.disturbed.items():
+            found.setdefault(name, []).append(f"{row.job.case.name} ({row.job.threads}): {ratio:.2f} times")
+    return [
+        f"disturbed: right after {name}'s turn the machine gave less than after {OURS}'s, and what follows it may look"
+        f" slower than it is: {'; '.join(cases)}"
+        for name, cases in found.items()
+    ]
 
 
 def exactness_table(rows: list[Row], peers: list[str]) -> Table:

@@ -18,7 +18,7 @@ from .. import _runtime
 from . import limits, memory, work
 from .answers import Exact
 from .cases import Case, Goal
-from .method import MAX_ROUNDS, MIN_ROUNDS, Local, Refused, Rounds, Summary, describe, interleave
+from .method import DISTURBED, MAX_ROUNDS, MIN_ROUNDS, Local, Refused, Rounds, Summary, describe, interleave
 from .ours import OURS, Ours, ours
 from .peers import PEERS
 from .worker import Ready, Worker, first_call_memory
@@ -87,6 +87,12 @@ class Row:
     def speedup(self, peer: str) -> Summary:
         """How many times faster than a peer, both in the same round."""
         return self.rounds.ratio(peer, OURS)
+
+    @property
+    def disturbed(self) -> dict[str, float]:
+        """Peers after whose turn the machine gave clearly less than after ours, and how many times less."""
+        found = {name: self.rounds.disturbance(name, OURS) for name in self.rounds.left if name != OURS}
+        return {name: ratio for name, ratio in found.items() if ratio > DISTURBED}
 
     @property
     def finished(self) -> list[str]:
@@ -180,6 +186,7 @@ def measure(row: Row, case: Case, how: How, workers: dict[str, Worker]) -> None:
     row.rounds = interleave(
         [Local(OURS, call), *crew],
         limit=limits.of_case(case, threads),
+        probe=limits.probe(threads) if crew else None,
         budget=how.seconds,
         rounds=how.rounds,
     )

@@ -21,6 +21,7 @@ from qkv_fast.bench import (
     operations,
     properties,
     record,
+    report,
     runner,
     selfcheck,
     tables,
@@ -180,6 +181,30 @@ def test_rounds_fill_the_budget_between_the_least_and_the_most():
     assert 2 < count(4.5) < 6
 
 
+def test_long_rounds_are_three_and_not_many_times_the_budget():
+    def count(budget):
+        now = iter(range(1000))
+        contestants = [Fake("A", 0.1, [])]
+        rounds = method.interleave(contestants, budget=budget, rounds=(5, 9), clock=lambda: float(next(now)))
+        return len(rounds.seconds["A"])
+
+    assert (count(1.0), count(2.5), count(1e9)) == (3, 5, 9)
+
+
+def test_a_pool_that_is_not_at_rest_is_seen_by_what_the_machine_gives_after_its_turn():
+    gives = {"ours": 100.0, "calm": 90.0, "spinning": 50.0}
+    log = []
+    contestants = [Fake(name, 0.1, log) for name in gives]
+    rounds = method.interleave(contestants, probe=lambda: gives[log[-1]], budget=0, rounds=(3, 3))
+    assert rounds.left == {name: [rate] * 3 for name, rate in gives.items()}
+    row = runner.Row(runner.Job(SMALL, 2), rounds=replace(rounds, seconds={"qkv_fast": [0.1], **rounds.seconds}))
+    row.rounds.left["qkv_fast"] = row.rounds.left.pop("ours")
+    assert row.disturbed == {"spinning": 2.0}
+    (note,) = report.disturbance_notes([row])
+    assert "after spinning's turn" in note and "2x4x9-d8-causal (2): 2.00 times" in note
+    assert runner.Row(runner.Job(SMALL, 2), rounds=Rounds()).disturbed == {}
+
+
 def test_ratios_and_shares_are_formed_within_a_round():
     rounds = Rounds(
         {"ours": [1.0, 2.0, 4.0], "peer": [2.0, 4.0, 8.0]},  # a machine that gets slower and slower
@@ -192,7 +217,7 @@ def test_ratios_and_shares_are_formed_within_a_round():
 def test_a_contestant_that_fails_keeps_its_place_and_the_others_go_on():
     log = []
     contestants = [Fake("A", 0.1, log), Fake("B", 0.1, log, fails_at=2), Fake("C", 0.1, log)]
-    rounds = method.interleave(contestants, budget=0, rounds=(4, 4))
+    rounds = method.interleave(contestants, budget=60, rounds=(4, 4))
     assert rounds.failures == {"B": "had enough"}
     assert [math.isnan(s) for s in rounds.seconds["B"]] == [False, True, True, True]
     assert rounds.time("C").count == 4
@@ -207,7 +232,7 @@ def test_short_calls_are_repeated_and_long_ones_are_not():
     assert len(calls) == 4  # one of them to warm the caches
     calls.clear()
     method.timed(lambda: calls.append(0), 1)
-    assert len(calls) == 1
+    assert len(calls) == 2  # a long call has its untimed one too
 
 
 def test_copies_of_inputs_are_taken_in_turn():
