@@ -165,7 +165,7 @@ CASES: tuple[Case, ...] = (
     _decode("1x32x4", 8, 4096, None),
     case("1x32x8", 128, label="decode", kv_heads=8, kv_len=4096, suites=("decode",), goal=_peak(70, 82)),
     case("1x32x16", 128, label="decode", kv_heads=8, kv_len=4096, suites=("decode",), goal=_peak(70, 82)),
-    case("1x12x1", 64, label="decode", kv_len=1024, suites=("decode", "quick")),
+    case("1x12x1", 64, label="decode", kv_len=1024, suites=("decode", "quick", "main")),
     # The same work, batch * heads * length**2, in sequences of 128 to 4096.
     case("128x8x128", 64, label="scaling", suites=("scaling",)),
     case("32x8x256", 64, label="scaling", suites=("scaling",)),

@@ -9,7 +9,21 @@ from contextlib import nullcontext
 import qkv_fast
 
 from .. import _runtime
-from . import cases, compare, limits, machine, measured, options, peers, plots, properties, record, report, runner
+from . import (
+    cases,
+    compare,
+    limits,
+    machine,
+    measured,
+    options,
+    peers,
+    plots,
+    properties,
+    record,
+    report,
+    runner,
+    verdict,
+)
 from .checkup import check_and_time
 from .method import MAX_ROUNDS, MIN_ROUNDS
 from .outcome import EXIT_FAILED, EXIT_USAGE, Outcome
@@ -153,6 +167,8 @@ def present(outcome: Outcome, args, names: list[str]) -> None:
     render(report.exactness_table(rows, names))
     render(report.measured_table(outcome.measured))
     render(report.limits_table(outcome.limits.get("before", {}), outcome.limits.get("after", {})))
+    if args.suite == "quick":
+        print(verdict.sentence(rows))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,10 +7,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import qkv_fast
 
+from . import machine
 from .method import Local, Summary, describe, interleave
 
 
@@ -27,16 +28,17 @@ class Measured:
     more: bool = False
     spread: float = 0.0
     note: str = ""
+    judged: bool = True  # whether the bounds are meant for this CPU
 
     @property
     def verdict(self) -> str:
         def reached(bound: float) -> bool:
             return self.value >= bound if self.more else self.value <= bound
 
+        if self.floor is None or not self.judged:
+            return ""
         if self.aim is not None and reached(self.aim):
             return "aim"
-        if self.floor is None:
-            return ""
         return "ok" if reached(self.floor) else "below"
 
 
@@ -45,13 +47,15 @@ class Property:
     name: str
     suites: tuple[str, ...]
     measure: Callable[[float, tuple[int, ...]], Iterator[Measured]]  # (seconds to spend, thread counts)
+    everywhere: bool = False  # whether its bounds hold on every CPU; else on those like the one that they are from
 
 
 def measure(asked: Property, seconds: float, threads: tuple[int, ...]) -> list[Measured]:
     """The figures of a property; a failure is a figure too, with its reason as the note."""
     found: list[Measured] = []
     try:
-        found.extend(asked.measure(seconds, threads))
+        judged = asked.everywhere or machine.is_reference()
+        found.extend(replace(figure, judged=judged) for figure in asked.measure(seconds, threads))
     except Exception as error:  # one that cannot be measured must not take the rest with it
         found.append(Measured(asked.name, math.nan, "", note=describe(error)))
     return found

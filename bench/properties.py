@@ -300,9 +300,9 @@ PROPERTIES: tuple[Property, ...] = (
     Property("softmax-axis", ("stages",), measure_softmax_axis),
     Property("explain", ("stages",), measure_explain),
     Property("fork-join", ("foundation", "small"), measure_fork_join),
-    Property("memory", ("foundation", "prefill"), measure_memory),
+    Property("memory", ("foundation", "prefill"), measure_memory, everywhere=True),
     Property("import", ("foundation", "small"), measure_import),
-    Property("after-product", ("surroundings",), surroundings.measure_after_product),
-    Property("gaps", ("surroundings",), surroundings.measure_gaps),
+    Property("after-product", ("surroundings",), surroundings.measure_after_product, everywhere=True),
+    Property("gaps", ("surroundings",), surroundings.measure_gaps, everywhere=True),
     Property("block", ("surroundings",), surroundings.measure_block),
 )

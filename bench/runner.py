@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import qkv_fast
 
 from .. import _runtime
-from . import limits, memory, work
+from . import limits, machine, memory, work
 from .answers import Exact
 from .cases import Case, Goal
 from .method import DISTURBED, MAX_ROUNDS, MIN_ROUNDS, Local, Refused, Rounds, Summary, describe, interleave
@@ -101,7 +101,9 @@ class Row:
 
     @property
     def goal(self) -> Goal | None:
-        """What the case must reach, if it is meant for this thread count and path."""
+        """What the case must reach, if it is meant for this CPU, thread count and path."""
+        if not machine.is_reference():
+            return None
         case = self.job.case
         fits = case.threads is None or self.job.threads in case.threads
         return case.goal if fits and self.isa in ((case.isa,) if case.isa else GOAL_ISAS) else None
