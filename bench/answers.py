@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from . import work
 from .cases import Case
 from .method import Refused
 
@@ -26,12 +27,12 @@ class Exact:
 
     @classmethod
     def of(cls, case: Case) -> Exact:
-        arrays, work, length = case.inputs(), case.work, case.q_len
+        arrays, operation, length = work.inputs(case), work.operation(case), case.q_len
         starts = [0] if length <= 3 * BAND else [0, length // 2, length - BAND]
         ends = [length] if len(starts) == 1 else [start + BAND for start in starts]
-        bands = [(a, b, work.exact(case, arrays, slice(a, b))) for a, b in zip(starts, ends, strict=True)]
+        bands = [(a, b, operation.exact(case, arrays, slice(a, b))) for a, b in zip(starts, ends, strict=True)]
         batch, heads, _, last = bands[0][2].shape
-        return cls((batch, heads, length, last), case.dtype, work.tolerance(case, arrays), bands)
+        return cls((batch, heads, length, last), case.dtype, operation.tolerance(case, arrays), bands)
 
     def error(self, answer: np.ndarray) -> float:
         """Largest error of an answer (batch, heads, q_len, last); Refused if it is wrong."""

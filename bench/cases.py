@@ -1,27 +1,16 @@
 """Named workloads: one list for the benchmark, for tuning and for tests.
 
-A `Case` is data: shapes, type, masks, and the goal it is held to. What is timed is its operation
-(operations.py). Its inputs are drawn from a fixed seed, so every process that works on a case sees the same numbers
-without sending them around.
+A `Case` is data: shapes, type, masks, and the goal it is held to. What is timed is its operation (operations.py),
+and work.py brings the two together.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import math
-import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-
-import qkv_fast
-
-from .operations import HALVES, OPERATIONS
-
-STREAM_BYTES = 1 << 28  # what the inputs of a streaming case total: several times the largest common L3
-TINY_FLOPS = 1e7  # fewer than these take less than 0.1 ms: such a case is about the cost of a call
-
+from .problem import HALVES, Problem
 
 SHORT = {"float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "bf16", "int8": "int8", "int4": "int4"}
 
@@ -40,104 +29,17 @@ class Goal:
         return "aim" if reached(self.aim) else "floor" if reached(self.floor) else "below"
 
 
-@dataclass(frozen=True)
-class Case:
-    """One workload. q is (batch, heads, q_len, dim), k (batch, kv_heads, kv_len, dim), v (..., value_dim)."""
+@dataclass(frozen=True, kw_only=True)
+class Case(Problem):
+    """One workload: a problem with a name, what is done with it, how it is run, and the goal it is held to."""
 
     name: str
-    batch: int
-    heads: int
-    q_len: int
-    dim: int
-    kv_heads: int
-    kv_len: int
-    value_dim: int
-    dtype: str = "float32"
-    kv_dtype: str | None = None  # of k and v, if another
-    operation: str = "attention"  # a name in OPERATIONS
-    causal: bool = False
-    window: tuple[int | None, int | None] | None = None
-    kv_lengths: tuple[int, ...] | None = None
-    layout: str = "bhld"
+    operation: str = "attention"  # a name in operations.OPERATIONS
     isa: str | None = None  # CPU path that the case is about; None: the one in use
     threads: tuple[int, ...] | None = None  # thread counts that the case is about; None: any
     stream: bool = False  # limited by memory: inputs come from there and not from a cache; GB/s instead of GF/s
     suites: tuple[str, ...] = ()
     goal: Goal | None = None
-
-    @property
-    def kv_type(self) -> str:
-        return self.kv_dtype or self.dtype
-
-    @property
-    def work(self) -> type:
-        """The operation: how its inputs are drawn, how much work it is, how it is called."""
-        return OPERATIONS[self.operation]
-
-    def inputs(self) -> tuple[np.ndarray, ...]:
-        """The operation's arrays, standard normal, contiguous in the case's layout."""
-        return self.work.inputs(self, np.random.default_rng(zlib.crc32(self.name.encode())))
-
-    def arguments(self) -> dict:
-        """Keyword arguments of `attention` and of `reference.attention` (except `layout`)."""
-        given = {"causal": self.causal, "window": self.window, "kv_lengths": self.kv_lengths}
-        return {name: value for name, value in given.items() if value}
-
-    def limits(self) -> tuple[np.ndarray, np.ndarray]:
-        """First visible key and the one after the last, per (sequence, query)."""
-        lengths = np.array(self.kv_lengths or (self.kv_len,) * self.batch, np.int64)[:, None]
-        position = np.arange(self.q_len, dtype=np.int64)[None, :] + lengths - self.q_len
-        low, high = np.zeros_like(position), np.broadcast_to(lengths, position.shape)
-        if self.causal:
-            high = np.minimum(high, position + 1)
-        left, right = self.window or (None, None)
-        if left is not None:
-            low = np.maximum(low, position - left)
-        if right is not None:
-            high = np.minimum(high, position + right + 1)
-        return low, high
-
-    def visible_pairs(self) -> int:
-        """(query, key) pairs of one head that attention looks at, summed over the batch."""
-        low, high = self.limits()
-        return int(np.maximum(high - low, 0).sum())
-
-    def flops(self) -> int | None:
-        """Useful operations of a call; None where they are not what its time goes to."""
-        return self.work.flops(self)
-
-    def bytes(self) -> int:
-        """Bytes that a call has to read and write at least."""
-        return self.work.bytes(self)
-
-    def copies(self) -> int:
-        """Sets of inputs that calls take in turn."""
-        return math.ceil(STREAM_BYTES / self.bytes()) if self.stream else 1
-
-    def sets(self) -> Iterator[tuple[np.ndarray, ...]]:
-        """The inputs as often as `copies` says: the same numbers, each at a place of their own."""
-        first = self.inputs()
-        yield first
-        for _ in range(self.copies() - 1):
-            yield tuple(a.copy() for a in first)
-
-    @property
-    def limited_by(self) -> str:
-        """What a call can at best be as fast as: "read" or "copy" (memory), "calls" (Python), or a type's FMA peak:
-        for 16 bits that of bfloat16 where its pairs are multiplied, else that of float32."""
-        flops = self.flops()
-        if flops is None:
-            return "copy"
-        if self.stream or flops < TINY_FLOPS:
-            return "read" if self.stream else "calls"
-        pairs = self.dtype == self.kv_type == "bfloat16" and (self.isa or qkv_fast.isa()) == "avx512bf16"
-        return "float32" if self.dtype in HALVES and not pairs else self.dtype
-
-    @property
-    def amount(self) -> int:
-        """Work of a call in the unit of its limit: bytes, calls or operations."""
-        other = {"read": self.bytes, "copy": lambda: self.bytes() // 2, "calls": lambda: 1}
-        return other.get(self.limited_by, self.flops)()
 
 
 def case(
@@ -263,7 +165,7 @@ CASES: tuple[Case, ...] = (
     _decode("1x32x4", 8, 4096, None),
     case("1x32x8", 128, label="decode", kv_heads=8, kv_len=4096, suites=("decode",), goal=_peak(70, 82)),
     case("1x32x16", 128, label="decode", kv_heads=8, kv_len=4096, suites=("decode",), goal=_peak(70, 82)),
-    case("1x12x1", 64, label="decode", kv_len=1024, suites=("decode", "quick")),
+    case("1x12x1", 64, label="decode", kv_len=1024, suites=("decode", "quick", "main")),
     # The same work, batch * heads * length**2, in sequences of 128 to 4096.
     case("128x8x128", 64, label="scaling", suites=("scaling",)),
     case("32x8x256", 64, label="scaling", suites=("scaling",)),
@@ -290,7 +192,7 @@ CASES: tuple[Case, ...] = (
 
 SUITES: tuple[str, ...] = (
     *("foundation", "quick", "prefill", "decode", "small", "masks", "stages", "half", "memory", "scaling"),
-    "all",
+    *("surroundings", "all"),
 )
 
 

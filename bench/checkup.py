@@ -7,7 +7,7 @@ import time
 
 import qkv_fast
 
-from . import cases, options, record, report, runner, selfcheck
+from . import cases, options, record, report, runner, selfcheck, verdict, work
 from .outcome import EXIT_USAGE, Outcome
 from .progress import Progress
 from .tables import show
@@ -25,7 +25,7 @@ def check_and_time(argv: list[str]) -> int:
     outcome = Outcome([*argv])
     print(report.machine_text(outcome.machine), end="\n\n", flush=True)
     # Small workloads first: what they leave of the time goes to the large ones.
-    chosen = sorted(cases.select("main"), key=lambda c: c.flops())
+    chosen = sorted(cases.select("main"), key=work.flops)
     jobs = runner.plan(chosen, [qkv_fast.get_num_threads()])
     paths = qkv_fast.available_isas()
     with Progress(len(paths) + len(jobs)) as progress, outcome.interruptible():
@@ -43,6 +43,7 @@ def check_and_time(argv: list[str]) -> int:
     show(report.checks_table(outcome.checks))
     outcome.rows.sort(key=lambda row: [c.name for c in cases.CASES].index(row.job.case.name))
     show(report.speed_table(outcome.rows, ["numpy"], "Attention against plain NumPy", goals=False))
+    print(verdict.sentence(outcome.rows, outcome.checks))
     if args.json:
         record.save(args.json, outcome.data())
     return outcome.status()

@@ -9,7 +9,21 @@ from contextlib import nullcontext
 import qkv_fast
 
 from .. import _runtime
-from . import cases, compare, limits, machine, options, peers, plots, properties, record, report, runner
+from . import (
+    cases,
+    compare,
+    limits,
+    machine,
+    measured,
+    options,
+    peers,
+    plots,
+    properties,
+    record,
+    report,
+    runner,
+    verdict,
+)
 from .checkup import check_and_time
 from .method import MAX_ROUNDS, MIN_ROUNDS
 from .outcome import EXIT_FAILED, EXIT_USAGE, Outcome
@@ -80,7 +94,7 @@ def choose(suite: str, patterns: list[str] | None, dtypes: list[str] | None):
     elif dtypes:
         asked = []
     chosen = cases.select(suite, patterns, dtypes)
-    if not chosen:
+    if not chosen and not asked:
         kind = " or ".join(dtypes or [])
         named = f" that matches {', '.join(map(repr, patterns))}" if patterns else ""
         there = cases.select("all", patterns, dtypes)
@@ -138,7 +152,7 @@ def measure(outcome: Outcome, args, threads: list[int], jobs: list[runner.Job], 
             outcome.rows.append(row)
         for entry in asked:
             progress.step(entry.name)
-            outcome.measured += properties.measure(entry, seconds, tuple(threads))
+            outcome.measured += measured.measure(entry, seconds, tuple(threads))
         outcome.limits["after"] = limits.measure(counts)
 
 
@@ -153,6 +167,8 @@ def present(outcome: Outcome, args, names: list[str]) -> None:
     render(report.exactness_table(rows, names))
     render(report.measured_table(outcome.measured))
     render(report.limits_table(outcome.limits.get("before", {}), outcome.limits.get("after", {})))
+    if args.suite == "quick":
+        print(verdict.sentence(rows))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,10 +16,12 @@ import numpy as np
 
 from .. import _runtime
 from . import machine
-from .cases import STREAM_BYTES, Case
+from .cases import Case
+from .work import STREAM_BYTES, limited_by
 
 BESIDE_SECONDS = 0.02  # of each of the two measurements around a sample
 RUN_SECONDS = 0.05
+PROBE_SECONDS = 0.008  # as long as what a neighbour does shows in it, and no longer
 RATES = ("float32", "float64", "bfloat16", "read", "copy")  # what a run notes; a case may also be limited by "calls"
 
 
@@ -37,7 +39,12 @@ def copied() -> np.ndarray:
 
 def of_case(case: Case, threads: int) -> Callable[[], float]:
     """What limits a case, measured anew at each call."""
-    return lambda: rate(case.limited_by, threads, BESIDE_SECONDS)
+    return lambda: rate(limited_by(case), threads, BESIDE_SECONDS)
+
+
+def probe(threads: int) -> Callable[[], float]:
+    """What the machine gives at the moment, in multiply-adds: less where another's threads are still at it."""
+    return lambda: rate("float32", threads, PROBE_SECONDS)
 
 
 def rate(name: str, threads: int, seconds: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import sys
@@ -13,6 +14,20 @@ import numpy as np
 import qkv_fast
 
 from .memory import read
+
+REFERENCE = "Zen 4 with AVX-512"  # the kind of CPU that goals were measured on; that machine has 2 cores
+
+
+@functools.cache
+def is_reference() -> bool:
+    """Whether this CPU is of the kind that goals were measured on. Of AMD's family 25 Zen 4 has AVX-512 and Zen 3 has
+    not; Zen 5 is another family."""
+    said: dict[str, str] = {}
+    for line in read("/proc/cpuinfo").splitlines():
+        key, _, value = line.partition(":")
+        said.setdefault(key.strip(), value.strip())
+    zen = (said.get("vendor_id"), said.get("cpu family")) == ("AuthenticAMD", "25")
+    return zen and "avx512f" in said.get("flags", "").split()
 
 
 def cpu_model() -> str:

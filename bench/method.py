@@ -18,6 +18,9 @@ from typing import Protocol
 
 SAMPLE_SECONDS = 0.02  # a sample repeats short calls for about this long
 MIN_ROUNDS, MAX_ROUNDS = 5, 25
+FEWEST_ROUNDS = 3  # where those that are asked for would take much longer than there is time
+PATIENCE = 2.0  # times the budget is "much longer"
+DISTURBED = 1.15  # a machine that gives that much less after a contestant's turn than after ours is not all ours
 WIDE_SPREAD = 0.10  # an interquartile range beyond this share of the median is flagged
 
 
@@ -49,12 +52,11 @@ class Local:
 def timed(call: Callable[[], object], repeats: int) -> float:
     """Seconds per call. Results are dropped at once, as in a caller's loop.
 
-    Calls short enough to be repeated get an untimed one first: the caches hold the previous contestant's
-    data.
+    An untimed call comes first, before long ones too: after another's turn the caches hold other data and the pool's
+    threads sleep, so that the first call takes 1.05 to 1.6 times as long, whoever makes it.
     """
     counter = time.perf_counter
-    if repeats > 1:
-        call()
+    call()
     start = counter()
     for _ in range(repeats):
         call()
@@ -109,7 +111,8 @@ class Summary:
 
 @dataclass
 class Rounds:
-    """What was measured: per contestant a time per round, and the pair of limits around the first contestant.
+    """What was measured: per contestant a time per round and what the machine gave right after it, and the pair of
+    limits around the first contestant.
 
     A contestant that failed keeps NaN from then on, so that lists stay aligned round by round.
     """
@@ -117,6 +120,7 @@ class Rounds:
     seconds: dict[str, list[float]] = field(default_factory=dict)
     limits: list[tuple[float, float]] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
+    left: dict[str, list[float]] = field(default_factory=dict)
 
     def time(self, name: str) -> Summary:
         return Summary.of(self.seconds[name])
@@ -124,6 +128,12 @@ class Rounds:
     def ratio(self, name: str, to: str) -> Summary:
         """Times of `name` over times of `to`, round by round."""
         return Summary.of([a / b for a, b in zip(self.seconds[name], self.seconds[to], strict=True)])
+
+    def disturbance(self, name: str, ours: str) -> float:
+        """What the machine gave right after our turn over what it gave right after another's: above 1 the other's
+        threads were not at rest yet. NaN where it was not measured."""
+        pairs = zip(self.left.get(ours, ()), self.left.get(name, ()), strict=True)
+        return Summary.of([after_ours / after for after_ours, after in pairs]).median
 
     def share(self, name: str, work: float) -> Summary:
         """Rate of `name`, at `work` per call, over the mean of the limits measured in the same round."""
@@ -135,15 +145,18 @@ def interleave(
     contestants: Sequence[Contestant],
     *,
     limit: Callable[[], float] | None = None,
+    probe: Callable[[], float] | None = None,
     budget: float = 5.0,
     rounds: tuple[int, int] = (MIN_ROUNDS, MAX_ROUNDS),
     clock: Callable[[], float] = time.perf_counter,
 ) -> Rounds:
     """Time the contestants in turn, round after round, for about `budget` seconds; `rounds`: (least, most).
 
+    `limit` is measured around the first contestant, `probe` right after everyone's turn. Where rounds take so long that
+    the least of them would be far over the budget, FEWEST_ROUNDS have to do.
     An exception in the first contestant is the caller's; in any other it ends that contestant only.
     """
-    result = Rounds({c.name: [] for c in contestants})
+    result = Rounds({c.name: [] for c in contestants}, left={c.name: [] for c in contestants} if probe else {})
     repeats: dict[str, int] = {}
 
     def attempt(contestant: Contestant, action: Callable[[], float]) -> float:
@@ -161,7 +174,10 @@ def interleave(
     least, most = rounds
     start = clock()
     for done in range(most):
-        if done >= least and (clock() - start) * (done + 1) / done > budget:
+        spent = clock() - start if done else 0.0
+        if done >= least and spent * (done + 1) / done > budget:
+            break
+        if done >= min(least, FEWEST_ROUNDS) and spent > PATIENCE * budget:
             break
         before = limit() if limit else math.nan
         for index, contestant in enumerate(contestants):
@@ -171,6 +187,9 @@ def interleave(
             result.seconds[contestant.name].append(seconds)
             if index == 0:
                 result.limits.append((before, limit() if limit else math.nan))
+            if probe:
+                failed = contestant.name in result.failures
+                result.left[contestant.name].append(math.nan if failed else probe())
     return result
 
 

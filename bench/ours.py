@@ -8,6 +8,7 @@ import numpy as np
 
 import qkv_fast
 
+from . import work
 from .cases import Case
 from .method import rotate
 
@@ -25,8 +26,9 @@ class Ours:
         return {}
 
     def prepare(self, case: Case) -> list[tuple]:
-        calls = [case.work.call(case, arrays, self.threads, self.reuse_out) for arrays in case.sets()]
-        return [("", calls, lambda: case.work.head_first(case, calls[0]()))]
+        operation = work.operation(case)
+        calls = [operation.call(case, arrays, self.threads, self.reuse_out) for arrays in work.sets(case)]
+        return [("", calls, lambda: operation.head_first(case, calls[0]()))]
 
 
 def ours(case: Case, threads: int, reuse_out: bool = False) -> Callable[[], np.ndarray]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
 from . import machine, record
-from .properties import Measured
+from .measured import Measured
 from .runner import Row
 from .selfcheck import Check
 

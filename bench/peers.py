@@ -17,16 +17,17 @@ from collections.abc import Callable
 
 import numpy as np
 
+from . import work
 from .cases import Case
 from .method import Refused
-from .operations import HALVES, element
+from .problem import HALVES, element
 
 Way = tuple[str, list[Callable[[], object]], Callable[[], np.ndarray]]
 
 
 def sets(case: Case) -> list[tuple[np.ndarray, ...]]:
     """Contiguous (batch, heads, length, dim) inputs, whatever the case's layout, as often as the case wants them."""
-    found = list(case.sets())
+    found = list(work.sets(case))
     if case.layout == "blhd":
         return [tuple(np.ascontiguousarray(a.swapaxes(1, 2)) for a in arrays) for arrays in found]
     return found
@@ -62,7 +63,7 @@ class NumPy:
 
     name, title = "numpy", "NumPy"
     requires = ("numpy",)
-    settle = 0.04  # OpenBLAS threads spin for 2^26 clock ticks after a product
+    settle = 0.12  # OpenBLAS threads spin for 2^26 clock ticks after a product: up to 0.1 s
     operations = ("attention", "scores", "weighted_values", "softmax")
 
     def __init__(self, threads: int) -> None:
@@ -97,7 +98,7 @@ class NumPy:
 
     def prepare_stage(self, case: Case) -> list[Way]:
         refuse(case, float64=True)
-        out, scale = np.zeros(case.work.output(case), case.dtype), np.dtype(case.dtype).type(case.dim**-0.5)
+        out, scale = np.zeros(work.operation(case).output(case), case.dtype), np.dtype(case.dtype).type(case.dim**-0.5)
 
         def on(a: np.ndarray, b: np.ndarray | None = None) -> Callable[[], np.ndarray]:
             if case.operation == "scores":
@@ -176,7 +177,7 @@ class Torch:
     def prepare(self, case: Case) -> list[Way]:
         refuse(case, float64=True, halves=HALVES, groups=True, top_left=True)
         if case.operation == "softmax":
-            (x,) = map(self.torch.from_numpy, case.inputs())
+            (x,) = map(self.torch.from_numpy, work.inputs(case))
             out = self.torch.zeros_like(x)
             calls = [lambda: self.torch.softmax(x, -1, out=out)]
             return [("softmax", calls, lambda: calls[0]().numpy())]

@@ -15,7 +15,7 @@ OTHERS = ("#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#8c8c8c", "#bcbd22", "#17
 
 def draw(run: dict, folder: str) -> Iterator[Path]:
     """Write the pictures that the run has data for; yields their files."""
-    rows = [row for row in run["rows"] if not row["error"] and row["limited_by"] != "calls"]
+    rows = [row for row in run["rows"] if not row["error"]]
     machine = run["machine"]
     about = f"{machine['cpu']}, CPUs: {machine['cpus']}, path {machine['isa']}; qkv_fast {machine['qkv_fast']}"
     pictures: dict[str, Callable] = {"roofline": roofline, "peers": bars, "scaling": scaling}
@@ -102,29 +102,18 @@ def under_roof(ax, run: dict, rows: list[dict], numbers: dict[str, int]) -> None
 
 
 def bars(run: dict, rows: list[dict], about: str):
-    """Everyone's share of the limit, row by row."""
+    """Everyone's share of the limit, row by row; calls per second where a call is so small that it has none."""
     names = contestants(rows)
     if len(names) < 2:
         return None
     several = len({row["threads"] for row in rows}) > 1
-    shown = [[name for name in names if name == OURS or name in row["speedup"]] for row in rows]
-    total = sum(map(len, shown)) + 0.8 * len(rows)
-    figure, (ax,) = figure_of(9, 1.6 + 0.15 * total)
-    at, ticks = 0.0, []
-    for row, present in zip(rows, shown, strict=True):
-        found = rounds(row)
-        begin = at
-        for name in present:
-            share = 100 * found.share(name, row["amount"]).median
-            ax.barh(at, share, 0.9, color=names[name])
-            ax.text(share, at, f" {share:.0f}", va="center", fontsize=6)
-            at += 1
-        ticks.append((begin + at - 1) / 2)
-        at += 0.8
-    ax.set_yticks(ticks, [label(row, several) for row in rows], fontsize=8)
-    ax.set_ylim(at, -1)
-    limits = "FMA peak of the type (cases named decode: read bandwidth; softmax: copy bandwidth)"
-    ax.set_xlabel(f"% of the limit, more is better\n{limits}")
+    groups = [[row for row in rows if (row["limited_by"] == "calls") == small] for small in (False, True)]
+    groups = [group for group in groups if group]
+    most = max(sum(1 + len(row["speedup"]) + 0.8 for row in group) for group in groups)
+    figure, axes = figure_of(9 * len(groups), 1.6 + 0.15 * most, len(groups))
+    for ax, group in zip(axes, groups, strict=True):
+        bars_of(ax, group, names, several)
+    ax = axes[0]
     machine = {name: ready for row in rows for name, ready in row["peers"].items()}
     for name, colour in names.items():
         version = run["machine"]["qkv_fast"] if name == OURS else machine[name]["version"]
@@ -134,8 +123,30 @@ def bars(run: dict, rows: list[dict], about: str):
     return figure
 
 
+def bars_of(ax, rows: list[dict], names: dict[str, str], several: bool) -> None:
+    """One panel: rows that are all measured by a share, or all by calls per second."""
+    small = rows[0]["limited_by"] == "calls"
+    at, ticks = 0.0, []
+    for row in rows:
+        found = rounds(row)
+        begin = at
+        for name in (name for name in names if name == OURS or name in row["speedup"]):
+            value = 1e-3 / found.time(name).median if small else 100 * found.share(name, row["amount"]).median
+            ax.barh(at, value, 0.9, color=names[name])
+            ax.text(value, at, f" {value:.3g}" if small else f" {value:.0f}", va="center", fontsize=6)
+            at += 1
+        ticks.append((begin + at - 1) / 2)
+        at += 0.8
+    ax.set_yticks(ticks, [label(row, several) for row in rows], fontsize=8)
+    ax.set_ylim(at, -1)
+    limits = "FMA peak of the type (rows that stream from memory: read bandwidth; softmax: copy bandwidth)"
+    shares = f"% of the limit, more is better\n{limits}"
+    ax.set_xlabel("thousand calls per second, more is better" if small else shares)
+
+
 def scaling(run: dict, rows: list[dict], about: str):
     """Speed over threads; share of the limit over length, at fixed work."""
+    rows = [row for row in rows if row["limited_by"] != "calls"]
     counts = sorted({row["threads"] for row in rows})
     fixed = [row for row in rows if "scaling" in row["case"]["suites"] and row["threads"] == counts[-1]]
     by_case: dict[str, dict[int, float]] = {}

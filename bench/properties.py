@@ -6,13 +6,9 @@ rounds in this process; memory and import time are each taken in a process of th
 
 from __future__ import annotations
 
-import math
-import os
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -20,52 +16,17 @@ import numpy as np
 import qkv_fast
 
 from .. import _runtime
-from . import limits, machine
+from . import limits, machine, surroundings, work
 from .cases import CASES, Case, case
-from .method import Local, Summary, describe, interleave, rotate
+from .measured import Measured, Property, child, ratio
+from .method import Local, Summary, interleave, rotate
 from .ours import Ours, ours
 from .runner import threads_text
 from .worker import first_call_memory
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One figure; `more` says whether more is better, `floor` what it must reach, `aim` what it should."""
-
-    name: str
-    value: float
-    unit: str
-    floor: float
-    aim: float | None = None
-    more: bool = False
-    spread: float = 0.0
-    note: str = ""
-
-    @property
-    def verdict(self) -> str:
-        def reached(bound: float) -> bool:
-            return self.value >= bound if self.more else self.value <= bound
-
-        if self.aim is not None and reached(self.aim):
-            return "aim"
-        return "ok" if reached(self.floor) else "below"
-
-
-@dataclass(frozen=True)
-class Property:
-    name: str
-    suites: tuple[str, ...]
-    measure: Callable[[float, tuple[int, ...]], Iterator[Measured]]  # (seconds to spend, thread counts)
-
-
 def find(name: str) -> Case:
     return next(c for c in CASES if c.name == name)
-
-
-def ratio(slow: Callable, fast: Callable, seconds: float) -> Summary:
-    """Time of one call over that of another, in interleaved rounds."""
-    rounds = interleave([Local("fast", fast), Local("slow", slow)], budget=seconds)
-    return rounds.ratio("slow", "fast")
 
 
 def measure_window(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]:
@@ -106,7 +67,7 @@ def changes(heads: int, length: int) -> dict[str, tuple[dict, float]]:
 def measure_changes(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]:
     """Calls with a mask, a bias or the like against the call without."""
     plain = case("1x12x1024", 64)
-    q, k, v = plain.inputs()
+    q, k, v = work.inputs(plain)
     asked, out = changes(plain.heads, plain.q_len), np.empty_like(q)
     for n in threads:
         call = partial(qkv_fast.attention, q, k, v, out=out, num_threads=n)
@@ -121,7 +82,7 @@ def measure_step_changes(seconds: float, threads: tuple[int, ...]) -> Iterator[M
     """One query over many keys in memory, with a bias or the like, against the call without."""
     for name in ("decode:1x32x1-d128-k4096", "decode:1x32x1-d128-kv8-k4096"):
         plain = find(name)
-        sets, rng, row = list(plain.sets()), np.random.default_rng(0), (1, 1, 1, plain.kv_len)
+        sets, rng, row = list(work.sets(plain)), np.random.default_rng(0), (1, 1, 1, plain.kv_len)
         asked = {
             "bias (1, 1, 1, L)": {"bias": rng.standard_normal(row, dtype="float32")},
             "mask (1, 1, 1, L), half at random": {"mask": rng.random(row) < 0.5},
@@ -145,7 +106,8 @@ def measure_drafts(seconds: float, threads: tuple[int, ...]) -> Iterator[Measure
     four, one = find("decode:1x32x4-d128-kv8-k4096"), find("decode:1x32x1-d128-kv8-k4096")
     for n in threads:
         found = ratio(ours(four, n), ours(one, n), seconds / len(threads))
-        arithmetic = four.flops() / limits.rate("float32", n, 0.1) * limits.rate("read", n, 0.1) / one.bytes()
+        computing = work.flops(four) / limits.rate("float32", n, 0.1)
+        arithmetic = computing * limits.rate("read", n, 0.1) / work.bytes_of(one)
         note = f"{arithmetic:.2f} x if four ran at the FMA peak and one at the read bandwidth"
         name = f"4 queries over 1, {four.name}, {threads_text(n)}"
         yield Measured(name, found.median, "x", 1.6, spread=found.spread, note=note)
@@ -155,7 +117,7 @@ def measure_cache_calls(seconds: float, threads: tuple[int, ...]) -> Iterator[Me
     """What `KVCache` adds to attention over the arrays that it holds, and to a copy of a token's key and value. Of one
     thread, and with so few keys that the call is most of it."""
     token = case("1x8x1", 64, kv_len=256)
-    q, *held = token.inputs()
+    q, *held = work.inputs(token)
     cache = qkv_fast.KVCache(token.batch, token.kv_heads, token.dim, token.kv_len + 1)
     cache.append(*held)
     new, keys, values, room = held[0][:, :, :1].copy(), cache.keys, cache.values, np.empty_like(held[0])
@@ -186,7 +148,7 @@ def measure_cache_calls(seconds: float, threads: tuple[int, ...]) -> Iterator[Me
 def measure_documents(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]:
     """Documents that attend to themselves alone, against what their share of the pairs predicts."""
     plain, documents = case("1x12x4096", 64), 8
-    q, k, v = plain.inputs()
+    q, k, v = work.inputs(plain)
     ids, out = np.arange(plain.q_len) // (plain.q_len // documents), np.empty_like(q)
     given = {"segments": (ids, ids), "mask": (ids[:, None] == ids)[None, None]}
     for n in threads:
@@ -202,13 +164,13 @@ def measure_documents(seconds: float, threads: tuple[int, ...]) -> Iterator[Meas
 def measure_ragged(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]:
     """Many short sequences, packed, against one long one: operations per second."""
     long = case("1x12x2048", 64)
-    one, one_out = long.inputs(), np.empty((1, long.heads, long.q_len, long.value_dim), long.dtype)
+    one, one_out = work.inputs(long), np.empty((1, long.heads, long.q_len, long.value_dim), long.dtype)
     rng = np.random.default_rng(0)
     lengths = rng.permutation(np.linspace(20, 300, 64).astype(int))
     starts = np.concatenate([[0], np.cumsum(lengths)])
     packed = rng.standard_normal((3, starts[-1], long.heads, long.dim), dtype=long.dtype)
     out = np.empty_like(packed[0])
-    work = float((lengths**2).sum()) / long.q_len**2
+    pairs = float((lengths**2).sum()) / long.q_len**2
     for n in threads:
         calls = [
             Local("one", partial(qkv_fast.attention, *one, out=one_out, num_threads=n)),
@@ -217,7 +179,7 @@ def measure_ragged(seconds: float, threads: tuple[int, ...]) -> Iterator[Measure
         found = interleave(calls, budget=seconds / len(threads)).ratio("one", "ragged")
         given = f"{lengths.size} sequences of {lengths.min()} to {lengths.max()}, {threads_text(n)}"
         title = f"{given}: speed over one of {long.q_len}"
-        yield Measured(title, found.median * work, "x", 0.70, 0.85, more=True, spread=found.spread)
+        yield Measured(title, found.median * pairs, "x", 0.70, 0.85, more=True, spread=found.spread)
 
 
 def measure_scaling(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]:
@@ -241,7 +203,7 @@ def measure_scaling(seconds: float, threads: tuple[int, ...]) -> Iterator[Measur
 def measure_subnormal(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]:
     """Inputs full of subnormal numbers, or weights that decay into them, against normal ones."""
     usual = case("1x8x1024", 64)
-    q, k, v = usual.inputs()
+    q, k, v = work.inputs(usual)
     tiny = np.float32(1e-40)
     steep_q, decaying_k = np.zeros_like(q), np.zeros_like(k)
     steep_q[..., 0] = 8.0  # the scale is 1/8, so a score is the key's first element
@@ -278,7 +240,7 @@ def measure_softmax_axis(seconds: float, threads: tuple[int, ...]) -> Iterator[M
 def measure_explain(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]:
     """What it takes to plan a call, which is all that `explain` does before it is printed."""
     usual = find("1x12x2048-d64-causal")
-    q, k, v = usual.inputs()
+    q, k, v = work.inputs(usual)
     call = Local("explain", partial(qkv_fast.explain, q, k, v, **usual.arguments()))
     found = interleave([call], budget=seconds).time(call.name)
     yield Measured(f"explain {usual.name}", found.median * 1e6, "µs", 50.0, spread=found.spread)
@@ -324,21 +286,6 @@ def measure_import(seconds: float, threads: tuple[int, ...]) -> Iterator[Measure
     yield Measured("import beyond NumPy's", found.median * 1e3, "ms", 10.0, spread=found.spread)
 
 
-def child(code: str, *arguments: str, environment: Mapping[str, str] | None = None) -> str:
-    """Output of a fresh interpreter on the current CPU path; -P keeps the current folder off its path."""
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code, *arguments],
-        env=os.environ | {"QKV_FAST_ISA": qkv_fast.isa()} | dict(environment or {}),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1] if done.stderr else f"exit {done.returncode}")
-    return done.stdout
-
-
 PROPERTIES: tuple[Property, ...] = (
     Property("window", ("foundation", "prefill"), measure_window),
     Property("blhd", ("foundation", "prefill"), measure_blhd),
@@ -353,16 +300,9 @@ PROPERTIES: tuple[Property, ...] = (
     Property("softmax-axis", ("stages",), measure_softmax_axis),
     Property("explain", ("stages",), measure_explain),
     Property("fork-join", ("foundation", "small"), measure_fork_join),
-    Property("memory", ("foundation", "prefill"), measure_memory),
+    Property("memory", ("foundation", "prefill"), measure_memory, everywhere=True),
     Property("import", ("foundation", "small"), measure_import),
+    Property("after-product", ("surroundings",), surroundings.measure_after_product, everywhere=True),
+    Property("gaps", ("surroundings",), surroundings.measure_gaps, everywhere=True),
+    Property("block", ("surroundings",), surroundings.measure_block),
 )
-
-
-def measure(asked: Property, seconds: float, threads: tuple[int, ...]) -> list[Measured]:
-    """The figures of a property; a failure is a figure too, with its reason as the note."""
-    found: list[Measured] = []
-    try:
-        found.extend(asked.measure(seconds, threads))
-    except Exception as error:  # one that cannot be measured must not take the rest with it
-        found.append(Measured(asked.name, math.nan, "", math.nan, note=describe(error)))
-    return found

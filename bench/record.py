@@ -10,6 +10,7 @@ import json
 import math
 from pathlib import Path
 
+from . import work
 from .runner import Row
 
 SCHEMA = 2
@@ -28,13 +29,15 @@ def row_data(row: Row) -> dict:
     }
     if row.rounds:
         data |= {
-            "limited_by": case.limited_by,
-            "amount": case.amount,
-            "flops": case.flops(),
-            "bytes": case.bytes(),
+            "limited_by": work.limited_by(case),
+            "amount": work.amount(case),
+            "flops": work.flops(case),
+            "bytes": work.bytes_of(case),
             "max_error": row.our_error,
             "seconds": row.rounds.seconds,
             "limits": row.rounds.limits,
+            "left": row.rounds.left,
+            "disturbed": row.disturbed,
             "median_seconds": row.time.median,
             "spread": row.time.spread,
             "wide": row.time.wide,

@@ -4,32 +4,36 @@ from __future__ import annotations
 
 import math
 
+from . import legend, machine, work
+from .measured import Measured
 from .method import WIDE_SPREAD
 from .ours import OURS
 from .peers import PEERS
-from .properties import Measured
 from .runner import Goal, Row
 from .selfcheck import Check
 from .tables import Table, bytes_text, percent_text, ratio_text, seconds_text
 
+NOT_JUDGED = f"goals are for a {machine.REFERENCE}; not judged on this CPU"
+
 
 def is_tiny(row: Row) -> bool:
-    """Whether the row is about the cost of a call: it has a time, but its rate says nothing."""
-    return row.job.case.limited_by == "calls"
+    """Whether the row is about the cost of a call: its rate is that of calls, and no share of a limit."""
+    return work.limited_by(row.job.case) == "calls"
 
 
 def rate_text(row: Row, name: str) -> str:
-    """Work per second of a contestant, in GF/s (or GB/s: see `unit`)."""
-    return f"{row.rate(name) / 1e9:.3g}"
+    """Work per second of a contestant, in the row's unit."""
+    return f"{row.rate(name) / (1e3 if is_tiny(row) else 1e9):.3g}"
 
 
 def unit(row: Row) -> str:
-    return "GB/s" if row.job.case.limited_by in ("read", "copy") else "GF/s"
+    limit = work.limited_by(row.job.case)
+    return "k calls/s" if limit == "calls" else "GB/s" if limit in ("read", "copy") else "GF/s"
 
 
 def speed_table(rows: list[Row], peers: list[str], title: str, goals: bool = True) -> Table:
     """The benchmark's table: time, rate, share of the limit, what was asked, and ours against the fastest peer."""
-    goals = goals and any(row.goal for row in rows)
+    asked, goals = goals and any(row.job.case.goal for row in rows), goals and any(row.goal for row in rows)
     columns = ["workload", "thr", "time", "spread", "rate", "% limit"]
     columns += ["at least", "aim", "reached"] if goals else []
     columns += [f"vs {peers[0]}" if len(peers) == 1 else "vs fastest"] if peers else []
@@ -42,7 +46,7 @@ def speed_table(rows: list[Row], peers: list[str], title: str, goals: bool = Tru
             continue
         cells += [seconds_text(row.time.median), percent_text(row.time.spread, row.time.wide)]
         rate = f"{rate_text(row, OURS)} {unit(row)}"
-        cells += ["", ""] if is_tiny(row) else [rate, f"{100 * row.share.median:.1f}"]
+        cells += [rate, "" if is_tiny(row) else f"{100 * row.share.median:.1f}"]
         if goals:
             cells += [*goal_text(row.goal), row.verdict]
         if peers:
@@ -53,10 +57,13 @@ def speed_table(rows: list[Row], peers: list[str], title: str, goals: bool = Tru
         table.notes.append("! wide spread: the interquartile range is more than 10 % of the median")
     if any(unit(row) == "GB/s" for row in rows):
         table.notes.append(
-            "GB/s: limited by the bandwidth of reads, or for softmax of copies; the others by the peak of multiply-adds"
+            "GB/s: limited by the bandwidth of reads, or for softmax of copies; GF/s: by the peak of multiply-adds"
         )
     if peers:
         table.notes.append(f"vs: a peer's time over {OURS}'s in the same round; above 1 {OURS} is faster")
+    if asked and not goals:
+        table.notes.append(NOT_JUDGED)
+    table.notes += [legend.of_names([row.job.case for row in rows]), legend.of_columns(columns)] if rows else []
     return table
 
 
@@ -91,6 +98,7 @@ def peers_table(rows: list[Row], peers: list[str]) -> Table:
             slower.append(f"{row.job.case.name} ({row.job.threads}): {', '.join(faster)}")
         table.add(cells)
     table.notes = [f"({number}) {reason}" for reason, number in reasons.items()]
+    table.notes += disturbance_notes(rows)
     if titles:
         table.notes.append(", ".join(titles.values()) + "; in brackets their GF/s, GB/s or time")
         table.notes.append("every peer on as many threads as ours (thr)")
@@ -99,6 +107,19 @@ def peers_table(rows: list[Row], peers: list[str]) -> Table:
     if slower:
         table.notes.append(f"rows where a peer is faster than {OURS}: " + "; ".join(slower))
     return table
+
+
+def disturbance_notes(rows: list[Row]) -> list[str]:
+    """Peers whose threads were not at rest when the next one's turn began."""
+    found: dict[str, list[str]] = {}
+    for row in (row for row in rows if not row.error):
+        for name, ratio in row.disturbed.items():
+            found.setdefault(name, []).append(f"{row.job.case.name} ({row.job.threads}): {ratio:.2f} times")
+    return [
+        f"disturbed: right after {name}'s turn the machine gave less than after {OURS}'s, and what follows it may look"
+        f" slower than it is: {'; '.join(cases)}"
+        for name, cases in found.items()
+    ]
 
 
 def exactness_table(rows: list[Row], peers: list[str]) -> Table:
@@ -133,6 +154,7 @@ def limits_table(before: dict[int, dict[str, float]], after: dict[int, dict[str,
 
 def measured_table(measured: list[Measured]) -> Table:
     """Ratios, memory and import time against what is asked of them."""
+    unjudged = [m for m in measured if not m.judged]
     table = Table("Properties", ["property", "value", "spread", "asked", "aim", "reached", "note"], keys=1)
     for m in measured:
         if math.isnan(m.value):
@@ -140,9 +162,12 @@ def measured_table(measured: list[Measured]) -> Table:
             continue
         sign = "≥" if m.more else "≤"
         spread = percent_text(m.spread, m.spread > WIDE_SPREAD) if m.spread else ""
-        asked = f"{sign} {m.floor:g} {m.unit}"
+        asked = "" if m.floor is None else f"{sign} {m.floor:g} {m.unit}"
         aim = "" if m.aim is None else f"{sign} {m.aim:g}"
-        table.add([m.name, f"{m.value:.3g} {m.unit}", spread, asked, aim, m.verdict, m.note], m.verdict)
+        verdict = m.verdict if m.judged else "-"
+        table.add([m.name, f"{m.value:.3g} {m.unit}", spread, asked, aim, verdict, m.note], m.verdict)
+    if unjudged:
+        table.notes.append(NOT_JUDGED)
     return table
 
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field, replace
 import qkv_fast
 
 from .. import _runtime
-from . import limits, memory
+from . import limits, machine, memory, work
 from .answers import Exact
 from .cases import Case, Goal
-from .method import MAX_ROUNDS, MIN_ROUNDS, Local, Refused, Rounds, Summary, describe, interleave
+from .method import DISTURBED, MAX_ROUNDS, MIN_ROUNDS, Local, Refused, Rounds, Summary, describe, interleave
 from .ours import OURS, Ours, ours
 from .peers import PEERS
 from .worker import Ready, Worker, first_call_memory
@@ -73,7 +73,7 @@ class Row:
     @property
     def amount(self) -> int:
         """Work of a call in the unit of its limit."""
-        return self.job.case.amount
+        return work.amount(self.job.case)
 
     @property
     def share(self) -> Summary:
@@ -89,13 +89,21 @@ class Row:
         return self.rounds.ratio(peer, OURS)
 
     @property
+    def disturbed(self) -> dict[str, float]:
+        """Peers after whose turn the machine gave clearly less than after ours, and how many times less."""
+        found = {name: self.rounds.disturbance(name, OURS) for name in self.rounds.left if name != OURS}
+        return {name: ratio for name, ratio in found.items() if ratio > DISTURBED}
+
+    @property
     def finished(self) -> list[str]:
         """Peers that were timed to the end."""
         return [name for name in self.ready if name not in self.failures]
 
     @property
     def goal(self) -> Goal | None:
-        """What the case must reach, if it is meant for this thread count and path."""
+        """What the case must reach, if it is meant for this CPU, thread count and path."""
+        if not machine.is_reference():
+            return None
         case = self.job.case
         fits = case.threads is None or self.job.threads in case.threads
         return case.goal if fits and self.isa in ((case.isa,) if case.isa else GOAL_ISAS) else None
@@ -157,8 +165,9 @@ def run_job(job: Job, how: How, workers: dict[str, Worker]) -> Row:
 
 def check_memory(case: Case) -> None:
     """MemoryError where the system would have to kill someone: it promises more memory than it has."""
-    elements = sum(math.prod(shape) for shape in case.work.shapes(case))
-    needed = case.bytes() * case.copies() + max(4 * case.bytes(), 16 * elements)  # of the reference, in float64
+    elements = sum(math.prod(shape) for shape in work.operation(case).shapes(case))
+    once = work.bytes_of(case)
+    needed = once * work.copies(case) + max(4 * once, 16 * elements)  # of the reference, in float64
     there = memory.left()
     if there is not None and needed > there:
         raise MemoryError(f"the case takes about {needed / 2**30:.3g} GB, {there / 2**30:.3g} GB are left")
@@ -170,7 +179,7 @@ def measure(row: Row, case: Case, how: How, workers: dict[str, Worker]) -> None:
     exact = Exact.of(case)
     call = ours(case, threads, how.reuse_out)
     try:
-        row.our_error = exact.error(case.work.head_first(case, call()))
+        row.our_error = exact.error(work.operation(case).head_first(case, call()))
     except Refused:
         row.wrong = True
         raise
@@ -179,6 +188,7 @@ def measure(row: Row, case: Case, how: How, workers: dict[str, Worker]) -> None:
     row.rounds = interleave(
         [Local(OURS, call), *crew],
         limit=limits.of_case(case, threads),
+        probe=limits.probe(threads) if crew else None,
         budget=how.seconds,
         rounds=how.rounds,
     )

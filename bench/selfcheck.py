@@ -20,10 +20,11 @@ import numpy as np
 import qkv_fast
 
 from .. import _runtime, reference
+from . import work
 from .cases import Case, case
 from .method import describe
-from .operations import element
 from .peers import softmax_values
+from .problem import element
 
 UNITS = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 HAS_BFLOAT16 = importlib.util.find_spec("ml_dtypes") is not None
@@ -77,10 +78,10 @@ def run(isa: str) -> Iterator[Check]:
                 yield Check(isa, dtype, name, math.nan, describe(error))
     for step in STEPS:
         try:
-            arrays = step.inputs()
-            exact, allowed = step.work.exact(step, arrays, slice(0, step.q_len)), step.work.tolerance(step, arrays)
+            operation, arrays = work.operation(step), work.inputs(step)
+            exact, allowed = operation.exact(step, arrays, slice(0, step.q_len)), operation.tolerance(step, arrays)
             with _runtime.force_isa(isa):
-                answer = step.work.call(step, arrays, qkv_fast.get_num_threads(), False)()
+                answer = operation.call(step, arrays, qkv_fast.get_num_threads(), False)()
             yield compare(isa, step.dtype, step.name, answer, exact, allowed)
         except Exception as error:
             yield Check(isa, step.dtype, step.name, math.nan, describe(error))
@@ -88,7 +89,7 @@ def run(isa: str) -> Iterator[Check]:
 
 def inputs(shape: Case, dtype: str, views: bool) -> list[np.ndarray]:
     """The case's numbers in a type, contiguous or as views with gaps and a negative stride."""
-    arrays = [a.astype(element(dtype)) for a in shape.inputs()]
+    arrays = [a.astype(element(dtype)) for a in work.inputs(shape)]
     if not views:
         return arrays
     spread = []

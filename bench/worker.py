@@ -49,7 +49,7 @@ def best_way(peer, case: Case, exact: Exact) -> tuple[str, Callable, float]:
         try:
             error = exact.error(fetch())
             call = rotate(calls)
-            seconds = min(timed(call, 1) for _ in range(3)) if len(found) > 1 else 0.0
+            seconds = min(timed(call, 1) for _ in range(2)) if len(found) > 1 else 0.0
             good.append((seconds, label, call, error))
         except Exception as failure:  # one operator of several may be missing or wrong
             reasons.append(f"{label}: {describe(failure)}" if label else describe(failure))

@@ -12,7 +12,21 @@ import pytest
 
 import qkv_fast
 from qkv_fast import _runtime, reference
-from qkv_fast.bench import cases, cli, limits, machine, method, operations, record, runner, selfcheck, tables
+from qkv_fast.bench import (
+    cases,
+    cli,
+    limits,
+    machine,
+    method,
+    operations,
+    properties,
+    record,
+    report,
+    runner,
+    selfcheck,
+    tables,
+    work,
+)
 from qkv_fast.bench.cases import case
 from qkv_fast.bench.method import Refused, Rounds, Summary
 
@@ -28,12 +42,12 @@ def test_names_are_unique_and_fit_a_terminal():
     assert max(map(len, names)) <= 40
 
 
-def test_every_case_has_a_suite_and_every_suite_a_case():
+def test_every_case_has_a_suite_and_every_suite_a_case_or_a_property():
     known = {*cases.SUITES, "main"}
     for c in cases.CASES:
         assert c.suites and set(c.suites) <= known, c.name
     for suite in cases.SUITES:
-        assert cases.select(suite), suite
+        assert cases.select(suite) or any(suite in p.suites for p in properties.PROPERTIES), suite
 
 
 def test_goals_are_ordered():
@@ -57,17 +71,17 @@ def test_goals_are_ordered():
     ids=lambda c: c.name,
 )
 def test_operations_are_those_of_the_visible_pairs(shape):
-    _, k, _ = shape.inputs()
+    _, k, _ = work.inputs(shape)
     q = np.zeros((shape.batch, shape.heads, shape.q_len, shape.dim))
     values = np.broadcast_to(np.eye(shape.kv_len), (*k.shape[:3], shape.kv_len))
     weights = reference.attention(q, np.zeros(k.shape), values, **shape.arguments())  # 1 / visible, or 0
     assert shape.visible_pairs() == np.count_nonzero(weights[:, 0])
-    assert shape.flops() == 4 * shape.heads * shape.visible_pairs() * shape.dim
+    assert work.flops(shape) == 4 * shape.heads * shape.visible_pairs() * shape.dim
 
 
 def test_inputs_are_the_same_every_time_and_in_the_case_s_layout_and_type():
     for c in (SMALL, case("2x4x9", 8, kv_heads=2, layout="blhd", dtype="float64")):
-        first, second = c.inputs(), c.inputs()
+        first, second = work.inputs(c), work.inputs(c)
         assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
         assert {a.dtype.name for a in first} == {c.dtype}
         assert first[0].shape == ((2, 9, 4, 8) if c.layout == "blhd" else (2, 4, 9, 8))
@@ -79,27 +93,28 @@ def test_limits_are_of_the_visible_keys():
 
 
 def test_bytes_are_what_has_to_be_read_and_written():
-    q, k, v = SMALL.inputs()
-    assert SMALL.bytes() == q.nbytes + k.nbytes + v.nbytes + q.nbytes
-    assert case("1x2x1", 4, kv_len=10, kv_lengths=(3,)).bytes() == 4 * (2 * 4 * 2 + 2 * 2 * 3 * 4)
+    q, k, v = work.inputs(SMALL)
+    assert work.bytes_of(SMALL) == q.nbytes + k.nbytes + v.nbytes + q.nbytes
+    assert work.bytes_of(case("1x2x1", 4, kv_len=10, kv_lengths=(3,))) == 4 * (2 * 4 * 2 + 2 * 2 * 3 * 4)
 
 
 def test_streaming_cases_have_more_inputs_than_a_cache_holds():
     streams = [c for c in cases.CASES if c.stream]
     assert set(streams) < set(cases.select("decode")) and all(c.q_len < 8 for c in streams)
     for c in streams:
-        assert c.copies() * c.bytes() >= 256 * 2**20 and c.limited_by == "read" and c.amount == c.bytes()
+        size = work.bytes_of(c)
+        assert work.copies(c) * size >= 256 * 2**20 and work.limited_by(c) == "read" and work.amount(c) == size
     few = replace(SMALL, stream=True)
-    first, second, *_ = few.sets()
+    first, second, *_ = work.sets(few)
     for a, b in zip(first, second, strict=True):
         assert np.array_equal(a, b) and not np.shares_memory(a, b)
-    assert len(list(SMALL.sets())) == 1
+    assert len(list(work.sets(SMALL))) == 1
 
 
 def test_what_limits_a_case_goes_by_its_work():
-    assert (SMALL.limited_by, SMALL.amount) == ("calls", 1)
+    assert (work.limited_by(SMALL), work.amount(SMALL)) == ("calls", 1)
     large = case("1x12x2048", 64, dtype="float64")
-    assert (large.limited_by, large.amount) == ("float64", large.flops())
+    assert (work.limited_by(large), work.amount(large)) == ("float64", work.flops(large))
 
 
 def test_every_operation_of_a_case_is_known():
@@ -107,7 +122,7 @@ def test_every_operation_of_a_case_is_known():
 
 
 def test_fixed_work_over_length():
-    assert len({c.flops() for c in cases.select("scaling")}) == 1
+    assert len({work.flops(c) for c in cases.select("scaling")}) == 1
 
 
 def test_select_by_name_part_and_pattern():
@@ -166,6 +181,30 @@ def test_rounds_fill_the_budget_between_the_least_and_the_most():
     assert 2 < count(4.5) < 6
 
 
+def test_long_rounds_are_three_and_not_many_times_the_budget():
+    def count(budget):
+        now = iter(range(1000))
+        contestants = [Fake("A", 0.1, [])]
+        rounds = method.interleave(contestants, budget=budget, rounds=(5, 9), clock=lambda: float(next(now)))
+        return len(rounds.seconds["A"])
+
+    assert (count(1.0), count(2.5), count(1e9)) == (3, 5, 9)
+
+
+def test_a_pool_that_is_not_at_rest_is_seen_by_what_the_machine_gives_after_its_turn():
+    gives = {"ours": 100.0, "calm": 90.0, "spinning": 50.0}
+    log = []
+    contestants = [Fake(name, 0.1, log) for name in gives]
+    rounds = method.interleave(contestants, probe=lambda: gives[log[-1]], budget=0, rounds=(3, 3))
+    assert rounds.left == {name: [rate] * 3 for name, rate in gives.items()}
+    row = runner.Row(runner.Job(SMALL, 2), rounds=replace(rounds, seconds={"qkv_fast": [0.1], **rounds.seconds}))
+    row.rounds.left["qkv_fast"] = row.rounds.left.pop("ours")
+    assert row.disturbed == {"spinning": 2.0}
+    (note,) = report.disturbance_notes([row])
+    assert "after spinning's turn" in note and "2x4x9-d8-causal (2): 2.00 times" in note
+    assert runner.Row(runner.Job(SMALL, 2), rounds=Rounds()).disturbed == {}
+
+
 def test_ratios_and_shares_are_formed_within_a_round():
     rounds = Rounds(
         {"ours": [1.0, 2.0, 4.0], "peer": [2.0, 4.0, 8.0]},  # a machine that gets slower and slower
@@ -178,7 +217,7 @@ def test_ratios_and_shares_are_formed_within_a_round():
 def test_a_contestant_that_fails_keeps_its_place_and_the_others_go_on():
     log = []
     contestants = [Fake("A", 0.1, log), Fake("B", 0.1, log, fails_at=2), Fake("C", 0.1, log)]
-    rounds = method.interleave(contestants, budget=0, rounds=(4, 4))
+    rounds = method.interleave(contestants, budget=60, rounds=(4, 4))
     assert rounds.failures == {"B": "had enough"}
     assert [math.isnan(s) for s in rounds.seconds["B"]] == [False, True, True, True]
     assert rounds.time("C").count == 4
@@ -193,7 +232,7 @@ def test_short_calls_are_repeated_and_long_ones_are_not():
     assert len(calls) == 4  # one of them to warm the caches
     calls.clear()
     method.timed(lambda: calls.append(0), 1)
-    assert len(calls) == 1
+    assert len(calls) == 2  # a long call has its untimed one too
 
 
 def test_copies_of_inputs_are_taken_in_turn():

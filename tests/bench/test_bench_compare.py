@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import qkv_fast
-from qkv_fast.bench import cli, compare, machine, record, runner
+from qkv_fast.bench import cli, compare, machine, record, runner, work
 from qkv_fast.bench.cases import case
 from qkv_fast.bench.method import Rounds
 from qkv_fast.bench.outcome import Outcome
@@ -22,7 +22,7 @@ STREAM = case("1x8x1", 64, kv_len=4096, stream=True, suites=("decode",))
 def made_up_row(rng, shape, threads=1, slow_down=1.0, noise=0.02, rounds=7, machine=1.0):
     """A row of a machine whose speed changes from round to round, and whose samples are `noise` (lognormal) off."""
     limit = 100e9 * machine * np.exp(rng.normal(0, 0.1, rounds))
-    seconds = slow_down * shape.amount / (0.8 * limit) * np.exp(rng.normal(0, noise, rounds))
+    seconds = slow_down * work.amount(shape) / (0.8 * limit) * np.exp(rng.normal(0, noise, rounds))
     peer = 1.5 * seconds * np.exp(rng.normal(0, noise, rounds))
     row = Row(Job(shape, threads), isa=qkv_fast.isa(), our_error=1e-7, memory={"qkv_fast": 1 << 20})
     row.rounds = Rounds({"qkv_fast": seconds.tolist(), "torch": peer.tolist()}, [(x, x) for x in limit.tolist()])
@@ -56,7 +56,7 @@ def test_a_run_is_read_back_as_it_was_saved(tmp_path):
     assert record.load(str(path)) == run
     for row, shape in zip(run["rows"], CASES, strict=True):
         assert row["case"]["name"] == shape.name and row["case"]["suites"] == ["scaling"]
-        assert row["amount"] == shape.flops() and row["limited_by"] == "float32"
+        assert row["amount"] == work.flops(shape) and row["limited_by"] == "float32"
         assert row["peers"]["torch"] == {"label": "SDPA", "version": "2.13", "threads": 1, "error": 2e-7}
         assert row["memory"] == {"qkv_fast": 1 << 20}
     assert {"cpu", "caches", "governor", "numpy", "threads", "isa", "environment"} <= set(run["machine"])

@@ -9,7 +9,7 @@ from _util import child_says
 
 import qkv_fast
 from qkv_fast import reference
-from qkv_fast.bench import memory, operations, peers, report, runner, tables, worker
+from qkv_fast.bench import memory, operations, peers, report, runner, tables, work, worker
 from qkv_fast.bench.answers import Exact
 from qkv_fast.bench.cases import case
 from qkv_fast.bench.method import Refused
@@ -21,8 +21,8 @@ ONCE = runner.How(rounds=(1, 1))
 def test_answers_are_checked_against_the_reference():
     for shape in (SMALL, case("1x2x150", 8, kv_len=200, causal=True), case("2x4x9", 8, layout="blhd")):
         exact = Exact.of(shape)
-        right = reference.attention(*shape.inputs(), layout=shape.layout, **shape.arguments()).astype("float32")
-        answer = shape.work.head_first(shape, right)
+        right = reference.attention(*work.inputs(shape), layout=shape.layout, **shape.arguments()).astype("float32")
+        answer = work.operation(shape).head_first(shape, right)
         assert exact.error(answer) < 1e-6
         wrong = answer.copy()
         wrong[0, 0, -1, 0] += 1e-3
@@ -68,10 +68,11 @@ class Wrong:
 
     def prepare(self, case):
         from qkv_fast import reference
+        from qkv_fast.bench import work
 
-        answer = reference.attention(*case.inputs(), **case.arguments()).astype(case.dtype) + self.shift
+        answer = reference.attention(*work.inputs(case), **case.arguments()).astype(case.dtype) + self.shift
         answer = answer.astype(case.dtype)
-        return [("way", [lambda: answer] * case.copies(), lambda: answer)]
+        return [("way", [lambda: answer] * work.copies(case), lambda: answer)]
 
 
 class Right(Wrong):
@@ -212,11 +213,11 @@ def test_streaming_cases_rotate_among_copies(monkeypatch):
             return lambda: seen.append(id(arrays[1])) or arrays[0]
 
     shape = case("1x64x1", 128, kv_len=2048, stream=True)  # 128 MB: 2 or 3 copies
-    assert shape.copies() > 1
+    assert work.copies(shape) > 1
     _, calls, _ = worker.ways(peers.ChunkedNumPy(1), shape)[0]
-    assert len(calls) == shape.copies()
+    assert len(calls) == work.copies(shape)
     monkeypatch.setitem(operations.OPERATIONS, "watching", Watching)
     call = runner.ours(replace(shape, operation="watching"), 1)
-    for _ in range(2 * shape.copies()):
+    for _ in range(2 * work.copies(shape)):
         call()
-    assert len(set(seen)) == shape.copies() and seen[: shape.copies()] == seen[shape.copies() :]
+    assert len(set(seen)) == work.copies(shape) and seen[: work.copies(shape)] == seen[work.copies(shape) :]

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from qkv_fast.bench import cli, peers, properties
+from qkv_fast.bench import cli, peers, properties, work
 from qkv_fast.bench.cases import case
 
 STAGES = [case("2x4x9", 8, kv_heads=2, kv_len=11, operation=name) for name in ("scores", "weighted_values", "softmax")]
@@ -13,16 +13,17 @@ STAGES = [case("2x4x9", 8, kv_heads=2, kv_len=11, operation=name) for name in ("
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda c: c.operation)
 def test_bytes_of_a_stage_are_its_arrays_and_known_without_them(stage):
-    arrays = stage.inputs()
-    out = stage.work.call(stage, arrays, 1, False)()
-    assert stage.bytes() == sum(a.nbytes for a in arrays) + out.nbytes
-    assert replace(stage, q_len=10**8, kv_len=10**8).bytes() > 4 * 10**16  # more than can be addressed
+    arrays = work.inputs(stage)
+    out = work.operation(stage).call(stage, arrays, 1, False)()
+    assert work.bytes_of(stage) == sum(a.nbytes for a in arrays) + out.nbytes
+    assert work.bytes_of(replace(stage, q_len=10**8, kv_len=10**8)) > 4 * 10**16  # more than can be addressed
 
 
 def test_a_stage_s_operations_are_its_share_of_attention_s():
     scores, values, softmax = STAGES
-    assert scores.flops() + values.flops() == replace(scores, operation="attention").flops()
-    assert softmax.flops() is None and softmax.limited_by == "copy" and softmax.amount == 4 * 2 * 4 * 9 * 11
+    assert work.flops(scores) + work.flops(values) == work.flops(replace(scores, operation="attention"))
+    assert work.flops(softmax) is None and work.limited_by(softmax) == "copy"
+    assert work.amount(softmax) == 4 * 2 * 4 * 9 * 11
 
 
 def test_properties_of_the_stages(monkeypatch, capsys):
@@ -48,5 +49,5 @@ def test_numpy_does_the_stages(operation, name):
     small = case(name, 8, kv_len=11, operation=operation)
     ((_, calls, fetch),) = peers.NumPy(1).prepare(small)
     calls[0]()
-    expected = small.work.call(small, small.inputs(), 1, True)()
+    expected = work.operation(small).call(small, work.inputs(small), 1, True)()
     np.testing.assert_allclose(fetch(), expected, rtol=1e-5, atol=1e-6)
