@@ -58,7 +58,7 @@ def test_sections(name):
 GUIDE = CHECKOUT / "docs" / "guide.md"
 
 
-@pytest.mark.parametrize("name", ["guide.md", "masks.md"])
+@pytest.mark.parametrize("name", ["guide.md", "masks.md", "trouble.md"])
 def test_pages(name):
     """All blocks in order, as one session. A block ends with an empty line, which ends its last result."""
     for host in ("threadpoolctl", "onnx"):
