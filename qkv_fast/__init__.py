@@ -16,15 +16,15 @@ except ModuleNotFoundError as error:
     ) from None
 
 from . import reference
-from ._attention import attention, merge_partials
-from ._cache import KVCache
+from ._attention import attention
 from ._config import show_config
 from ._explain import explain
 from ._masks import alibi_slopes
-from ._paged_cache import PagedKVCache
+from ._merge import merge_partials
 from ._runtime import available_isas, get_num_threads, isa, num_threads, set_num_threads
 from ._stages import scores, softmax, weighted_values
 from ._varlen import attention_varlen
+from .cache import KVCache, PagedKVCache
 
 if hasattr(_sys.modules.get("threadpoolctl"), "register"):  # loaded, and new enough (3.2)
     from . import _threadpoolctl  # noqa: F401 (it registers itself)

@@ -21,7 +21,7 @@ _OPEN_DISTANCE = 2**61  # beyond every key from every position
 def _empty(shape: tuple[int, ...], number: int, where: str = "attention", like: Array | None = None) -> Array:
     """With the axes in memory as those of `like`, if given."""
     try:
-        return np.empty(shape, _TYPES[number]) if like is None else np.empty_like(like, _TYPES[number], subok=False)
+        return _core.empty(shape, number) if like is None else np.empty_like(like, _TYPES[number], subok=False)
     except ValueError:
         raise OverflowError(f"{where}: a result of shape {shape} is too large for any array") from None
 
@@ -52,6 +52,22 @@ def _as_array(name: str, x: Any, where: str = "attention") -> Array:
         return np.asarray(x)
     except ValueError as error:
         raise ValueError(f"{where}: {name} is no array: {error}") from None
+    except (TypeError, RuntimeError) as error:  # what torch says of tensors that NumPy cannot have
+        raise TypeError(f"{where}: {name}: NumPy cannot read this {_kind_of(x)}{_way_out(name, x)} ({error})") from None
+
+
+def _kind_of(x: Any) -> str:
+    module = type(x).__module__.partition(".")[0]
+    return type(x).__name__ if module == "builtins" else f"{module}.{type(x).__name__}"
+
+
+def _way_out(name: str, x: Any) -> str:
+    """Of a torch tensor, whose module is not imported for this."""
+    if getattr(x, "requires_grad", False) is True:
+        return f"; pass {name}.detach(), or see qkv_fast.integrations.torch"
+    if str(getattr(x, "dtype", "")) == "torch.bfloat16":
+        return f"; pass {name}.view(torch.int16).numpy().view(ml_dtypes.bfloat16), or see qkv_fast.integrations.torch"
+    return ""
 
 
 def _check_layout(layout: Any, where: str) -> bool:
@@ -79,8 +95,14 @@ def _arithmetic(number: int) -> int:
 
 def _check_type(where: str, name: str, x: Array) -> None:
     if not _is_known(x.dtype):
-        way_out = f"; pass {name}.astype('float32')" if x.dtype.kind in "biuf" else ""
-        raise TypeError(f"{where}: {name} must be {_NAMES}, got {x.dtype}{way_out}{_hint_of_bits(name, x)}")
+        way_out = f"; pass {name}.astype('float32')" if x.dtype.kind in "biuf" or _is_small(x.dtype) else ""
+        held = f" holding a {_kind_of(x.flat[0])}" if x.dtype == object and x.size else ""
+        raise TypeError(f"{where}: {name} must be {_NAMES}, got {x.dtype}{held}{way_out}{_hint_of_bits(name, x)}")
+
+
+def _is_small(dtype: np.dtype[Any]) -> bool:
+    """Numbers of another package than NumPy, such as float8 and int4 of ml_dtypes."""
+    return dtype.kind == "V" and dtype.names is None and dtype.type is not np.void and np.can_cast(dtype, np.float64)
 
 
 def _hint_of_bits(name: str, x: Array) -> str:
@@ -107,6 +129,22 @@ def _check_types(where: str, q: Array, k: Array, v: Array) -> None:
     _check_narrower(where, {"q": q, "k and v": k})
 
 
+def _check_axes(where: str, **arrays: Array) -> None:
+    """Numbers of axes that go together. They alone decide, so no call depends on sizes that are equal by chance."""
+    (first, q), *others = arrays.items()
+    if min(x.ndim for x in arrays.values()) < 3:
+        _fail_shapes(where, f"{', '.join(arrays)} must have 3 or more axes each, or 2 each", **arrays)
+    for name, x in others:
+        if x.ndim in (3, q.ndim):
+            continue
+        hint = ""
+        if x.ndim == q.ndim - 1:
+            hint = f"; one for each group of {first}'s heads: pass {name}[..., None, :, :]"
+        elif x.ndim > q.ndim:
+            hint = f"; one {first} for all sequences: pass {first}[{'None, ' * (x.ndim - q.ndim)}...]"
+        _fail_shapes(where, f"{name} must have as many axes as {first}, or 3{hint}", **arrays)
+
+
 def _check_fit(where: str, q: Array, k: Array, v: Array, heads: tuple[int, ...], lengths: tuple[int, int]) -> None:
     """Dimensions, the heads of q, k and v, and the lengths of k and v."""
     q_heads, k_heads, v_heads = heads
@@ -121,10 +159,13 @@ def _check_fit(where: str, q: Array, k: Array, v: Array, heads: tuple[int, ...],
     if q_heads != k_heads and (k_heads == 0 or q_heads % k_heads):
         _fail_shapes(where, f"k has {k_heads} heads, which does not divide q's {q_heads}", **arrays)
     if q.shape[-1] > _core.MAX_DIM or v.shape[-1] > _core.MAX_DIM:
-        _fail_shapes(where, f"D and Dv are at most {_core.MAX_DIM}", **arrays)
+        split = "; heads not split? reshape to (B, L, num_heads, D), layout='blhd'" if q.ndim == 3 else ""
+        _fail_shapes(where, f"D and Dv are at most {_core.MAX_DIM}{split}", **arrays)
 
 
 def _check_scale(scale: Any, where: str = "attention", name: str = "scale") -> float:
+    if isinstance(scale, np.ndarray) and scale.ndim == 0:
+        scale = scale[()]
     number = isinstance(scale, (int, float, np.integer, np.floating)) and not isinstance(scale, bool)
     if not number and not (isinstance(scale, np.generic) and _is_known(scale.dtype)):
         raise TypeError(f"{where}: {name} must be a real number, got {scale!r}")
@@ -135,6 +176,41 @@ def _check_scale(scale: Any, where: str = "attention", name: str = "scale") -> f
     if not math.isfinite(value):
         raise ValueError(f"{where}: {name} must be finite, got {scale!r}")
     return value
+
+
+# Words of other libraries for what we have under another one, or do not have.
+_OTHERS = {
+    "is_causal": "causal=True, or causal='top-left' as torch aligns it",
+    "attn_mask": "mask= if it is bool, bias= if it is added to the scores",
+    "attention_mask": "mask=, bool, True where a query attends, or kv_lengths=",
+    "key_padding_mask": "kv_lengths=, or mask=~key_padding_mask[:, None, None, :]: ours is True where a query attends",
+    "dropout_p": "nothing: there is no dropout",
+    "enable_gqa": "nothing: heads of k and v that divide q's are groups",
+    "softmax_scale": "scale=",
+    "sm_scale": "scale=",
+    "scaling": "scale=",
+    "logits_soft_cap": "softcap=",
+    "window_size": "window=, (left, right), with None for an open side",
+    "sliding_window": "window=, which does not count the query itself: W - 1",
+    "local_window_size": "window=",
+    "key_value_seq_lengths": "kv_lengths=",
+    "cache_seqlens": "kv_lengths=, or a KVCache",
+    "cu_seqlens_q": "attention_varlen",
+    "cu_seqlens_k": "attention_varlen",
+    "max_seqlen_q": "nothing: cu_seqlens_q and cu_seqlens_k say it",
+    "max_seqlen_k": "nothing: cu_seqlens_q and cu_seqlens_k say it",
+    "need_weights": "softmax(scores(q, k)) for the matrix of weights",
+    "return_softmax_lse": "return_lse=",
+    "return_residual": "return_lse=",
+    "s_aux": "sinks=",
+}
+
+
+def _fail_words(where: str, words: dict[str, Any]) -> NoReturn:
+    """For arguments that nobody has a parameter for."""
+    name = next(iter(words))
+    known = f"; here it is {_OTHERS[name]}" if name in _OTHERS else ""
+    raise TypeError(f"{where}() got an unexpected keyword argument {name!r}{known}")
 
 
 def _check_positions(where: str, causal: Any, window: Any, q_offset: Any) -> tuple[int | None, int | None, Any]:
@@ -176,7 +252,7 @@ def _distance(where: str, side: Any, window: Any) -> int | None:
     if distance is None:
         raise TypeError(f"{where}: window must be an integer or (left, right) of integers or None, got {window!r}")
     if distance < 0:
-        raise ValueError(f"{where}: window distances must not be negative, got {window!r}")
+        raise ValueError(f"{where}: window distances must not be negative, got {window!r}; None leaves a side open")
     return min(distance, _OPEN_DISTANCE)
 
 

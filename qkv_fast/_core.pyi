@@ -13,23 +13,49 @@ PLAN: object
 
 def isa_names() -> tuple[str, ...]: ...
 def build_info() -> dict[str, Any]: ...
-def forward(
-    q: _Array,
-    k: _Array,
-    v: _Array,
-    out: _Array,
-    lse: _Array | None,
-    heads_first: bool,
-    scale: float,
-    left: int | None,
-    right: int | None,
-    offset: _Array | None,
-    length: _Array | None,
-    threads: int,
-    isa: int,
-    counters: object,
-    extras: object,
-) -> Any: ...
+
+class Problem:
+    where: str
+    q: _Array
+    k: _Array
+    v: _Array
+    heads_first: bool
+    shape: tuple[int, ...]
+    rows: tuple[int, ...]
+    number: int
+    scale: float
+    left: int | None
+    right: int | None
+    offsets: _Array | None
+    lengths: _Array | None
+    extras: Any
+    threads: int
+    isa: int
+    counters: Any
+    def __init__(
+        self,
+        where: str,
+        q: _Array,
+        k: _Array | None,
+        v: _Array | None,
+        heads_first: bool,
+        shape: tuple[int, ...],
+        rows: tuple[int, ...],
+        scale: float,
+        left: int | None,
+        right: int | None,
+        offsets: _Array | None,
+        lengths: _Array | None,
+        extras: Any,
+        threads: int,
+        isa: int,
+        counters: Any,
+    ) -> None: ...
+    @property
+    def is_planned(self) -> bool: ...
+
+def empty(shape: tuple[int, ...], number: int) -> _Array: ...
+def forward(call: Problem, out: _Array, lse: _Array | None) -> dict[str, Any] | None: ...
 def product(
     a: _Array,
     b: _Array,

@@ -1,6 +1,6 @@
 """The boundary: NumPy arrays in, the C core's structures out. No arithmetic, no checks of meaning.
 
-Shapes, types and values have been checked in _attention.py. Here arrays become pointers and byte strides, the GIL is
+Shapes, types and values have been checked in _problem.py. Here arrays become pointers and byte strides, the GIL is
 released, and raise_status turns the core's status into an exception: the only place that does.
 """
 cimport numpy as cnp
@@ -232,24 +232,70 @@ cdef bytearray fill_runs(qkv_problem *p, int64_t n):
     return room
 
 
-def forward(cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not None, cnp.ndarray out not None,
-            cnp.ndarray lse, bint heads_first, double scale, left, right, cnp.ndarray offset, cnp.ndarray length,
-            int threads, int isa, counters, extras):
-    """Attention into `out`, and into `lse` unless it is None. With PLAN for counters nothing is computed: it returns what
-    would be done, as a dict of qkv_report, and the arrays q, k, v and out that it would be done to.
+cdef class Problem:
+    """One call of attention, which _problem.py has checked.
 
-    With heads_first, arrays are (..., heads, rows, dim), else (..., rows, heads, dim); 2-D arrays have no heads. `lse`
-    (..., heads, rows) is contiguous. `offset` and `length` are contiguous int64, one per sequence, or None, `left` and
-    `right` distances or None, `counters` contiguous int64 in the order of COUNTERS, or None. `extras` is an Extras of
-    _masks.py, or None; with its starts the rows of all arrays are those of packed sequences, and `offset` and `length`
-    are given. With its runs k and v (..., heads, rows, dim) are where these point into, and `length` is given. With its
-    `stored` the last axis of k and v is the bytes of a row.
+    where         the verb, for errors
+    q, k, v       (..., heads, rows, dim) with `heads_first`, else (..., rows, heads, dim); 2-D arrays have no heads
+    shape, rows   of the result, and of its log-sum-exp (..., heads, rows); `number` is the result's type (dtype.num)
+    scale         of the scores
+    left, right   distances from a position that keys may have; None is open
+    offsets       contiguous int64, one per sequence, or None: see qkv.h
+    lengths       the same
+    extras        an Extras of _masks.py, or None; with its starts the rows of all arrays are those of packed sequences, and
+                  offsets and lengths are given. With its runs k and v (..., heads, rows, dim) are where these point into,
+                  and lengths are given. With its `stored` the last axis of k and v is the bytes of a row.
+    threads, isa  how many, and which path
+    counters      contiguous int64 in the order of COUNTERS, or None; or PLAN: nothing is to be computed
     """
+    cdef public str where
+    cdef public cnp.ndarray q, k, v
+    cdef public bint heads_first
+    cdef public tuple shape, rows
+    cdef public int number
+    cdef public double scale
+    cdef public object left, right
+    cdef public cnp.ndarray offsets, lengths
+    cdef public object extras
+    cdef public int threads, isa
+    cdef public object counters
+
+    def __init__(self, str where, cnp.ndarray q not None, cnp.ndarray k, cnp.ndarray v, bint heads_first, tuple shape,
+                 tuple rows, double scale, left, right, cnp.ndarray offsets, cnp.ndarray lengths, extras, int threads,
+                 int isa, counters):
+        self.where = where
+        self.q, self.k, self.v = q, k, v
+        self.heads_first = heads_first
+        self.shape, self.rows = shape, rows
+        self.number = cnp.PyArray_TYPE(q)
+        self.scale = scale
+        self.left, self.right = left, right
+        self.offsets, self.lengths = offsets, lengths
+        self.extras = extras
+        self.threads, self.isa, self.counters = threads, isa, counters
+
+    @property
+    def is_planned(self):
+        return self.counters is PLAN
+
+
+def empty(tuple shape not None, int number):
+    """An array of this shape and type (dtype.num), in C order."""
+    cdef cnp.npy_intp dims[64]                  # NumPy's most
+    cdef int i, n = <int>len(shape)
+    for i in range(n):
+        dims[i] = shape[i]
+    return cnp.PyArray_EMPTY(n, dims, number, 0)
+
+
+def forward(Problem call not None, cnp.ndarray out not None, cnp.ndarray lse):
+    """Attention into `out`, and into the contiguous `lse` unless it is None. With PLAN for counters nothing is computed: it
+    returns what would be done, as a dict of qkv_report."""
+    cdef cnp.ndarray q = call.q, k = call.k, v = call.v
+    cdef bint heads_first = call.heads_first
     cdef qkv_problem p
     cdef qkv_run run
     cdef qkv_report report
-    cdef int64_t *offsets = NULL
-    cdef int64_t *lengths = NULL
     cdef qkv_status status
     cdef bytearray runs = None                  # of packed sequences
     cdef int axes = cnp.PyArray_NDIM(out) - 3
@@ -292,33 +338,29 @@ def forward(cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not No
     p.n_runs = 1
     p.run_of = NULL
 
-    if offset is not None:
-        offsets = <int64_t *>cnp.PyArray_DATA(offset)
-    if length is not None:
-        lengths = <int64_t *>cnp.PyArray_DATA(length)
-    p.offset = offsets
-    p.length = lengths
-    p.left = QKV_OPEN if left is None else left
-    p.right = QKV_OPEN if right is None else right
-    p.scale = scale
+    p.offset = integers_of(call.offsets)
+    p.length = integers_of(call.lengths)
+    p.left = QKV_OPEN if call.left is None else call.left
+    p.right = QKV_OPEN if call.right is None else call.right
+    p.scale = call.scale
     p.spans = p.q_ids = p.k_ids = p.q_starts = p.k_starts = NULL
     p.slopes = p.sinks = NULL
     p.mask = p.bias = NULL
     p.softcap = 0
-    if extras is not None:
-        runs = fill_extras(&p, extras, out)
-    p.threads = threads
-    p.isa = isa
+    if call.extras is not None:
+        runs = fill_extras(&p, call.extras, out)
+    p.threads = call.threads
+    p.isa = call.isa
     p.counters = NULL
     p.interrupted = check_signals
     p.interrupted_arg = PyThreadState_Get()
-    if counters is not None:
-        if counters is PLAN:
+    if call.counters is not None:
+        if call.counters is PLAN:
             with nogil:
                 status = qkv_explain(&p, &report)
             raise_status(status)
-            return report, q, k, v, out
-        p.counters = <qkv_counters *>cnp.PyArray_DATA(counters)
+            return report
+        p.counters = <qkv_counters *>cnp.PyArray_DATA(call.counters)
     with nogil:
         status = qkv_forward(&p)
     raise_status(status)

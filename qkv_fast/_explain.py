@@ -1,5 +1,6 @@
-"""explain(): what a call of attention would do. The facts come from the plan that the call would follow."""
+"""explain(): what a call would do. The facts come from the plan that the call would follow."""
 
+import inspect
 import math
 from typing import Any, NamedTuple
 
@@ -8,6 +9,8 @@ import numpy as np
 from . import _core, _runtime
 from ._attention import attention
 from ._checks import Array, _arithmetic, _as_array
+from ._core import Problem
+from ._problem import Planned
 
 
 class Plan(NamedTuple):
@@ -44,6 +47,8 @@ class Plan(NamedTuple):
         Pairs if nothing were hidden.
     shapes, dtypes : dict
         Shapes and element types of q, k, v and the result.
+    readings : tuple of str
+        How arrays were read whose axes might have meant something else.
     notes : tuple of str
         Whatever makes the call slower than its shape alone would, in words.
     """
@@ -76,6 +81,7 @@ class Plan(NamedTuple):
     pairs_all: float
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
+    readings: tuple[str, ...]
     notes: tuple[str, ...]
 
     @property
@@ -119,6 +125,7 @@ class Plan(NamedTuple):
                          f"{100 * self.pairs / self.pairs_all:.3g}% are visible"),
             _row("roofline", self._roofline()),
         ]  # fmt: skip
+        lines += [_row("read as" if i == 0 else "", reading) for i, reading in enumerate(self.readings)]
         return lines + [_row("note" if i == 0 else "", note) for i, note in enumerate(self.notes)]
 
     def _kernel(self) -> str:
@@ -148,42 +155,27 @@ class Plan(NamedTuple):
         )
 
 
-def explain(
-    q: Any,
-    k: Any,
-    v: Any,
-    *,
-    mask: Any = None,
-    bias: Any = None,
-    causal: bool | str = False,
-    window: int | tuple[int | None, int | None] | None = None,
-    q_offset: Any = None,
-    kv_lengths: Any = None,
-    segments: tuple[Any, Any] | None = None,
-    alibi_slopes: Any = None,
-    sinks: Any = None,
-    softcap: float | None = None,
-    scale: float | None = None,
-    layout: str = "bhld",
-    return_lse: bool = False,
-    out: Array | None = None,
-    num_threads: int | None = None,
-) -> Plan:
-    """Say what `attention` would do with these arguments, without doing it.
+def explain(*call: Any, **arguments: Any) -> Plan:
+    """Say what a call would do, without doing it: `attention` of these arguments, or of a function the call of it.
+
+    ``explain(q, k, v, causal=True)`` explains ``attention(q, k, v, causal=True)``. For other functions and methods pass
+    them first: ``explain(qkv_fast.attention_varlen, q, k, v, starts, starts)``, ``explain(cache.attend, q)``.
 
     Parameters
     ----------
     q, k, v, mask, bias, causal, window, q_offset, kv_lengths, segments, alibi_slopes, sinks, softcap, scale, layout, \
 return_lse, out, num_threads
-        What `attention` takes, with the same meaning. Elements of q, k and v are not looked at, and `out` is not
-        written to; those of a mask and of segments decide which tiles there are.
+        What `attention` takes, with the same meaning; or another function first, and then what that takes. Elements
+        of q, k and v are not looked at, and `out` is not written to; those of a mask and of segments decide which tiles
+        there are.
 
     Returns
     -------
     plan : Plan
         It prints as a short report: CPU path, kernel, tile sizes, chunks, threads, scratch memory, operations and
-        bytes, what masks skip, the time that the roofline predicts, and a note for whatever makes the call slower
-        than its shape alone would (types that widen, copies, few queries). Each of these is an attribute too.
+        bytes, what masks skip, the time that the roofline predicts, how arrays were read whose axes might have meant
+        something else, and a note for whatever makes the call slower than its shape alone would (types that widen,
+        copies, few queries). Each of these is an attribute too.
 
     Raises
     ------
@@ -210,33 +202,43 @@ return_lse, out, num_threads
     0
     >>> qkv_fast.explain(q, k[..., ::-1], v).notes[0]
     'k: rows whose elements are not adjacent; copied a tile at a time (float32, strides (256000, 256, -4))'
+
+    A step of a cache:
+
+    >>> cache = qkv_fast.KVCache(1, 8, 64, capacity=1000)
+    >>> cache.append(k[None], v[None])
+    >>> qkv_fast.explain(cache.attend, q[None, :, -1:], num_threads=1).kernel.split("_")[0]
+    'decode'
     """
-    given = {"q": q, "k": k, "v": v}
+    verb = attention
+    if call and callable(call[0]):
+        verb, *call = call  # type: ignore[assignment]
+        if getattr(verb, "__name__", "") not in ("attention", "attention_varlen", "attend"):
+            raise TypeError(f"explain: attention, attention_varlen or a cache's attend, not {verb!r}")
     # Before: their own code may call attention.
-    made = [_as_array(name, x) for name, x in given.items()]
-    own = (mask, bias, q_offset, kv_lengths, alibi_slopes, sinks)
-    mask, bias, q_offset, kv_lengths, alibi_slopes, sinks = (_made(x) for x in own)
-    if isinstance(segments, (tuple, list)):
-        segments = tuple(_made(x) for x in segments)
+    given = dict(zip(verb.__code__.co_varnames[hasattr(verb, "__self__") :], call, strict=False)) | arguments
+    made = [_made(x) for x in call]
+    arguments = {name: _made(x) for name, x in arguments.items()}
     with _runtime.planning():
-        report, *arrays = attention(
-            *made, mask=mask, bias=bias, causal=causal, window=window, q_offset=q_offset, kv_lengths=kv_lengths,
-            segments=segments, alibi_slopes=alibi_slopes, sinks=sinks, softcap=softcap, scale=scale, layout=layout,
-            return_lse=return_lse, out=out, num_threads=num_threads,
-        )  # fmt: skip
-    used = dict(zip(("q", "k", "v", "out"), arrays, strict=True))
+        planned = verb(*made, **arguments)
+    asked, index, source = planned.problem.threads, planned.problem.isa, _runtime.threads_source()
+    if arguments.get("num_threads") is not None:
+        source = "num_threads="
+    p, report, out = planned.problem, planned.report, planned.out
+    used = {"q": p.q, "k": p.k, "v": p.v, "out": out}
     counts = report["counts"]
-    asked, index, _ = _runtime.current()
-    source = _runtime.threads_source()
-    if num_threads is not None:
-        asked, source = _runtime.check_threads(num_threads, "explain: num_threads"), "num_threads="
-    isa, dtype = _runtime.available_isas()[index], "float64" if used["q"].dtype.itemsize == 8 else "float32"
+    for other in planned.also:
+        for name in ("operations", "bytes", "pairs"):
+            report[name] += other[name]
+        for name in ("tasks", "tiles_full", "tiles_partial", "tiles_skipped", "tiles_copied"):
+            counts[name] += other["counts"][name]
+    isa, dtype = _runtime.available_isas()[index], "float64" if p.q.dtype.itemsize == 8 else "float32"
     kernel = "decode" if report["decode"] else "attend"
     if report["pair"] == 2:  # which is all that this path has of its own
         kernel += f"_bf16_{isa}"
     else:
         kernel += f"_{'f64' if dtype == 'float64' else 'f32'}_{isa.removesuffix('bf16')}"
-    keys = used["k"].shape[-3 if layout == "blhd" and used["k"].ndim > 2 else -2]
+    stored = p.extras.stored if p.extras is not None and p.extras.stored else None
     return Plan(
         isa=isa,
         dtype=dtype,
@@ -263,16 +265,54 @@ return_lse, out, num_threads
         operations=report["operations"],
         bytes=report["bytes"],
         pairs=report["pairs"],
-        pairs_all=float(math.prod(used["out"].shape[:-1])) * keys,
+        pairs_all=_all_pairs(p),
         shapes={name: x.shape for name, x in used.items()},
-        dtypes={name: x.dtype.name for name, x in used.items()},
-        notes=tuple(_notes(report, given, used, mask, bias, out, asked, index)),
+        dtypes={name: stored if stored and name in "kv" else x.dtype.name for name, x in used.items()},
+        readings=tuple(_readings(p)),
+        notes=tuple(_notes(planned, given, used, asked, index)),
     )
+
+
+explain.__signature__ = inspect.signature(attention).replace(return_annotation=Plan)  # type: ignore[attr-defined]
 
 
 def _made(x: Any) -> Any:
     """x, or what its own code makes of it; masked arrays and matrices are left to the checks."""
-    return np.asarray(x) if hasattr(x, "__array__") and not isinstance(x, np.ndarray) else x
+    if isinstance(x, (tuple, list)) and any(hasattr(part, "__array__") for part in x):
+        return type(x)(_made(part) for part in x)
+    if hasattr(x, "__array__") and not isinstance(x, (np.ndarray, np.generic)):
+        return _as_array("an argument", x, "explain")
+    return x
+
+
+def _all_pairs(p: Problem) -> float:
+    """Pairs of a query and a key of its sequence."""
+    extras = p.extras
+    if extras is not None and extras.q_starts is not None and extras.k_starts is not None:
+        return float(p.rows[0]) * float(np.dot(np.diff(extras.q_starts), np.diff(extras.k_starts).astype(float)))
+    if extras is not None and extras.runs is not None:
+        return float(math.prod(p.rows)) * extras.longest_k
+    return float(math.prod(p.rows)) * p.k.shape[-2 if p.heads_first or p.k.ndim == 2 else -3]
+
+
+def _readings(p: Problem) -> list[str]:
+    """How axes were read that might have meant something else."""
+    readings, extras = [], p.extras
+    ragged = extras is not None and extras.q_starts is not None
+    if p.q.ndim == 3 and not ragged:
+        heads, length, dim = p.q.shape if p.heads_first else (p.q.shape[1], p.q.shape[0], p.q.shape[2])
+        split = "; heads not split? reshape to (B, L, num_heads, D), layout='blhd'" if dim > 256 else ""
+        readings.append(f"q: one sequence of {_many(heads, 'head')}, {length} long, of {_many(dim, 'element')}{split}")
+    for name in ("mask", "bias"):
+        x = None if extras is None else getattr(extras, name)
+        if x is None:
+            continue
+        if x.ndim > 2:
+            readings.append(f"{name} {x.shape}: (..., query heads, queries, keys)")
+        else:
+            axes = ("queries", "keys")[-x.ndim :]
+            readings.append(f"{name} {x.shape}: ({', '.join(axes)}{',' * (x.ndim == 1)}), the same for all sequences")
+    return readings
 
 
 _COPIED = {
@@ -283,22 +323,20 @@ _COPIED = {
 }
 
 
-def _notes(
-    report: dict[str, Any], given: dict[str, Any], used: dict[str, Array], mask: Any, bias: Any, out: Any, asked: int,
-    index: int,
-) -> list[str]:  # fmt: skip
+def _notes(planned: Planned, given: dict[str, Any], used: dict[str, Array], asked: int, index: int) -> list[str]:
     """Whatever makes the call slower than its shape alone would."""
-    notes = []
+    notes, report, extras = [], planned.report, planned.problem.extras
     for name, x in used.items():
-        if name in given and not isinstance(given[name], np.ndarray):
+        if name != "out" and name in given and not isinstance(given[name], np.ndarray):
             notes.append(f"{name}: a {type(given[name]).__name__}, made an array in every call")
         if found := report[f"obstacles_{name}"]:
             why = " and ".join(words for bit, words in _core.OBSTACLES.items() if found & bit)
             notes.append(f"{name}: {why}; {_COPIED[name]} ({x.dtype}, strides {x.strides})")
-    for name, x in (("mask", mask), ("bias", bias)):
-        if x is not None and (found := _obstacles(x := np.atleast_1d(np.asarray(x)), used["q"])):
+    for name in ("mask", "bias"):
+        x = None if extras is None else getattr(extras, name)
+        if x is not None and (found := _obstacles(x, used["q"])):
             notes.append(f"{name}: {' and '.join(found)}; copied a tile at a time ({x.dtype}, strides {x.strides})")
-    if out is not None and used["out"] is not out:
+    if planned.given_out is not None and not np.shares_memory(used["out"], planned.given_out):
         notes.append("out: may overlap an input, so the result is computed in a temporary array and copied")
     threads, tasks = report["counts"]["threads"], report["counts"]["tasks"]
     rows, vector = report["rows"], report["vector_rows"]

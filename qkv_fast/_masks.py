@@ -35,6 +35,9 @@ class Extras(NamedTuple):
     run_of: Array | None = None  # (sequences + 1,) int64: the first run of each sequence, and their number
     stored: str | None = None  # "int8" or "int4": rows of k and v are bytes, as qkv.h has them; None: their own type
 
+    def with_segments(self, spans: Array, q_ids: Array | None, k_ids: Array | None) -> "Extras":
+        return self._replace(spans=spans, q_ids=q_ids, k_ids=k_ids)
+
     def overlaps(self, out: Array) -> bool:
         """Whether the core would read what it writes. The other arrays are copies."""
         return any(x is not None and np.may_share_memory(out, x) for x in (self.mask, self.bias))
@@ -64,11 +67,14 @@ def check_extras(
     if softcap is not None:
         cap = _check_scale(softcap, where, "softcap")
         if cap <= 0:
-            raise ValueError(f"{where}: softcap must be greater than 0, got {softcap!r}")
+            raise ValueError(f"{where}: softcap must be greater than 0, got {softcap!r}; None is no cap")
     return Extras(mask, bias, slopes=slopes, sinks=sinks, softcap=cap)
 
 
 def _check_mask(where: str, mask: Any) -> Array:
+    if isinstance(mask, str):
+        word = f"; pass causal={mask == 'causal' or mask!r}" if mask in ("causal", "top-left") else ""
+        raise TypeError(f"{where}: mask must be bool, True where a query attends to a key, got {mask!r}{word}")
     given = _as_array("mask", mask, where)
     if given.dtype == bool:
         return np.atleast_1d(given)  # the core looks at the last axis
@@ -90,16 +96,27 @@ def _check_bias(where: str, bias: Any) -> Array:
 
 
 def _check_broadcast(where: str, name: str, x: Array, logits: tuple[int, ...]) -> None:
-    """x broadcasts to all scores and does not enlarge them."""
-    if _fits(x.shape, logits):
+    """x has up to 2 axes, the last of (queries, keys), or as many as the scores, and does not enlarge them. Numbers of
+    axes alone say what an axis is: (sequences, queries, keys) would be (heads, queries, keys) where the sizes agree."""
+    whole = len(logits)
+    if (x.ndim <= 2 or x.ndim == whole) and _fits(x.shape, logits):
         return
-    axes = "(queries, keys)" if len(logits) == 2 else "(..., query heads, queries, keys)"
-    hint = ""
-    if x.ndim > 2 and _fits((*x.shape[:-2], 1, *x.shape[-2:]), logits):
-        hint = f"; for one per sequence pass {name}[{':, None' if x.ndim == 3 else '..., None, :, :'}]"
-    elif x.ndim > 1 and _fits((*x.shape[:-1], 1, 1, x.shape[-1]), logits):  # (sequences, keys)
-        hint = f"; for one row per sequence pass {name}[{':, None, None' if x.ndim == 2 else '..., None, None, :'}]"
-    _fail_shapes(where, f"{name} does not broadcast to {axes} = {logits}{hint}", **{name: x})
+    axes = "(queries, keys)" if whole == 2 else "(..., query heads, queries, keys)"
+    lead = "None, " * (whole - x.ndim - 1)
+    ways_out = []
+    if x.ndim > 2 and x.ndim < whole:
+        if _fits((*x.shape[:-2], 1, *x.shape[-2:]), logits):
+            at = ":, None" if whole == 4 else f"{lead}..., None, :, :"
+            ways_out.append(f"one per sequence: pass {name}[{at}]")
+        if _fits(x.shape, logits):
+            ways_out.append(f"the same for all sequences: pass {name}[{lead}None, ...]")
+    if 1 < x.ndim < whole - 1 and _fits((*x.shape[:-1], 1, 1, x.shape[-1]), logits):  # (sequences, keys)
+        at = ":, None, None" if whole == 4 else f"{lead.removesuffix('None, ')}..., None, None, :"
+        ways_out.append(f"one row per sequence: pass {name}[{at}]")
+    what = f"{name} does not broadcast to {axes} = {logits}"
+    if x.ndim > 2 and x.ndim != whole:
+        what = f"{name} must have 1 or 2 axes, (queries, keys), or all of {axes} = {logits}"
+    _fail_shapes(where, "; ".join([what, *ways_out]), **{name: x})
 
 
 def _fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:

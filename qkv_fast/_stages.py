@@ -2,7 +2,7 @@
 
 import math
 import operator
-from typing import Any
+from typing import Any, Never
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from ._checks import (
     Array,
     _as_array,
     _broadcast,
+    _check_axes,
     _check_layout,
     _check_narrower,
     _check_out,
@@ -19,9 +20,12 @@ from ._checks import (
     _check_type,
     _empty,
     _fail_shapes,
+    _fail_words,
 )
+from ._help import documented
 
 
+@documented
 def scores(
     q: Any,
     k: Any,
@@ -30,25 +34,20 @@ def scores(
     layout: str = "bhld",
     out: Array | None = None,
     num_threads: int | None = None,
+    **words: Never,
 ) -> Array:
     """Scores of every query with every key, ``scale * q @ k.T``.
 
     Parameters
     ----------
-    q : array_like, shape (..., Hq, Lq, D)
-        Queries, float16, bfloat16 (of ml_dtypes), float32 or float64. Or (Lq, D), if k is 2-D as well.
-    k : array_like, shape (..., Hkv, Lk, D)
-        Keys, of q's type or a narrower one; float16 and bfloat16 do not mix. ``Hq`` is a multiple of ``Hkv``; query
-        head h reads key head ``h // (Hq // Hkv)``. The axes left of the heads broadcast.
-    scale : float, optional
-        Any finite number; ``1 / sqrt(D)`` by default (1 for D = 0).
-    layout : {"bhld", "blhd"}, default "bhld"
-        ``"blhd"`` swaps the head and length axes of q and k. The scores are head-first in either.
-    out : ndarray, optional
-        Where to write the result: its exact shape, q's type (or float32 for 16-bit q), any strides. It may overlap an
-        input.
-    num_threads : int, optional
-        Threads for this call; see `get_num_threads` for the default.
+    <q>
+    <k>
+        It has as many axes as q, or 3; those left of the heads broadcast.
+    <scale>
+    <layout>
+        It is that of q and k. The scores are head-first in either.
+    <out>
+    <num_threads>
 
     Returns
     -------
@@ -87,6 +86,8 @@ def scores(
            [ 2.,  0., 10.]])
     """
     where = "scores"
+    if words:
+        _fail_words(where, words)
     q, k = _matrices(where, q=q, k=k)
     heads_first = _check_layout(layout, where)
     if q.shape[-1] != k.shape[-1]:
@@ -104,6 +105,7 @@ def scores(
     return _product(where, q, k, shape, (heads_first, heads_first, True), scale, out, num_threads, like="q")
 
 
+@documented
 def weighted_values(
     p: Any,
     v: Any,
@@ -111,6 +113,7 @@ def weighted_values(
     layout: str = "bhld",
     out: Array | None = None,
     num_threads: int | None = None,
+    **words: Never,
 ) -> Array:
     """Sums of the values with given weights, ``p @ v``.
 
@@ -122,13 +125,10 @@ def weighted_values(
     v : array_like, shape (..., Hkv, Lk, Dv)
         Values, of p's type or a narrower one; float16 and bfloat16 do not mix. ``Hq`` is a multiple of ``Hkv``; weight
         head h reads value head ``h // (Hq // Hkv)``. The axes left of the heads broadcast.
-    layout : {"bhld", "blhd"}, default "bhld"
-        ``"blhd"`` swaps the head and length axes of v and of the result. The weights are head-first in either.
-    out : ndarray, optional
-        Where to write the result: its exact shape, p's type (or float32 for 16-bit p), any strides. It may overlap an
-        input.
-    num_threads : int, optional
-        Threads for this call; see `get_num_threads` for the default.
+    <layout>
+        It is that of v and of the result. The weights are head-first in either.
+    <out>
+    <num_threads>
 
     Returns
     -------
@@ -167,6 +167,8 @@ def weighted_values(
     True
     """
     where = "weighted_values"
+    if words:
+        _fail_words(where, words)
     p, v = _matrices(where, p=p, v=v)
     heads_first = _check_layout(layout, where)
     two = p.ndim == 2
@@ -182,8 +184,15 @@ def weighted_values(
     return _product(where, p, v, shape, (True, heads_first, heads_first), 1.0, out, num_threads, like="p")
 
 
+@documented
 def softmax(
-    x: Any, axis: int = -1, *, mask: Any = None, out: Array | None = None, num_threads: int | None = None
+    x: Any,
+    axis: int = -1,
+    *,
+    mask: Any = None,
+    out: Array | None = None,
+    num_threads: int | None = None,
+    **words: Never,
 ) -> Array:
     """Softmax along one axis, ``exp(x) / exp(x).sum(axis)``, of what the mask lets take part.
 
@@ -195,11 +204,9 @@ def softmax(
         The axis whose elements sum to 1.
     mask : array_like of bool, optional
         Broadcasts to x's shape. True: the element takes part; False: its weight is 0, whatever it is.
-    out : ndarray, optional
-        Where to write the result: x's shape and type (or float32 for 16-bit x), any strides. It may be x itself, or
-        overlap an input.
-    num_threads : int, optional
-        Threads for this call; see `get_num_threads` for the default.
+    <out>
+        It may be x itself.
+    <num_threads>
 
     Returns
     -------
@@ -247,6 +254,8 @@ def softmax(
            [0., 0.]])
     """
     where = "softmax"
+    if words:
+        _fail_words(where, words)
     x = _as_array("x", x, where)
     _check_type(where, "x", x)
     if x.ndim == 0:
@@ -287,8 +296,8 @@ def _matrices(where: str, **given: Any) -> tuple[Array, Array]:
     _check_type(where, name, a)
     _check_type(where, other, b)
     _check_narrower(where, {name: a, other: b})
-    if not a.ndim == b.ndim == 2 and min(a.ndim, b.ndim) < 3:
-        _fail_shapes(where, f"{name}, {other} must have 3 or more axes each, or 2 each", **{name: a, other: b})
+    if not a.ndim == b.ndim == 2:
+        _check_axes(where, **{name: a, other: b})
     return a, b
 
 

@@ -56,12 +56,24 @@ SYSTEM = {
 # file: what it may import of qkv_fast; PUBLIC is whatever has no leading underscore
 PUBLIC = "public"
 IMPORTS = {
+    "tests/attention/test_problem.py": f"{PUBLIC} _runtime _problem _help",  # it adds a verb
     "tests/*.py": f"{PUBLIC} _runtime",
     "bench/*.py": f"{PUBLIC} _runtime",
     "examples/*.py": PUBLIC,
     "qkv_fast/integrations/threadpoolctl.py": f"{PUBLIC} _threadpoolctl",
     "qkv_fast/integrations/*.py": PUBLIC,
     "qkv_fast/plot.py": PUBLIC,
+    "qkv_fast/_help.py": "",
+    "qkv_fast/_checks.py": "_core",
+    "qkv_fast/_masks.py": "_checks",
+    "qkv_fast/_problem.py": "_core _runtime _checks _masks",
+    "qkv_fast/_attention.py": "_problem _checks _help",
+    "qkv_fast/_varlen.py": "_problem _checks _help",
+    "qkv_fast/_stages.py": "_core _runtime _checks _help",
+    "qkv_fast/_merge.py": "_checks _help",
+    "qkv_fast/_explain.py": "_core _runtime _problem _checks _attention",
+    "qkv_fast/cache/*.py": f"{PUBLIC} _core _runtime _problem _checks _masks _merge _help",
+    "qkv_fast/reference/*.py": f"{PUBLIC} _checks _help",  # what positions, masks and shapes mean is its own code
     "qkv_fast/*.py": "*",
 }
 BOUNDARY = "_qkv numpy cpython libc cython"  # what qkv_fast/_core.pyx may cimport or import
@@ -136,6 +148,9 @@ def may_import(name, module):
     if parts[0] != "qkv_fast":
         return True
     allowed = row(IMPORTS, name)
+    own = ".".join(Path(name).parent.parts)  # a folder's files may use what is private in one another
+    if own.count(".") and module.startswith(f"{own}."):
+        return True
     private = [part for part in parts if part.startswith("_") and not part.endswith("__")]
     return allowed == ["*"] or not private or private[0] in allowed
 
@@ -202,6 +217,27 @@ def test_functions_are_declared_where_they_are_defined(name):
 def test_imports(name):
     assert row(IMPORTS, name) is not None, "no row: which layer is this file in?"
     assert not [module for module in imports(CHECKOUT / name) if not may_import(name, module)]
+
+
+def module_of(name):
+    """The module that a Python file is."""
+    parts = Path("qkv_fast", name) if name.startswith("bench/") else Path(name)
+    return ".".join(parts.with_suffix("").parts).removesuffix(".__init__")
+
+
+def test_no_python_module_uses_one_that_uses_it():
+    modules = {module_of(name): name for name in PYTHON_FILES if not name.startswith(("tests/", "examples/"))}
+
+    def target(module):  # of package.module.attribute
+        while module and module not in (*modules, "qkv_fast._core"):
+            module = module.rpartition(".")[0]
+        return module
+
+    graph = {
+        module: {target(found) for found in imports(CHECKOUT / name)} - {"", module} for module, name in modules.items()
+    }
+    assert "qkv_fast._problem" in graph["qkv_fast._attention"] and "qkv_fast.bench.cases" in graph
+    assert find_circles(graph) == []
 
 
 def test_package_imports_no_integration():

@@ -99,6 +99,8 @@ class Attention(OpRun):
         if attn_mask is not None:
             if attn_mask.dtype != bool:
                 attn_mask = attn_mask.astype(wide, copy=False)
+            if attn_mask.ndim == 3:  # (heads, queries, keys)
+                attn_mask = attn_mask[np.newaxis]
             if self.run_params["opsets"][""] > 23:  # since then a shorter mask excludes the keys that it lacks
                 attn_mask = _padded(attn_mask, k.shape[2])
             mask, bias = (attn_mask, None) if attn_mask.dtype == bool else (None, attn_mask)

@@ -110,7 +110,7 @@ def scaled_dot_product_attention(
     if dropout_p != 0:
         _refuse(f"no dropout: dropout_p must be 0, got {dropout_p!r}")
 
-    q, k, v, *masks = map(_as_array, tensors.values())
+    q, k, v, *masks = _with_equal_axes(*map(_as_array, tensors.values()))
     if not q.shape[-3:-2] == k.shape[-3:-2] == v.shape[-3:-2]:
         q, k, v = _share_heads(q, k, v, enable_gqa)
     added: dict[str, Any] = {("mask" if mask.dtype == bool else "bias"): mask for mask in masks}
@@ -145,6 +145,14 @@ def _check(name: str, x: Any, types: tuple[torch.dtype, ...]) -> None:
     if x.dtype not in types:
         allowed = " or ".join(map(str, dict.fromkeys(types)))
         raise TypeError(f"scaled_dot_product_attention: {name} must be {allowed}, got {x.dtype}")
+
+
+def _with_equal_axes(*arrays: Any) -> list[Any]:
+    """torch broadcasts as NumPy does, with axes that are missing on the left; ours does not guess."""
+    axes = max(x.ndim for x in arrays[:3])
+    if axes < 3:
+        return list(arrays)
+    return [x.reshape((1,) * (axes - x.ndim) + x.shape) for x in arrays]
 
 
 def _share_heads(q: Any, k: Any, v: Any, grouped: bool) -> tuple[Any, ...]:

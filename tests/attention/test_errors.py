@@ -310,10 +310,10 @@ def test_sizes_that_overflow(dtype):
     with pytest.raises(OverflowError):
         qkv_fast.attention(q, k, v)  # 2**56 * 1024 elements
     wide = as_strided(x, (2**31, 1, 1, 1, 8), (0, 0, 0, 0, size))
-    deep = as_strided(x, (2**31, 1, 1, 8), (0, 0, 0, size))
+    deep = as_strided(x, (1, 2**31, 1, 1, 8), (0, 0, 0, 0, size))
     with pytest.raises(OverflowError):
         qkv_fast.attention(wide, deep, deep)  # 2**62 sequences of 8 elements
-    deeper = as_strided(x, (2**33, 1, 1, 8), (0, 0, 0, size))
+    deeper = as_strided(x, (1, 2**33, 1, 1, 8), (0, 0, 0, 0, size))
     with pytest.raises(OverflowError):
         qkv_fast.attention(wide, deeper, deeper)  # 2**64 sequences
 

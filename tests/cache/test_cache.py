@@ -63,7 +63,7 @@ def test_ring_with_everything(keep):
     """Masks and biases count tokens from the first, whatever the ring has forgotten."""
     q, k, v = qkv(3, batch=(2,), heads=(4, 2), lengths=(4, 400), dims=(8, 8))
     rng = np.random.default_rng(0)
-    mask, bias = rng.random((2, 1, 4, 400)) < 0.8, normal(rng, (4, 4, 400))
+    mask, bias = rng.random((2, 1, 4, 400)) < 0.8, normal(rng, (1, 4, 4, 400))
     options = dict(mask=mask, bias=bias, alibi_slopes=[0.1, 0.2, 0.3, 0.4], sinks=[0.5, 1, -np.inf, 2], softcap=5.0)
     cache = KVCache(2, 2, 8, 40, window=30, keep=keep)
     for t in range(0, 400, 8):

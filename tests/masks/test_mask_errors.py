@@ -98,9 +98,9 @@ def test_one_per_sequence():
     q, k, v = (x.reshape(1, 2, *x.shape[1:]) for x in arrays())
     for shape in ((1, 2, 5, 9), (2, 5, 9)):
         mask = np.ones(shape, bool)
-        hint = "mask[..., None, :, :" if len(shape) > 3 else "mask[:, None"
-        says(ValueError, lambda mask=mask: qkv_fast.attention(q, k, v, mask=mask), hint)
-        qkv_fast.attention(q, k, v, mask=mask[..., None, :, :])
+        hint = "mask[..., None, :, :" if len(shape) > 3 else "mask[None, ..., None, :, :"
+        says(ValueError, lambda mask=mask, hint=hint: qkv_fast.attention(q, k, v, mask=mask), hint)
+        qkv_fast.attention(q, k, v, mask=mask.reshape(1, 2, 1, 5, 9))
 
 
 def test_padding_of_keys():

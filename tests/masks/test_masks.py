@@ -146,7 +146,7 @@ def test_kv_lengths_with_positions(dtype):
 def test_batch_axes_of_limits(dtype):
     """Limits broadcast to the batch, also where the batch axes come from v alone."""
     rng = np.random.default_rng(8)
-    q, k = normal(rng, (2, 5, 8), dtype), normal(rng, (2, 9, 8), dtype)
+    q, k = normal(rng, (1, 1, 2, 5, 8), dtype), normal(rng, (2, 9, 8), dtype)
     v = normal(rng, (3, 2, 2, 9, 4), dtype)
     for lengths in ([9, 6], [[9], [8], [7]], [[9, 5], [6, 9], [7, 8]], 7):
         check(q, k, v, kv_lengths=lengths)

@@ -16,13 +16,13 @@ def of_each_kind(rng, batch, heads, lq, lk, dtype):
     """One of what explain has to look at, or to leave alone."""
     ids = tuple(rng.integers(0, 4, (batch, n)) for n in (lq, lk))
     document = np.arange(lq)[:, None] * lk // (lq * 70 + 1) == np.arange(lk) // 70
-    mask = rng.random((heads, lq, lk)) < 0.5
+    mask = rng.random((1, heads, lq, lk)) < 0.5
     return {
         "mask": dict(mask=mask),
         "documents": dict(mask=document),
         "nothing": dict(mask=np.zeros((lq, lk), bool)),
-        "everything": dict(mask=np.ones((heads, 1, lk), bool)),
-        "one row": dict(mask=mask[0, 0]),
+        "everything": dict(mask=np.ones((1, heads, 1, lk), bool)),
+        "one row": dict(mask=mask[0, 0, 0]),
         "transposed": dict(mask=np.asfortranarray(mask)),
         "segments": dict(segments=ids),
         "sorted segments": dict(segments=tuple(np.sort(x, axis=-1) for x in ids)),

@@ -164,4 +164,4 @@ def test_sizes():
         qkv_fast.softmax(as_strided(x, (2**44, 8), (0, 4)))
     with pytest.raises(OverflowError, match="scores"):
         wide = as_strided(x, (2**31, 1, 1, 1, 8), (0, 0, 0, 0, 4))
-        qkv_fast.scores(wide, as_strided(x, (2**33, 1, 1, 8), (0, 0, 0, 4)))
+        qkv_fast.scores(wide, as_strided(x, (1, 2**33, 1, 1, 8), (0, 0, 0, 0, 4)))

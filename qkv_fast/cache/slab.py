@@ -1,20 +1,21 @@
 """KVCache: the keys and values of a batch of growing sequences, in memory or in a file, and attention over them.
 
-One slab of (batch, kv_heads, capacity, dim), written once, or a ring of as many rows (_ring.py).
+One slab of (batch, kv_heads, capacity, dim), written once, or a ring of as many rows (ring.py).
 """
 
 import contextlib
 import os
 import sys
-from typing import Any, Self
+from typing import Any, Never, Self
 
 import numpy as np
 
-from . import _cache_attend, _cache_files, _cache_types
-from ._cache_attend import Keys, Tokens
-from ._cache_files import Geometry, Store
-from ._checks import Array, _as_array, _per_sequence
-from ._ring import Ring
+from .._checks import Array, _as_array, _per_sequence
+from .._help import documented
+from . import files, types
+from .attend import Keys, Tokens, attend_newest, check_tokens
+from .files import Geometry, Store
+from .ring import Ring
 
 
 class KVCache:
@@ -116,13 +117,13 @@ class KVCache:
         path: str | os.PathLike[str] | None = None,
     ) -> None:
         where = "KVCache"
-        form = _cache_types.check_form(where, kv_heads, head_dim, value_dim, dtype)
-        batch = _cache_types.count(where, "batch", batch)
-        capacity = _cache_types.count(where, "capacity", capacity)
-        keep = _cache_types.count(where, "keep", keep, 0)
+        form = types.check_form(where, kv_heads, head_dim, value_dim, dtype)
+        batch = types.count(where, "batch", batch)
+        capacity = types.count(where, "capacity", capacity)
+        keep = types.count(where, "keep", keep, 0)
         if window is None and keep:
             raise ValueError(f"{where}: keep is for a ring, which takes window as well (keep={keep})")
-        reach = -1 if window is None else _cache_types.count(where, "window", window, 0)
+        reach = -1 if window is None else types.count(where, "window", window, 0)
         if capacity - keep <= reach:
             given = f"capacity={capacity}, keep={keep}, window={window}"
             raise ValueError(f"{where}: capacity must be more than keep + window: the window and the token ({given})")
@@ -135,7 +136,7 @@ class KVCache:
         if geometry.places()[3] > sys.maxsize:
             raise OverflowError(f"{where}: no file is as large as a cache of {geometry}")
         if not os.path.exists(path):
-            with contextlib.suppress(FileExistsError), _cache_files.creating(path, geometry, over=False):
+            with contextlib.suppress(FileExistsError), files.creating(path, geometry, over=False):
                 pass
         store = Store(where, path, True)
         if store.geometry != geometry:
@@ -250,20 +251,17 @@ class KVCache:
             f"dtype={form.name!r}{ring}, lengths={self._lengths.tolist()})"
         )
 
+    @documented
     def append(self, k: Any, v: Any, *, lengths: Any = None, layout: str = "bhld") -> None:
         """Add tokens to the ends of the sequences.
 
         Parameters
         ----------
-        k : array_like, shape (batch, kv_heads, L, head_dim)
-            Keys of L tokens per sequence, of the cache's type, float32 or narrower (lists become float64); of any type
-            that `attention` takes for int8 and int4. What a narrower type cannot hold becomes infinite in it.
-        v : array_like, shape (batch, kv_heads, L, value_dim)
-            Their values.
-        lengths : int or array_like of int, optional
-            How many of the L tokens each sequence gets: its first ones. All by default.
-        layout : {"bhld", "blhd"}, default "bhld"
-            ``"blhd"``: k and v are (batch, L, kv_heads, dim).
+        <new_k>
+        <new_v>
+        <new_lengths>
+        <layout>
+            It is that of k and v.
 
         Raises
         ------
@@ -289,7 +287,7 @@ class KVCache:
         """
         where = "KVCache.append"
         geometry = self._geometry
-        k, v, n, counts = _cache_attend.check_tokens(where, geometry.form, geometry.batch, k, v, lengths, layout)
+        k, v, n, counts = check_tokens(where, geometry.form, geometry.batch, k, v, lengths, layout)
         if self._store is not None:
             self._store.check_writable(where)
         if geometry.window >= 0 and (np.may_share_memory(k, self._k) or np.may_share_memory(v, self._v)):
@@ -323,6 +321,7 @@ class KVCache:
             for to, x in ((to_k, k), (to_v, v)):
                 self._geometry.form.write(to[:, :, row : row + many], x if many == n else x[:, :, t : t + many])
 
+    @documented
     def attend(
         self,
         q: Any,
@@ -340,6 +339,7 @@ class KVCache:
         return_lse: bool = False,
         out: Array | None = None,
         num_threads: int | None = None,
+        **words: Never,
     ) -> Any:
         """Attention of the newest tokens' queries over all that is stored.
 
@@ -347,27 +347,24 @@ class KVCache:
 
         Parameters
         ----------
-        q : array_like, shape (batch, Hq, L, head_dim)
-            Queries, of the cache's type or a wider one, any for int8 and int4; ``Hq`` is a multiple of the key heads.
-        lengths : int or array_like of int, optional
-            How many of the L queries each sequence has, where they differ: its first ones, at its last tokens. The
-            results of the others are 0. (The bits are then those of a call with L queries, not of one with fewer.)
-        mask, bias : array_like, optional
-            Broadcast against (batch, Hq, L, tokens of the longest sequence).
-        causal : bool, default True
-            A query sees no token after its own.
-        window : int or (left, right), optional
+        <newest_q>
+        <newest_lengths>
+        <mask>
+            Here Lq is L, and Lk the tokens of the longest sequence.
+        <bias>
+        <causal>
+            Here True by default, and not "top-left": a query sees no token after its own.
+        <window>
             For a ring: not further to the left than its own window, which is the default.
-        alibi_slopes, sinks, softcap, scale : optional
-            As in `attention`.
-        layout : {"bhld", "blhd"}, default "bhld"
-            ``"blhd"``: q and the result are (batch, L, Hq, dim).
-        return_lse : bool, default False
-            Return the natural log-sum-exp of each row's scores as well.
-        out : ndarray, optional
-            Where to write the result: its exact shape, q's type.
-        num_threads : int, optional
-            Threads for this call.
+        <alibi_slopes>
+        <sinks>
+        <softcap>
+        <scale>
+        <layout>
+            It is that of q and the result.
+        <return_lse>
+        <out>
+        <num_threads>
 
         Returns
         -------
@@ -397,11 +394,12 @@ class KVCache:
         (1, 8, 1, 64)
         """
         _, _, reach, keep, form = self._geometry
-        return _cache_attend.attend(
+        return attend_newest(
             "KVCache.attend", form, Tokens(self._lengths, self._least, self._most), self._find,
             None if reach < 0 else reach, keep, q,
             lengths=lengths, mask=mask, bias=bias, causal=causal, window=window, alibi_slopes=alibi_slopes, sinks=sinks,
             softcap=softcap, scale=scale, layout=layout, return_lse=return_lse, out=out, num_threads=num_threads,
+            words=words,
         )  # fmt: skip
 
     def _find(self, left: int | None, queries: Any, join: bool) -> Keys:
@@ -625,8 +623,8 @@ class KVCache:
             self._store.check_writable("KVCache.save")
             self.flush()
             return
-        _cache_files.check_free("KVCache.save", path)
-        with _cache_files.creating(path, self._geometry, over=True) as new:
+        files.check_free("KVCache.save", path)
+        with files.creating(path, self._geometry, over=True) as new:
             store = Store("KVCache.save", new, True)
             store.k[:, :, rows], store.v[:, :, rows] = self._k[:, :, rows], self._v[:, :, rows]
             store.commit(self._lengths, reach)

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import _cache_types, _core
-from ._cache_types import Form
-from ._checks import Array
+from .. import _core
+from .._checks import Array
+from . import types
+from .types import Form
 
 try:
     import fcntl
@@ -222,12 +223,12 @@ def _read_headers(where: str, path: Any, file: Any) -> tuple[Geometry, Array, Ar
     if not whole:
         raise fail("is damaged or truncated: neither of its headers is whole")
     commit, name, batch, (heads, dim, dim_v, capacity, window, keep), tables = max(whole)
-    types = {_type_name(known): known for known in _cache_types.NAMES}
-    if name not in types:
-        known = ", ".join(_cache_types.NAMES)
+    named = {_type_name(known): known for known in types.NAMES}
+    if name not in named:
+        known = ", ".join(types.NAMES)
         held = name.decode("ascii", "replace")
         raise fail(f"holds {held} (l or b: byte order), this machine and version read {known}")
-    form = _cache_types.make_form(where, heads, dim, dim_v, types[name])
+    form = types.make_form(where, heads, dim, dim_v, named[name])
     geometry = Geometry(batch, capacity, window, keep, form)
     if not geometry.is_possible():
         raise fail(f"is damaged: there is no cache of {geometry}")

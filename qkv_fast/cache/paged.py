@@ -6,13 +6,14 @@ well copies it first.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Never
 
 import numpy as np
 
-from . import _cache_attend, _cache_types
-from ._cache_attend import Keys, Tokens
-from ._checks import Array, _index
+from .._checks import Array, _index
+from .._help import documented
+from . import types
+from .attend import Keys, Tokens, attend_newest, check_tokens
 
 
 class PagedKVCache:
@@ -90,9 +91,9 @@ class PagedKVCache:
         dtype: Any = "float32",
     ) -> None:
         where = "PagedKVCache"
-        self._form = form = _cache_types.check_form(where, kv_heads, head_dim, value_dim, dtype)
+        self._form = form = types.check_form(where, kv_heads, head_dim, value_dim, dtype)
         pages, self._size = (
-            _cache_types.count(where, name, n) for name, n in (("pages", pages), ("page_size", page_size))
+            types.count(where, name, n) for name, n in (("pages", pages), ("page_size", page_size))
         )
         try:
             self._k, self._v = form.empty(form.kv_heads, pages * self._size)
@@ -241,7 +242,7 @@ class PagedKVCache:
         return made
 
     def _check_length(self, where: str, sequence: int, n: Any) -> int:
-        stay = _cache_types.count(where, "n", n, 0)
+        stay = types.count(where, "n", n, 0)
         if stay > self._lengths[sequence]:
             raise ValueError(f"{where}: n must be in 0..{self._lengths[sequence]} for sequence {sequence}, got {stay}")
         return stay
@@ -305,6 +306,7 @@ class PagedKVCache:
         self.truncate(sequence, 0)
         del self._pages[sequence], self._lengths[sequence]
 
+    @documented
     def append(self, sequences: Sequence[int], k: Any, v: Any, *, lengths: Any = None, layout: str = "bhld") -> None:
         """Add tokens to the ends of some sequences.
 
@@ -312,15 +314,12 @@ class PagedKVCache:
         ----------
         sequences : sequence of int
             Their numbers, each once.
-        k : array_like, shape (len(sequences), kv_heads, L, head_dim)
-            Keys of L tokens per sequence, of the cache's type, float32 or narrower (lists become float64); of any type
-            that `attention` takes for int8 and int4. What a narrower type cannot hold becomes infinite in it.
-        v : array_like, shape (len(sequences), kv_heads, L, value_dim)
-            Their values.
-        lengths : int or array_like of int, optional
-            How many of the L tokens each sequence gets: its first ones. All by default.
-        layout : {"bhld", "blhd"}, default "bhld"
-            ``"blhd"``: k and v are (sequences, L, kv_heads, dim).
+        <new_k>
+            The batch is that of `sequences`.
+        <new_v>
+        <new_lengths>
+        <layout>
+            It is that of k and v.
 
         Raises
         ------
@@ -342,7 +341,7 @@ class PagedKVCache:
         chosen = self._check(where, sequences)
         if len(set(chosen)) < len(chosen):
             raise ValueError(f"{where}: sequences must be different ones, got {chosen}")
-        k, v, n, counts = _cache_attend.check_tokens(where, self._form, len(chosen), k, v, lengths, layout)
+        k, v, n, counts = check_tokens(where, self._form, len(chosen), k, v, lengths, layout)
         many = [n] * len(chosen) if counts is None else counts.tolist()
         needed = self._count_needed(chosen, many)
         if needed > len(self._free):
@@ -393,6 +392,7 @@ class PagedKVCache:
         pages[i] = page
         return page
 
+    @documented
     def attend(
         self,
         sequences: Sequence[int],
@@ -411,6 +411,7 @@ class PagedKVCache:
         return_lse: bool = False,
         out: Array | None = None,
         num_threads: int | None = None,
+        **words: Never,
     ) -> Any:
         """Attention of the newest tokens' queries over all that is stored of some sequences.
 
@@ -420,25 +421,24 @@ class PagedKVCache:
         ----------
         sequences : sequence of int
             Their numbers, at least one.
-        q : array_like, shape (len(sequences), Hq, L, head_dim)
-            Queries, of the cache's type or a wider one, any for int8 and int4; ``Hq`` is a multiple of the key heads.
-        lengths : int or array_like of int, optional
-            How many of the L queries each sequence has, where they differ: its first ones, at its last tokens. The
-            results of the others are 0. (The bits are then those of a call with L queries, not of one with fewer.)
-        mask, bias : array_like, optional
-            Broadcast against (len(sequences), Hq, L, tokens of the longest).
-        causal : bool, default True
-            A query sees no token after its own.
-        window, alibi_slopes, sinks, softcap, scale : optional
-            As in `attention`.
-        layout : {"bhld", "blhd"}, default "bhld"
-            ``"blhd"``: q and the result are (sequences, L, Hq, dim).
-        return_lse : bool, default False
-            Return the natural log-sum-exp of each row's scores as well.
-        out : ndarray, optional
-            Where to write the result: its exact shape, q's type.
-        num_threads : int, optional
-            Threads for this call.
+        <newest_q>
+            Here the batch is that of `sequences`.
+        <newest_lengths>
+        <mask>
+            Here Lq is L, and Lk the tokens of the longest sequence.
+        <bias>
+        <causal>
+            Here True by default, and not "top-left": a query sees no token after its own.
+        <window>
+        <alibi_slopes>
+        <sinks>
+        <softcap>
+        <scale>
+        <layout>
+            It is that of q and the result.
+        <return_lse>
+        <out>
+        <num_threads>
 
         Returns
         -------
@@ -472,10 +472,11 @@ class PagedKVCache:
         held = [self._lengths[s] for s in chosen]
         tokens = Tokens(np.array(held, np.int64), min(held), max(held))
         tables = [self._pages[s] for s in chosen]
-        return _cache_attend.attend(
+        return attend_newest(
             where, self._form, tokens, lambda *_: self._find(tables), None, 0, q,
             lengths=lengths, mask=mask, bias=bias, causal=causal, window=window, alibi_slopes=alibi_slopes, sinks=sinks,
             softcap=softcap, scale=scale, layout=layout, return_lse=return_lse, out=out, num_threads=num_threads,
+            words=words,
         )  # fmt: skip
 
     def _find(self, tables: list[list[int]]) -> Keys:

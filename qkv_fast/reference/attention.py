@@ -5,15 +5,16 @@ head. What `qkv_fast.attention` computes in tiles, this computes in the open and
 error measured against it is the error of the fast code.
 """
 
-from typing import Any
+from typing import Any, Never
 
 import numpy as np
 
-from ._reference_stages import _widened, scores, softmax, weighted_values
+from .._checks import _as_array, _check_type, _fail_words
+from .._help import documented
+from .stages import _widened
 
-__all__ = ["attention", "attention_varlen", "scores", "softmax", "weighted_values"]
 
-
+@documented
 def attention(
     q: Any,
     k: Any,
@@ -32,6 +33,7 @@ def attention(
     scale: float | None = None,
     layout: str = "bhld",
     return_lse: bool = False,
+    **words: Never,
 ) -> Any:
     """Scaled dot-product attention, ``softmax(scale * q @ k.T) @ v`` over the visible keys.
 
@@ -46,43 +48,23 @@ def attention(
 
     Parameters
     ----------
-    q : array_like, shape (..., Hq, Lq, D)
-        Queries. Arrays of shape (L, D) are one head without a head axis; then all three must be 2-D.
-    k : array_like, shape (..., Hkv, Lk, D)
-        Keys. ``Hq`` is a multiple of ``Hkv``; query head h reads key head ``h // (Hq // Hkv)`` (grouped
-        queries).
-    v : array_like, shape (..., Hkv, Lk, Dv)
-        Values. The axes left of the heads broadcast among q, k and v; the head axis does not.
-    mask : array_like of bool, optional
-        True where a query may attend to a key. Broadcasts to (..., Hq, Lq, Lk), or (Lq, Lk) for 2-D arrays.
-    bias : array_like, optional
-        Added to the scores, after `scale` and `softcap`; -inf excludes. Broadcasts as `mask` does.
-    causal : bool or "top-left", default False
-        Exclude keys after the query's position. "top-left" also sets ``q_offset`` to 0.
-    window : None, int or (left, right), optional
-        Keep keys at most `left` before and at most `right` after the query's position, both inclusive; None
-        leaves a side open. An int w is (w, w), or (w, 0) when causal: a causal w sees w + 1 keys.
-    q_offset : int or array_like of int, optional
-        Query i has the position ``i + q_offset``; one offset, or one per sequence (it broadcasts to the batch
-        axes). By default query i has the position ``i + n - Lq`` with n = `kv_lengths` or Lk: the last query
-        sees the last key.
-    kv_lengths : int or array_like of int, optional
-        Number of valid keys, one for all or one per sequence; later keys are excluded.
-    segments : (q_ids, k_ids), optional
-        Integers of shapes (..., Lq) and (..., Lk), with leading axes that broadcast to those left of the heads; a query
-        may attend to keys with its own id.
-    alibi_slopes : array_like, shape (Hq,), optional
-        Per query head: subtracts the slope times the distance of the key from the query's position.
-    sinks : array_like, shape (Hq,), optional
-        Per query head: one more logit in the sum, as of a key without a value; finite or -inf.
-    softcap : float, optional
-        Largest absolute score, before anything is added to it.
-    scale : float, optional
-        Factor of the scores; 1 / sqrt(D) by default, and 1 for D = 0.
-    layout : "bhld" or "blhd", default "bhld"
-        "blhd" swaps the head and length axes of q, k, v and the output; the log-sum-exp stays (..., Hq, Lq).
-    return_lse : bool, default False
-        Return the log-sum-exp too.
+    <q>
+    <k>
+    <v>
+    <mask>
+    <bias>
+    <causal>
+    <window>
+    <q_offset>
+    <kv_lengths>
+    <segments>
+    <alibi_slopes>
+    <sinks>
+    <softcap>
+    <scale>
+    <layout>
+        It is that of q, k, v and the output; the log-sum-exp stays (..., Hq, Lq).
+    <return_lse>
 
     Returns
     -------
@@ -94,6 +76,8 @@ def attention(
 
     Raises
     ------
+    TypeError
+        Arrays that `qkv_fast.attention` does not take.
     ValueError
         Shapes that do not fit, an unknown `causal` or `layout`, a negative window or a length outside 0..Lk,
         ``causal="top-left"`` with a `q_offset`, and the call with two readings: `kv_lengths` and positions
@@ -128,7 +112,12 @@ def attention(
     array([[10.,  1.],
            [15.,  2.]])
     """
-    q, k, v = np.asarray(q), np.asarray(k), np.asarray(v)
+    where = "reference.attention"
+    if words:
+        _fail_words(where, words)
+    q, k, v = _as_array("q", q, where), _as_array("k", k, where), _as_array("v", v, where)
+    for name, x in (("q", q), ("k", k), ("v", v)):  # of any types beside one another: it is what caches are held to
+        _check_type(where, name, x)
     shapes = f"q.shape={q.shape}, k.shape={k.shape}, v.shape={v.shape}"
     q, k, v = _widened(q, k, v)
     wide = q.dtype.type
@@ -138,6 +127,8 @@ def attention(
         q, k, v = q[np.newaxis], k[np.newaxis], v[np.newaxis]
     elif min(q.ndim, k.ndim, v.ndim) < 3:
         raise ValueError(f"q, k, v: expected three 2-D arrays or three of at least 3 dimensions ({shapes})")
+    elif not {k.ndim, v.ndim} <= {3, q.ndim}:
+        raise ValueError(f"k, v: expected as many dimensions as q has, or 3 ({shapes})")
     elif layout not in ("bhld", "blhd"):
         raise ValueError(f"layout: expected 'bhld' or 'blhd', got {layout!r}")
     elif layout == "blhd":
@@ -158,6 +149,9 @@ def attention(
     positions = q_offset, kv_lengths
     visible = _visible(batch, q_count, key_count, causal, window, *positions, segments)  # batch + (1, Lq, Lk)
     logits = (q_count, key_count) if no_heads else (*batch, q_heads, q_count, key_count)
+    for name, x in (("mask", mask), ("bias", bias)):
+        if x is not None and np.ndim(x) > 2 and np.ndim(x) != len(logits):
+            raise ValueError(f"{name}: expected at most 2 dimensions or {len(logits)}, got shape {np.shape(x)}")
     if mask is not None:
         visible = visible & (np.broadcast_to(mask, logits) != 0)
     with np.errstate(all="ignore"):  # NaN and infinity are legal input, and excluded scores may be either
@@ -245,6 +239,8 @@ def attention_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: An
         rows, keys = slice(*q_starts[b : b + 2]), slice(*k_starts[b : b + 2])
         for name in ("mask", "bias"):
             if own.get(name) is not None:
+                if 2 < np.ndim(own[name]) < 4:
+                    raise ValueError(f"{name}: expected at most 2 dimensions or 4, got shape {np.shape(own[name])}")
                 own[name] = np.broadcast_to(own[name], logits)[b, :, : q_count[b], : key_count[b]]
         for name in ("q_offset", "kv_lengths"):
             if own.get(name) is not None:

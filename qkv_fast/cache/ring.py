@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ._checks import Array
+from .._checks import Array
 
 _BLOCK = 1024  # keys, at most, that the core fetches together: those of a block before the window need a place too
 

@@ -9,25 +9,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import _core, _masks, _runtime
-from ._attention import merge_partials
-from ._cache_types import Form
-from ._checks import (
+from .. import _core, _problem
+from .._checks import (
     _FLOAT32,
     _FLOAT64,
     Array,
     _arithmetic,
     _as_array,
     _check_layout,
-    _check_narrower,
     _check_out,
-    _check_positions,
-    _check_scale,
     _check_type,
     _empty,
     _fail_shapes,
     _per_sequence,
 )
+from .._masks import Extras
+from .._merge import merge_partials
+from .types import Form
 
 
 class Keys(NamedTuple):
@@ -82,7 +80,7 @@ def check_counts(where: str, lengths: Any, batch: int, most: int, of: str) -> Ar
     return counts
 
 
-def attend(
+def attend_newest(
     where: str,
     form: Form,
     tokens: Tokens,
@@ -104,91 +102,71 @@ def attend(
     return_lse: bool,
     out: Array | None,
     num_threads: int | None,
+    words: dict[str, Any],
 ) -> Any:
-    """Attention of q over the cache.
+    """Attention of the queries of the newest tokens over the cache.
 
     `find(left, queries, join)` says where the keys from `left` (None: all) before the first query on lie, `queries`
     being their number, one or per sequence. A ring has a `limit` to the left and may `keep` its first keys beyond it;
     with `join` its positions do not matter.
     """
-    if type(q) is not np.ndarray:
-        q = _as_array("q", q, where)
-    if form.stored:
-        _check_type(where, "q", q)
-    elif q.dtype != form.dtype:
-        _check_type(where, "q", q)
-        _check_narrower(where, {"q": q, "the cache": np.empty(0, form.dtype)})
-    if layout != "bhld" and not _check_layout(layout, where) and q.ndim == 4:
-        q = q.swapaxes(1, 2)
     batch = len(tokens.lengths)
-    if q.ndim != 4 or q.shape[0] != batch or q.shape[1] % form.kv_heads or q.shape[3] != form.dim:
-        fits = f"({batch}, a multiple of {form.kv_heads}, queries, {form.dim})"
-        _fail_shapes(where, f"q must be of shape {fits}, heads first", q=q)
-    _, heads, len_q, dim = q.shape
-    scale = dim**-0.5 if scale is None else _check_scale(scale, where)
-
-    left: int | None = None
-    right: int | None = 0
-    if causal is not True or window is not None:
-        if isinstance(causal, str):
-            raise ValueError(f"{where}: causal must be True or False, got {causal!r}")
-        left, right, _ = _check_positions(where, causal, window, None)
+    p = _problem.check_newest(
+        where, q, batch, form.kv_heads, form.dim, form.dim_v, form.dtype, form.stored, tokens.most, mask, bias, causal,
+        window, alibi_slopes, sinks, softcap, scale, layout, num_threads, words,
+    )  # fmt: skip
+    len_q = p.rows[2]
     if limit is not None:
-        if window is not None and (left is None or left > limit):
-            raise ValueError(f"{where}: window reaches {left} back, the cache keeps {limit} (window={window!r})")
-        left = limit if window is None else left
-    counts = offsets = None
+        if window is not None and (p.left is None or p.left > limit):
+            raise ValueError(f"{where}: window reaches {p.left} back, the cache keeps {limit} (window={window!r})")
+        p.left = limit if window is None else p.left
+    counts = None
     if lengths is not None:
         counts = check_counts(where, lengths, batch, len_q, "queries")
-        offsets = tokens.lengths - counts
+        p.offsets = tokens.lengths - counts
     queries = len_q if counts is None else counts
-    positions = left is not None or right is not None or alibi_slopes is not None
+    positions = p.left is not None or p.right is not None or alibi_slopes is not None
     if tokens.least < len_q and positions and np.any(short := (tokens.lengths > 0) & (tokens.lengths < queries)):
         at = int(np.argmax(short))
         given = f"{np.broadcast_to(queries, batch)[at]} queries, of which sequence {at} has {tokens.lengths[at]} tokens"
         raise ValueError(f"{where}: the queries are the newest tokens: append these first ({given})")
 
-    extras = _masks.Extras(stored=form.stored) if form.stored else None
-    if not (mask is bias is alibi_slopes is sinks is softcap is None):
-        logits = (batch, heads, len_q, tokens.most)
-        extras = _masks.check_extras(where, logits, heads, mask, bias, alibi_slopes, sinks, softcap)
-        extras = extras._replace(stored=form.stored)
-    threads, isa, counters = _runtime.current()
-    if num_threads is not None:
-        threads = _runtime.check_threads(num_threads, f"{where}: num_threads")
-    number = q.dtype.num
-    shape = (batch, heads, len_q, form.dim_v) if layout == "bhld" else (batch, len_q, heads, form.dim_v)
-    result = _empty(shape, number, where) if out is None else _check_out(out, shape, number, where)
-    view = target = result if layout == "bhld" else result.swapaxes(1, 2)
-    wide = _arithmetic(number)  # of the arithmetic
-
-    apart = min(keep, tokens.most) if left is not None and tokens.most - 1 > left else 0  # kept keys beyond the window
+    result = _empty(p.shape, p.number, where) if out is None else _check_out(out, p.shape, p.number, where)
+    view = target = result if p.heads_first else result.swapaxes(1, 2)
+    p.heads_first = True
+    wide = _arithmetic(p.number)
+    apart = min(keep, tokens.most) if p.left is not None and tokens.most - 1 > p.left else 0  # kept, beyond the window
     join = apart > 0 and len_q == 1 and (counts is mask is bias is alibi_slopes is None)
-    keys = find(left, queries, join)
+    keys = find(p.left, queries, join)
+    p.k, p.v = keys.k, keys.v
     if keys.seen is not None:
         tokens = Tokens(keys.seen, 0, int(keys.seen.max()))
-        left = right = None
+        p.left = p.right = None
         apart = 0
-    if apart and number != wide:
-        target = _empty(view.shape, wide, where)  # rounded once, when both parts are there
-    elif out is not None and (np.may_share_memory(out, q) or (extras and extras.overlaps(out))):
-        target = _empty(view.shape, out.dtype.num, where)
-    lse = _empty((batch, heads, len_q), wide, where) if return_lse or apart else None
+    if apart and p.number != wide:
+        target = _empty(p.rows + view.shape[3:], wide, where)  # rounded once, when both parts are there
+    elif out is not None and (np.may_share_memory(out, p.q) or (p.extras and p.extras.overlaps(out))):
+        target = _empty(p.rows + view.shape[3:], out.dtype.num, where)
+    lse = _empty(p.rows, wide, where) if return_lse or apart else None
+    plans = []
     if counts is not None or apart:
         spans = np.zeros((batch, len_q, 2), np.int64)  # nothing for a row beyond the sequence's queries
         spans[..., 1] = np.where(np.arange(len_q) < np.reshape(queries, (-1, 1)), tokens.most, 0)
-        extras = (extras or _masks.Extras())._replace(spans=spans)
+        p.extras = (p.extras or Extras())._replace(spans=spans)
         if apart:
             first = np.empty_like(target), np.empty_like(lse)
-            _see_kept(tokens, keys, apart, q, *first, scale, right, queries, extras, threads, isa, counters)
+            plans.append(_see_kept(p, tokens.lengths, queries, apart, *first))
             spans[..., 0] = apart
-            extras = extras._replace(sinks=None)  # the first has them
+            p.extras = p.extras._replace(sinks=None)  # the first has them
     if keys.runs is not None:
-        extras = (extras or _masks.Extras())._replace(runs=keys.runs, run_of=keys.run_of, longest_k=tokens.most)
-    held = None if keys.runs is None and tokens.least == tokens.most else tokens.lengths
-    _core.forward(
-        q, keys.k, keys.v, target, lse, True, scale, left, right, offsets, held, threads, isa, counters, extras
-    )  # fmt: skip
+        p.extras = (p.extras or Extras())._replace(runs=keys.runs, run_of=keys.run_of, longest_k=tokens.most)
+    if keys.runs is not None or tokens.least != tokens.most:
+        p.lengths = tokens.lengths
+    report = _core.forward(p, target, lse)
+    if report is not None:
+        planned = _problem.Planned(p, report, view, out)
+        planned.also += plans
+        return planned
     if apart:
         target[...], lse = merge_partials([first[0], target], [first[1], lse])
     if target is not view:
@@ -197,13 +175,11 @@ def attend(
     return (result, lse) if return_lse else result
 
 
-def _see_kept(
-    tokens: Tokens, keys: Keys, n: int, q: Array, out: Array, lse: Array, scale: float, right: int | None, queries: Any,
-    extras: _masks.Extras, threads: int, isa: int, counters: Any,
-) -> None:  # fmt: skip
-    """Attention of q over the first n keys alone, whatever the window, into out and lse."""
-    cut = {name: x[..., :n] for name in ("mask", "bias") if (x := getattr(extras, name)) is not None}
-    _core.forward(
-        q, keys.k[:, :, :n], keys.v[:, :, :n], out, lse, True, scale, None, right, tokens.lengths - queries,
-        np.minimum(tokens.lengths, n), threads, isa, counters, extras._replace(**cut),
+def _see_kept(p: _core.Problem, lengths: Array, queries: Any, n: int, out: Array, lse: Array | None) -> Any:
+    """Attention over the first n keys alone, whatever the window, into out and lse."""
+    cut = {name: x[..., :n] for name in ("mask", "bias") if (x := getattr(p.extras, name)) is not None}
+    kept = _core.Problem(
+        p.where, p.q, p.k[:, :, :n], p.v[:, :, :n], True, p.shape, p.rows, p.scale, None, p.right, lengths - queries,
+        np.minimum(lengths, n), p.extras._replace(**cut), p.threads, p.isa, p.counters,
     )  # fmt: skip
+    return _core.forward(kept, out, lse)

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import _core, _runtime
-from ._checks import Array, _index, _is_known
+from .. import _core, _runtime
+from .._checks import Array, _index, _is_known
 
 _BYTES = {"int8": lambda dim: -(-dim // 4) * 4 + 4, "int4": lambda dim: -(-dim // 32) * 18}  # of a row
 _PIECE = 1 << 22  # elements that are quantised at a time: some 10 ms, between which Ctrl-C is seen

@@ -4,20 +4,20 @@ from typing import Any
 
 import numpy as np
 
+from .._help import documented
 
+
+@documented
 def scores(q: Any, k: Any, *, scale: float | None = None, layout: str = "bhld") -> Any:
     """Scores of every query with every key, ``scale * q @ k.T``.
 
     Parameters
     ----------
-    q : array_like, shape (..., Hq, Lq, D)
-        Queries; or both arrays are 2-D, without heads.
-    k : array_like, shape (..., Hkv, Lk, D)
-        Keys. Each head serves ``Hq // Hkv`` query heads that follow one another.
-    scale : float, optional
-        Factor of the products; ``1 / sqrt(D)`` by default, and 1 for D = 0.
-    layout : "bhld" or "blhd", default "bhld"
-        "blhd" swaps the head and length axes of q and k.
+    <q>
+    <k>
+    <scale>
+    <layout>
+        It is that of q and k.
 
     Returns
     -------
@@ -84,6 +84,7 @@ def softmax(x: Any, axis: int = -1, *, mask: Any = None) -> Any:
         return p / np.where(total == 0, 1, total)
 
 
+@documented
 def weighted_values(p: Any, v: Any, *, layout: str = "bhld") -> Any:
     """Sums of the values with given weights, ``p @ v``.
 
@@ -93,8 +94,8 @@ def weighted_values(p: Any, v: Any, *, layout: str = "bhld") -> Any:
         Weights, head-first in either layout; or both arrays are 2-D, without heads.
     v : array_like, shape (..., Hkv, Lk, Dv)
         Values. Each head serves ``Hq // Hkv`` heads of p that follow one another.
-    layout : "bhld" or "blhd", default "bhld"
-        "blhd" swaps the head and length axes of v and of the result.
+    <layout>
+        It is that of v and of the result.
 
     Returns
     -------

@@ -1,0 +1,112 @@
+"""The help of arguments, written once: a line `<name>` in a docstring stands for the entry of that name.
+
+What follows such a line, indented as its text, is what only that function says of it. A last parameter `**words`, which
+takes what no parameter is called only to say so, is left out of signatures.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+_ENTRIES = """
+q : array_like, shape (..., Hq, Lq, D)
+    Queries, float16, bfloat16 (of ml_dtypes), float32 or float64; D up to 1024. Or (Lq, D), if all arrays are 2-D.
+k : array_like, shape (..., Hkv, Lk, D)
+    Keys, of q's type or a narrower one; float16 and bfloat16 do not mix. ``Hq`` is a multiple of ``Hkv``; query
+    head h reads key head ``h // (Hq // Hkv)`` (grouped-query attention).
+v : array_like, shape (..., Hkv, Lk, Dv)
+    Values, of k's type. k and v have as many axes as q, or 3 for all sequences; those left of the heads broadcast
+    where they are 1. (B, L, E) is B heads of E elements: split heads by ``reshape(B, L, num_heads, -1)`` and pass
+    ``layout="blhd"``.
+mask : array_like of bool, optional
+    True where a query may attend to a key, False where not. Up to 2 axes, (Lq, Lk) or what broadcasts to
+    it: the same for all sequences and heads. Or as many axes as the scores have, (..., Hq, Lq, Lk), with 1
+    where it broadcasts; a (B, Lk) mask of keys is ``mask[:, None, None]``. Any strides, never copied whole.
+    Where a tile of keys is hidden from all of its queries, keys and values are not even read.
+bias : array_like, optional
+    Of any of these types, added to the scaled (and capped) scores; -inf excludes, as False in a mask does.
+    Axes as of `mask`; any strides and byte order, never copied whole.
+causal : bool or "top-left", default False
+    Exclude the keys after the query's position. ``"top-left"`` also sets `q_offset` to 0.
+window : int or (left, right), optional
+    Keep the keys from `left` before to `right` after the query's position, both inclusive; None on a side
+    leaves it open. An int w is (w, w), or (w, 0) when causal, so that a causal w sees w + 1 keys: a model
+    whose "sliding window" of 4096 counts the query itself is ``window=4095`` here.
+q_offset : int or array_like of int, optional
+    Query i sits at position ``i + q_offset``; one offset, or one per sequence. By default query i sits at
+    ``i + n - Lq``, where n is the sequence's `kv_lengths` or Lk: the last query sees the last key.
+kv_lengths : int or array_like of int, optional
+    Number of keys of each sequence, 0 to Lk; one for all, or one per sequence (it broadcasts to the axes
+    left of the heads). Keys and values at or past it are never read. With `causal`, `window` or
+    `alibi_slopes` and fewer keys than queries, but some, say with `q_offset` where the queries sit (0 for
+    right-padded ones): that call is a ValueError without it.
+segments : (q_ids, k_ids), optional
+    Integers of shapes (..., Lq) and (..., Lk), whose leading axes broadcast to those left of the heads. A
+    query attends only to keys with its own id: documents packed into one sequence, for example. In any
+    order; whole tiles of keys are skipped where equal ids follow one another.
+alibi_slopes : array_like, shape (Hq,), optional
+    Per query head: adds ``-slope * abs(position - key)`` to the scaled scores, the position being that of
+    `causal`. The function `qkv_fast.alibi_slopes` has the usual slopes.
+sinks : array_like, shape (Hq,), optional
+    Per query head: the logit of one more key that has no value, so that the weights of the keys sum to less
+    than 1. Finite or -inf (none); neither scaled nor capped.
+softcap : float, optional
+    Scaled scores s become ``softcap * tanh(s / softcap)``, before anything is added; greater than 0.
+scale : float, optional
+    Factor of the scores, any finite number; ``1 / sqrt(D)`` by default (1 for D = 0).
+layout : {"bhld", "blhd"}, default "bhld"
+    ``"blhd"`` swaps the head and length axes: (..., L, H, D) instead of (..., H, L, D).
+return_lse : bool, default False
+    Return the natural log-sum-exp of each row's scores as well.
+out : ndarray, optional
+    Where to write the result: its exact shape and type (or float32 instead of 16 bits), any strides. It may
+    overlap an input.
+num_threads : int, optional
+    Threads for this call; see `get_num_threads` for the default.
+new_k : array_like, shape (batch, kv_heads, L, head_dim)
+    Keys of L tokens per sequence, of the cache's type, float32 or narrower (lists become float64); of any
+    type that `attention` takes for int8 and int4. What a narrower type cannot hold becomes infinite in it.
+new_v : array_like, shape (batch, kv_heads, L, value_dim)
+    Their values.
+new_lengths : int or array_like of int, optional
+    How many of the L tokens each sequence gets: its first ones. All by default.
+newest_q : array_like, shape (batch, Hq, L, head_dim)
+    Queries, of the cache's type or a wider one, any for int8 and int4; ``Hq`` is a multiple of the key
+    heads.
+newest_lengths : int or array_like of int, optional
+    How many of the L queries each sequence has, where they differ: its first ones, at its last tokens. The
+    results of the others are 0. (The bits are then those of a call with L queries, not of one with fewer.)
+"""
+
+
+def _split(text: str) -> dict[str, list[str]]:
+    entries: dict[str, list[str]] = {}
+    for line in text.strip().splitlines():
+        if not line.startswith(" "):
+            name, _, kind = line.partition(" : ")
+            lines = entries[name] = []
+            line = f"{name.rpartition('_')[2] if name.startswith('new') else name} : {kind}"
+        lines.append(line)
+    return entries
+
+
+_HELP = _split(_ENTRIES)
+
+
+def documented(function: _F) -> _F:
+    """The function, with entries for `<name>` in its docstring and without `**words` in its signature."""
+    lines = []
+    for line in (function.__doc__ or "").splitlines():  # none with python -OO
+        name = line.strip()
+        if name.startswith("<") and name.endswith(">"):
+            lines += [line.replace(name, entry) for entry in _HELP[name[1:-1]]]
+        else:
+            lines.append(line)
+    function.__doc__ = "\n".join(lines) or None
+    signature = inspect.signature(function)
+    if "words" in signature.parameters:
+        shown = [p for name, p in signature.parameters.items() if name != "words"]
+        function.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+    return function

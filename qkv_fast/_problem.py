@@ -1,0 +1,266 @@
+"""The one validator: what a verb is called with becomes a checked `Problem`, or an error that says what was given.
+
+Arrays with a batch, packed sequences and the newest queries of a cache differ in where their sequences lie; what
+positions, masks and everything else mean is checked here once for all of them. A verb is what it does with a problem:
+allocate a result, and call the core.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from . import _core, _masks, _runtime
+from ._checks import (
+    _TYPES,
+    Array,
+    _arithmetic,
+    _as_array,
+    _broadcast,
+    _check_axes,
+    _check_fit,
+    _check_layout,
+    _check_lengths,
+    _check_narrower,
+    _check_offsets,
+    _check_out,
+    _check_positions,
+    _check_scale,
+    _check_type,
+    _check_types,
+    _empty,
+    _fail_shapes,
+    _fail_words,
+    _per_sequence,
+)
+from ._core import Problem
+from ._masks import Extras
+
+
+class Planned:
+    """What a verb returns inside `_runtime.planning()`: its problem and the core's report of what it would do."""
+
+    __slots__ = ("also", "given_out", "out", "problem", "report")
+
+    def __init__(self, problem: Problem, report: dict[str, Any], out: Array, given_out: Array | None) -> None:
+        self.problem, self.report, self.out, self.given_out = problem, report, out, given_out
+        self.also: list[dict[str, Any]] = []  # reports of the core's other calls
+
+
+def attend(p: Problem, out: Array | None, return_lse: bool) -> Any:
+    """Attention, into a new array or `out`; where only a plan is asked for, that."""
+    if out is None:
+        result = target = _empty(p.shape, p.number, p.where) if p.counters is None else _like_q(p)
+    else:
+        result = target = _check_out(out, p.shape, p.number, p.where)
+        if overlaps(p, out):
+            target = _empty(p.shape, out.dtype.num, p.where)
+    lse = _empty(p.rows, _arithmetic(p.number), p.where) if return_lse else None
+    report = _core.forward(p, target, lse)
+    if report is not None:
+        return Planned(p, report, target, out)
+    if target is not result:
+        result[...] = target
+    return (result, lse) if return_lse else result
+
+
+def _like_q(p: Problem) -> Array:
+    """A plan asks a result for no more than its strides, which are q's: no pages for what will not be written."""
+    if p.is_planned and p.shape == p.q.shape and p.q.flags.carray and p.q.dtype.isnative:
+        return p.q
+    return _empty(p.shape, p.number, p.where)
+
+
+def overlaps(p: Problem, out: Array) -> bool:
+    """Whether the core would read what it writes."""
+    if any(np.may_share_memory(out, x) for x in (p.q, p.k, p.v)):
+        return True
+    return p.extras is not None and p.extras.overlaps(out)
+
+
+def check(
+    where: str, q: Any, k: Any, v: Any, mask: Any, bias: Any, causal: Any, window: Any, q_offset: Any, kv_lengths: Any,
+    segments: Any, alibi_slopes: Any, sinks: Any, softcap: Any, scale: Any, layout: Any, num_threads: Any,
+    words: dict[str, Any],
+) -> Problem:  # fmt: skip
+    """The problem of arrays (..., heads, length, dim), in this order of axes or in that of `layout`."""
+    if words:
+        _fail_words(where, words)
+    if type(q) is not np.ndarray:
+        q = _as_array("q", q, where)
+    if type(k) is not np.ndarray:
+        k = _as_array("k", k, where)
+    if type(v) is not np.ndarray:
+        v = _as_array("v", v, where)
+    number = q.dtype.num
+    if not (number == k.dtype.num == v.dtype.num and number in _TYPES):
+        _check_types(where, q, k, v)
+
+    # Shapes: heads and lengths by layout, the axes left of them broadcast.
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    heads_first = layout == "bhld" or _check_layout(layout, where)
+    batch: tuple[int, ...]
+    if q_shape == k_shape == v_shape and len(q_shape) == 4 and heads_first:  # the rest of this in one comparison
+        batch = q_shape[:1]
+        q_heads = k_heads = v_heads = q_shape[1]
+        len_q = len_k = len_v = q_shape[2]
+        shape, rows = q_shape, q_shape[:3]
+    elif len(q_shape) == len(k_shape) == len(v_shape) == 2:
+        batch = ()
+        q_heads = k_heads = v_heads = 1
+        len_q, len_k, len_v = q_shape[0], k_shape[0], v_shape[0]
+        shape, rows = (len_q, v_shape[1]), (len_q,)
+    else:
+        _check_axes(where, q=q, k=k, v=v)
+        batch = q_shape[:-3]
+        if not batch == k_shape[:-3] == v_shape[:-3]:
+            batch = _broadcast(where, q=q, k=k, v=v)
+        if heads_first:
+            q_heads, len_q = q_shape[-3:-1]
+            k_heads, len_k = k_shape[-3:-1]
+            v_heads, len_v = v_shape[-3:-1]
+            rows = (*batch, q_heads, len_q)
+            shape = (*rows, v_shape[-1])
+        else:
+            len_q, q_heads = q_shape[-3:-1]
+            len_k, k_heads = k_shape[-3:-1]
+            len_v, v_heads = v_shape[-3:-1]
+            rows = (*batch, q_heads, len_q)
+            shape = (*batch, len_q, q_heads, v_shape[-1])
+    dim = q_shape[-1]
+    if (
+        k_shape[-1] != dim
+        or len_v != len_k
+        or k_heads != v_heads
+        or (q_heads != k_heads and (k_heads == 0 or q_heads % k_heads))
+        or dim > _core.MAX_DIM
+        or v_shape[-1] > _core.MAX_DIM
+    ):  # then it says which
+        _check_fit(where, q, k, v, (q_heads, k_heads, v_heads), (len_k, len_v))
+
+    if scale is None:
+        scale = dim**-0.5 if dim else 1.0
+    else:
+        scale = _check_scale(scale, where)
+    left = right = offsets = lengths = extras = None
+    if not (causal is False and window is q_offset is kv_lengths is None):
+        left, right, offsets, lengths = _check_limits(
+            where, causal, window, q_offset, kv_lengths, alibi_slopes is not None, batch, len_q, len_k
+        )
+    if not (mask is bias is segments is alibi_slopes is sinks is softcap is None):
+        extras = _masks.check_extras(where, (*rows, len_k), q_heads, mask, bias, alibi_slopes, sinks, softcap)
+        if segments is not None:
+            extras = extras.with_segments(*_masks.check_segments(where, segments, batch, len_q, len_k))
+    threads, isa, counters = _runtime.current()
+    if num_threads is not None:
+        threads = _runtime.check_threads(num_threads, f"{where}: num_threads")
+    return Problem(
+        where, q, k, v, heads_first, shape, rows, scale, left, right, offsets, lengths, extras, threads, isa, counters
+    )
+
+
+def check_ragged(
+    where: str, q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, mask: Any, bias: Any, causal: Any,
+    window: Any, q_offset: Any, kv_lengths: Any, segments: Any, alibi_slopes: Any, sinks: Any, softcap: Any, scale: Any,
+    num_threads: Any, words: dict[str, Any],
+) -> Problem:  # fmt: skip
+    """The problem of packed sequences (tokens, heads, dim)."""
+    if words:
+        _fail_words(where, words)
+    q, k, v = _as_array("q", q, where), _as_array("k", k, where), _as_array("v", v, where)
+    _check_types(where, q, k, v)
+    if not q.ndim == k.ndim == v.ndim == 3:
+        _fail_shapes(where, "q, k, v must have 3 axes each, (tokens, heads, dim)", q=q, k=k, v=v)
+    (total_q, heads, dim), total_k = q.shape, k.shape[0]
+    _check_fit(where, q, k, v, (heads, k.shape[1], v.shape[1]), (total_k, v.shape[0]))
+    q_starts = _masks.check_starts(where, "cu_seqlens_q", cu_seqlens_q, total_q)
+    k_starts = _masks.check_starts(where, "cu_seqlens_k", cu_seqlens_k, total_k)
+    if q_starts.size != k_starts.size:
+        given = f"{q_starts.size} and {k_starts.size} entries"
+        raise ValueError(f"{where}: cu_seqlens_q and cu_seqlens_k must be of one length, got {given}")
+    len_q, len_k = np.diff(q_starts), np.diff(k_starts)
+    longest_q, longest_k = int(len_q.max(initial=0)), int(len_k.max(initial=0))
+    batch = (len_q.size,)
+
+    if scale is None:
+        scale = dim**-0.5 if dim else 1.0
+    else:
+        scale = _check_scale(scale, where)
+    left, right, offsets, lengths = _check_limits(
+        where, causal, window, q_offset, kv_lengths, alibi_slopes is not None, batch, len_q, len_k
+    )
+    if lengths is None:
+        lengths = len_k
+    if offsets is None:
+        offsets = lengths - len_q
+    logits = (*batch, heads, longest_q, longest_k)
+    extras = _masks.check_extras(where, logits, heads, mask, bias, alibi_slopes, sinks, softcap)
+    extras = extras._replace(q_starts=q_starts, k_starts=k_starts, longest_q=longest_q, longest_k=longest_k)
+    if segments is not None:
+        extras = extras.with_segments(*_masks.check_ragged_segments(where, segments, q_starts, k_starts))
+    threads, isa, counters = _runtime.current()
+    if num_threads is not None:
+        threads = _runtime.check_threads(num_threads, f"{where}: num_threads")
+    shape, rows = (total_q, heads, v.shape[2]), (heads, total_q)
+    return Problem(
+        where, q, k, v, False, shape, rows, scale, left, right, offsets, lengths, extras, threads, isa, counters
+    )
+
+
+def check_newest(
+    where: str, q: Any, batch: int, kv_heads: int, dim: int, dim_v: int, dtype: np.dtype[Any], stored: str | None,
+    longest: int, mask: Any, bias: Any, causal: Any, window: Any, alibi_slopes: Any, sinks: Any, softcap: Any,
+    scale: Any, layout: Any, num_threads: Any, words: dict[str, Any],
+) -> Problem:  # fmt: skip
+    """The problem of queries of the newest tokens of a cache, which stores `kv_heads` heads of `dtype` or `stored`, for
+    up to `longest` tokens. q is heads-first in it, whatever the layout; keys, offsets and lengths are the cache's."""
+    if words:
+        _fail_words(where, words)
+    if type(q) is not np.ndarray:
+        q = _as_array("q", q, where)
+    if stored:
+        _check_type(where, "q", q)
+    elif q.dtype != dtype:
+        _check_type(where, "q", q)
+        _check_narrower(where, {"q": q, "the cache": np.empty(0, dtype)})
+    heads_first = layout == "bhld" or _check_layout(layout, where)
+    if not heads_first and q.ndim == 4:
+        q = q.swapaxes(1, 2)
+    if q.ndim != 4 or q.shape[0] != batch or q.shape[1] % kv_heads or q.shape[3] != dim:
+        fits = f"({batch}, a multiple of {kv_heads}, queries, {dim})"
+        _fail_shapes(where, f"q must be of shape {fits}, heads first", q=q)
+    rows = q.shape[:3]
+    shape = (*rows, dim_v) if heads_first else (batch, rows[2], rows[1], dim_v)
+    scale = dim**-0.5 if scale is None else _check_scale(scale, where)
+    left, right = None, 0
+    if causal is not True or window is not None:
+        if isinstance(causal, str):
+            raise ValueError(f"{where}: causal must be True or False, got {causal!r}")
+        left, right, _ = _check_positions(where, causal, window, None)
+    extras = Extras(stored=stored) if stored else None
+    if not (mask is bias is alibi_slopes is sinks is softcap is None):
+        extras = _masks.check_extras(where, (*rows, longest), rows[1], mask, bias, alibi_slopes, sinks, softcap)
+        extras = extras._replace(stored=stored)
+    threads, isa, counters = _runtime.current()
+    if num_threads is not None:
+        threads = _runtime.check_threads(num_threads, f"{where}: num_threads")
+    return Problem(
+        where, q, None, None, heads_first, shape, rows, scale, left, right, None, None, extras, threads, isa, counters
+    )
+
+
+def _check_limits(
+    where: str, causal: Any, window: Any, q_offset: Any, kv_lengths: Any, alibi: bool, batch: tuple[int, ...],
+    len_q: Any, len_k: Any,
+) -> tuple[int | None, int | None, Array | None, Array | None]:  # fmt: skip
+    """How far keys may lie to the left and to the right of a position; offsets; lengths. None is open, or the default.
+    `len_q` and `len_k` are one for all sequences, or one each."""
+    left = right = offsets = lengths = None
+    if causal is not False or window is not None:
+        left, right, q_offset = _check_positions(where, causal, window, q_offset)
+    if kv_lengths is not None:
+        lengths = _per_sequence(where, "kv_lengths", kv_lengths, batch)
+        positions = left is not None or right is not None or alibi
+        _check_lengths(where, lengths, len_q, len_k, positions and q_offset is None)
+    if q_offset is not None:
+        offsets = _check_offsets(where, q_offset, batch)
+    return left, right, offsets, lengths
