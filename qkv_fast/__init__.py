@@ -2,7 +2,7 @@
 
 import sys as _sys
 
-__version__ = "0.1.0"
+from ._version import __version__
 
 try:
     import qkv_fast._core  # noqa: F401 (first, for its error)

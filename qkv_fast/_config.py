@@ -56,7 +56,7 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
 
 
 def _config() -> dict[str, Any]:
-    from . import __version__
+    from ._version import __version__
 
     build = _core.build_info()
     threads = {

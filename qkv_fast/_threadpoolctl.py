@@ -29,7 +29,7 @@ class QkvFastController(threadpoolctl.LibController):
         _runtime.limit_context(num_threads)
 
     def get_version(self) -> str:
-        from . import __version__
+        from ._version import __version__
 
         return __version__
 

@@ -52,10 +52,10 @@ class Case:
         return options
 
     def logits(self):
-        """A shape that broadcasts to all scores, with axes left out or of length 1."""
+        """A shape that broadcasts to all scores, of all axes or of the last two, some of length 1."""
         shape = (*self.batch, self.heads[0], *self.lengths)
         shape = tuple(n if self.rng.random() < 0.75 else 1 for n in shape)
-        return shape[int(self.rng.integers(0, len(self.batch) + 2)) :]
+        return shape[int(self.rng.integers(2)) * (len(self.batch) + 1) :]
 
     def placed(self, x):
         """x in one of the ways that arrays lie in memory."""

@@ -44,13 +44,13 @@ def problems(draw):
     layout = draw(st.sampled_from(["bhld", "blhd"]))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
 
-    def array(heads, length, dim):
+    def array(heads, length, dim, shared=True):
         own = tuple(1 if draw(st.booleans()) and n != 0 else n for n in batch)  # broadcasts to the batch
-        own = own[draw(st.integers(0, len(own))) :] if all(n == 1 for n in own) else own
+        own = () if shared and all(n == 1 for n in own) and draw(st.booleans()) else own
         shape = (*own, heads, length, dim) if layout == "bhld" else (*own, length, heads, dim)
         return own, arranged(draw, rng.standard_normal(shape).astype(dtype))
 
-    q_own, q = array(group * heads, lq, d)
+    q_own, q = array(group * heads, lq, d, shared=False)
     k_own, k = array(heads, lk, d)
     v_own, v = array(heads, lk, dv)
     batch = np.broadcast_shapes(q_own, k_own, v_own)
