@@ -5,8 +5,9 @@ and attention reads pages that follow one another in the pool as one run. Who ap
 well copies it first.
 """
 
+import copy
 from collections.abc import Sequence
-from typing import Any, Never
+from typing import Any, Never, Self
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from .._checks import Array, _index
 from .._help import documented
 from . import types
 from .attend import Keys, Tokens, attend_newest, check_tokens
+from .types import shown
 
 
 class PagedKVCache:
@@ -105,6 +107,22 @@ class PagedKVCache:
         self._lengths: dict[int, int] = {}
         self._next = 0
         self._last: tuple[Any, Keys] | None = None  # the runs of the last call, and what they were made for
+
+    def __copy__(self) -> Self:
+        return copy.deepcopy(self)  # as of an array: pages and counters are its own
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_last": None}
+
+    kv_heads = shown("Heads of keys and values.", "PagedKVCache(4, 64, 20).kv_heads", "4", lambda c: c._form.kv_heads)
+    head_dim = shown("Elements of a key.", "PagedKVCache(4, 64, 20).head_dim", "64", lambda c: c._form.dim)
+    value_dim = shown("Elements of a value.", "PagedKVCache(4, 64, 20).value_dim", "64", lambda c: c._form.dim_v)
+    pages = shown("Pages in the pool.", "PagedKVCache(4, 64, 20).pages", "20", lambda c: c._owners.size)
+    page_size = shown("Tokens in a page.", "PagedKVCache(4, 64, 20).page_size", "128", lambda c: c._size)
+    dtype = shown(
+        "Name of the type that keys and values are stored in.", "PagedKVCache(4, 64, 20, dtype='int4').dtype", "'int4'",
+        lambda c: c._form.name,
+    )  # fmt: skip
 
     @property
     def free_pages(self) -> int:

@@ -59,7 +59,8 @@ class Ring(NamedTuple):
             if n > first < end - size:
                 raise ValueError(
                     f"KVCache.attend: the first query's window begins at token {first}, the ring holds {size} tokens "
-                    f"from {end - size} on: append and attend to fewer tokens at a time (window={left})"
+                    f"from {end - size} on: append and attend to fewer tokens at a time, or make it with "
+                    f"capacity={keep + left + new}, keep + window + queries (window={left})"
                 )
             found.append((max((first - _BLOCK - keep) // size, 0), max((n - 1 - keep) // size, 0)))
         return found

@@ -4,6 +4,7 @@ One slab of (batch, kv_heads, capacity, dim), written once, or a ring of as many
 """
 
 import contextlib
+import copy
 import os
 import sys
 from typing import Any, Never, Self
@@ -16,6 +17,7 @@ from . import files, types
 from .attend import Keys, Tokens, attend_newest, check_tokens
 from .files import Geometry, Store
 from .ring import Ring
+from .types import shown
 
 
 class KVCache:
@@ -165,6 +167,41 @@ class KVCache:
         self._lengths = lengths
         self._reach = np.maximum(self._reach, lengths)  # of a ring: one past the last token that overwrote an older one
         self._least, self._most = int(lengths.min()), int(lengths.max())
+
+    def __copy__(self) -> Self:
+        return copy.deepcopy(self)  # as of an array: rows and counters are its own
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._store is not None:
+            raise TypeError("KVCache: a cache in a file is not copied or pickled: save(path) writes a copy, open(path) "
+                            "has the same tokens, load(path) has them in memory")  # fmt: skip
+        return self.__dict__ | {"_laps": None}
+
+    batch = shown("Number of sequences.", "KVCache(2, 4, 64, 100).batch", "2", lambda c: c._geometry.batch)
+    kv_heads = shown(
+        "Heads of keys and values.", "KVCache(2, 4, 64, 100).kv_heads", "4", lambda c: c._geometry.form.kv_heads
+    )
+    head_dim = shown("Elements of a key.", "KVCache(2, 4, 64, 100).head_dim", "64", lambda c: c._geometry.form.dim)
+    value_dim = shown(
+        "Elements of a value.", "KVCache(2, 4, 64, 100).value_dim", "64", lambda c: c._geometry.form.dim_v
+    )
+    capacity = shown(
+        "Tokens that a sequence can have, or that a ring keeps of each.", "KVCache(2, 4, 64, 100).capacity", "100",
+        lambda c: c._geometry.capacity,
+    )  # fmt: skip
+    dtype = shown(
+        "Name of the type that keys and values are stored in.", "KVCache(2, 4, 64, 100, dtype='int8').dtype", "'int8'",
+        lambda c: c._geometry.form.name,
+    )  # fmt: skip
+    window = shown(
+        "Of a ring: tokens before its own that a query sees; else None.",
+        "KVCache(2, 4, 64, 100, window=50).window", "50",
+        lambda c: c._geometry.window if c._geometry.window >= 0 else None,
+    )  # fmt: skip
+    keep = shown(
+        "Of a ring: first tokens that stay.", "KVCache(2, 4, 64, 100, window=50, keep=4).keep", "4",
+        lambda c: c._geometry.keep,
+    )  # fmt: skip
 
     @property
     def lengths(self) -> Array:
@@ -509,8 +546,8 @@ class KVCache:
             confirmed = self._store.lengths.copy()
             confirmed[changed] = 0
             self._store.withdraw(confirmed)
-        for x, copy in zip((self._k, self._v), moved, strict=True):
-            x[changed, :, rows] = copy
+        for x, new in zip((self._k, self._v), moved, strict=True):
+            x[changed, :, rows] = new
         self._reach = self._reach[order]
         self._set_lengths(self._lengths[order])
 

@@ -6,6 +6,7 @@ need to know nothing of scales.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,6 +63,23 @@ class Form(NamedTuple):
         x = np.empty((*rows.shape[:-1], dim), np.float32)
         _core.dequantise(rows, x, self.stored, _runtime.current()[1])
         return x
+
+
+def shown(text: str, example: str, value: str, get: Callable[[Any], Any]) -> property:
+    """A read-only attribute of a cache: what it was made with."""
+
+    def show(self: Any) -> Any:
+        return get(self)
+
+    show.__doc__ = f"""{text}
+
+        Examples
+        --------
+        >>> import qkv_fast
+        >>> qkv_fast.{example}
+        {value}
+        """
+    return property(show)
 
 
 def count(where: str, name: str, n: Any, least: int = 1) -> int:
