@@ -15,6 +15,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import time
 
 import ml_dtypes  # registers bfloat16
 import numpy as np
@@ -206,6 +207,33 @@ def child_says(code, **options):
     done = child(code, **options)
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
+
+
+def once(factory, name, make):
+    """The folder that make(folder) has filled, one for all processes of a run: whoever comes second waits.
+
+    `factory` is pytest's tmp_path_factory; its folder is one level deeper in the processes of pytest-xdist.
+    """
+    top = factory.getbasetemp()
+    folder = (top.parent if "PYTEST_XDIST_WORKER" in os.environ else top) / name
+    made = folder.with_suffix(".made")
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        deadline = time.monotonic() + 600
+        while not made.exists():
+            assert time.monotonic() < deadline, f"{name}: still being made, or its maker was killed"
+            time.sleep(0.1)
+        assert made.read_text() == "whole", f"{name}: another process failed to make it"
+        return folder
+    state = "failed"
+    try:
+        make(folder)
+        state = "whole"
+    finally:
+        made.with_suffix(".begun").write_text(state)
+        made.with_suffix(".begun").rename(made)  # never seen half written
+    return folder
 
 
 @contextlib.contextmanager

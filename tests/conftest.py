@@ -1,13 +1,20 @@
-"""What every test stands on: the installed package, a choice of CPU path, how many examples are drawn, and who runs it.
+"""What every test stands on: the installed package, a choice of CPU path, how much of all cases runs, and who runs it.
 
-Folders of tests run in one process per CPU, by pytest-xdist; files and single tests, or all without that package, in
-one process. Tests marked `alone` (of time, signals, forks, or the threads and memory of a process) run when the other
-processes have ended, one after another, in the process that started them.
+How much: of each test that is a product of parametrizations, `pytest` takes a sample in which each value of each of
+them occurs, always the same one, and leaves out tests marked `full`. Who names a test, `pytest file::test`, gets all
+of it. `pytest --full` takes everything, with more examples of hypothesis, and `pytest --exhaustive` also every size
+where those tests walk through a sample.
+
+Who: folders of tests run in one process per CPU, by pytest-xdist; files and single tests, or all without that package,
+in one process. Tests marked `alone` (of time, signals, forks, or the threads and memory of a process) run when the
+other processes have ended, one after another, in the process that started them.
 """
 
 import itertools
 import json
 import os
+import random
+from collections import defaultdict
 from importlib import metadata
 from pathlib import Path
 
@@ -28,17 +35,20 @@ if IS_WORKER:  # one process of many: calls that name no number still have two t
 
 
 def pytest_addoption(parser):
-    parser.addoption("--full", action="store_true", help="all cases where the default is a sample")
+    parser.addoption("--full", action="store_true", help="all cases where the default is a sample (minutes)")
+    parser.addoption("--exhaustive", action="store_true", help="and all sizes where those take a sample (hours)")
 
 
 def pytest_configure(config):
+    option = config.option
+    option.full |= option.exhaustive
     # Derandomised: a failure is there again in the next run. An example may take a second on a busy machine.
     # The one function-scoped fixture in use, `isa`, is the same for all examples of a test.
     settings.register_profile(
         "qkv_fast",
         derandomize=True,
         deadline=None,
-        max_examples=2000 if config.getoption("--full") else 200,
+        max_examples=2000 if option.exhaustive else 200 if option.full else 50,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
     )
     settings.load_profile("qkv_fast")
@@ -93,6 +103,8 @@ def pytest_runtestloop(session):
 
 def pytest_collection_modifyitems(config, items):
     leave_out_types_of_other_paths(config, items)
+    if not config.option.full and not any("::" in name for name in config.args):
+        take_a_sample(config, items)
     if IS_WORKER or has_workers(config):
         items[:] = [item for item in items if bool(item.get_closest_marker("alone")) == has_workers(config)]
 
@@ -109,6 +121,24 @@ def leave_out_types_of_other_paths(config, items):
     if extra:
         config.hook.pytest_deselected(items=extra)
         items[:] = [item for item in items if item not in set(extra)]
+
+
+def take_a_sample(config, items):
+    """Of each test's cases, walked through in a shuffled order, those with a value that none before them had."""
+    by_test = defaultdict(list)
+    for item in items:
+        by_test[item.nodeid.partition("[")[0]].append(item)
+    kept = set()
+    for test, cases in by_test.items():
+        seen = set()
+        for item in random.Random(test).sample(cases, len(cases)):
+            values = set(enumerate(item.callspec._idlist)) if hasattr(item, "callspec") else {item.name}
+            if not (values <= seen or item.get_closest_marker("full")):
+                kept.add(item)
+                seen |= values
+    if left_out := [item for item in items if item not in kept]:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item in kept]
 
 
 @pytest.fixture(params=qkv_fast.available_isas())

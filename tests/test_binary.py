@@ -13,7 +13,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from _util import once
 
+pytestmark = pytest.mark.full  # compiles the core once more
 CHECKOUT = Path(__file__).resolve().parents[1]
 WIDE = re.compile(r"%?\b[yz]mm\d+\b")
 # Nothing in the core prints, aborts or exits.
@@ -42,7 +44,11 @@ def objects(tmp_path_factory):
         for needed in (compiler.compiler_so[0], "objdump", "nm"):
             if not shutil.which(needed):
                 pytest.skip(f"the scan needs {needed}, which is not here")
-        return setup["Core"](compiler, str(tmp_path_factory.mktemp("objects")), debug_info=False).build()
+
+        def build(folder):
+            return setup["Core"](compiler, str(folder), debug_info=False).build()
+
+        return build(once(tmp_path_factory, "objects", build))  # the second time, nothing is out of date
 
 
 def wide_registers(path):

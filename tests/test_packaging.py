@@ -1,6 +1,6 @@
 """What is in the archives: the sdist builds, tests and documents the package; the wheel is the package only.
 
-QKV_FAST_DIST names a folder with one of each; without it they are built here: a compiler and a minute.
+QKV_FAST_DIST names a folder with one of each; without it they are built here: a wheel takes a compiler and a minute.
 """
 
 import email
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from _util import once
 
 import qkv_fast
 
@@ -33,31 +34,46 @@ def sources(folder):
     return {path.relative_to(CHECKOUT).as_posix() for path in files if not path.name.startswith(".")}
 
 
+def build(archive, source, folder):
+    # -P: a folder named build in the current directory is not the module.
+    command = [sys.executable, "-P", "-m", "build", f"--{archive}", "--no-isolation", "--outdir", str(folder)]
+    done = subprocess.run([*command, str(source)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+
+
 @pytest.fixture(scope="module")
-def archives(tmp_path_factory):
-    """(sdist, wheel), the wheel built from the sdist."""
-    if "QKV_FAST_DIST" in os.environ:
-        dist = Path(os.environ["QKV_FAST_DIST"])
-    else:
-        compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cl")[0]
-        if not shutil.which(compiler):
-            pytest.skip(f"building the archives needs the compiler {compiler}, which is not here")
-        work = tmp_path_factory.mktemp("archives")
-        dist, copy = work / "dist", work / "copy"
-        copy.mkdir()
+def sdist(tmp_path_factory):
+    def make(folder):
+        copy = tmp_path_factory.mktemp("copy")
         for name in sorted(ROOT_FILES.union(*map(sources, FOLDERS))):
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(CHECKOUT / name, copy / name)
-        # -P: a folder named build in the current directory is not the module.
-        command = [sys.executable, "-P", "-m", "build", "--no-isolation", "--outdir", str(dist), str(copy)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    (sdist,), (wheel,) = dist.glob("*.tar.gz"), dist.glob("*.whl")
-    return sdist, wheel
+        build("sdist", copy, folder)
+
+    dist = Path(os.environ.get("QKV_FAST_DIST") or once(tmp_path_factory, "sdist", make))
+    (archive,) = dist.glob("*.tar.gz")
+    return archive
 
 
-def test_sdist_has_every_source(archives):
-    sdist, _ = archives
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory):
+    """Built from the sdist."""
+
+    def make(folder):
+        unpacked = tmp_path_factory.mktemp("unpacked")
+        with tarfile.open(sdist) as archive:
+            archive.extractall(unpacked, filter="data")
+        build("wheel", unpacked / sdist.name.removesuffix(".tar.gz"), folder)
+
+    compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cl")[0]
+    if "QKV_FAST_DIST" not in os.environ and not shutil.which(compiler):
+        pytest.skip(f"building the wheel needs the compiler {compiler}, which is not here")
+    dist = Path(os.environ.get("QKV_FAST_DIST") or once(tmp_path_factory, "wheel", make))
+    (archive,) = dist.glob("*.whl")
+    return archive
+
+
+def test_sdist_has_every_source(sdist):
     top = f"qkv_fast-{qkv_fast.__version__}"
     assert sdist.name == f"{top}.tar.gz"
     with tarfile.open(sdist) as archive:
@@ -66,8 +82,8 @@ def test_sdist_has_every_source(archives):
     assert names - made == ROOT_FILES.union(*map(sources, FOLDERS))
 
 
-def test_wheel_has_the_package_only(archives):
-    _, wheel = archives
+@pytest.mark.full
+def test_wheel_has_the_package_only(wheel):
     assert wheel.stat().st_size <= WHEEL_BYTES
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
@@ -80,16 +96,16 @@ def test_wheel_has_the_package_only(archives):
     assert any(name.endswith("/LICENSE") for name in about)
 
 
-def test_wheel_has_no_debug_symbols(archives):
-    _, wheel = archives
+@pytest.mark.full
+def test_wheel_has_no_debug_symbols(wheel):
     with zipfile.ZipFile(wheel) as archive:
         (binary,) = (archive.read(name) for name in archive.namelist() if name.endswith((".so", ".pyd")))
     found = [word for word in (b".debug_", b"__debug_info", b".symtab") if word in binary]
     assert not found
 
 
-def test_metadata(archives):
-    _, wheel = archives
+@pytest.mark.full
+def test_metadata(wheel):
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         about = email.message_from_bytes(archive.read(name))

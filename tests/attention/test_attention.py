@@ -15,7 +15,7 @@ dtypes = pytest.mark.parametrize("dtype", TYPES)
 @dtypes
 def test_every_length_and_dimension(dtype, request):
     """Each L and each D of 1..130, of queries, keys, q and v: the tails of every register tile."""
-    combos = pairs(130, full=request.config.getoption("--full"))
+    combos = pairs(130, full=request.config.getoption("--exhaustive"))
     for n, (length, dim) in enumerate(combos):
         check(*qkv(n, dtype, lengths=(9, length), dims=(dim, 7)))
         check(*qkv(n, dtype, lengths=(length, 11), dims=(5, dim)), causal=True)

@@ -416,6 +416,7 @@ def test_ctrl_c_prints_what_is_finished(monkeypatch, capsys):
     assert "interrupted" in output.err
 
 
+@pytest.mark.full
 def test_the_command_exits_0_and_saves_what_it_found(tmp_path):
     path = tmp_path / "run.json"
     command = [sys.executable, "-P", "-m", "qkv_fast", "--seconds", "0.01", "--json", str(path)]
@@ -432,6 +433,7 @@ def test_the_command_exits_0_and_saves_what_it_found(tmp_path):
     assert qkv_fast.__version__ in done.stdout and machine.cpu_model() in done.stdout
 
 
+@pytest.mark.full
 def test_the_command_exits_1_when_a_check_fails(monkeypatch, capsys):
     real = qkv_fast.attention
     monkeypatch.setattr(qkv_fast, "attention", lambda *a, **k: real(*a, **k) * np.float32(1.0001))

@@ -48,7 +48,7 @@ def test_few_rows_are_decoded_and_many_are_not():
 @dtypes
 def test_every_length(dtype, request):
     """1..600 keys in a batch of sequences that each have their own number, from grouped and from single heads."""
-    step = 1 if request.config.getoption("--full") else 7
+    step = 1 if request.config.getoption("--exhaustive") else 7
     for first in range(1, 601, 60 * step):
         lengths = np.arange(first, min(601, first + 60 * step), step)
         q, k, v = qkv(first, dtype, batch=(len(lengths),), heads=(4, 2), lengths=(1, 600), dims=(20, 12))
@@ -79,7 +79,7 @@ def test_every_group(dtype, group):
 
 @dtypes
 def test_every_dimension(dtype, request):
-    full = request.config.getoption("--full")
+    full = request.config.getoption("--exhaustive")
     most = 5 if dtype == "float64" else 7
     few = {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 95, 96, 127, 128, 129, 130}
     for d in range(1, 131) if full else sorted(few):

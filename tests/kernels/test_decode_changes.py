@@ -94,7 +94,7 @@ def test_around_the_edges_of_chunks(dtype, kind):
 @kinds
 def test_every_length(dtype, kind, request):
     """Rows that begin and end anywhere in a vector."""
-    step = 1 if request.config.getoption("--full") else 9
+    step = 1 if request.config.getoption("--exhaustive") else 9
     for lk in sorted({*range(1, 140, step), 1, 7, 8, 15, 16, 17, 31, 32, 33}):
         arrays, options = case(lk, dtype, kind, heads=(2, 1), lengths=(2, lk), dims=(16, 16))
         check(*arrays, window=(lk * 2 // 3, 1), **options)

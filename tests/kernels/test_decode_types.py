@@ -60,7 +60,7 @@ def test_rows_are_read_where_they_lie(stored, dims):
 @narrow
 def test_every_length(stored, request):
     """1..600 keys in a batch of sequences that each have their own number, from grouped and from single heads."""
-    step = 1 if request.config.getoption("--full") else 7
+    step = 1 if request.config.getoption("--exhaustive") else 7
     for first, group in itertools.product(range(1, 601, 60 * step), (1, 4)):
         counts = np.arange(first, min(601, first + 60 * step), step)
         shape = {"batch": len(counts), "heads": (group, 1), "lengths": (1, 600), "dims": (32, 64)}

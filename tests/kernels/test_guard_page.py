@@ -46,7 +46,7 @@ def test_the_fence_holds():
 @pytest.mark.parametrize("place", ["at_end", "at_start"])
 @pytest.mark.parametrize("layout", ["bhld", "blhd"])
 def test_every_length_and_dimension(fences, dtype, place, layout, request):
-    combos = pairs(130, full=request.config.getoption("--full"))
+    combos = pairs(130, full=request.config.getoption("--exhaustive"))
     for n, (length, dim) in enumerate(combos):
         for lengths, dims in (((3, length), (dim, 5)), ((length, 7), (4, dim)), ((2, length), (6, dim))):
             arrays = qkv(n, dtype, heads=(2, 1), lengths=lengths, dims=dims)

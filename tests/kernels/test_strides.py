@@ -39,11 +39,11 @@ def test_input_pattern(dtype, name):
 
 @dtypes
 def test_input_patterns_pairwise(dtype, request):
-    """Pairs of patterns for k and v, and another for q; all pairs under --full."""
+    """Pairs of patterns for k and v, and another for q; all pairs under --exhaustive."""
     q, k, v = qkv(1, dtype, **SHAPES)
     expected = qkv_fast.attention(q, k, v, causal=True, return_lse=True)
     names = list(PATTERNS)
-    every = request.config.getoption("--full")
+    every = request.config.getoption("--exhaustive")
     for i, j in itertools.product(range(len(names)), repeat=2):
         if every or (i + 3 * j) % 7 == 0:
             args = PATTERNS[names[(i + j) % len(names)]](q), PATTERNS[names[i]](k), PATTERNS[names[j]](v)

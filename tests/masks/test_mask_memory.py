@@ -28,7 +28,7 @@ def fences():
 def test_every_length(fences, dtype, place, request):
     """One byte past a mask or a bias ends the process."""
     rng = np.random.default_rng(1)
-    for n, (lq, lk) in enumerate(pairs(130, full=request.config.getoption("--full"))):
+    for n, (lq, lk) in enumerate(pairs(130, full=request.config.getoption("--exhaustive"))):
         q, k, v = qkv(n, dtype, heads=(2, 1), lengths=(lq, lk), dims=(4, 3))
         mask, bias = rng.random((lq, lk)) < 0.7, normal(rng, (lq, lk), dtype)
         at_edge = [fence.put(x, place) for fence, x in zip(fences, (mask, bias), strict=True)]

@@ -35,10 +35,10 @@ elif "STAGE" == "weighted_values":
 else:
     call = lambda: qkv_fast.attention(q, k, k, num_threads=THREADS)
 waited = []
-for i in range(10):
+for i in range(SIGNALS):
     sent = []
     def send():
-        time.sleep(0.1 + 0.017 * i)     # at any phase between two looks
+        time.sleep(0.1 + 0.17 / SIGNALS * i)     # at any phase between two looks
         sent.append(time.monotonic())
         os.kill(os.getpid(), signal.SIGINT)
     thread = threading.Thread(target=send)
@@ -54,11 +54,18 @@ print(max(waited))
 """
 
 
-def longest_wait(heads, lq, lk, threads, stage="attention", **environment):
-    code = INTERRUPTED.replace("STAGE", stage)
-    for name, n in dict(HEADS=heads, LQ=lq, LK=lk, THREADS=threads).items():
-        code = code.replace(name, str(n))
-    return float(child_says(code, **environment))
+@pytest.fixture
+def longest_wait(request):
+    """The longest wait for a KeyboardInterrupt, over several signals; each takes a fifth of a second."""
+    signals = 10 if request.config.option.full else 4
+
+    def run(heads, lq, lk, threads, stage="attention", **environment):
+        code = INTERRUPTED.replace("STAGE", stage)
+        for name, n in dict(HEADS=heads, LQ=lq, LK=lk, THREADS=threads, SIGNALS=signals).items():
+            code = code.replace(name, str(n))
+        return float(child_says(code, **environment))
+
+    return run
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -71,13 +78,13 @@ def longest_wait(heads, lq, lk, threads, stage="attention", **environment):
         (2**10, 2**10, 2**11),  # short ones
     ],
 )
-def test_ten_signals(heads, lq, lk, threads):
+def test_signals(longest_wait, heads, lq, lk, threads):
     assert longest_wait(heads, lq, lk, threads) < 0.2
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("stage, lq, lk", [("scores", 48, 2**28), ("weighted_values", 512, 2**25)])
-def test_ten_signals_to_a_stage(stage, lq, lk, threads):
+def test_signals_to_a_stage(longest_wait, stage, lq, lk, threads):
     """One task of seconds: the looks are between groups of rows and passes of terms."""
     assert longest_wait(1, lq, lk, threads, stage) < 0.2
 
@@ -91,7 +98,7 @@ def test_softmax_looks_every_few_milliseconds(axis, most):
     assert counts["tasks"] >= x.size // most
 
 
-def test_ten_signals_on_the_slowest_path():
+def test_signals_on_the_slowest_path(longest_wait):
     assert longest_wait(8, 20000, 20000, 2, QKV_FAST_ISA="portable") < 0.2
 
 
@@ -123,6 +130,6 @@ print("right" if calls else "none")
 
 
 @pytest.mark.parametrize("stage", ["mask", "explain"])
-def test_ten_signals_with_a_mask(stage):
+def test_signals_with_a_mask(longest_wait, stage):
     """One that is looked at key by key, and more of it than a call has computed when the signal comes."""
     assert longest_wait(4, 2**17, 2**17, 2, stage) < 0.2

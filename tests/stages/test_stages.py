@@ -20,7 +20,7 @@ layouts = pytest.mark.parametrize("layout", ["bhld", "blhd"])
 
 @dtypes
 def test_every_length_and_dimension(dtype, request):
-    for n, (i, j) in enumerate(pairs(130, full=request.config.getoption("--full"))):
+    for n, (i, j) in enumerate(pairs(130, full=request.config.getoption("--exhaustive"))):
         q, k, v = qkv(n, dtype, heads=(2, 1), lengths=(i, j), dims=(j, i))
         p = check_softmax(check_scores(q, k))
         check_softmax(q, 1)
