@@ -123,7 +123,7 @@ class NumPy:
 class ChunkedNumPy(NumPy):
     """The same, 128 queries at a time and only over the keys that they see: as a careful user writes it."""
 
-    name, title = "numpy-chunked", "NumPy, chunked"
+    name, title = "numpy-chunked", "NumPy in chunks"
     operations = ("attention",)
 
     def attend(self, case: Case, q: np.ndarray, k_t: np.ndarray, v: np.ndarray) -> np.ndarray:
