@@ -207,6 +207,7 @@ class OnnxRuntime:
 
     name, title = "ort", "ONNX Runtime"
     requires = ("onnxruntime", "onnx")
+    settle = 0.06  # its threads spin for 40 ms after a call
 
     def __init__(self, threads: int) -> None:
         import onnx
