@@ -27,22 +27,18 @@ def of_names(cases: list[Case]) -> str:
     """The first name in words, and what the others' further parts say."""
     if not cases:
         return ""
-    first = min(cases, key=lambda c: len(c.name))
+    first = cases[0]
     shape = f"{first.batch}x{first.heads}x{first.q_len}-d{first.dim}"
-    parts = [
-        f"{shape}: batch {first.batch}, {first.heads} heads, {first.q_len} queries each, head dimension {first.dim}"
-    ]
-    names = [c.name for c in cases]
-    if any(c.kv_len == c.q_len and "-k" not in c.name for c in cases):
-        parts.append("as many keys as queries unless -k says")
-    if any(c.kv_len != c.q_len for c in cases):
-        parts.append("-k4096: 4096 keys")
-    if any(c.kv_heads != c.heads for c in cases):
-        parts.append("-kv8: 8 heads of keys and values")
+    heads, queries = count(first.heads, "head", "heads"), count(first.q_len, "query", "queries")
+    parts = [f"{shape}: batch {first.batch}, {heads}, {queries} and as many keys, head dimension {first.dim}"]
+    for c in [c for c in cases if c.kv_len != c.q_len][:1]:
+        parts.append(f"-k{c.kv_len}: {c.kv_len} keys")
+    for c in [c for c in cases if c.kv_heads != c.heads][:1]:
+        parts.append(f"-kv{c.kv_heads}: {count(c.kv_heads, 'head', 'heads')} of keys and values")
     if any(c.causal for c in cases):
         parts.append("-causal: no key after the query")
     if any(c.window for c in cases):
-        parts.append("-window255_0: keys that far before and after it")
+        parts.append("-window: how many keys before and after the query it sees")
     if any(c.kv_lengths for c in cases):
         parts.append("-ragged: sequences of several lengths")
     if any(c.layout == "blhd" for c in cases):
@@ -54,9 +50,13 @@ def of_names(cases: list[Case]) -> str:
     if any(c.isa for c in cases):
         parts.append("@avx2: that CPU path")
     for label, meaning in LABELS.items():
-        if any(name.startswith(f"{label}:") for name in names):
+        if any(c.name.startswith(f"{label}:") for c in cases):
             parts.append(f"{label}: {meaning}")
     return "names: " + "; ".join(parts)
+
+
+def count(number: int, one: str, more: str) -> str:
+    return f"{number} {one if number == 1 else more}"
 
 
 def of_columns(columns: list[str]) -> str:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 SAMPLE_SECONDS = 0.02  # a sample repeats short calls for about this long
+LONG_SECONDS = 1.0  # of a call; what another's turn leaves behind costs it milliseconds
 MIN_ROUNDS, MAX_ROUNDS = 5, 25
 FEWEST_ROUNDS = 3  # where those that are asked for would take much longer than there is time
 PATIENCE = 2.0  # times the budget is "much longer"
@@ -34,7 +35,7 @@ class Contestant(Protocol):
     name: str
 
     def sample(self, repeats: int) -> float:
-        """Seconds per call, mean of `repeats` calls."""
+        """Seconds per call, mean of `repeats` calls after an untimed one; of 0 repeats the time of that one."""
         ...
 
 
@@ -53,10 +54,15 @@ def timed(call: Callable[[], object], repeats: int) -> float:
     """Seconds per call. Results are dropped at once, as in a caller's loop.
 
     An untimed call comes first, before long ones too: after another's turn the caches hold other data and the pool's
-    threads sleep, so that the first call takes 1.05 to 1.6 times as long, whoever makes it.
+    threads sleep, so that the first call takes 1.05 to 1.6 times as long, whoever makes it. Where no other is asked
+    for, or it takes LONG_SECONDS, its own time is the answer.
     """
     counter = time.perf_counter
+    start = counter()
     call()
+    first = counter() - start
+    if not repeats or (repeats == 1 and first > LONG_SECONDS):
+        return first
     start = counter()
     for _ in range(repeats):
         call()
@@ -73,7 +79,7 @@ def rotate(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
 
 def calibrate(contestant: Contestant) -> int:
     """Warm a contestant up and choose how many calls make a sample."""
-    seconds = contestant.sample(1)
+    seconds = contestant.sample(0)
     for _ in range(2):  # twice: the first call of anything is slow
         if seconds < SAMPLE_SECONDS:
             seconds = contestant.sample(max(1, min(1000, int(SAMPLE_SECONDS / 4 / max(seconds, 1e-7)))))

@@ -123,7 +123,7 @@ class NumPy:
 class ChunkedNumPy(NumPy):
     """The same, 128 queries at a time and only over the keys that they see: as a careful user writes it."""
 
-    name, title = "numpy-chunked", "NumPy, chunked"
+    name, title = "numpy-chunked", "NumPy in chunks"
     operations = ("attention",)
 
     def attend(self, case: Case, q: np.ndarray, k_t: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -207,6 +207,7 @@ class OnnxRuntime:
 
     name, title = "ort", "ONNX Runtime"
     requires = ("onnxruntime", "onnx")
+    settle = 0.06  # its threads spin for 40 ms after a call
 
     def __init__(self, threads: int) -> None:
         import onnx

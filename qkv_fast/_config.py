@@ -27,7 +27,8 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
         - ``versions`` of qkv_fast, Python and NumPy, and the system;
         - ``build``: the compiler, and the CPU paths built with the features that each needs;
         - ``cpu``: its name, which features it has, and its caches;
-        - ``path``: the CPU paths that run here, best first, the one in use, and what chose it;
+        - ``path``: the CPU paths that run here, best first, the one in use, what chose it, and why each of the others
+          that were built is not used;
         - ``threads``: how many calls use here, where that number comes from, the CPUs that the process may run on, the
           control group's quota (None for none), the live workers of the pool, and variables that say no count;
         - ``environment``: the variables that matter.
@@ -81,6 +82,7 @@ def _config() -> dict[str, Any]:
             "available": _runtime.available_isas(),
             "in use": _runtime.isa(),
             "from": _runtime.isa_source(),
+            "not used": _not_used(build["paths"], build["features"]),
         },
         "threads": threads,
         "environment": {
@@ -89,6 +91,21 @@ def _config() -> dict[str, Any]:
             if name in os.environ
         },
     }
+
+
+def _not_used(paths: dict[str, tuple[str, ...]], features: dict[str, bool]) -> dict[str, str]:
+    """Why a path that was built is not the one in use."""
+    used, source = _runtime.isa(), _runtime.isa_source()
+    chose = f"{used} comes first" if source == "best available" else f"{source} chose {used}"
+    reasons = {}
+    for path, needs in paths.items():
+        if missing := [name for name in needs if not features[name]]:
+            # The core asks for both at once: a feature whose registers the system does not save is of no use.
+            lacking = f"needs {', '.join(missing)}, which this CPU lacks or the system has not enabled"
+            reasons[path] = f"built; {lacking}"
+        elif path != used:
+            reasons[path] = f"built and runs here; {chose}"
+    return reasons
 
 
 def cpu_name() -> str:

@@ -224,7 +224,7 @@ def test_a_contestant_that_fails_keeps_its_place_and_the_others_go_on():
     assert log.count("B") == 3
 
 
-def test_short_calls_are_repeated_and_long_ones_are_not():
+def test_short_calls_are_repeated_and_long_ones_are_not(monkeypatch):
     assert method.calibrate(Fake("long", 0.5, [])) == 1
     assert method.calibrate(Fake("short", 0.001, [])) == 20
     calls = []
@@ -233,6 +233,11 @@ def test_short_calls_are_repeated_and_long_ones_are_not():
     calls.clear()
     method.timed(lambda: calls.append(0), 1)
     assert len(calls) == 2  # a long call has its untimed one too
+    calls.clear()
+    assert method.timed(lambda: calls.append(0), 0) > 0 and len(calls) == 1
+    monkeypatch.setattr(method, "LONG_SECONDS", 0.0)
+    calls.clear()
+    assert method.timed(lambda: calls.append(0), 1) > 0 and len(calls) == 1  # one so long that the first is the sample
 
 
 def test_copies_of_inputs_are_taken_in_turn():

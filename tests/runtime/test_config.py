@@ -110,6 +110,22 @@ def test_control_groups(tmp_path, files, quota, count):
     assert threads(faked(tree(tmp_path, files)), QKV_FAST_NUM_THREADS=5)["count"] == 5
 
 
+def test_why_a_path_is_not_used():
+    config = qkv_fast.show_config(mode="dicts")
+    features, built, path = config["cpu"]["features"], config["build"]["paths"], config["path"]
+    assert set(path["not used"]) == set(built) - {path["in use"]}
+    for name, reason in path["not used"].items():
+        missing = [need for need in built[name] if not features[need]]
+        assert ("runs here" in reason) == (name in path["available"]) == (not missing), name
+        assert all(need in reason for need in missing), name
+    code = "import qkv_fast; print(qkv_fast.show_config(mode='dicts')['path']['not used'])"
+    best = qkv_fast.available_isas()[0]
+    if best != "portable":
+        assert f"{best} comes first" in ast.literal_eval(child_says(code, QKV_FAST_ISA=None))["portable"]
+        forced = ast.literal_eval(child_says(code, QKV_FAST_ISA="portable"))
+        assert forced[best] == "built and runs here; QKV_FAST_ISA chose portable" and "portable" not in forced
+
+
 def test_the_path_and_what_chose_it():
     code = "import qkv_fast; print(*[qkv_fast.show_config(mode='dicts')['path'][key] for key in ('in use', 'from')])"
     assert child_says(code, QKV_FAST_ISA="portable") == "portable QKV_FAST_ISA"
