@@ -61,7 +61,7 @@ GUIDE = CHECKOUT / "docs" / "guide.md"
 @pytest.mark.parametrize("name", ["guide.md", "masks.md", "trouble.md"])
 def test_pages(name):
     """All blocks in order, as one session. A block ends with an empty line, which ends its last result."""
-    for host in ("threadpoolctl", "onnx"):
+    for host in ("threadpoolctl", "onnx", "ml_dtypes"):
         pytest.importorskip(host, reason="the extra [test] installs it")
     text = (CHECKOUT / "docs" / name).read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
@@ -87,7 +87,10 @@ def test_the_picture_is_that_of_its_script(monkeypatch):
     assert script["picture"]() == (CHECKOUT / "docs" / "spotlight.svg").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in GUIDE.parent.glob("*.md"))])
+LINKING = ["README.md", "examples/README.md", *sorted(f"docs/{path.name}" for path in GUIDE.parent.glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", LINKING)
 def test_links(page):
     """Files and headings that a page links to exist."""
     text = (CHECKOUT / page).read_text(encoding="utf-8")
@@ -101,3 +104,11 @@ def test_links(page):
             titles = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
             anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
             assert heading in anchors, target
+
+
+def test_the_first_call_of_the_readme():
+    """The first block of code runs by itself, and its comment tells the shape."""
+    block = re.search(r"^```python\n(.*?)^```$", (CHECKOUT / "README.md").read_text(encoding="utf-8"), re.M | re.S)[1]
+    names = {}
+    exec(block, names)
+    assert block.rstrip().endswith(f"# {names['out'].shape}") and names["out"].shape == names["q"].shape
