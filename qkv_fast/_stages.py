@@ -2,7 +2,7 @@
 
 import math
 import operator
-from typing import Any, Never
+from typing import Any, NamedTuple, Never
 
 import numpy as np
 
@@ -23,6 +23,18 @@ from ._checks import (
     _fail_words,
 )
 from ._help import documented
+
+
+class PlannedStage(NamedTuple):
+    """What a stage returns inside `_runtime.planning()`: its arrays, and the core's report of what it would do."""
+
+    stage: str
+    threads: int
+    isa: int
+    report: dict[str, Any]
+    arrays: dict[str, Array]  # the result is "out"
+    given_out: Array | None
+    rescaled: bool = False  # whether the result is multiplied again
 
 
 @documented
@@ -102,7 +114,7 @@ def scores(
         heads, length = (-3, -2) if heads_first else (-2, -3)
         _check_heads(where, q.shape[heads], k.shape[heads], q=q, k=k)
         shape = (*_broadcast(where, q=q, k=k), q.shape[heads], q.shape[length], k.shape[length])
-    return _product(where, q, k, shape, (heads_first, heads_first, True), scale, out, num_threads, like="q")
+    return _product(where, {"q": q, "k": k}, shape, (heads_first, heads_first, True), scale, out, num_threads)
 
 
 @documented
@@ -181,7 +193,7 @@ def weighted_values(
         _check_heads(where, p.shape[-3], v.shape[heads], p=p, v=v)
         rows = p.shape[-3:-1] if heads_first else p.shape[-2:-4:-1]
         shape = (*_broadcast(where, p=p, v=v), *rows, v.shape[-1])
-    return _product(where, p, v, shape, (True, heads_first, heads_first), 1.0, out, num_threads, like="p")
+    return _product(where, {"p": p, "v": v}, shape, (True, heads_first, heads_first), 1.0, out, num_threads)
 
 
 @documented
@@ -284,7 +296,9 @@ def softmax(
         in_place = _same_memory(out, x)
         if any(np.may_share_memory(out, y) for y in (x, mask) if y is not None and not (y is x and in_place)):
             target = _empty(x.shape, out.dtype.num, where)
-    _core.softmax(x, mask, target, axis % x.ndim, threads, isa, counters)
+    report = _core.softmax(x, mask, target, axis % x.ndim, threads, isa, counters)
+    if report is not None:
+        return PlannedStage(where, threads, isa, report, {"x": x, "out": target}, out)  # type: ignore[return-value]
     if target is not result:
         result[...] = target
     return result
@@ -309,16 +323,15 @@ def _check_heads(where: str, many: int, few: int, **arrays: Array) -> None:
 
 def _product(
     where: str,
-    a: Array,
-    b: Array,
+    arrays: dict[str, Array],
     shape: tuple[int, ...],
     heads_first: tuple[bool, bool, bool],
     scale: float,
     out: Array | None,
     num_threads: int | None,
-    like: str,
 ) -> Array:
-    """scale * a @ b, of b's transpose for scores, into a new array or `out`."""
+    """scale * a @ b, of b's transpose for scores, into a new array or `out`; where only a plan is asked for, that."""
+    (like, a), (_, b) = arrays.items()
     threads, isa, counters = _runtime.current()
     if num_threads is not None:
         threads = _runtime.check_threads(num_threads, f"{where}: num_threads")
@@ -328,13 +341,17 @@ def _product(
         result = target = _check_out(out, shape, a.dtype.num, where, like)
         if np.may_share_memory(out, a) or np.may_share_memory(out, b):
             target = _empty(shape, out.dtype.num, where)
-    rest = 1.0
+    rest, rescaled = 1.0, False
     if a.dtype.itemsize < 8 and scale and not 2.0**-200 < abs(scale) < 2.0**200:
+        rescaled = True
         scale, rest = math.copysign(2.0 ** (200 if abs(scale) > 1 else -200), scale), abs(scale)
         rest /= abs(scale)
         if target.itemsize == 2:  # which are rounded once
             target = _empty(shape, _FLOAT32, where)
-    _core.product(a, b, target, where == "scores", *heads_first, scale, threads, isa, counters)
+    report = _core.product(a, b, target, where == "scores", *heads_first, scale, threads, isa, counters)
+    if report is not None:
+        arrays = arrays | {"out": target}
+        return PlannedStage(where, threads, isa, report, arrays, out, rescaled)  # type: ignore[return-value]
     with np.errstate(all="ignore"):
         while rest != 1:  # in steps within the type: 0 times infinity would be NaN
             step = min(max(rest, 2.0**-100), 2.0**100)

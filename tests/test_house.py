@@ -35,7 +35,7 @@ HEADERS = {
     "call.h": "plan.h threads.h",
     "decode.[ch]": "call.h tile.h elements.h mask.h rows.h types.h",
     "forward.[ch]": "plan.h call.h decode.h tile.h elements.h mask.h types.h memory.h",
-    "explain.c": "plan.h forward.h elements.h mask.h types.h",
+    "explain.c": "plan.h plan_stages.h forward.h elements.h mask.h types.h",
     "cache.c": "qkv.h kernels/kernels.h cpu.h",
     "stages.c": "plan_stages.h mask.h threads.h memory.h",
     "hooks.c": "*",
@@ -72,7 +72,8 @@ IMPORTS = {
     "qkv_fast/_varlen.py": "_problem _checks _help",
     "qkv_fast/_stages.py": "_core _runtime _checks _help",
     "qkv_fast/_merge.py": "_checks _help",
-    "qkv_fast/_explain.py": "_core _runtime _problem _checks _attention",
+    "qkv_fast/_plans.py": "_runtime",
+    "qkv_fast/_explain.py": "_core _runtime _problem _checks _attention _stages _plans",
     "qkv_fast/cache/*.py": f"{PUBLIC} _core _runtime _problem _checks _masks _merge _help",
     "qkv_fast/reference/*.py": f"{PUBLIC} _checks _help",  # what positions, masks and shapes mean is its own code
     "qkv_fast/*.py": "*",
