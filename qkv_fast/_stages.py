@@ -114,7 +114,7 @@ def scores(
         heads, length = (-3, -2) if heads_first else (-2, -3)
         _check_heads(where, q.shape[heads], k.shape[heads], q=q, k=k)
         shape = (*_broadcast(where, q=q, k=k), q.shape[heads], q.shape[length], k.shape[length])
-    return _product(where, {"q": q, "k": k}, shape, (heads_first, heads_first, True), scale, out, num_threads)
+    return _product(where, "qk", q, k, shape, (heads_first, heads_first, True), scale, out, num_threads)
 
 
 @documented
@@ -193,7 +193,7 @@ def weighted_values(
         _check_heads(where, p.shape[-3], v.shape[heads], p=p, v=v)
         rows = p.shape[-3:-1] if heads_first else p.shape[-2:-4:-1]
         shape = (*_broadcast(where, p=p, v=v), *rows, v.shape[-1])
-    return _product(where, {"p": p, "v": v}, shape, (True, heads_first, heads_first), 1.0, out, num_threads)
+    return _product(where, "pv", p, v, shape, (True, heads_first, heads_first), 1.0, out, num_threads)
 
 
 @documented
@@ -323,7 +323,9 @@ def _check_heads(where: str, many: int, few: int, **arrays: Array) -> None:
 
 def _product(
     where: str,
-    arrays: dict[str, Array],
+    names: str,
+    a: Array,
+    b: Array,
     shape: tuple[int, ...],
     heads_first: tuple[bool, bool, bool],
     scale: float,
@@ -331,27 +333,25 @@ def _product(
     num_threads: int | None,
 ) -> Array:
     """scale * a @ b, of b's transpose for scores, into a new array or `out`; where only a plan is asked for, that."""
-    (like, a), (_, b) = arrays.items()
     threads, isa, counters = _runtime.current()
     if num_threads is not None:
         threads = _runtime.check_threads(num_threads, f"{where}: num_threads")
     if out is None:
         result = target = _empty(shape, a.dtype.num, where)
     else:
-        result = target = _check_out(out, shape, a.dtype.num, where, like)
+        result = target = _check_out(out, shape, a.dtype.num, where, names[0])
         if np.may_share_memory(out, a) or np.may_share_memory(out, b):
             target = _empty(shape, out.dtype.num, where)
-    rest, rescaled = 1.0, False
+    rest = 1.0
     if a.dtype.itemsize < 8 and scale and not 2.0**-200 < abs(scale) < 2.0**200:
-        rescaled = True
         scale, rest = math.copysign(2.0 ** (200 if abs(scale) > 1 else -200), scale), abs(scale)
         rest /= abs(scale)
         if target.itemsize == 2:  # which are rounded once
             target = _empty(shape, _FLOAT32, where)
     report = _core.product(a, b, target, where == "scores", *heads_first, scale, threads, isa, counters)
     if report is not None:
-        arrays = arrays | {"out": target}
-        return PlannedStage(where, threads, isa, report, arrays, out, rescaled)  # type: ignore[return-value]
+        arrays = {names[0]: a, names[1]: b, "out": target}
+        return PlannedStage(where, threads, isa, report, arrays, out, rest != 1)  # type: ignore[return-value]
     with np.errstate(all="ignore"):
         while rest != 1:  # in steps within the type: 0 times infinity would be NaN
             step = min(max(rest, 2.0**-100), 2.0**100)

@@ -164,7 +164,7 @@ def attend_newest(
         p.lengths = tokens.lengths
     report = _core.forward(p, target, lse)
     if report is not None:
-        planned = _problem.Planned(p, report, view, out)
+        planned = _problem.Planned(p, report, view if apart else target, out)
         planned.also += plans
         return planned
     if apart:
