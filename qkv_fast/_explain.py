@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from . import _core, _runtime
+from . import _core, _runtime, reference
 from ._attention import attention
 from ._checks import Array, _arithmetic, _as_array
 from ._core import Problem
@@ -83,7 +83,8 @@ return_lse, out, num_threads
     verb = attention
     if call and callable(call[0]):
         verb, *call = call  # type: ignore[assignment]
-        if getattr(verb, "__name__", "") not in _VERBS:
+        module = str(getattr(verb, "__module__", ""))
+        if getattr(verb, "__name__", "") not in _VERBS or module.startswith(reference.__name__):
             raise TypeError(f"explain: {', '.join(_VERBS)} (the third is a cache's), not {verb!r}")
     # Before: their own code may call attention.
     given = dict(zip(verb.__code__.co_varnames[hasattr(verb, "__self__") :], call, strict=False)) | arguments
