@@ -9,6 +9,7 @@ import numpy as np
 from . import _core, _runtime
 from ._checks import (
     _FLOAT32,
+    _TYPES,
     Array,
     _as_array,
     _broadcast,
@@ -18,7 +19,6 @@ from ._checks import (
     _check_out,
     _check_scale,
     _check_type,
-    _empty,
     _fail_shapes,
     _fail_words,
 )
@@ -278,12 +278,15 @@ def softmax(
     if num_threads is not None:
         threads = _runtime.check_threads(num_threads, "softmax: num_threads")
     if out is None:
-        result = target = _empty(x.shape, x.dtype.num, where, like=x)
+        try:  # axes in memory as x has them
+            result = target = np.empty_like(x, _TYPES[x.dtype.num], subok=False)
+        except ValueError:
+            raise OverflowError(f"{where}: a result of shape {x.shape} is too large for any array") from None
     else:
         result = target = _check_out(out, x.shape, x.dtype.num, where, "x")
         in_place = _same_memory(out, x)
         if any(np.may_share_memory(out, y) for y in (x, mask) if y is not None and not (y is x and in_place)):
-            target = _empty(x.shape, out.dtype.num, where)
+            target = _core.empty(where, x.shape, out.dtype.num)
     _core.softmax(x, mask, target, axis % x.ndim, threads, isa, counters)
     if target is not result:
         result[...] = target
@@ -323,17 +326,17 @@ def _product(
     if num_threads is not None:
         threads = _runtime.check_threads(num_threads, f"{where}: num_threads")
     if out is None:
-        result = target = _empty(shape, a.dtype.num, where)
+        result = target = _core.empty(where, shape, a.dtype.num)
     else:
         result = target = _check_out(out, shape, a.dtype.num, where, like)
         if np.may_share_memory(out, a) or np.may_share_memory(out, b):
-            target = _empty(shape, out.dtype.num, where)
+            target = _core.empty(where, shape, out.dtype.num)
     rest = 1.0
     if a.dtype.itemsize < 8 and scale and not 2.0**-200 < abs(scale) < 2.0**200:
         scale, rest = math.copysign(2.0 ** (200 if abs(scale) > 1 else -200), scale), abs(scale)
         rest /= abs(scale)
         if target.itemsize == 2:  # which are rounded once
-            target = _empty(shape, _FLOAT32, where)
+            target = _core.empty(where, shape, _FLOAT32)
     _core.product(a, b, target, where == "scores", *heads_first, scale, threads, isa, counters)
     with np.errstate(all="ignore"):
         while rest != 1:  # in steps within the type: 0 times infinity would be NaN
