@@ -230,7 +230,8 @@ def check_newest(
     rows = q.shape[:3]
     shape = (*rows, dim_v) if heads_first else (batch, rows[2], rows[1], dim_v)
     scale = dim**-0.5 if scale is None else _check_scale(scale, where)
-    left, right = None, 0
+    left: int | None = None
+    right: int | None = 0
     if causal is not True or window is not None:
         if isinstance(causal, str):
             raise ValueError(f"{where}: causal must be True or False, got {causal!r}")
