@@ -154,7 +154,7 @@ def limits_table(before: dict[int, dict[str, float]], after: dict[int, dict[str,
 
 def measured_table(measured: list[Measured]) -> Table:
     """Ratios, memory and import time against what is asked of them."""
-    unjudged = [m for m in measured if not m.judged]
+    unjudged = [m for m in measured if not m.judged and m.floor is not None]
     table = Table("Properties", ["property", "value", "spread", "asked", "aim", "reached", "note"], keys=1)
     for m in measured:
         if math.isnan(m.value):
@@ -164,7 +164,7 @@ def measured_table(measured: list[Measured]) -> Table:
         spread = percent_text(m.spread, m.spread > WIDE_SPREAD) if m.spread else ""
         asked = "" if m.floor is None else f"{sign} {m.floor:g} {m.unit}"
         aim = "" if m.aim is None else f"{sign} {m.aim:g}"
-        verdict = m.verdict if m.judged else "-"
+        verdict = "-" if m in unjudged else m.verdict
         table.add([m.name, f"{m.value:.3g} {m.unit}", spread, asked, aim, verdict, m.note], m.verdict)
     if unjudged:
         table.notes.append(NOT_JUDGED)

@@ -77,6 +77,7 @@ def test_bounds_of_properties_are_judged_there_too_and_some_everywhere(cpu):
     found = measured.measure(here, 1.0, (1,))
     assert [m.verdict for m in found] == ["", ""]
     assert report.NOT_JUDGED in tables.as_text(report.measured_table(found))
+    assert report.NOT_JUDGED not in tables.as_text(report.measured_table(found[1:]))  # it is held to nothing
     assert [m.verdict for m in measured.measure(everywhere, 1.0, (1,))] == ["below", ""]
     cpu(True)
     found = measured.measure(here, 1.0, (1,))
