@@ -171,13 +171,11 @@ def check_ragged(
         _fail_shapes(where, "q, k, v must have 3 axes each, (tokens, heads, dim)", q=q, k=k, v=v)
     (total_q, heads, dim), total_k = q.shape, k.shape[0]
     _check_fit(where, q, k, v, (heads, k.shape[1], v.shape[1]), (total_k, v.shape[0]))
-    q_starts = _masks.check_starts(where, "cu_seqlens_q", cu_seqlens_q, total_q)
-    k_starts = _masks.check_starts(where, "cu_seqlens_k", cu_seqlens_k, total_k)
+    q_starts, len_q, longest_q = _masks.check_starts(where, "cu_seqlens_q", cu_seqlens_q, total_q)
+    k_starts, len_k, longest_k = _masks.check_starts(where, "cu_seqlens_k", cu_seqlens_k, total_k)
     if q_starts.size != k_starts.size:
         given = f"{q_starts.size} and {k_starts.size} entries"
         raise ValueError(f"{where}: cu_seqlens_q and cu_seqlens_k must be of one length, got {given}")
-    len_q, len_k = np.diff(q_starts), np.diff(k_starts)
-    longest_q, longest_k = int(len_q.max(initial=0)), int(len_k.max(initial=0))
     batch = (len_q.size,)
 
     if scale is None:
