@@ -173,8 +173,8 @@ class Core:
         if missing := [name for name in required if name not in names]:
             raise CompileError(f"QKV_FAST_REQUIRE_PATHS: this compiler cannot build {', '.join(missing)}")
         macros = [path.macro for path in found]
-        # The paths take longest by far, so they are the first to be compiled, and several compilers run at once.
-        work = {path.source: (flags, ()) for path, flags in found.items()}
+        # Several compilers run at once; the paths, of which the last take longest, begin first.
+        work = {path.source: (flags, ()) for path, flags in reversed(found.items())}
         work |= {source: ((), macros) for source in core_sources()}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             begun = {

@@ -44,7 +44,8 @@ def speed_table(rows: list[Row], peers: list[str], title: str, goals: bool = Tru
             table.add(cells + ["-"] * (len(columns) - 2), "error")
             table.notes.append(f"{row.job}: {row.error}")
             continue
-        cells += [seconds_text(row.time.median), percent_text(row.time.spread, row.time.wide)]
+        spread = percent_text(row.time.spread, row.time.wide) if row.time.count > 1 else "1 round"
+        cells += [seconds_text(row.time.median), spread]
         rate = f"{rate_text(row, OURS)} {unit(row)}"
         cells += [rate, "" if is_tiny(row) else f"{100 * row.share.median:.1f}"]
         if goals:
@@ -154,7 +155,7 @@ def limits_table(before: dict[int, dict[str, float]], after: dict[int, dict[str,
 
 def measured_table(measured: list[Measured]) -> Table:
     """Ratios, memory and import time against what is asked of them."""
-    unjudged = [m for m in measured if not m.judged]
+    unjudged = [m for m in measured if not m.judged and m.floor is not None]
     table = Table("Properties", ["property", "value", "spread", "asked", "aim", "reached", "note"], keys=1)
     for m in measured:
         if math.isnan(m.value):
@@ -164,7 +165,7 @@ def measured_table(measured: list[Measured]) -> Table:
         spread = percent_text(m.spread, m.spread > WIDE_SPREAD) if m.spread else ""
         asked = "" if m.floor is None else f"{sign} {m.floor:g} {m.unit}"
         aim = "" if m.aim is None else f"{sign} {m.aim:g}"
-        verdict = m.verdict if m.judged else "-"
+        verdict = "-" if m in unjudged else m.verdict
         table.add([m.name, f"{m.value:.3g} {m.unit}", spread, asked, aim, verdict, m.note], m.verdict)
     if unjudged:
         table.notes.append(NOT_JUDGED)

@@ -18,14 +18,6 @@ _FARTHEST_OFFSET = 2**60  # positions and distances below this cannot overflow 6
 _OPEN_DISTANCE = 2**61  # beyond every key from every position
 
 
-def _empty(shape: tuple[int, ...], number: int, where: str = "attention", like: Array | None = None) -> Array:
-    """With the axes in memory as those of `like`, if given."""
-    try:
-        return _core.empty(shape, number) if like is None else np.empty_like(like, _TYPES[number], subok=False)
-    except ValueError:
-        raise OverflowError(f"{where}: a result of shape {shape} is too large for any array") from None
-
-
 def _fail_shapes(where: str, what: str, error: type[Exception] = ValueError, /, **arrays: Array) -> NoReturn:
     shapes = ", ".join(f"{name}.shape={x.shape}" for name, x in arrays.items())
     raise error(f"{where}: {what} ({shapes})")

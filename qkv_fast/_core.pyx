@@ -3,6 +3,7 @@
 Shapes, types and values have been checked in _problem.py. Here arrays become pointers and byte strides, the GIL is
 released, and raise_status turns the core's status into an exception: the only place that does.
 """
+cimport cython
 cimport numpy as cnp
 from libc.stdint cimport int32_t, int64_t
 
@@ -232,6 +233,8 @@ cdef bytearray fill_runs(qkv_problem *p, int64_t n):
     return room
 
 
+@cython.freelist(8)
+@cython.final
 cdef class Problem:
     """One call of attention, which _problem.py has checked.
 
@@ -278,14 +281,21 @@ cdef class Problem:
     def is_planned(self):
         return self.counters is PLAN
 
+    def empty(self):
+        """An array for the result."""
+        return empty(self.where, self.shape, self.number)
 
-def empty(tuple shape not None, int number):
-    """An array of this shape and type (dtype.num), in C order."""
+
+cpdef cnp.ndarray empty(str where, tuple shape, int number):
+    """An array of this shape and type (dtype.num), in C order; `where` is for the error."""
     cdef cnp.npy_intp dims[64]                  # NumPy's most
     cdef int i, n = <int>len(shape)
-    for i in range(n):
-        dims[i] = shape[i]
-    return cnp.PyArray_EMPTY(n, dims, number, 0)
+    try:
+        for i in range(n):
+            dims[i] = shape[i]
+        return cnp.PyArray_EMPTY(n, dims, number, 0)
+    except ValueError:
+        raise OverflowError(f"{where}: a result of shape {shape} is too large for any array") from None
 
 
 def forward(Problem call not None, cnp.ndarray out not None, cnp.ndarray lse):

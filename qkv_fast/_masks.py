@@ -228,8 +228,8 @@ def _find_spans(q_ids: Array, k_ids: Array, of_queries: Array, of_keys: Array, s
     return spans, bool(np.array_equal(end - begin, spans[:, 1] - spans[:, 0]))
 
 
-def check_starts(where: str, name: str, starts: Any, total: int) -> Array:
-    """int64, contiguous: where each of the packed sequences begins, and their end."""
+def check_starts(where: str, name: str, starts: Any, total: int) -> tuple[Array, Array, int]:
+    """int64, contiguous: where each of the packed sequences begins, and their end; their lengths; the longest."""
     given = _as_array(name, starts, where)
     if given.dtype.kind not in "iu":
         raise TypeError(f"{where}: {name} must be integers, got {given.dtype}")
@@ -237,13 +237,15 @@ def check_starts(where: str, name: str, starts: Any, total: int) -> Array:
         raise ValueError(f"{where}: {name} must have one axis and at least one entry, got shape {given.shape}")
     if given[0] != 0:
         raise ValueError(f"{where}: {name} must start at 0, got {given[0]}")
-    if np.any(fall := given[1:] < given[:-1]):
-        at = int(np.argmax(fall))
+    begins = given.astype(np.int64, order="C")
+    lengths = begins[1:] - begins[:-1]
+    if lengths.size and lengths.min() < 0:
+        at = int(np.argmax(given[1:] < given[:-1]))
         raise ValueError(f"{where}: {name} must not decrease, got {given[at]}, {given[at + 1]} at {at}")
     if given[-1] != total:
         side = name.removeprefix("cu_seqlens_")
         raise ValueError(f"{where}: {name} must end at {total}, the length of {side}, got {given[-1]}")
-    return given.astype(np.int64, order="C")
+    return begins, lengths, int(lengths.max()) if lengths.size else 0
 
 
 def alibi_slopes(num_heads: int) -> Array:

@@ -27,7 +27,6 @@ from ._checks import (
     _check_scale,
     _check_type,
     _check_types,
-    _empty,
     _fail_shapes,
     _fail_words,
     _per_sequence,
@@ -49,12 +48,12 @@ class Planned:
 def attend(p: Problem, out: Array | None, return_lse: bool) -> Any:
     """Attention, into a new array or `out`; where only a plan is asked for, that."""
     if out is None:
-        result = target = _empty(p.shape, p.number, p.where) if p.counters is None else _like_q(p)
+        result = target = p.empty() if p.counters is None else _like_q(p)
     else:
         result = target = _check_out(out, p.shape, p.number, p.where)
         if overlaps(p, out):
-            target = _empty(p.shape, out.dtype.num, p.where)
-    lse = _empty(p.rows, _arithmetic(p.number), p.where) if return_lse else None
+            target = _core.empty(p.where, p.shape, out.dtype.num)
+    lse = _core.empty(p.where, p.rows, _arithmetic(p.number)) if return_lse else None
     report = _core.forward(p, target, lse)
     if report is not None:
         return Planned(p, report, target, out)
@@ -67,7 +66,7 @@ def _like_q(p: Problem) -> Array:
     """A plan asks a result for no more than its strides, which are q's: no pages for what will not be written."""
     if p.is_planned and p.shape == p.q.shape and p.q.flags.carray and p.q.dtype.isnative:
         return p.q
-    return _empty(p.shape, p.number, p.where)
+    return p.empty()
 
 
 def overlaps(p: Problem, out: Array) -> bool:
@@ -91,8 +90,8 @@ def check(
         k = _as_array("k", k, where)
     if type(v) is not np.ndarray:
         v = _as_array("v", v, where)
-    number = q.dtype.num
-    if not (number == k.dtype.num == v.dtype.num and number in _TYPES):
+    dtype = q.dtype
+    if not (dtype is k.dtype and dtype is v.dtype and dtype.num in _TYPES):  # the usual case, in short
         _check_types(where, q, k, v)
 
     # Shapes: heads and lengths by layout, the axes left of them broadcast.
@@ -172,13 +171,11 @@ def check_ragged(
         _fail_shapes(where, "q, k, v must have 3 axes each, (tokens, heads, dim)", q=q, k=k, v=v)
     (total_q, heads, dim), total_k = q.shape, k.shape[0]
     _check_fit(where, q, k, v, (heads, k.shape[1], v.shape[1]), (total_k, v.shape[0]))
-    q_starts = _masks.check_starts(where, "cu_seqlens_q", cu_seqlens_q, total_q)
-    k_starts = _masks.check_starts(where, "cu_seqlens_k", cu_seqlens_k, total_k)
+    q_starts, len_q, longest_q = _masks.check_starts(where, "cu_seqlens_q", cu_seqlens_q, total_q)
+    k_starts, len_k, longest_k = _masks.check_starts(where, "cu_seqlens_k", cu_seqlens_k, total_k)
     if q_starts.size != k_starts.size:
         given = f"{q_starts.size} and {k_starts.size} entries"
         raise ValueError(f"{where}: cu_seqlens_q and cu_seqlens_k must be of one length, got {given}")
-    len_q, len_k = np.diff(q_starts), np.diff(k_starts)
-    longest_q, longest_k = int(len_q.max(initial=0)), int(len_k.max(initial=0))
     batch = (len_q.size,)
 
     if scale is None:
@@ -231,7 +228,8 @@ def check_newest(
     rows = q.shape[:3]
     shape = (*rows, dim_v) if heads_first else (batch, rows[2], rows[1], dim_v)
     scale = dim**-0.5 if scale is None else _check_scale(scale, where)
-    left, right = None, 0
+    left: int | None = None
+    right: int | None = 0
     if causal is not True or window is not None:
         if isinstance(causal, str):
             raise ValueError(f"{where}: causal must be True or False, got {causal!r}")

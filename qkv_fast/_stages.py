@@ -9,6 +9,7 @@ import numpy as np
 from . import _core, _runtime
 from ._checks import (
     _FLOAT32,
+    _TYPES,
     Array,
     _as_array,
     _broadcast,
@@ -18,7 +19,6 @@ from ._checks import (
     _check_out,
     _check_scale,
     _check_type,
-    _empty,
     _fail_shapes,
     _fail_words,
 )
@@ -290,12 +290,15 @@ def softmax(
     if num_threads is not None:
         threads = _runtime.check_threads(num_threads, "softmax: num_threads")
     if out is None:
-        result = target = _empty(x.shape, x.dtype.num, where, like=x)
+        try:  # axes in memory as x has them
+            result = target = np.empty_like(x, _TYPES[x.dtype.num], subok=False)
+        except ValueError:
+            raise OverflowError(f"{where}: a result of shape {x.shape} is too large for any array") from None
     else:
         result = target = _check_out(out, x.shape, x.dtype.num, where, "x")
         in_place = _same_memory(out, x)
         if any(np.may_share_memory(out, y) for y in (x, mask) if y is not None and not (y is x and in_place)):
-            target = _empty(x.shape, out.dtype.num, where)
+            target = _core.empty(where, x.shape, out.dtype.num)
     report = _core.softmax(x, mask, target, axis % x.ndim, threads, isa, counters)
     if report is not None:
         return PlannedStage(where, threads, isa, report, {"x": x, "out": target}, out)  # type: ignore[return-value]
@@ -337,17 +340,17 @@ def _product(
     if num_threads is not None:
         threads = _runtime.check_threads(num_threads, f"{where}: num_threads")
     if out is None:
-        result = target = _empty(shape, a.dtype.num, where)
+        result = target = _core.empty(where, shape, a.dtype.num)
     else:
         result = target = _check_out(out, shape, a.dtype.num, where, names[0])
         if np.may_share_memory(out, a) or np.may_share_memory(out, b):
-            target = _empty(shape, out.dtype.num, where)
+            target = _core.empty(where, shape, out.dtype.num)
     rest = 1.0
     if a.dtype.itemsize < 8 and scale and not 2.0**-200 < abs(scale) < 2.0**200:
         scale, rest = math.copysign(2.0 ** (200 if abs(scale) > 1 else -200), scale), abs(scale)
         rest /= abs(scale)
         if target.itemsize == 2:  # which are rounded once
-            target = _empty(shape, _FLOAT32, where)
+            target = _core.empty(where, shape, _FLOAT32)
     report = _core.product(a, b, target, where == "scores", *heads_first, scale, threads, isa, counters)
     if report is not None:
         arrays = {names[0]: a, names[1]: b, "out": target}

@@ -19,7 +19,6 @@ from .._checks import (
     _check_layout,
     _check_out,
     _check_type,
-    _empty,
     _fail_shapes,
     _per_sequence,
 )
@@ -88,7 +87,6 @@ def attend_newest(
     limit: int | None,
     keep: int,
     q: Any,
-    *,
     lengths: Any,
     mask: Any,
     bias: Any,
@@ -131,7 +129,7 @@ def attend_newest(
         given = f"{np.broadcast_to(queries, batch)[at]} queries, of which sequence {at} has {tokens.lengths[at]} tokens"
         raise ValueError(f"{where}: the queries are the newest tokens: append these first ({given})")
 
-    result = _empty(p.shape, p.number, where) if out is None else _check_out(out, p.shape, p.number, where)
+    result = p.empty() if out is None else _check_out(out, p.shape, p.number, where)
     view = target = result if p.heads_first else result.swapaxes(1, 2)
     p.heads_first = True
     wide = _arithmetic(p.number)
@@ -144,10 +142,10 @@ def attend_newest(
         p.left = p.right = None
         apart = 0
     if apart and p.number != wide:
-        target = _empty(p.rows + view.shape[3:], wide, where)  # rounded once, when both parts are there
+        target = _core.empty(where, p.rows + view.shape[3:], wide)  # rounded once, when both parts are there
     elif out is not None and (np.may_share_memory(out, p.q) or (p.extras and p.extras.overlaps(out))):
-        target = _empty(p.rows + view.shape[3:], out.dtype.num, where)
-    lse = _empty(p.rows, wide, where) if return_lse or apart else None
+        target = _core.empty(where, p.rows + view.shape[3:], out.dtype.num)
+    lse = _core.empty(where, p.rows, wide) if return_lse or apart else None
     plans = []
     if counts is not None or apart:
         spans = np.zeros((batch, len_q, 2), np.int64)  # nothing for a row beyond the sequence's queries

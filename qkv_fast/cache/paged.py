@@ -492,9 +492,8 @@ class PagedKVCache:
         tables = [self._pages[s] for s in chosen]
         return attend_newest(
             where, self._form, tokens, lambda *_: self._find(tables), None, 0, q,
-            lengths=lengths, mask=mask, bias=bias, causal=causal, window=window, alibi_slopes=alibi_slopes, sinks=sinks,
-            softcap=softcap, scale=scale, layout=layout, return_lse=return_lse, out=out, num_threads=num_threads,
-            words=words,
+            lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale, layout, return_lse, out,
+            num_threads, words,
         )  # fmt: skip
 
     def _find(self, tables: list[list[int]]) -> Keys:

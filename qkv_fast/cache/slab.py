@@ -434,9 +434,8 @@ class KVCache:
         return attend_newest(
             "KVCache.attend", form, Tokens(self._lengths, self._least, self._most), self._find,
             None if reach < 0 else reach, keep, q,
-            lengths=lengths, mask=mask, bias=bias, causal=causal, window=window, alibi_slopes=alibi_slopes, sinks=sinks,
-            softcap=softcap, scale=scale, layout=layout, return_lse=return_lse, out=out, num_threads=num_threads,
-            words=words,
+            lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale, layout, return_lse, out,
+            num_threads, words,
         )  # fmt: skip
 
     def _find(self, left: int | None, queries: Any, join: bool) -> Keys:

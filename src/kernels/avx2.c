@@ -137,6 +137,8 @@ static inline vec_f32 sum_each_f32(vec_f32 x[8])
 #define PAIR 1
 #define NARROWS 1
 #define WIDENS 1
+#define HALVES_AHEAD 9216
+#define HALVES_SHARED 0
 #define EXP2_STEPS 8
 #include "kernel_tpl.h"
 

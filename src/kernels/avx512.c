@@ -33,6 +33,8 @@ static inline vec_f32 widen_i4_f32(const void *p, int at, const char *scale)
 #define PAIR 1
 #define NARROWS 1
 #define WIDENS 1
+#define HALVES_AHEAD 20480
+#define HALVES_SHARED 1
 #define EXP2_STEPS 8
 #include "kernel_tpl.h"
 

@@ -72,6 +72,7 @@ static inline vec_f32 unzip_f32(vec_f32 x, vec_f32 y, int at)
 #define PAIR 2
 #define NARROWS 1
 #define WIDENS 0
+#define HALVES_AHEAD 20480
 #define EXP2_STEPS 8
 #include "kernel_tpl.h"
 

@@ -47,9 +47,7 @@ static QKV_INLINE void X(decode_score_tile)(const int nr, const int nk, int n, c
     const int few = nr <= 2 ? 1 : 4;
     const REAL *q = (const REAL *)t->q + row * t->q_row;
     VEC c[SUMS];
-    QKV_UNROLL
-    for (int i = 0; i < SUMS; i++)
-        c[i] = X(set1)(0);
+    X(decode_clear)(c);
     QKV_UNROLL
     for (int i = 0; i < nk; i += few) {
         const char *from = k + (i < n ? i : n - 1) * k_row;
@@ -69,10 +67,9 @@ static QKV_INLINE void X(decode_score_tile)(const int nr, const int nk, int n, c
     X(decode_keep_scores)(nr, nk, n, t, row, at, c);
 }
 
-static void X(decode_score)(const qkv_stack *t, const void *keys, ptrdiff_t k_row, int as, int at, int n)
+static QKV_INLINE void X(decode_score_as)(const int as, const qkv_stack *t, const char *k, ptrdiff_t k_row, int at, int n)
 {
-    const char *k = keys;
-    const ptrdiff_t ahead = X(decode_ahead_halves)(t, k_row, t->d);
+    const ptrdiff_t ahead = X(decode_ahead)(as, t, k_row, t->d);
     for (; n > 0; n -= SUMS, at += SUMS, k += SUMS * k_row) {
         int row = 0;
         for (; row + 4 <= t->rows && n >= SUMS; row += 4)
@@ -84,7 +81,6 @@ static void X(decode_score)(const qkv_stack *t, const void *keys, ptrdiff_t k_ro
         for (; row < t->rows; row++)
             X(decode_score_tile)(1, SUMS, n < SUMS ? n : SUMS, t, row, k, k_row, ahead, at);
     }
-    (void)as;
 }
 
 /* Columns e .. e + w of a row of O. */
@@ -94,92 +90,38 @@ static inline VEC X(decode_columns)(const REAL *o, int e)
     return X(unzip)(X(load)(o), X(load)(o + W), e % HALVES);
 }
 
-/* nc vectors of columns from column e on, or the first `some` columns of one, of the values of nr rows: n keys of one part,
+/* nc vectors of columns from column e on, or the first `some` columns of two, of the values of nr rows: n keys of one part,
  * whose first one begins it if `begins`, whose last one ends it if `ends`. If careful, excluded keys are left out. */
-static QKV_INLINE void X(decode_value_tile)(const int nr, const int nc, const int careful, int some, const qkv_stack *t,
-                                            int row, int e, const char *v, ptrdiff_t v_row, ptrdiff_t ahead, int at, int n,
-                                            int begins, int ends)
+static QKV_INLINE void X(decode_value_tile)(const int as, const int nr, const int nc, const int careful, int some,
+                                            const qkv_stack *t, int row, int e, const char *v, ptrdiff_t v_row,
+                                            ptrdiff_t ahead, int at, int n, int begins, int ends)
 {
     REAL *sums = (REAL *)t->sums + row * t->o_row + e, *o = (REAL *)t->o + row * t->o_row + e;
     const REAL *p = (const REAL *)t->s + row * t->s_row + at / 2;
     VEC c[SUMS];
-    QKV_UNROLL
-    for (int r = 0; r < nr; r++) {
-        QKV_UNROLL
-        for (int j = 0; j < 2 * nc; j++)
-            c[r * 2 * nc + j] = begins ? X(set1)(0) : X(load)(sums + r * t->o_row + j * W);
-    }
-    v += 2 * e;
+    X(decode_take_sums)(nr, nc, t, sums, begins, c);
+    v += X(decode_bytes)(as, e);
     QKV_UNROLL_2
     for (int i = 0; i < n / 2; i++, v += 2 * v_row) {
         VEC y[8];
         QKV_UNROLL
-        for (int j = 0; j < nc; j++) {
-            const char *from = v + j * HALVES * 2;
+        for (int j = 0; j < nc; j += 2) {
+            const char *from = v + j / 2 * (int)sizeof(VEC);
             VEC first = X(decode_halves)(from, some), second = X(decode_halves)(from + v_row, some);
             X(decode_fetch)(from, ahead);
             X(decode_fetch)(from + v_row, ahead);
-            y[2 * j] = X(zip)(first, second, 0);
-            y[2 * j + 1] = X(zip)(first, second, W);
+            y[j] = X(zip)(first, second, 0);
+            y[j + 1] = X(zip)(first, second, W);
         }
         QKV_UNROLL
         for (int r = 0; r < nr; r++) {
             VEC x = X(set1)(p[r * t->s_row + i]);
             QKV_UNROLL
-            for (int j = 0; j < 2 * nc; j++)
-                c[r * 2 * nc + j] = careful ? X(mad_seen)(y[j], x, c[r * 2 * nc + j]) : X(mad)(x, y[j], c[r * 2 * nc + j]);
+            for (int j = 0; j < nc; j++)
+                c[r * nc + j] = careful ? X(mad_seen)(y[j], x, c[r * nc + j]) : X(mad)(x, y[j], c[r * nc + j]);
         }
     }
-    QKV_UNROLL
-    for (int r = 0; r < nr; r++) {
-        QKV_UNROLL
-        for (int j = 0; j < 2 * nc; j++) {
-            REAL *to = (ends ? o : sums) + r * t->o_row + j * W;
-            X(store)(to, ends ? X(add)(X(load)(to), c[r * 2 * nc + j]) : c[r * 2 * nc + j]);
-        }
-    }
-}
-
-static QKV_INLINE void X(decode_value_rows)(const int nr, const int careful, const qkv_stack *t, int row, const char *v,
-                                            ptrdiff_t v_row, ptrdiff_t ahead, int at, int n, int begins, int ends)
-{
-    int e = 0;
-#define TILE(nc, some) X(decode_value_tile)(nr, nc, careful, some, t, row, e, v, v_row, ahead, at, n, begins, ends)
-    if (!careful && nr <= 2)
-        for (; e + 4 * HALVES <= t->dv; e += 4 * HALVES)
-            TILE(4, HALVES);
-    if (!careful)
-        for (; e + 2 * HALVES <= t->dv; e += 2 * HALVES)
-            TILE(2, HALVES);
-    for (; e + HALVES <= t->dv; e += HALVES)
-        TILE(1, HALVES);
-    if (e < t->dv)
-        TILE(1, t->dv - e);
-#undef TILE
-}
-
-/* O += P V for the positions at .. at + n, both even. V goes through a part at a time: it stays in L1 while all rows meet it.
- * Four rows only if their registers hold all columns: memory likes whole rows of V. */
-static void X(decode_value)(const qkv_stack *t, const void *values, ptrdiff_t v_row, int as, int at, int n)
-{
-    const char *v = values;
-    const ptrdiff_t ahead = X(decode_ahead_halves)(t, v_row, t->dv);
-    for (int some; n > 0; at += some, n -= some, v += some * v_row) {
-        some = PART - at % PART < n ? PART - at % PART : n;
-        int begins = at % PART == 0 || at == t->first / 2 * 2, row = 0;
-        int ends = (at + some) % PART == 0 || at + some == (t->last + 1) / 2 * 2;
-#define TILES(nr, careful) (X(decode_value_rows)(nr, careful, t, row, v, v_row, ahead, at, some, begins, ends), row += nr)
-        while (t->careful && row < t->rows)
-            TILES(1, 1);
-        while (row + 4 <= t->rows && t->dv <= 2 * HALVES)
-            TILES(4, 0);
-        while (row + 2 <= t->rows)
-            TILES(2, 0);
-        while (row < t->rows)
-            TILES(1, 0);
-#undef TILES
-    }
-    (void)as;
+    X(decode_keep_sums)(nr, nc, t, sums, o, ends, c);
 }
 
 #undef BLOCK

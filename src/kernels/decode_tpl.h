@@ -8,7 +8,8 @@
  *
  * Rows of K and V are of the table's own type, or, if WIDENS, of a narrower one that is widened in registers as it is loaded:
  * `as`, a constant of each tile. They have whole vectors then. The scale of a row of int8 multiplies scores and weights.
- * Where pairs are multiplied, decode_pairs_tpl.h has the products.
+ * The products are those of elements (decode_elements_tpl.h) or of pairs (decode_pairs_tpl.h); both have the functions
+ * decode_stack, decode_score_as, decode_value_tile and decode_columns.
  *
  * What a row computes depends on its own data and on positions in the chunk alone: not on other rows, on where the keys
  * that are seen begin or end, or on the pieces in which K and V are handed over.
@@ -25,20 +26,40 @@
 #define AHEAD_ONE 4096
 #define AHEAD_MORE 16384
 #define AHEAD_WIDENED 9216
-#define AHEAD_HALVES 20480
 
 static QKV_INLINE void X(decode_fetch)(const char *from, ptrdiff_t ahead)
 {
     QKV_PREFETCH_L2((const void *)((uintptr_t)from + (uintptr_t)ahead));
 }
 
-/* Bytes from where rows of d elements of 16 bits are read to where they are fetched: of one row, or of two whose pairs are
- * multiplied, just the next where the CPU itself is far ahead of what they need. */
-static QKV_INLINE ptrdiff_t X(decode_ahead_halves)(const qkv_stack *t, ptrdiff_t row, int d)
+/* The type of K and V that products take as it lies. */
+#define OWN (PAIR == 2 ? QKV_AS_BF16 : sizeof(REAL) == 4 ? QKV_AS_F32 : QKV_AS_F64)
+
+/* Bytes of e elements of a row, its scales apart. */
+static QKV_INLINE ptrdiff_t X(decode_bytes)(const int as, int e)
 {
-    ptrdiff_t far = t->rows > PAIR ? (sizeof(VEC) == 64 ? AHEAD_HALVES : AHEAD_WIDENED) : t->streams ? 0 : AHEAD_ONE;
-    ptrdiff_t rows = far / (2 * d + 1);
+    const int wide = as == QKV_AS_F32 || as == QKV_AS_F64;
+    return wide ? e * (ptrdiff_t)sizeof(REAL) : as == QKV_AS_I8 ? e : as == QKV_AS_I4 ? qkv_i4_bytes(e) : e * 2;
+}
+
+/* Bytes from where rows of d elements are read to where they are fetched. Of 16 bits, where one row meets them, or two whose
+ * pairs are multiplied, that is just the next row if the CPU itself is far ahead of what they need. */
+static QKV_INLINE ptrdiff_t X(decode_ahead)(const int as, const qkv_stack *t, ptrdiff_t row, int d)
+{
+    ptrdiff_t far = as != OWN ? AHEAD_WIDENED : t->rows == 1 ? AHEAD_ONE : AHEAD_MORE;
+#if WIDENS || PAIR == 2
+    if (as == QKV_AS_F16 || as == QKV_AS_BF16)
+        far = t->rows > PAIR ? HALVES_AHEAD : t->streams ? 0 : AHEAD_ONE;
+#endif
+    ptrdiff_t rows = far / (X(decode_bytes)(as, d) + 1);
     return (rows > 1 ? rows : 1) * row;
+}
+
+static QKV_INLINE void X(decode_clear)(VEC *c)
+{
+    QKV_UNROLL
+    for (int i = 0; i < SUMS; i++)
+        c[i] = X(set1)(0);
 }
 
 /* S of nr rows and nk keys, or, of one row, of the first n of them, from sums across lanes. */
@@ -59,184 +80,37 @@ static QKV_INLINE void X(decode_keep_scores)(const int nr, const int nk, int n, 
     }
 }
 
+/* Sums of nr rows and nc vectors of columns, from those that a call hands on to the next: all 0 where a part begins. */
+static QKV_INLINE void X(decode_take_sums)(const int nr, const int nc, const qkv_stack *t, const REAL *sums, int begins,
+                                           VEC *c)
+{
+    QKV_UNROLL
+    for (int r = 0; r < nr; r++) {
+        QKV_UNROLL
+        for (int j = 0; j < nc; j++)
+            c[r * nc + j] = begins ? X(set1)(0) : X(load)(sums + r * t->o_row + j * W);
+    }
+}
+
+/* And back; or, where a part ends, added to O. */
+static QKV_INLINE void X(decode_keep_sums)(const int nr, const int nc, const qkv_stack *t, REAL *sums, REAL *o, int ends,
+                                           const VEC *c)
+{
+    QKV_UNROLL
+    for (int r = 0; r < nr; r++) {
+        QKV_UNROLL
+        for (int j = 0; j < nc; j++) {
+            REAL *to = (ends ? o : sums) + r * t->o_row + j * W;
+            X(store)(to, ends ? X(add)(X(load)(to), c[r * nc + j]) : c[r * nc + j]);
+        }
+    }
+}
+
 #if PAIR == 2
 #include "decode_pairs_tpl.h"
 #else
-#define OWN (sizeof(REAL) == 4 ? QKV_AS_F32 : QKV_AS_F64)
-
-/* q (n, q_row) <- factor * rows, 0 behind each. */
-static void X(decode_stack)(void *q, ptrdiff_t q_row, const void *const *rows, int n, int d, double factor)
-{
-    VEC scale = X(set1)((REAL)factor);
-    for (int i = 0; i < n; i++) {
-        REAL *to = (REAL *)q + i * q_row;
-        const REAL *from = rows[i];
-        for (int e = 0; e < d; e += W)
-            X(store)(to + e, X(mul)(scale, e + W <= d ? X(loadu)(from + e) : X(load_part)(from + e, d - e)));
-    }
-}
-
-/* Bytes of e elements of a row, its scales apart. */
-static QKV_INLINE ptrdiff_t X(decode_bytes)(const int as, int e)
-{
-    return as == OWN ? e * (ptrdiff_t)sizeof(REAL) : as == QKV_AS_I8 ? e : as == QKV_AS_I4 ? qkv_i4_bytes(e) : e * 2;
-}
-
-/* Elements of a cache line. */
-static QKV_INLINE int X(decode_line)(const int as) { return as == QKV_AS_I4 ? 128 : as == QKV_AS_I8 ? 64 : 32; }
-
-/* Bytes from where rows of d elements are read to where they are fetched. */
-static QKV_INLINE ptrdiff_t X(decode_ahead)(const int as, const qkv_stack *t, ptrdiff_t row, int d)
-{
-    if (as == QKV_AS_F16 || as == QKV_AS_BF16)
-        return X(decode_ahead_halves)(t, row, d);
-    ptrdiff_t far = as != OWN ? AHEAD_WIDENED : t->rows == 1 ? AHEAD_ONE : AHEAD_MORE;
-    ptrdiff_t rows = far / (X(decode_bytes)(as, d) + 1);
-    return (rows > 1 ? rows : 1) * row;
-}
-
-/* w elements from number e on, or, of the own type, the first `some` of them, with 0 behind. Of int4 `scale` is that of the
- * group in which `from` lies. */
-static QKV_INLINE VEC X(decode_load)(const int as, const char *from, const char *scale, const int e, int some)
-{
-#if WIDENS
-    if (as == QKV_AS_I4)
-        return X(widen_i4)(from + e / 32 * 16, e % 32, scale + e / 32 * 2);
-    if (as == QKV_AS_I8)
-        return X(widen_i8)(from + e);
-    if (as != OWN)
-        return as == QKV_AS_F16 ? X(widen_f16)(from + 2 * e) : X(widen_bf16)(from + 2 * e);
+#include "decode_elements_tpl.h"
 #endif
-    (void)as, (void)scale;
-    return some == W ? X(loadu)((const REAL *)from + e) : X(load_part)((const REAL *)from + e, some);
-}
-
-/* Positions at .. at + n of S take the scales of n rows of int8; if `keep`, not where they are negative. */
-static void X(decode_scale)(const qkv_stack *t, const char *rows, ptrdiff_t row, int d, int at, int n, int keep)
-{
-    REAL scale[PART];
-    for (int i = 0; i < n; i++) {
-        float x;
-        memcpy(&x, rows + i * row + qkv_i8_bytes(d), sizeof x);
-        scale[i] = (REAL)x;
-    }
-    for (int r = 0; r < t->rows; r++) {
-        REAL *s = (REAL *)t->s + r * t->s_row + at;
-        for (int i = 0; i < n; i++)
-            s[i] = keep && s[i] < 0 ? s[i] : s[i] * scale[i];
-    }
-}
-
-/* Adds the products of `some` elements, from number e of those at `k`, of nr rows and `few` keys to c, whose rows have nk sums. */
-static QKV_INLINE void X(decode_score_step)(const int as, const int nr, const int nk, const int few, const REAL *q,
-                                            ptrdiff_t q_row, const char *k, const char *scale, const ptrdiff_t *key,
-                                            const int e, int some, VEC *c)
-{
-    VEC x[4];
-    QKV_UNROLL
-    for (int r = 0; r < nr; r++)
-        x[r] = X(load)(q + r * q_row + e);
-    QKV_UNROLL
-    for (int i = 0; i < few; i++) {
-        VEC y = X(decode_load)(as, k + key[i], scale + key[i], e, some);
-        QKV_UNROLL
-        for (int r = 0; r < nr; r++)
-            c[r * nk + i] = X(fma)(x[r], y, c[r * nk + i]);
-    }
-}
-
-/* S of nr rows and nk = SUMS / nr keys, or, of one row, of the first n of them, the others repeating the last. The first rows to meet
- * the keys read them one by one, in the order that suits memory, and fetch; the others find them in L1. */
-static QKV_INLINE void X(decode_score_tile)(const int as, const int nr, const int nk, const int fetch, const int n,
-                                            const qkv_stack *t, int row, const char *k, ptrdiff_t k_row, ptrdiff_t ahead,
-                                            int at)
-{
-    const int halves = as == QKV_AS_F16 || as == QKV_AS_BF16;
-    const int few = fetch && (as == OWN || halves) ? 1 : nk < 4 ? nk : 4, step = as == QKV_AS_I4 ? 32 : 2 * W;
-    VEC c[SUMS];
-    QKV_UNROLL
-    for (int i = 0; i < SUMS; i++)
-        c[i] = X(set1)(0);
-    QKV_UNROLL
-    for (int i = 0; i < nk; i += few) {
-        const char *first = k + (i < n ? i : n - 1) * k_row, *from = first, *scale = first + X(decode_bytes)(as, t->d);
-        const REAL *first_q = (const REAL *)t->q + row * t->q_row, *q = first_q;
-        ptrdiff_t key[4];
-        int e = 0;
-        QKV_UNROLL
-        for (int j = 0; j < few; j++)
-            key[j] = (i + j < n ? j : i < n ? n - 1 - i : 0) * k_row;
-        QKV_UNROLL_2
-        for (; e + step <= t->d; e += step) {
-            if (as != OWN && e % X(decode_line)(as) == 0) {
-                QKV_UNROLL
-                for (int j = 0; j < few; j++)
-                    X(decode_fetch)(from + key[j], ahead);
-            }
-            QKV_UNROLL
-            for (int more = 0; more < step; more += W) {
-                X(decode_score_step)(as, nr, nk, few, q, t->q_row, from, scale, key, more, W, c + i);
-                if (as == OWN && fetch)
-                    X(decode_fetch)(from + X(decode_bytes)(as, more), ahead);
-            }
-            /* Of several keys, pointers that move on: with an index gcc adds up every address, 1.06 of the time. Of one, where
-             * memory sets the pace, pointers take 1.04 (float16 1.1). */
-            from = few > 1 ? from + X(decode_bytes)(as, step) : first + X(decode_bytes)(as, e + step);
-            q = few > 1 ? q + step : first_q + e + step;
-            scale += as == QKV_AS_I4 ? step / 16 : 0;
-        }
-        QKV_UNROLL
-        for (int more = 0; more < step; more += W)
-            if (e + more < t->d) {
-                X(decode_score_step)(as, nr, nk, few, q, t->q_row, from, scale, key, more,
-                                     as == OWN && t->d - e - more < W ? t->d - e - more : W, c + i);
-                if (as == OWN && fetch)
-                    X(decode_fetch)(from + X(decode_bytes)(as, more), ahead);
-            }
-        if (as == QKV_AS_I8 || as == QKV_AS_I4) {
-            QKV_UNROLL
-            for (int j = 0; j < few; j++)
-                X(decode_fetch)(scale + key[j], ahead);
-        }
-    }
-    X(decode_keep_scores)(nr, nk, n, t, row, at, c);
-}
-
-/* Positions at .. at + n of S. K goes through SUMS keys at a time: they stay in L1 while all rows meet them. Rows are taken in
- * fours and singly, the last keys singly: each kind of tile is thousands of instructions. */
-static QKV_INLINE void X(decode_score_as)(const int as, const qkv_stack *t, const char *k, ptrdiff_t k_row, int at, int n)
-{
-    const ptrdiff_t ahead = X(decode_ahead)(as, t, k_row, t->d);
-    for (; n > 0; n -= SUMS, at += SUMS, k += SUMS * k_row) {
-        int row = 0, some = n < SUMS ? n : SUMS;
-#define TILES(nr, fetch) \
-    for (int i = 0; i < SUMS; i += SUMS / nr) \
-        X(decode_score_tile)(as, nr, SUMS / nr, fetch, SUMS / nr, t, row, k + i * k_row, k_row, ahead, at + i); \
-    row += nr
-        if (as == OWN && n >= SUMS) {
-            if (t->rows >= 4) {
-                TILES(4, 1);
-            } else {
-                TILES(1, 1);
-            }
-        }
-        while (row + 4 <= t->rows && n >= SUMS) {
-            TILES(4, 0);
-        }
-        while (row < t->rows && n >= SUMS && as == OWN) {
-            TILES(1, 0);
-        }
-        if (t->rows == 1 && (as == QKV_AS_F16 || as == QKV_AS_BF16)) {
-            X(decode_score_tile)(as, 1, SUMS, 1, some, t, row, k, k_row, ahead, at);
-            row++;
-        }
-        for (; row < t->rows; row++)
-            X(decode_score_tile)(as, 1, SUMS, 0, some, t, row, k, k_row, ahead, at);
-#undef TILES
-        if (as == QKV_AS_I8)
-            X(decode_scale)(t, k, k_row, t->d, at, some, 0);
-    }
-}
 
 /* Calls the kind of function that reads rows as they are stored. */
 #if WIDENS
@@ -256,9 +130,6 @@ static void X(decode_score)(const qkv_stack *t, const void *k, ptrdiff_t k_row, 
 {
     BY_TYPE(X(decode_score_as), as, t, k, k_row, at, n);
 }
-
-static inline VEC X(decode_columns)(const REAL *o, int e) { return X(load)(o + e); }
-#endif
 
 /* The largest of s[begin .. end), whole pairs of vectors. NaN does not count. */
 static REAL X(decode_top)(const REAL *s, int begin, int end)
@@ -330,64 +201,7 @@ static void X(decode_weigh)(const qkv_stack *t)
     }
 }
 
-#if PAIR == 1
-/* nc vectors of columns from column e on, or the first `some` elements of one, of the values of nr rows: n keys of one
- * part, whose first one begins it if `begins`, whose last one ends it if `ends`. If careful, excluded keys are left out. */
-static QKV_INLINE void X(decode_value_tile)(const int as, const int nr, const int nc, const int careful, int some,
-                                            const qkv_stack *t, int row, int e, const char *v, ptrdiff_t v_row,
-                                            ptrdiff_t ahead, int at, int n, int begins, int ends)
-{
-    REAL *sums = (REAL *)t->sums + row * t->o_row + e, *o = (REAL *)t->o + row * t->o_row + e;
-    const REAL *p = (const REAL *)t->s + row * t->s_row + at;
-    VEC c[SUMS];
-    QKV_UNROLL
-    for (int r = 0; r < nr; r++) {
-        QKV_UNROLL
-        for (int j = 0; j < nc; j++)
-            c[r * nc + j] = begins ? X(set1)(0) : X(load)(sums + r * t->o_row + j * W);
-    }
-    /* Of int4 only tiles of whole groups know their elements' numbers at compile time. */
-    const int known = as != QKV_AS_I4 || nc * W % 32 == 0, group = known ? e : e / 32 * 32;
-    const char *scale = v + X(decode_bytes)(as, t->dv) + e / 32 * 2;
-    /* Tiles narrower than a cache line fetch it once: the first in it, and the last of a row its scales. */
-    const int line = X(decode_line)(as), narrow = as != OWN && nc * W < line;
-    ptrdiff_t fetch = e % line == 0 ? ahead : 0;
-    if (e + nc * W >= t->dv && fetch == 0)
-        fetch = ahead + (scale - v) - X(decode_bytes)(as, group);
-    v += X(decode_bytes)(as, group);
-    QKV_UNROLL_2
-    for (int i = 0; i < n; i++, v += v_row, scale += v_row) {
-        if (careful && p[i] < 0)
-            continue;
-        VEC y[8];
-        QKV_UNROLL
-        for (int j = 0; j < nc; j++) {
-            y[j] = X(decode_load)(as, v, scale, known ? j * W : e - group, some);
-            if (!careful && !narrow && (as == OWN || j * W % line == 0))
-                X(decode_fetch)(v + X(decode_bytes)(as, j * W), ahead);
-        }
-        if (!careful && narrow)
-            X(decode_fetch)(v, fetch);
-        else if (!careful && (as == QKV_AS_I8 || as == QKV_AS_I4))
-            X(decode_fetch)(scale, ahead);
-        QKV_UNROLL
-        for (int r = 0; r < nr; r++) {
-            VEC x = X(set1)(p[r * t->s_row + i]);
-            QKV_UNROLL
-            for (int j = 0; j < nc; j++)
-                c[r * nc + j] = X(fma)(x, y[j], c[r * nc + j]);
-        }
-    }
-    QKV_UNROLL
-    for (int r = 0; r < nr; r++) {
-        QKV_UNROLL
-        for (int j = 0; j < nc; j++) {
-            REAL *to = (ends ? o : sums) + r * t->o_row + j * W;
-            X(store)(to, ends ? X(add)(X(load)(to), c[r * nc + j]) : c[r * nc + j]);
-        }
-    }
-}
-
+/* Tiles of nc vectors of sums, as wide as registers hold, and of what is left. */
 static QKV_INLINE void X(decode_value_rows)(const int as, const int nr, const int careful, const qkv_stack *t, int row,
                                             const char *v, ptrdiff_t v_row, ptrdiff_t ahead, int at, int n, int begins,
                                             int ends)
@@ -396,16 +210,28 @@ static QKV_INLINE void X(decode_value_rows)(const int as, const int nr, const in
 #define TILE(nc, some) X(decode_value_tile)(as, nr, nc, careful, some, t, row, e, v, v_row, ahead, at, n, begins, ends)
     if (!careful && SUMS / nr >= 8)
         for (; e + 8 * W <= t->dv; e += 8 * W)
-            TILE(8, W);
+            TILE(8, PAIR * W);
     if (!careful && SUMS / nr >= 4)
         for (; e + 4 * W <= t->dv; e += 4 * W)
-            TILE(4, W);
-    if (!careful && SUMS / nr == 2)
+            TILE(4, PAIR * W);
+    if (PAIR == 2 || (!careful && SUMS / nr == 2))
         for (; e + 2 * W <= t->dv; e += 2 * W)
-            TILE(2, W);
-    for (; e < t->dv; e += W)
+            TILE(2, PAIR * W);
+    for (; PAIR == 1 && e < t->dv; e += W)
         TILE(1, as == OWN && t->dv - e < W ? t->dv - e : W);
+    if (PAIR == 2 && e < t->dv)
+        TILE(2, t->dv - e);
 #undef TILE
+}
+
+/* Whether two rows share a read of V. */
+static QKV_INLINE int X(decode_shares)(const int as)
+{
+#if WIDENS
+    if (as == QKV_AS_F16 || as == QKV_AS_BF16)
+        return HALVES_SHARED;
+#endif
+    return as == OWN;
 }
 
 /* O += P V for the positions at .. at + n. V goes through a part at a time: it stays in L1 while all rows meet it. All of
@@ -413,16 +239,19 @@ static QKV_INLINE void X(decode_value_rows)(const int as, const int nr, const in
 static QKV_INLINE void X(decode_value_as)(const int as, const qkv_stack *t, const char *v, ptrdiff_t v_row, int at, int n)
 {
     const ptrdiff_t ahead = X(decode_ahead)(as, t, v_row, t->dv);
-    /* Four rows only if their registers hold all columns, memory likes whole rows of V; or if they are to be widened, int4 a
+    /* Four rows only if their registers hold all columns: memory likes whole rows of V; or if they are to be widened, int4 a
      * group at a time. */
-    const int twos = as == OWN || (sizeof(VEC) == 64 && (as == QKV_AS_F16 || as == QKV_AS_BF16));
+    const int twos = X(decode_shares)(as);
     const int whole = as != QKV_AS_I4 || SUMS / 4 * W >= 32, four = as == OWN ? t->dv <= SUMS / 4 * W : whole;
     for (int some; n > 0; at += some, n -= some, v += some * v_row) {
         some = PART - at % PART < n ? PART - at % PART : n;
-        int begins = at % PART == 0 || at == t->first, ends = (at + some) % PART == 0 || at + some == t->last, row = 0;
+        int begins = at % PART == 0 || at == t->first / PAIR * PAIR, row = 0;
+        int ends = (at + some) % PART == 0 || at + some == (t->last + PAIR - 1) / PAIR * PAIR;
 #define TILES(nr, careful) (X(decode_value_rows)(as, nr, careful, t, row, v, v_row, ahead, at, some, begins, ends), row += nr)
+#if WIDENS
         if (as == QKV_AS_I8)
             X(decode_scale)(t, v, v_row, t->dv, at, some, t->careful);
+#endif
         while (t->careful && row < t->rows)
             TILES(1, 1);
         while (row + 4 <= t->rows && four)
@@ -439,7 +268,6 @@ static void X(decode_value)(const qkv_stack *t, const void *v, ptrdiff_t v_row, 
 {
     BY_TYPE(X(decode_value_as), as, t, v, v_row, at, n);
 }
-#endif
 
 /* O, m, l <- those of the keys before, then those of `o2 m2 l2`. */
 static void X(decode_merge)(const qkv_stack *t, const void *o2, const void *m2, const void *l2)
@@ -488,7 +316,6 @@ static int X(decode_finish)(void *const *rows, const qkv_stack *t)
 
 #undef BY_TYPE
 #undef OWN
-#undef AHEAD_HALVES
 #undef AHEAD_WIDENED
 #undef AHEAD_MORE
 #undef AHEAD_ONE

@@ -8,6 +8,8 @@
  *   PAIR           elements that one multiplication takes: 2 where it adds the products of pairs of 16 bits, else 1
  *   NARROWS        1 where 16-bit types are computed in this one, else 0
  *   WIDENS         1 where few rows of narrower types are widened as they are loaded, which is a kind of code for each
+ *   HALVES_AHEAD   if WIDENS or PAIR is 2: bytes between what some rows read of K and V in 16 bits and what is fetched
+ *   HALVES_SHARED  if WIDENS: 1 where two rows share a read of V in 16 bits, for which there are registers, else 0
  *   EXP2_STEPS     fractions of an exponent that power can look up: 8, or 1 where looking up is slow
  *
  * Primitives, static inline functions of that file (w is the number of elements in a vector):
@@ -102,6 +104,8 @@ static const qkv_kernels X(kernels) = KERNELS;
 #undef QKV_JOIN
 #undef QKV_JOIN2
 #undef EXP2_STEPS
+#undef HALVES_SHARED
+#undef HALVES_AHEAD
 #undef WIDENS
 #undef NARROWS
 #undef PAIR

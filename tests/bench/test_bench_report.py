@@ -77,6 +77,7 @@ def test_bounds_of_properties_are_judged_there_too_and_some_everywhere(cpu):
     found = measured.measure(here, 1.0, (1,))
     assert [m.verdict for m in found] == ["", ""]
     assert report.NOT_JUDGED in tables.as_text(report.measured_table(found))
+    assert report.NOT_JUDGED not in tables.as_text(report.measured_table(found[1:]))  # it is held to nothing
     assert [m.verdict for m in measured.measure(everywhere, 1.0, (1,))] == ["below", ""]
     cpu(True)
     found = measured.measure(here, 1.0, (1,))
@@ -123,6 +124,14 @@ def test_the_legend_explains_the_names_and_columns_that_are_there():
 def test_every_label_of_a_case_has_a_meaning_or_is_a_model():
     labels = {c.name.split(":")[0] for c in cases.CASES if ":" in c.name}
     assert labels <= {*legend.LABELS, "bert", "gpt2", "llama", "whisper", "vit"}
+
+
+def test_one_round_has_no_spread():
+    once = row(SMALL)
+    once.rounds = Rounds({"qkv_fast": [1e-3]}, [(1e11, 1e11)])
+    text = tables.as_text(report.speed_table([once], [], "title"))
+    assert "1 round" in text and " 0 %" not in text
+    assert "1 round" not in tables.as_text(report.speed_table([row(SMALL)], [], "title"))
 
 
 def test_small_calls_have_a_rate():
