@@ -195,10 +195,11 @@ def _all_pairs(p: Problem) -> float:
     """Pairs of a query and a key of its sequence."""
     extras = p.extras
     if extras is not None and extras.q_starts is not None and extras.k_starts is not None:
-        return float(p.rows[0]) * float(np.dot(np.diff(extras.q_starts), np.diff(extras.k_starts).astype(float)))
+        return p.rows[0] * float(np.dot(np.diff(extras.q_starts), np.diff(extras.k_starts).astype(float)))
+    keys: int = p.k.shape[-2 if p.heads_first or p.k.ndim == 2 else -3]
     if extras is not None and extras.runs is not None:
-        return float(math.prod(p.rows)) * extras.longest_k
-    return float(math.prod(p.rows)) * p.k.shape[-2 if p.heads_first or p.k.ndim == 2 else -3]
+        keys = extras.longest_k
+    return float(math.prod(p.rows)) * keys
 
 
 def _readings(p: Problem) -> list[str]:
