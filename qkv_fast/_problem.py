@@ -149,9 +149,7 @@ def check(
         extras = _masks.check_extras(where, (*rows, len_k), q_heads, mask, bias, alibi_slopes, sinks, softcap)
         if segments is not None:
             extras = extras.with_segments(*_masks.check_segments(where, segments, batch, len_q, len_k))
-    threads, isa, counters = _runtime.current()
-    if num_threads is not None:
-        threads = _runtime.check_threads(num_threads, f"{where}: num_threads")
+    threads, isa, counters = _runtime.current(num_threads, where)
     return Problem(
         where, q, k, v, heads_first, shape, rows, scale, left, right, offsets, lengths, extras, threads, isa, counters
     )
@@ -194,9 +192,7 @@ def check_ragged(
     extras = extras._replace(q_starts=q_starts, k_starts=k_starts, longest_q=longest_q, longest_k=longest_k)
     if segments is not None:
         extras = extras.with_segments(*_masks.check_ragged_segments(where, segments, q_starts, k_starts))
-    threads, isa, counters = _runtime.current()
-    if num_threads is not None:
-        threads = _runtime.check_threads(num_threads, f"{where}: num_threads")
+    threads, isa, counters = _runtime.current(num_threads, where)
     shape, rows = (total_q, heads, v.shape[2]), (heads, total_q)
     return Problem(
         where, q, k, v, False, shape, rows, scale, left, right, offsets, lengths, extras, threads, isa, counters
@@ -238,9 +234,7 @@ def check_newest(
     if not (mask is bias is alibi_slopes is sinks is softcap is None):
         extras = _masks.check_extras(where, (*rows, longest), rows[1], mask, bias, alibi_slopes, sinks, softcap)
         extras = extras._replace(stored=stored)
-    threads, isa, counters = _runtime.current()
-    if num_threads is not None:
-        threads = _runtime.check_threads(num_threads, f"{where}: num_threads")
+    threads, isa, counters = _runtime.current(num_threads, where)
     return Problem(
         where, q, None, None, heads_first, shape, rows, scale, left, right, None, None, extras, threads, isa, counters
     )

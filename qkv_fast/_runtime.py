@@ -199,17 +199,18 @@ def limit_context(n: int) -> None:
         _settings.set(settings._replace(threads=check_threads(n, "threadpoolctl: num_threads")))
 
 
-def current() -> tuple[int, int, Any]:
-    """Threads, CPU path and counters for a call made here."""
+def current(num_threads: Any = None, where: str = "") -> tuple[int, int, Any]:
+    """Threads, CPU path and counters for a call made here; `num_threads` is what the call itself says."""
     settings = _settings.get()
     threads = _process_threads or _default_threads or _first_default()
-    if settings is None:
-        return threads, _DEFAULT_ISA, None
-    return (
-        settings.threads or threads,
-        _DEFAULT_ISA if settings.isa is None else settings.isa,
-        settings.counters,
-    )
+    isa, counters = _DEFAULT_ISA, None
+    if settings is not None:
+        threads = settings.threads or threads
+        isa = _DEFAULT_ISA if settings.isa is None else settings.isa
+        counters = settings.counters
+    if num_threads is not None:
+        threads = check_threads(num_threads, f"{where}: num_threads")
+    return threads, isa, counters
 
 
 def _first_default() -> int:

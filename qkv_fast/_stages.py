@@ -286,9 +286,7 @@ def softmax(
             mask = np.broadcast_to(given, x.shape)
         except ValueError:
             _fail_shapes(where, "mask does not broadcast to x", x=x, mask=given)
-    threads, isa, counters = _runtime.current()
-    if num_threads is not None:
-        threads = _runtime.check_threads(num_threads, "softmax: num_threads")
+    threads, isa, counters = _runtime.current(num_threads, where)
     if out is None:
         try:  # axes in memory as x has them
             result = target = np.empty_like(x, _TYPES[x.dtype.num], subok=False)
@@ -336,9 +334,7 @@ def _product(
     num_threads: int | None,
 ) -> Array:
     """scale * a @ b, of b's transpose for scores, into a new array or `out`; where only a plan is asked for, that."""
-    threads, isa, counters = _runtime.current()
-    if num_threads is not None:
-        threads = _runtime.check_threads(num_threads, f"{where}: num_threads")
+    threads, isa, counters = _runtime.current(num_threads, where)
     if out is None:
         result = target = _core.empty(where, shape, a.dtype.num)
     else:
