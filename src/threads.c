@@ -126,7 +126,8 @@ typedef struct {
     thread thread;
     atomic_int working;               /* on a task of the job at hand */
     int64_t run;                      /* time that it had run when the caller last looked */
-    int asleep;                       /* this and affinity: with the lock */
+    int asleep;                       /* read and written with the pool's lock */
+    mutex moving;                     /* for the affinity; taken after the pool's lock, if both are */
     qkv_affinity affinity;
 } worker;
 
@@ -168,6 +169,27 @@ static void draw_tasks(pool_state *pool, int worker)
         pool->function(pool->context, task, worker);
 }
 
+static void keep_off(worker *w, int core)
+{
+    mutex_lock(&w->moving);
+    qkv_keep_off(&w->affinity, core);
+    mutex_unlock(&w->moving);
+}
+
+static void bring_to(worker *w, int core)
+{
+    mutex_lock(&w->moving);
+    qkv_bring_to(&w->affinity, core);
+    mutex_unlock(&w->moving);
+}
+
+static void let_go(worker *w)
+{
+    mutex_lock(&w->moving);
+    qkv_let_go(&w->affinity);
+    mutex_unlock(&w->moving);
+}
+
 /* Spins until gate holds another job than `number`, then sleeps; returns the gate. */
 static uint64_t await_job(worker *w, uint64_t number, int *slept)
 {
@@ -184,11 +206,12 @@ static uint64_t await_job(worker *w, uint64_t number, int *slept)
         }
     } while (until && qkv_clock() < until);
 
+    *slept = 1;
+    if (pool->spin)
+        keep_off(w, pool->core);
     mutex_lock(&pool->lock);
     atomic_fetch_add(&pool->sleepers, 1);
-    if (atomic_load(&pool->spin))
-        qkv_keep_off(&w->affinity, atomic_load(&pool->core));
-    w->asleep = *slept = 1;
+    w->asleep = 1;
     while (number_of(gate = atomic_load(&pool->gate)) == number)
         condition_wait(&pool->wake, &pool->lock);
     w->asleep = 0;
@@ -218,11 +241,8 @@ static void work(worker *w)
                 mutex_unlock(&pool->lock);
             }
         }
-        if (slept) {
-            mutex_lock(&pool->lock);
-            qkv_let_go(&w->affinity);
-            mutex_unlock(&pool->lock);
-        }
+        if (slept)
+            let_go(w);
         gate = await_job(w, number_of(gate), &slept);
     }
 }
@@ -293,6 +313,7 @@ static int grow(pool_state *pool, int wanted)
         w->pool = pool;
         w->run = w->asleep = 0;
         atomic_init(&w->working, 0);
+        mutex_init(&w->moving);
         if (!start_thread(w))
             break;
         atomic_store(&pool->started, ++started);
@@ -422,13 +443,13 @@ static int await_workers(pool_state *pool, int joined, int (*check)(void *), voi
     atomic_store(&pool->caller_sleeps, 1);
     while (atomic_load(&pool->finished) != joined) {
         if (brought && !atomic_load(&brought->working)) {
-            qkv_let_go(&brought->affinity);
+            let_go(brought);
             brought = NULL;
         }
         worker *stuck = look ? look_for_stuck(pool) : NULL;
         if (stuck && !brought) {
             brought = stuck;
-            qkv_bring_to(&brought->affinity, core);
+            bring_to(brought, core);
         }
         if (look)
             condition_wait_for(&pool->done, &pool->lock, LOOK_SECONDS);
@@ -445,7 +466,7 @@ static int await_workers(pool_state *pool, int joined, int (*check)(void *), voi
         mutex_lock(&pool->lock);
     }
     if (brought)
-        qkv_let_go(&brought->affinity);
+        let_go(brought);
     atomic_store(&pool->caller_sleeps, 0);
     mutex_unlock(&pool->lock);
     return stopped;
@@ -462,7 +483,7 @@ static void publish(pool_state *pool, uint64_t flags, int wanted)
     int sleepers = atomic_load(&pool->sleepers), core = atomic_load(&pool->core);
     for (int i = 0; pool->spin && i < atomic_load(&pool->started); i++)
         if (pool->workers[i].asleep)
-            qkv_keep_off(&pool->workers[i].affinity, core);
+            keep_off(&pool->workers[i], core);
     for (int i = 0; i < wanted && i < sleepers; i++)
         condition_signal(&pool->wake);
     mutex_unlock(&pool->lock);
