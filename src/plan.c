@@ -34,7 +34,9 @@ enum {
     SUMMARY_ROWS = 64,                /* of a task of it: some microseconds for rows of a few thousand keys */
     COLD_BYTES = 1 << 20              /* less than that of K and V is in some cache: asking for it took 3 % at 8x128, Zen 5 */
 };
-static const double WORTH_WAKING = 3;                   /* times as much: a thread that sleeps comes some 50 us later */
+/* Times as much for a thread that sleeps, which comes some 30 us later. With gaps of 30 to 300 us, two threads for 4 Mflop take
+ * 0.9 of the time of one, for 6 Mflop 0.8; for 1 MB of K and V read once 1.35. Zen 3. */
+static const double WORTH_WAKING = 2;
 static const double SERIAL_BYTES = 1 << 20;             /* as SERIAL_FLOPS, where K and V are read once */
 
 _Static_assert((int)QKV_AS_F32 == QKV_F32 && (int)QKV_AS_F64 == QKV_F64 && (int)QKV_AS_F16 == QKV_F16
