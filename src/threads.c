@@ -125,6 +125,8 @@ typedef struct {
     pool_state *pool;
     thread thread;
     atomic_int working;               /* on a task of the job at hand */
+    atomic_int core;                  /* where its last job ended */
+    atomic_int confined;              /* until its next job is done */
     int64_t run;                      /* time that it had run when the caller last looked */
     int asleep;                       /* read and written with the pool's lock */
     mutex moving;                     /* for the affinity; taken after the pool's lock, if both are */
@@ -173,6 +175,7 @@ static void keep_off(worker *w, int core)
 {
     mutex_lock(&w->moving);
     qkv_keep_off(&w->affinity, core);
+    atomic_store(&w->confined, w->affinity.confined);
     mutex_unlock(&w->moving);
 }
 
@@ -180,6 +183,7 @@ static void bring_to(worker *w, int core)
 {
     mutex_lock(&w->moving);
     qkv_bring_to(&w->affinity, core);
+    atomic_store(&w->confined, w->affinity.confined);
     mutex_unlock(&w->moving);
 }
 
@@ -187,16 +191,16 @@ static void let_go(worker *w)
 {
     mutex_lock(&w->moving);
     qkv_let_go(&w->affinity);
+    atomic_store(&w->confined, 0);
     mutex_unlock(&w->moving);
 }
 
 /* Spins until gate holds another job than `number`, then sleeps; returns the gate. */
-static uint64_t await_job(worker *w, uint64_t number, int *slept)
+static uint64_t await_job(worker *w, uint64_t number)
 {
     pool_state *pool = w->pool;
     uint64_t gate;
     double until = pool->spin ? qkv_clock() + SPIN_SECONDS : 0;
-    *slept = 0;
     do {
         for (int i = 0; i < 16; i++) {
             gate = atomic_load(&pool->gate);
@@ -206,7 +210,6 @@ static uint64_t await_job(worker *w, uint64_t number, int *slept)
         }
     } while (until && qkv_clock() < until);
 
-    *slept = 1;
     if (pool->spin)
         keep_off(w, pool->core);
     mutex_lock(&pool->lock);
@@ -225,7 +228,6 @@ static void work(worker *w)
     pool_state *pool = w->pool;
     qkv_affinity_begin(&w->affinity);
     uint64_t gate = atomic_load(&pool->gate);
-    int slept = 0;
     while (!(gate & STOP)) {
         if (gate & OPEN && joined_of(gate) < wanted_of(gate)) {
             if (!atomic_compare_exchange_weak(&pool->gate, &gate, gate + 1))
@@ -234,6 +236,7 @@ static void work(worker *w)
             atomic_store(&w->working, 1);
             draw_tasks(pool, joined_of(gate) + 1);
             atomic_store(&w->working, 0);
+            atomic_store(&w->core, qkv_core());
             atomic_fetch_add(&pool->finished, 1);
             if (atomic_load(&pool->caller_sleeps)) {
                 mutex_lock(&pool->lock);
@@ -241,9 +244,9 @@ static void work(worker *w)
                 mutex_unlock(&pool->lock);
             }
         }
-        if (slept)
+        if (atomic_load(&w->confined))
             let_go(w);
-        gate = await_job(w, number_of(gate), &slept);
+        gate = await_job(w, number_of(gate));
     }
 }
 
@@ -313,6 +316,8 @@ static int grow(pool_state *pool, int wanted)
         w->pool = pool;
         w->run = w->asleep = 0;
         atomic_init(&w->working, 0);
+        atomic_init(&w->core, -1);
+        atomic_init(&w->confined, 0);
         mutex_init(&w->moving);
         if (!start_thread(w))
             break;
@@ -442,10 +447,8 @@ static int await_workers(pool_state *pool, int joined, int (*check)(void *), voi
     mutex_lock(&pool->lock);
     atomic_store(&pool->caller_sleeps, 1);
     while (atomic_load(&pool->finished) != joined) {
-        if (brought && !atomic_load(&brought->working)) {
-            let_go(brought);
-            brought = NULL;
-        }
+        if (brought && !atomic_load(&brought->working))
+            brought = NULL;           /* it lets itself go */
         worker *stuck = look ? look_for_stuck(pool) : NULL;
         if (stuck && !brought) {
             brought = stuck;
@@ -465,8 +468,11 @@ static int await_workers(pool_state *pool, int joined, int (*check)(void *), voi
             return 1;
         mutex_lock(&pool->lock);
     }
-    if (brought)
-        let_go(brought);
+    /* Who ended on this core gives way to the caller now, and would be found here, without a turn, by the next job. */
+    core = qkv_core();
+    for (int i = 0; look && i < atomic_load(&pool->started); i++)
+        if (!pool->workers[i].asleep && atomic_load(&pool->workers[i].core) == core)
+            keep_off(&pool->workers[i], core);
     atomic_store(&pool->caller_sleeps, 0);
     mutex_unlock(&pool->lock);
     return stopped;
