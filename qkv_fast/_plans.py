@@ -26,7 +26,7 @@ class Plan(NamedTuple):
     tile_panels, tasks : int
         Panels in a task; how many tasks there are.
     threads, threads_asked : int
-        Threads that would be used, and that might have been.
+        Threads that would be used, and that might have been. A small call does without those that sleep.
     threads_from : str
         What says `threads_asked`.
     tiles_full, tiles_partial, tiles_skipped : int

@@ -62,6 +62,7 @@ typedef struct {
 
     int64_t tasks;
     int threads;
+    int small;                        /* worth a thread that spins, but not to wake one */
 
     /* Scratch of one worker: byte offsets from its beginning. */
     size_t state_bytes;               /* O, m, l of one panel */

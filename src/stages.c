@@ -34,7 +34,7 @@ static int64_t offset_of(int64_t index, int n_axes, const int64_t *axes, const i
 static qkv_status run_stage(stage *job, qkv_task task, int64_t tasks, int threads, size_t scratch_bytes,
                             qkv_counters *counters, int (*interrupted)(void *), void *arg)
 {
-    int workers = qkv_pool_acquire((int)qkv_min(threads, QKV_MAX_THREADS)), taken = 0;
+    int workers = qkv_pool_acquire((int)qkv_min(threads, QKV_MAX_THREADS), 0), taken = 0;
     qkv_status status = QKV_NO_MEMORY;
     for (; taken < workers; taken++) {
         job->scratch[taken] = qkv_scratch_take(sizeof(qkv_counters) + scratch_bytes, taken);
