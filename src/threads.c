@@ -27,32 +27,14 @@
 #include "affinity.h"
 #include "memory.h"
 #include "qkv.h"
+#include "system.h"
 
 enum { STACK_BYTES = 512 << 10 };     /* kernels need little, but a C library's default may be less still */
 static const double SPIN_SECONDS = 20e-6;
 static const double CHECK_SECONDS = 60e-3;
 static const double LOOK_SECONDS = 0.3e-3;              /* between looks whether workers get on */
 
-/* What differs between systems: a mutex, a condition, a thread, a clock, a pause. */
 #ifdef _WIN32
-#define WIN32_LEAN_AND_MEAN
-#include <windows.h>
-#include <process.h>
-typedef SRWLOCK mutex;
-typedef CONDITION_VARIABLE condition;
-typedef HANDLE thread;
-static void mutex_init(mutex *m) { InitializeSRWLock(m); }
-static void mutex_lock(mutex *m) { AcquireSRWLockExclusive(m); }
-static void mutex_unlock(mutex *m) { ReleaseSRWLockExclusive(m); }
-static void condition_init(condition *c) { InitializeConditionVariable(c); }
-static void condition_wait(condition *c, mutex *m) { SleepConditionVariableSRW(c, m, INFINITE, 0); }
-static void condition_wait_for(condition *c, mutex *m, double seconds)
-{
-    SleepConditionVariableSRW(c, m, (DWORD)(seconds * 1e3), 0);
-}
-static void condition_signal(condition *c) { WakeConditionVariable(c); }
-static int cores(void) { SYSTEM_INFO info; GetSystemInfo(&info); return (int)info.dwNumberOfProcessors; }
-static void watch_forks(void) {}
 double qkv_clock(void)
 {
     LARGE_INTEGER now, rate;
@@ -60,58 +42,16 @@ double qkv_clock(void)
     QueryPerformanceFrequency(&rate);
     return (double)now.QuadPart / (double)rate.QuadPart;
 }
+static void watch_forks(void) {}
 #else
-#include <pthread.h>
-#include <signal.h>
-#include <time.h>
-#include <unistd.h>
-typedef pthread_mutex_t mutex;
-typedef pthread_cond_t condition;
-typedef pthread_t thread;
-static void mutex_init(mutex *m) { pthread_mutex_init(m, NULL); }
-static void mutex_lock(mutex *m) { pthread_mutex_lock(m); }
-static void mutex_unlock(mutex *m) { pthread_mutex_unlock(m); }
-static void condition_init(condition *c) { pthread_cond_init(c, NULL); }
-static void condition_wait(condition *c, mutex *m) { pthread_cond_wait(c, m); }
-static void condition_wait_for(condition *c, mutex *m, double seconds)
-{
-    struct timespec until;
-    timespec_get(&until, TIME_UTC);   /* the clock of conditions on every system */
-    int64_t ns = until.tv_nsec + (int64_t)(seconds * 1e9);
-    until.tv_sec += (time_t)(ns / 1000000000);
-    until.tv_nsec = (long)(ns % 1000000000);
-    pthread_cond_timedwait(c, m, &until);
-}
-static void condition_signal(condition *c) { pthread_cond_signal(c); }
-#ifdef __linux__
-#include <sched.h>
-static int cores(void)
-{
-    cpu_set_t allowed;
-    return sched_getaffinity(0, sizeof allowed, &allowed) ? 1 : CPU_COUNT(&allowed);
-}
-#else
-static int cores(void) { return (int)sysconf(_SC_NPROCESSORS_ONLN); }
-#endif
-static void watch_forks(void);
 double qkv_clock(void)
 {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
+static void watch_forks(void);
 #endif
-
-static inline void pause_core(void)
-{
-#if defined(__x86_64__) || defined(__i386__)
-    __builtin_ia32_pause();
-#elif defined(_MSC_VER) && defined(_M_X64)
-    _mm_pause();
-#elif defined(__aarch64__) && defined(__GNUC__)
-    __asm__ volatile("yield");
-#endif
-}
 
 /* gate: bits 0..11 workers joined, 12..23 workers wanted, 24 open, 25 stop, 26.. the job's number. */
 enum { JOINED = 0xfff, WANTED_SHIFT = 12, OPEN = 1 << 24, STOP = 1 << 25, NUMBER_SHIFT = 26 };

@@ -24,7 +24,8 @@ HEADERS = {
     "cpu.[ch]": "qkv.h kernels/kernels.h",
     "memory.[ch]": "qkv.h",
     "mask.h": "qkv.h",
-    "threads.[ch]": "qkv.h memory.h affinity.h",
+    "threads.[ch]": "qkv.h memory.h affinity.h system.h",
+    "system.h": "",
     "affinity.[ch]": "",
     "types.h": "qkv.h kernels/kernels.h",
     "rows.h": "qkv.h",
@@ -51,6 +52,7 @@ SYSTEM = {
     "kernels/*.c": f"{C11} immintrin.h arm_neon.h",
     "cpu.c": f"{C11} cpuid.h intrin.h",
     "threads.c": f"{C11} errno.h pthread.h sched.h signal.h unistd.h process.h windows.h",
+    "system.h": f"{C11} pthread.h sched.h signal.h unistd.h process.h windows.h",
     "affinity.[ch]": f"{C11} pthread.h sched.h",
     "*": C11,
 }
