@@ -197,9 +197,7 @@ def _is_causal_bias(x: Any) -> bool:
 def _causal(bias: Any, query: torch.Tensor, key: torch.Tensor, is_causal: bool) -> Any:
     """What attention's `causal` is for a CausalBias, a tensor whose memory means nothing."""
     if is_causal:
-        raise ValueError(
-            "scaled_dot_product_attention: is_causal must be False with a CausalBias, got True"
-        )
+        raise ValueError("scaled_dot_product_attention: is_causal must be False with a CausalBias, got True")
     if (bias.seq_len_q, bias.seq_len_kv) != (*query.shape[-2:-1], *key.shape[-2:-1]):
         raise ValueError(
             f"scaled_dot_product_attention: attn_mask is a CausalBias for {bias.seq_len_q} queries and "
