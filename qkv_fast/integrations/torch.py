@@ -114,9 +114,10 @@ def scaled_dot_product_attention(
     needing = [name for name, x in tensors.items() if x.requires_grad]
     if needing and torch.is_grad_enabled():
         _refuse(f"no gradients: {', '.join(needing)} has requires_grad set; use torch.no_grad() or detach()")
-    carrying = [name for name, x in tensors.items() if forward_ad.unpack_dual(x).tangent is not None]
-    if carrying:
-        _refuse(f"no gradients: {', '.join(carrying)} carries a forward-mode tangent; pass unpack_dual(...).primal")
+    if forward_ad._current_level >= 0:  # outside of all levels nothing carries one, and asking takes time
+        carrying = [name for name, x in tensors.items() if forward_ad.unpack_dual(x).tangent is not None]
+        if carrying:
+            _refuse(f"no gradients: {', '.join(carrying)} carries a forward-mode tangent; pass unpack_dual(...).primal")
     if torch.jit.is_tracing() or get_proxy_mode() is not None:
         _refuse("no torch.jit.trace, no make_fx: the result for these inputs would become a constant of the trace")
     for name, switch in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
@@ -145,7 +146,7 @@ def scaled_dot_product_attention(
 
 def _as_array(name: str, x: torch.Tensor) -> Any:
     """A view, or a copy where torch is lazy. NumPy knows bfloat16 by ml_dtypes, and torch's only as bits."""
-    x = x.detach().resolve_neg()  # the bits of a view that is negative are those of its opposite
+    x = x.detach()
     # Not before detach(): inside a transform that wraps too what comes from outside of it.
     if torch._C._functorch.is_functorch_wrapped_tensor(x) or torch._is_functional_tensor(x):
         _refuse(
@@ -154,13 +155,15 @@ def _as_array(name: str, x: torch.Tensor) -> Any:
         )
     if x._is_zerotensor():  # has no memory, such as a tangent that torch knows to be 0
         x = torch.zeros(x.shape, dtype=x.dtype)
+    elif x.is_neg():  # the bits are those of its opposite
+        x = x.resolve_neg()
     if x.dtype != torch.bfloat16:
-        return x.numpy(force=True)
+        return x.numpy()
     try:
         import ml_dtypes
     except ImportError:
         raise ImportError("scaled_dot_product_attention: bfloat16 needs ml_dtypes: pip install ml_dtypes") from None
-    return x.view(torch.int16).numpy(force=True).view(ml_dtypes.bfloat16)
+    return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
 
 
 def _refuse(what: str) -> NoReturn:
@@ -174,11 +177,7 @@ def _check(name: str, x: Any, types: tuple[torch.dtype, ...]) -> None:
         _refuse(f"no nested tensors: {name} is one; pass its parts one by one, or padded with an attn_mask")
     if x.device.type != "cpu" or x.layout != torch.strided:
         _refuse(f"strided tensors on the CPU only: {name} is {x.layout} on {x.device}")
-    function = type(x).__torch_function__
-    if (
-        getattr(function, "__func__", function) not in _PLAIN_FUNCTIONS
-        or type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
-    ):
+    if type(x) is not torch.Tensor and not _is_plain(type(x)):
         _refuse(
             f"no tensors whose class gives them a meaning of its own: {name} is a {type(x).__name__}; "
             "pass a torch.Tensor of the numbers that it stands for"
@@ -186,6 +185,15 @@ def _check(name: str, x: Any, types: tuple[torch.dtype, ...]) -> None:
     if x.dtype not in types:
         allowed = " or ".join(map(str, dict.fromkeys(types)))
         raise TypeError(f"scaled_dot_product_attention: {name} must be {allowed}, got {x.dtype}")
+
+
+def _is_plain(kind: type[torch.Tensor]) -> bool:
+    """Whether the memory of tensors of this class is what they mean, as far as the class says."""
+    function = kind.__torch_function__
+    return (
+        getattr(function, "__func__", function) in _PLAIN_FUNCTIONS
+        and kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+    )
 
 
 def _is_causal_bias(x: Any) -> bool:
@@ -211,7 +219,7 @@ def _with_equal_axes(*arrays: Any) -> list[Any]:
     axes = max(x.ndim for x in arrays[:3])
     if axes < 3:
         return list(arrays)
-    return [x.reshape((1,) * (axes - x.ndim) + x.shape) for x in arrays]
+    return [x if x.ndim == axes else x.reshape((1,) * (axes - x.ndim) + x.shape) for x in arrays]
 
 
 def _share_heads(q: Any, k: Any, v: Any, grouped: bool) -> tuple[Any, ...]:
