@@ -1,5 +1,5 @@
 # The types of _core.pyx, for checkers; what the functions mean stands there.
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 
@@ -14,6 +14,7 @@ PLAN: object
 def isa_names() -> tuple[str, ...]: ...
 def build_info() -> dict[str, Any]: ...
 
+@final
 class Problem:
     where: str
     q: _Array

@@ -1,8 +1,10 @@
-"""explain(): what a call would do. The facts come from the plan that the call would follow."""
+"""explain(): what a call would do. The facts come from the plan that the call would follow.
 
-import inspect
+What it returns, _plans.py, is imported when it is called: 1 ms of every import, which few need.
+"""
+
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -10,14 +12,16 @@ from . import _core, _runtime, reference
 from ._attention import attention
 from ._checks import Array, _arithmetic, _as_array
 from ._core import Problem
-from ._plans import Plan, StagePlan, _many
 from ._problem import Planned
 from ._stages import PlannedStage
+
+if TYPE_CHECKING:
+    from ._plans import Plan, StagePlan
 
 _VERBS = ("attention", "attention_varlen", "attend", "scores", "softmax", "weighted_values")
 
 
-def explain(*call: Any, **arguments: Any) -> Plan | StagePlan:
+def explain(*call: Any, **arguments: Any) -> "Plan | StagePlan":
     """Say what a call would do, without doing it: `attention` of these arguments, or of a function the call of it.
 
     ``explain(q, k, v, causal=True)`` explains ``attention(q, k, v, causal=True)``. For other functions and methods pass
@@ -80,8 +84,10 @@ return_lse, out, num_threads
     >>> plan.kernel.split("_")[:2], plan.tiles_copied
     (['softmax', 'rows'], 64)
     """
+    from ._plans import Plan
+
     verb = attention
-    if call and callable(call[0]):
+    if call and callable(call[0]) and not hasattr(call[0], "__array__"):
         verb, *call = call  # type: ignore[assignment]
         module = str(getattr(verb, "__module__", ""))
         if getattr(verb, "__name__", "") not in _VERBS or module.startswith(reference.__name__):
@@ -148,10 +154,12 @@ return_lse, out, num_threads
     )
 
 
-explain.__signature__ = inspect.signature(attention).replace(return_annotation=Plan)  # type: ignore[attr-defined]
+explain.__wrapped__ = attention  # type: ignore[attr-defined]  # whose signature it has
 
 
-def _of_stage(planned: PlannedStage, given: dict[str, Any], source: str) -> StagePlan:
+def _of_stage(planned: PlannedStage, given: dict[str, Any], source: str) -> "StagePlan":
+    from ._plans import StagePlan
+
     report, arrays = planned.report, planned.arrays
     counts = report["counts"]
     a = next(iter(arrays.values()))
@@ -204,6 +212,8 @@ def _all_pairs(p: Problem) -> float:
 
 def _readings(p: Problem) -> list[str]:
     """How axes were read that might have meant something else."""
+    from ._plans import _many
+
     readings, extras = [], p.extras
     ragged = extras is not None and extras.q_starts is not None
     if p.q.ndim == 3 and not ragged:
@@ -237,6 +247,8 @@ _COPIED_BY_STAGES = _COPIED | {
 
 def _notes(planned: Planned, given: dict[str, Any], used: dict[str, Array], asked: int, index: int) -> list[str]:
     """Whatever makes the call slower than its shape alone would."""
+    from ._plans import _many
+
     notes, report, extras = [], planned.report, planned.problem.extras
     for name, x in used.items():
         notes += _array_notes(name, x, given, report[f"obstacles_{name}"], _COPIED[name])

@@ -4,11 +4,11 @@ What follows such a line, indented as its text, is what only that function says 
 takes what no parameter is called only to say so, is left out of signatures.
 """
 
-import inspect
-from collections.abc import Callable
+from types import FunctionType
 from typing import Any, TypeVar
 
-_F = TypeVar("_F", bound=Callable[..., Any])
+_F = TypeVar("_F")
+_TAKES_WORDS = 0x08  # inspect.CO_VARKEYWORDS
 
 _ENTRIES = """
 q : array_like, shape (..., Hq, Lq, D)
@@ -97,16 +97,20 @@ _HELP = _split(_ENTRIES)
 
 def documented(function: _F) -> _F:
     """The function, with entries for `<name>` in its docstring and without `**words` in its signature."""
+    f: Any = function
     lines = []
-    for line in (function.__doc__ or "").splitlines():  # none with python -OO
+    for line in (f.__doc__ or "").splitlines():  # none with python -OO
         name = line.strip()
         if name.startswith("<") and name.endswith(">"):
             lines += [line.replace(name, entry) for entry in _HELP[name[1:-1]]]
         else:
             lines.append(line)
-    function.__doc__ = "\n".join(lines) or None
-    signature = inspect.signature(function)
-    if "words" in signature.parameters:
-        shown = [p for name, p in signature.parameters.items() if name != "words"]
-        function.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+    f.__doc__ = "\n".join(lines) or None
+    if f.__code__.co_flags & _TAKES_WORDS:
+        # inspect looks at what a function wraps: the same without **words. Signature objects would cost 1 ms of import.
+        shown = FunctionType(f.__code__.replace(co_flags=f.__code__.co_flags & ~_TAKES_WORDS), {})
+        for name in ("__kwdefaults__", "__defaults__", "__doc__", "__module__", "__qualname__"):
+            setattr(shown, name, getattr(f, name))
+        shown.__annotations__ = {name: kind for name, kind in f.__annotations__.items() if name != "words"}
+        f.__wrapped__ = shown
     return function

@@ -15,7 +15,7 @@ from .._checks import Array, _index
 from .._help import documented
 from . import types
 from .attend import Keys, Tokens, attend_newest, check_tokens
-from .types import shown
+from .types import Shown
 
 
 class PagedKVCache:
@@ -114,14 +114,16 @@ class PagedKVCache:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_last": None}
 
-    kv_heads = shown("Heads of keys and values.", "PagedKVCache(4, 64, 20).kv_heads", "4", lambda c: c._form.kv_heads)
-    head_dim = shown("Elements of a key.", "PagedKVCache(4, 64, 20).head_dim", "64", lambda c: c._form.dim)
-    value_dim = shown("Elements of a value.", "PagedKVCache(4, 64, 20).value_dim", "64", lambda c: c._form.dim_v)
-    pages = shown("Pages in the pool.", "PagedKVCache(4, 64, 20).pages", "20", lambda c: c._owners.size)
-    page_size = shown("Tokens in a page.", "PagedKVCache(4, 64, 20).page_size", "128", lambda c: c._size)
-    dtype = shown(
-        "Name of the type that keys and values are stored in.", "PagedKVCache(4, 64, 20, dtype='int4').dtype", "'int4'",
-        lambda c: c._form.name,
+    kv_heads = Shown(
+        "Heads of keys and values.", "PagedKVCache(4, 64, 20).kv_heads -> 4", lambda c: int(c._form.kv_heads)
+    )
+    head_dim = Shown("Elements of a key.", "PagedKVCache(4, 64, 20).head_dim -> 64", lambda c: int(c._form.dim))
+    value_dim = Shown("Elements of a value.", "PagedKVCache(4, 64, 20).value_dim -> 64", lambda c: int(c._form.dim_v))
+    pages = Shown("Pages in the pool.", "PagedKVCache(4, 64, 20).pages -> 20", lambda c: int(c._owners.size))
+    page_size = Shown("Tokens in a page.", "PagedKVCache(4, 64, 20).page_size -> 128", lambda c: int(c._size))
+    dtype = Shown(
+        "Name of the type that keys and values are stored in.", "PagedKVCache(4, 64, 20, dtype='int4').dtype -> 'int4'",
+        lambda c: str(c._form.name),
     )  # fmt: skip
 
     @property

@@ -17,7 +17,7 @@ from . import files, types
 from .attend import Keys, Tokens, attend_newest, check_tokens
 from .files import Geometry, Store
 from .ring import Ring
-from .types import shown
+from .types import Shown
 
 
 class KVCache:
@@ -177,30 +177,32 @@ class KVCache:
                             "has the same tokens, load(path) has them in memory")  # fmt: skip
         return self.__dict__ | {"_laps": None}
 
-    batch = shown("Number of sequences.", "KVCache(2, 4, 64, 100).batch", "2", lambda c: c._geometry.batch)
-    kv_heads = shown(
-        "Heads of keys and values.", "KVCache(2, 4, 64, 100).kv_heads", "4", lambda c: c._geometry.form.kv_heads
+    batch = Shown("Number of sequences.", "KVCache(2, 4, 64, 100).batch -> 2", lambda c: int(c._geometry.batch))
+    kv_heads = Shown(
+        "Heads of keys and values.", "KVCache(2, 4, 64, 100).kv_heads -> 4", lambda c: int(c._geometry.form.kv_heads)
     )
-    head_dim = shown("Elements of a key.", "KVCache(2, 4, 64, 100).head_dim", "64", lambda c: c._geometry.form.dim)
-    value_dim = shown(
-        "Elements of a value.", "KVCache(2, 4, 64, 100).value_dim", "64", lambda c: c._geometry.form.dim_v
+    head_dim = Shown(
+        "Elements of a key.", "KVCache(2, 4, 64, 100).head_dim -> 64", lambda c: int(c._geometry.form.dim)
     )
-    capacity = shown(
-        "Tokens that a sequence can have, or that a ring keeps of each.", "KVCache(2, 4, 64, 100).capacity", "100",
-        lambda c: c._geometry.capacity,
+    value_dim = Shown(
+        "Elements of a value.", "KVCache(2, 4, 64, 100).value_dim -> 64", lambda c: int(c._geometry.form.dim_v)
+    )
+    capacity = Shown(
+        "Tokens that a sequence can have, or that a ring keeps of each.", "KVCache(2, 4, 64, 100).capacity -> 100",
+        lambda c: int(c._geometry.capacity),
     )  # fmt: skip
-    dtype = shown(
-        "Name of the type that keys and values are stored in.", "KVCache(2, 4, 64, 100, dtype='int8').dtype", "'int8'",
-        lambda c: c._geometry.form.name,
+    dtype = Shown(
+        "Name of the type that keys and values are stored in.", "KVCache(2, 4, 64, 100, dtype='int8').dtype -> 'int8'",
+        lambda c: str(c._geometry.form.name),
     )  # fmt: skip
-    window = shown(
+    window = Shown(
         "Of a ring: tokens before its own that a query sees; else None.",
-        "KVCache(2, 4, 64, 100, window=50).window", "50",
-        lambda c: c._geometry.window if c._geometry.window >= 0 else None,
-    )  # fmt: skip
-    keep = shown(
-        "Of a ring: first tokens that stay.", "KVCache(2, 4, 64, 100, window=50, keep=4).keep", "4",
-        lambda c: c._geometry.keep,
+        "KVCache(2, 4, 64, 100, window=50).window -> 50",
+        lambda c: int(c._geometry.window) if c._geometry.window >= 0 else None,
+    )
+    keep = Shown(
+        "Of a ring: first tokens that stay.", "KVCache(2, 4, 64, 100, window=50, keep=4).keep -> 4",
+        lambda c: int(c._geometry.keep),
     )  # fmt: skip
 
     @property

@@ -98,7 +98,7 @@ def scaled_dot_product_attention(
     >>> torch.testing.assert_close(ours, torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))
     """
     if torch.compiler.is_dynamo_compiling():  # it would trace NumPy's functions, some of which it does not know
-        return torch.compiler.disable(scaled_dot_product_attention)(  # type: ignore[no-any-return]
+        return torch.compiler.disable(scaled_dot_product_attention)(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     tensors = {"query": query, "key": key, "value": value}
