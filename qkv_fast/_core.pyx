@@ -303,6 +303,8 @@ def forward(Problem call not None, cnp.ndarray out not None, cnp.ndarray lse):
     returns what would be done, as a dict of qkv_report."""
     cdef cnp.ndarray q = call.q, k = call.k, v = call.v
     cdef bint heads_first = call.heads_first
+    if k is None or v is None:
+        raise ValueError(f"{call.where}: the problem has no keys or values yet")
     cdef qkv_problem p
     cdef qkv_run run
     cdef qkv_report report

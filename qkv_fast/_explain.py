@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import _core, _runtime, reference
+from . import _core, _runtime
 from ._attention import attention
 from ._checks import Array, _arithmetic, _as_array
 from ._core import Problem
 from ._problem import Planned
-from ._stages import PlannedStage
+from ._stages import PlannedStage, scores, softmax, weighted_values
+from ._varlen import attention_varlen
+from .cache import KVCache, PagedKVCache
 
 if TYPE_CHECKING:
     from ._plans import Plan, StagePlan
 
-_VERBS = ("attention", "attention_varlen", "attend", "scores", "softmax", "weighted_values")
+_VERBS = {attention, attention_varlen, scores, softmax, weighted_values, KVCache.attend, PagedKVCache.attend}
 
 
 def explain(*call: Any, **arguments: Any) -> "Plan | StagePlan":
@@ -89,9 +91,9 @@ return_lse, out, num_threads
     verb = attention
     if call and callable(call[0]) and not hasattr(call[0], "__array__"):
         verb, *call = call  # type: ignore[assignment]
-        module = str(getattr(verb, "__module__", ""))
-        if getattr(verb, "__name__", "") not in _VERBS or module.startswith(reference.__name__):
-            raise TypeError(f"explain: {', '.join(_VERBS)} (the third is a cache's), not {verb!r}")
+        if getattr(verb, "__func__", verb) not in _VERBS:
+            names = ", ".join(sorted(f"{known.__qualname__}" for known in _VERBS))
+            raise TypeError(f"explain: a function must be one of {names}, got {verb!r}")
     # Before: their own code may call attention.
     given = dict(zip(verb.__code__.co_varnames[hasattr(verb, "__self__") :], call, strict=False)) | arguments
     made = [_made(x) for x in call]
@@ -146,7 +148,7 @@ return_lse, out, num_threads
         operations=report["operations"],
         bytes=report["bytes"],
         pairs=report["pairs"],
-        pairs_all=_all_pairs(p),
+        pairs_all=_all_pairs(p, planned.longest),
         shapes={name: x.shape for name, x in used.items()},
         dtypes={name: stored if stored and name in "kv" else x.dtype.name for name, x in used.items()},
         readings=tuple(_readings(p)),
@@ -199,15 +201,13 @@ def _made(x: Any) -> Any:
     return x
 
 
-def _all_pairs(p: Problem) -> float:
-    """Pairs of a query and a key of its sequence."""
+def _all_pairs(p: Problem, longest: int | None) -> float:
+    """Pairs of a query and a key of its sequence; `longest` is that of a cache."""
     extras = p.extras
     if extras is not None and extras.q_starts is not None and extras.k_starts is not None:
         return p.rows[0] * float(np.dot(np.diff(extras.q_starts), np.diff(extras.k_starts).astype(float)))
     keys: int = p.k.shape[-2 if p.heads_first or p.k.ndim == 2 else -3]
-    if extras is not None and extras.runs is not None:
-        keys = extras.longest_k
-    return float(math.prod(p.rows)) * keys
+    return float(math.prod(p.rows)) * (keys if longest is None else longest)
 
 
 def _readings(p: Problem) -> list[str]:
@@ -293,7 +293,7 @@ def _array_notes(name: str, x: Array, given: dict[str, Any], obstacles: int, cop
 
 
 def _temporary_notes(given_out: Array | None, target: Array) -> list[str]:
-    if given_out is None or np.shares_memory(target, given_out):
+    if given_out is None or not target.size or np.may_share_memory(target, given_out):
         return []
     return ["out: may overlap an input, so the result is computed in a temporary array and copied"]
 

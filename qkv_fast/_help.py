@@ -8,7 +8,7 @@ from types import FunctionType
 from typing import Any, TypeVar
 
 _F = TypeVar("_F")
-_TAKES_WORDS = 0x08  # inspect.CO_VARKEYWORDS
+_TAKES_MORE, _TAKES_WORDS = 0x04, 0x08  # inspect.CO_VARARGS, CO_VARKEYWORDS
 
 _ENTRIES = """
 q : array_like, shape (..., Hq, Lq, D)
@@ -65,6 +65,9 @@ out : ndarray, optional
     overlap an input.
 num_threads : int, optional
     Threads for this call; see `get_num_threads` for the default.
+cu_seqlens_q, cu_seqlens_k : array_like of int, shape (N + 1,)
+    Where the sequences begin: sequence b has the queries ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]``, exclusive, and
+    its keys likewise. From 0 to Tq and Tk; a sequence may be empty.
 new_k : array_like, shape (batch, kv_heads, L, head_dim)
     Keys of L tokens per sequence, of the cache's type, float32 or narrower (lists become float64); of any
     type that `attention` takes for int8 and int4. What a narrower type cannot hold becomes infinite in it.
@@ -86,7 +89,7 @@ def _split(text: str) -> dict[str, list[str]]:
     for line in text.strip().splitlines():
         if not line.startswith(" "):
             name, _, kind = line.partition(" : ")
-            lines = entries[name] = []
+            lines = entries[name.partition(",")[0]] = []
             line = f"{name.rpartition('_')[2] if name.startswith('new') else name} : {kind}"
         lines.append(line)
     return entries
@@ -106,9 +109,11 @@ def documented(function: _F) -> _F:
         else:
             lines.append(line)
     f.__doc__ = "\n".join(lines) or None
-    if f.__code__.co_flags & _TAKES_WORDS:
+    code = f.__code__
+    last = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & _TAKES_MORE)
+    if code.co_flags & _TAKES_WORDS and code.co_varnames[last] == "words":
         # inspect looks at what a function wraps: the same without **words. Signature objects would cost 1 ms of import.
-        shown = FunctionType(f.__code__.replace(co_flags=f.__code__.co_flags & ~_TAKES_WORDS), {})
+        shown = FunctionType(code.replace(co_flags=code.co_flags & ~_TAKES_WORDS), {})
         for name in ("__kwdefaults__", "__defaults__", "__doc__", "__module__", "__qualname__"):
             setattr(shown, name, getattr(f, name))
         shown.__annotations__ = {name: kind for name, kind in f.__annotations__.items() if name != "words"}

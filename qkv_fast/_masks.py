@@ -114,7 +114,9 @@ def _check_broadcast(where: str, name: str, x: Array, logits: tuple[int, ...]) -
         at = ":, None, None" if whole == 4 else f"{lead.removesuffix('None, ')}..., None, None, :"
         ways_out.append(f"one row per sequence: pass {name}[{at}]")
     what = f"{name} does not broadcast to {axes} = {logits}"
-    if x.ndim > 2 and x.ndim != whole:
+    if x.ndim > 2 and whole == 2:
+        what = f"{name} must have 1 or 2 axes, (queries, keys) = {logits}, as q, k and v have"
+    elif x.ndim > 2 and x.ndim != whole:
         what = f"{name} must have 1 or 2 axes, (queries, keys), or all of {axes} = {logits}"
     _fail_shapes(where, "; ".join([what, *ways_out]), **{name: x})
 

@@ -17,10 +17,10 @@ from ._checks import (
     _check_layout,
     _check_narrower,
     _check_out,
-    _check_scale,
     _check_type,
     _fail_shapes,
     _fail_words,
+    _scale_of,
 )
 from ._help import documented
 
@@ -99,15 +99,12 @@ def scores(
     """
     where = "scores"
     if words:
-        _fail_words(where, words)
+        _fail_words(where, words, "scale")
     q, k = _matrices(where, q=q, k=k)
     heads_first = _check_layout(layout, where)
     if q.shape[-1] != k.shape[-1]:
         _fail_shapes(where, f"k has dimension {k.shape[-1]}, q has {q.shape[-1]}", q=q, k=k)
-    if scale is None:
-        scale = q.shape[-1] ** -0.5 if q.shape[-1] else 1.0
-    else:
-        scale = _check_scale(scale, where)
+    scale = _scale_of(where, scale, q.shape[-1])
     if q.ndim == 2:
         shape: tuple[int, ...] = (q.shape[0], k.shape[0])
     else:
@@ -180,7 +177,7 @@ def weighted_values(
     """
     where = "weighted_values"
     if words:
-        _fail_words(where, words)
+        _fail_words(where, words, "")
     p, v = _matrices(where, p=p, v=v)
     heads_first = _check_layout(layout, where)
     two = p.ndim == 2
@@ -267,7 +264,7 @@ def softmax(
     """
     where = "softmax"
     if words:
-        _fail_words(where, words)
+        _fail_words(where, words, "")
     x = _as_array("x", x, where)
     _check_type(where, "x", x)
     if x.ndim == 0:

@@ -4,7 +4,7 @@
 #endif
 #include "affinity.h"
 
-#ifdef __linux__
+#ifdef QKV_HAS_AFFINITY
 #include <time.h>
 
 static int may_run_on(const qkv_affinity *a, cpu_set_t *set)

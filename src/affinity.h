@@ -4,7 +4,8 @@
 
 #include <stdint.h>
 
-#ifdef __linux__
+#if defined(__linux__) && !defined(__ANDROID__)
+#define QKV_HAS_AFFINITY 1
 #include <pthread.h>
 #include <sched.h>
 typedef struct {

@@ -10,8 +10,9 @@
  *
  * Threads of other libraries may spin on our cores for some 0.1 s after their own jobs. Then a worker must not share the
  * caller's core, which would halve both, nor wait on another core with a task in hand while the caller's idles. So a worker
- * that sleeps is kept off the core that the caller last ran on, until its next job is done, and one that the caller waits
- * for and that does not get on is brought to the caller's core, until it is. The caller itself is never moved.
+ * that is woken is kept off the caller's core until its job is done, and one that the caller waits for and that does not get
+ * on is brought to the caller's core, until it is. The caller itself is never moved, and who sleeps may run where it might
+ * before: a user may change that meanwhile.
  *
  * After a fork the child has no workers: its handler only forgets the pool (no lock, no join, no free), and the next call
  * makes a new one.
@@ -150,11 +151,11 @@ static uint64_t await_job(worker *w, uint64_t number)
         }
     } while (until && qkv_clock() < until);
 
-    if (pool->spin)
-        keep_off(w, pool->core);
     mutex_lock(&pool->lock);
     atomic_fetch_add(&pool->sleepers, 1);
     w->asleep = 1;
+    if (atomic_load(&w->confined))
+        let_go(w);                    /* who sleeps may run where its user says */
     while (number_of(gate = atomic_load(&pool->gate)) == number)
         condition_wait(&pool->wake, &pool->lock);
     w->asleep = 0;

@@ -11,7 +11,7 @@ from typing import Any, Never, Self
 
 import numpy as np
 
-from .._checks import Array, _as_array, _per_sequence
+from .._checks import Array, _as_array, _is_known, _per_sequence
 from .._help import documented
 from . import files, types
 from .attend import Keys, Tokens, attend_newest, check_tokens
@@ -175,7 +175,19 @@ class KVCache:
         if self._store is not None:
             raise TypeError("KVCache: a cache in a file is not copied or pickled: save(path) writes a copy, open(path) "
                             "has the same tokens, load(path) has them in memory")  # fmt: skip
-        return self.__dict__ | {"_laps": None}
+        rows = self._used()
+        return self.__dict__ | {"_laps": None, "_k": self._k[:, :, rows], "_v": self._v[:, :, rows]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _is_known(self._k.dtype)  # bfloat16, in a process that has not seen any
+        form, rows = self._geometry.form, slice(state["_k"].shape[2])
+        self._k, self._v = form.empty(self._geometry.batch, form.kv_heads, self._geometry.capacity)
+        self._k[:, :, rows], self._v[:, :, rows] = state["_k"], state["_v"]
+
+    def _used(self) -> slice:
+        """Rows that hold tokens."""
+        return slice(min(int(self._reach.max() if self._geometry.window >= 0 else self._most), self._geometry.capacity))
 
     batch = Shown("Number of sequences.", "KVCache(2, 4, 64, 100).batch -> 2", lambda c: int(c._geometry.batch))
     kv_heads = Shown(
@@ -655,7 +667,7 @@ class KVCache:
         >>> again
         KVCache(batch=1, kv_heads=2, head_dim=64, capacity=10, dtype='float32', lengths=[0])
         """
-        rows = slice(min(int(self._reach.max() if self._geometry.window >= 0 else self._most), self._geometry.capacity))
+        rows = self._used()
         reach = self._reach if self._geometry.window >= 0 else self._lengths
         if self._store is not None and self._store.is_at(path):
             self._store.check_writable("KVCache.save")

@@ -1,6 +1,7 @@
 """Threads: how many a call uses and who says so, calls from many Python threads, the state of a process."""
 
 import asyncio
+import os
 import sys
 import threading
 from contextvars import copy_context
@@ -362,3 +363,32 @@ def test_a_thread_that_ends_and_its_successors():
         worker.start()
         worker.join()
     assert not bad
+
+
+@pytest.mark.skipif(len(getattr(os, "sched_getaffinity", lambda _: ())(0)) < 2, reason="two cores and affinity")
+def test_whoever_pins_all_threads_finds_them_pinned():
+    """A worker is moved while it has a task, and has then what its user has given it, also if that was meanwhile."""
+    code = """
+import os, time
+import numpy as np
+import qkv_fast
+
+def pins():
+    return {int(t): os.sched_getaffinity(int(t)) for t in os.listdir("/proc/self/task")}
+
+x = np.ones((1, 12, 300, 64), "float32")
+cores = sorted(os.sched_getaffinity(0))[:2]
+for allowed in ({cores[0]}, {cores[1]}, set(cores), {cores[1]}, {cores[0]}, set(cores)):
+    for wait in (0.0, 0.05):
+        qkv_fast.attention(x, x, x, num_threads=2)
+        time.sleep(wait)
+    assert qkv_fast._runtime.pool_threads() == 1
+    for thread in pins():
+        os.sched_setaffinity(thread, allowed)
+    for wait in (0.0, 0.05):
+        qkv_fast.attention(x, x, x, num_threads=2)
+        time.sleep(0.02 + wait)
+        assert set(map(frozenset, pins().values())) == {frozenset(allowed)}, (allowed, pins())
+print("right")
+"""
+    assert child_says(code, OPENBLAS_NUM_THREADS=1) == "right"
