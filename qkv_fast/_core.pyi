@@ -65,6 +65,7 @@ def forward(
     answer: _Array | None = None,
     keys: _Array | None = None,
     normalisers: _Array | None = None,
+    first_key: int = 0,
 ) -> dict[str, Any] | None: ...
 def product(
     a: _Array,

@@ -30,6 +30,7 @@ cdef extern from "qkv.h" nogil:
         QKV_TOP_KEYS
         QKV_NORMALISERS
         QKV_RECEIVED
+        QKV_WEIGHTS
 
     ctypedef struct qkv_strides:
         int64_t axis[64]
@@ -86,6 +87,7 @@ cdef extern from "qkv.h" nogil:
         void *answer
         int64_t *answer_keys
         int64_t answer_n
+        int64_t answer_first
         const void *normalisers
         int threads
         int isa

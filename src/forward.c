@@ -366,11 +366,16 @@ static void attend_split(qkv_call *job, int worker, const qkv_query_tile *t, int
 /* The answer to what is asked of each query: a state goes through all keys in order. */
 static void answer_queries(qkv_call *job, int worker, const qkv_query_tile *t)
 {
+    const qkv_problem *p = job->problem;
     const qkv_plan *plan = t->plan;
+    qkv_range keys = t->any;
+    if (p->question == QKV_WEIGHTS)
+        keys = (qkv_range){qkv_max(keys.lo, p->answer_first), qkv_min(keys.hi, p->answer_first + p->answer_n)};
     qkv_begin_answer(t);
-    for (int64_t first = t->any.lo / plan->chunk * plan->chunk; first < t->any.hi; first += plan->chunk) {
-        walk_keys(t, first, first + plan->chunk, ~(uint64_t)0, 0);
-        if (first + plan->chunk < t->any.hi && qkv_must_stop(&job->stop, worker))
+    for (int64_t first = keys.lo / plan->block * plan->block, next; first < keys.hi; first = next) {
+        next = qkv_min((first / plan->chunk + 1) * plan->chunk, keys.hi);
+        walk_keys(t, first, next, ~(uint64_t)0, 0);
+        if (next < keys.hi && qkv_must_stop(&job->stop, worker))
             return;
     }
     qkv_write_answer(t);

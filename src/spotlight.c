@@ -65,15 +65,30 @@ void qkv_begin_answer(const qkv_query_tile *t)
                              t->problem->question == QKV_ENTROPY);
         if (t->problem->question == QKV_TOP_KEYS)
             begin_lists(t, x);
-        if (t->problem->question == QKV_RECEIVED)
+        if (t->problem->question == QKV_RECEIVED || t->problem->question == QKV_WEIGHTS)
             take_normalisers(t, x);
     }
+}
+
+/* Where the weights of the panel's rows from a lane on go, for keys from `key` on. */
+static qkv_weights rows_of(const qkv_query_tile *t, const qkv_panel *x, int lane, int nv, int64_t key)
+{
+    const qkv_problem *p = t->problem;
+    int64_t before = qkv_max(0, p->answer_first - key), size = t->plan->kernels->size;
+    qkv_weights to = {.row = (void **)(t->scratch + t->plan->at_rows), .first = (int)before};
+    qkv_row r = qkv_row_of(x->row + lane, t->plan->group);
+    for (int j = 0; j < nv * t->plan->kernels->vector; j++, qkv_next_row(&r)) {
+        int64_t at = lane + j < x->n ? qkv_result_index(p, t->plan, t->sequence, t->head, &r) : -1;
+        to.row[j] = at < 0 ? NULL : (char *)p->answer + (at * p->answer_n + key + before - p->answer_first) * size;
+    }
+    return to;
 }
 
 void qkv_ask(const qkv_query_tile *t, const qkv_panel *x, int lane, int64_t key, const qkv_tile *tile)
 {
     const qkv_kernels *kernels = t->plan->kernels;
     qkv_heaviest list;
+    qkv_weights to;
     switch (t->problem->question) {
     case QKV_VALUES:
         break;
@@ -90,6 +105,10 @@ void qkv_ask(const qkv_query_tile *t, const qkv_panel *x, int lane, int64_t key,
         break;
     case QKV_NORMALISERS:
         kernels->look_normalisers(tile);
+        break;
+    case QKV_WEIGHTS:
+        to = rows_of(t, x, lane, tile->nv, key);
+        kernels->look_weights(tile, &to);
         break;
     case QKV_RECEIVED:
         kernels->look_received(tile, t->scratch + t->plan->at_sums + (key - t->first) * kernels->vector * kernels->size);
@@ -139,7 +158,7 @@ void qkv_write_answer(const qkv_query_tile *t)
 {
     const qkv_problem *p = t->problem;
     const qkv_plan *plan = t->plan;
-    for (int i = 0; i < t->panels; i++) {
+    for (int i = 0; i < t->panels && p->question != QKV_WEIGHTS; i++) {
         const qkv_panel *x = &t->panel[i];
         const void *ms = qkv_state_m(plan, x->state), *ls = qkv_state_l(plan, x->state);
         qkv_heaviest list = list_of(t, x, 0);

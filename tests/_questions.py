@@ -12,7 +12,8 @@ import qkv_fast
 from qkv_fast import reference, spotlight
 
 PER_QUERY = ("largest", "entropy", "top_keys")
-ALL = (*PER_QUERY, "received")
+RAGGED = (*PER_QUERY, "received")
+ALL = (*RAGGED, "weights")
 
 
 def ask(name, q, k, **options):
@@ -75,6 +76,8 @@ def check(name, q, k, *, threads=None, queries=None, **options):
             exact = reference.spotlight.received(q, k, queries=queries, **options)
             count = p[..., rows, :].shape[-2]
             close(got, exact, bound(usual_p[..., rows, :].sum(axis=-2), exact, max(1, count), eps), dtype)
+        elif name == "weights":
+            close(got, p, bound(usual_p, p, 1, eps), dtype)
         else:
             check_top(got, q, k, options, dtype, eps, scores, p, usual_p, lse)
     return got

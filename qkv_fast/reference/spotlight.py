@@ -130,6 +130,40 @@ def top_keys(q: Any, k: Any, n: int = 5, **options: Any) -> tuple[Any, Any]:
     return np.where(absent | nan, -1, keys), np.where(nan, np.nan, weights)
 
 
+def weights(q: Any, k: Any, *, queries: Any = None, keys: Any = None, **options: Any) -> Any:
+    """The weights of chosen queries and keys, ``softmax(scale * q @ k.T)[queries][:, keys]``.
+
+    Parameters
+    ----------
+    q, k : array_like
+        As in `qkv_fast.spotlight.weights`.
+    queries, keys : slice or array_like of int, optional
+        Which; all by default.
+    **options
+        Its other arguments.
+
+    Returns
+    -------
+    ndarray, shape (..., Hq, queries, keys)
+        Of the type that `reference.attention` returns for q.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `reference.attention`.
+
+    Examples
+    --------
+    >>> from qkv_fast import reference
+    >>> reference.spotlight.weights([[0.0], [0.0]], [[1.0], [2.0]], causal=True, keys=[0]).astype("float64")
+    array([[1. ],
+           [0.5]])
+    """
+    p = _matrices("weights", q, k, options)[2]
+    p = p if queries is None else p[..., queries, :]
+    return p if keys is None else p[..., keys]
+
+
 def received(q: Any, k: Any, *, queries: Any = None, **options: Any) -> Any:
     """The weight that each key receives, summed over queries.
 

@@ -41,11 +41,11 @@ def key_count(p: Problem) -> int:
 
 def answer(
     p: Problem, question: str, shape: tuple[int, ...], *, lse: Array | None = None, keys: Array | None = None,
-    normalisers: Array | None = None,
+    normalisers: Array | None = None, first_key: int = 0,
 ) -> Array:  # fmt: skip
     """What the core says, an array of this shape."""
-    result = _core.empty(p.where, shape, _arithmetic(p.number))
-    _core.forward(p, p.empty(), lse, _core.QUESTIONS[question], result, keys, normalisers)
+    result = np.zeros(shape, result_type(p))  # weights of hidden keys are not written
+    _core.forward(p, p.empty(), lse, _core.QUESTIONS[question], result, keys, normalisers, first_key)
     return result
 
 

@@ -81,6 +81,12 @@ typedef struct {
     int64_t n;                        /* at least 1 */
 } qkv_heaviest;
 
+/* Where weights go. */
+typedef struct {
+    void **row;                       /* (lanes): elements for the tile's keys from `first` on; NULL: of no lane */
+    int first;
+} qkv_weights;
+
 /* Few rows that share their keys, against one chunk of them: here a lane is an element of the head dimension. All pointers
  * are to the table's element type and aligned to a vector, and so are rows. A position is that of a key in the chunk. */
 typedef struct {
@@ -159,12 +165,14 @@ typedef struct {
      *   entropy      m, l as attend has them, and o (1, lanes) <- the sum of P (S - m)
      *   heaviest     m, l, and the list
      *   normalisers  m and l
-     *   received     sums (nk, vector) += l P, with the m and l that are given, lane after lane of an element's */
+     *   received     sums (nk, vector) += l P, with the m and l that are given, lane after lane of an element's
+     *   weights      rows <- l P, likewise */
     void (*look_largest)(const qkv_tile *tile);
     void (*look_entropy)(const qkv_tile *tile);
     void (*look_heaviest)(const qkv_tile *tile, const qkv_heaviest *list);
     void (*look_normalisers)(const qkv_tile *tile);
     void (*look_received)(const qkv_tile *tile, void *sums);
+    void (*look_weights)(const qkv_tile *tile, const qkv_weights *to);
 
     void (*reset)(void *o, void *m, void *l, int nv, int dv);
 

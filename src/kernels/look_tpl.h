@@ -226,6 +226,53 @@ static void X(look_received)(const qkv_tile *t, void *sums)
     }
 }
 
+/* l P of n <= W keys from i on and the lanes from j on, 0 where a key is excluded, to the rows of these lanes. */
+static QKV_INLINE void X(write_square)(const qkv_tile *t, int i, const int n, int j, const qkv_weights *to)
+{
+    VEC none = X(set1)(-(REAL)INFINITY), zero = X(set1)(0), x[W];
+    VEC m = X(load)((const REAL *)t->m + j), l = X(load)((const REAL *)t->l + j);
+    X(factor) c = X(factor_of)(t->c);
+    QKV_UNROLL
+    for (int r = 0; r < W; r++) {
+        x[r] = zero;
+        if (r < n) {
+            VEC s = X(load)((const REAL *)t->s + (ptrdiff_t)(i + r) * LANES + j);
+            x[r] = X(select)(X(equal)(s, none), zero, X(mul)(l, X(exp2_one)(c, X(sub)(s, m))));
+        }
+    }
+    X(transpose)(x);
+    for (int r = 0; r < W; r++) {
+        REAL *row = to->row[j + r];
+        if (!row)
+            continue;
+        if (n == W)
+            X(storeu)(row + i - to->first, x[r]);
+        else
+            X(store_part)(row + i - to->first, x[r], n);
+    }
+}
+
+static QKV_NOINLINE void X(write_rows)(const qkv_tile *t, int first, int last, const qkv_weights *to)
+{
+    for (int j = 0; j < t->nv * W; j += W) {
+        int i = first;
+        for (; i + W <= last; i += W)
+            X(write_square)(t, i, W, j, to);
+        if (i < last)
+            X(write_square)(t, i, last - i, j, to);
+    }
+}
+
+static void X(look_weights)(const qkv_tile *t, const qkv_weights *to)
+{
+    X(limits) limits;
+    X(find_limits)(t, &limits);
+    for (int i = 0, end; i < t->nk; i = end) {
+        end = X(score_strip)(t->nv, t, i, &limits);
+        X(write_rows)(t, i > to->first ? i : to->first, end, to);
+    }
+}
+
 #undef BY_VECTORS
 #undef STRIP
 #undef P_LIMIT

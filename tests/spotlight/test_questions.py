@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from _compositions import CASES, poisoned, visible
 from _patterns import PATTERNS, fits
-from _questions import ALL, PER_QUERY, ask, check, lse_of
+from _questions import ALL, PER_QUERY, RAGGED, ask, check, lse_of
 from _util import ALL_TYPES, normal, qkv, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
@@ -73,7 +73,7 @@ def test_layouts_batches_and_dimensions(name):
     same_bits(flat, tuple(x[0, 0] for x in first) if name == "top_keys" else first[0, 0])
 
 
-@questions
+@pytest.mark.parametrize("name", RAGGED)
 @pytest.mark.parametrize("lengths", [([3, 0, 70, 1], [9, 5, 0, 1300]), ([50, 100], [60, 100]), ([], [])], ids=str)
 def test_packed_sequences(name, lengths):
     """Each is worth the same bits as alone; keys count from its first."""
@@ -129,7 +129,7 @@ def test_infinite_keys(name):
 @questions
 def test_nothing_to_see(name):
     q, k, _ = qkv(6, batch=(2,), heads=(4, 2), lengths=(50, 40))
-    empty = {"largest": -np.inf, "entropy": 0, "top_keys": 0, "received": 0}[name]
+    empty = {"largest": -np.inf, "entropy": 0, "top_keys": 0}.get(name, 0)
     hidden = dict(mask=False)
     for options in (dict(kv_lengths=0), hidden, dict(bias=np.float32(-np.inf)), dict(sinks=np.ones(4), **hidden)):
         got = ask(name, q, k, **options)
@@ -212,6 +212,33 @@ def test_chosen_queries(case, data):
     same_bits(ask("received", q, k, queries=queries, num_threads=3, **options), got)
 
 
+@given(case=CASES, data=st.data())
+def test_chosen_weights(case, data):
+    """Some rows and columns of the whole problem, in any order, repeated: the same bits as in all of it."""
+    (q, k, _), options = case.arrays(), case.options()
+    whole, chosen = ask("weights", q, k, **options), {}
+    for name, n in (("queries", q.shape[-2]), ("keys", k.shape[-2])):
+        kind = data.draw(st.integers(0, 2))
+        if kind == 1:
+            ends = [data.draw(st.none() | st.integers(-n, n)) for _ in range(2)]
+            chosen[name] = slice(*ends, data.draw(st.sampled_from([None, 2, -1])))
+        elif kind == 2:
+            chosen[name] = np.array(data.draw(st.lists(st.integers(-n, n - 1), max_size=8)), int)
+    got = ask("weights", q, k, num_threads=data.draw(st.integers(1, 4)), **chosen, **options)
+    of_rows = whole[..., chosen.get("queries", slice(None)), :]
+    same_bits(got, np.ascontiguousarray(of_rows[..., chosen.get("keys", slice(None))]))
+    exact = reference.spotlight.weights(q, k, **chosen, **options)
+    assert got.shape == exact.shape
+
+
+def test_weights_by_a_log_sum_exp_that_is_given():
+    q, k, _ = qkv(11, heads=(4, 2), lengths=(130, 1500))
+    lse = lse_of(q, k, causal=True)
+    for chosen in ({}, dict(queries=[5, 129], keys=[0, 1400, 3]), dict(queries=slice(-32, None))):
+        got = spotlight.weights(q, k, causal=True, lse=lse, **chosen)
+        np.testing.assert_allclose(got, spotlight.weights(q, k, causal=True, **chosen), rtol=1e-5, atol=1e-9)
+
+
 def test_all_queries_by_name():
     q, k, _ = qkv(8, batch=(2,), heads=(4, 2), lengths=(60, 90))
     all_of_them = spotlight.received(q, k, causal=True)
@@ -236,7 +263,7 @@ def test_weights_add_up():
     same_bits(spotlight.received(q, k, causal=True, lse=foreign), got)
 
 
-@pytest.mark.parametrize("name", PER_QUERY)
+@pytest.mark.parametrize("name", [*PER_QUERY, "weights"])
 def test_rows_are_worth_the_same_bits_anywhere(name):
     """Among others or alone, in whatever panel."""
     q, k, _ = qkv(10, heads=(1, 1), lengths=(130, 1100))

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from _questions import ALL, ask
+from _questions import ALL, RAGGED, ask
 from _util import no_change, qkv, same_bits
 
 import qkv_fast
@@ -30,6 +30,9 @@ PACKED = dict(cu_seqlens_q=[0, 5], cu_seqlens_k=[0, 9])
         ("received", ValueError, r"queries must be in -5..4, got -6", dict(queries=[-6])),
         ("received", ValueError, r"queries must have one axis, got shape \(1, 1\)", dict(queries=[[0]])),
         ("received", TypeError, "queries must be a slice or integers, got float64", dict(queries=[0.0])),
+        ("weights", ValueError, r"keys must be in -9..8, got 9", dict(keys=[9])),
+        ("weights", TypeError, "keys must be a slice or integers, got bool", dict(keys=[True])),
+        ("weights", ValueError, r"lse must have the shape", dict(lse=LSE[0])),
         ("received", TypeError, "queries must be a slice of integers, got slice", dict(queries=slice(0.5))),
     ],
     ids=str,
@@ -47,15 +50,32 @@ def test_arguments_of_their_own(name, error, words, options):
         (ValueError, "layout must be 'bhld' or 'blhd'", dict(layout="hbld")),
         (ValueError, "'top-left' means q_offset=0", dict(causal="top-left", q_offset=1)),
         (TypeError, "unexpected keyword argument 'is_causal'; here it is causal=", dict(is_causal=True)),
-        (TypeError, "packed sequences need both", dict(cu_seqlens_q=[0, 5])),
-        (ValueError, "take no layout, got 'blhd'", dict(PACKED, layout="blhd")),
-        (ValueError, "q, k, v must have 3 axes each", PACKED),
     ],
     ids=str,
 )
 def test_errors_are_attentions(name, error, words, options):
     with pytest.raises(error, match=rf"^spotlight\.{name}(\(\))?:? .*{words}"):
         ask(name, Q, K, **options)
+
+
+@pytest.mark.parametrize("name", RAGGED)
+@pytest.mark.parametrize(
+    "error, words, options",
+    [
+        (TypeError, "packed sequences need both", dict(cu_seqlens_q=[0, 5])),
+        (ValueError, "take no layout, got 'blhd'", dict(PACKED, layout="blhd")),
+        (ValueError, "q, k, v must have 3 axes each", PACKED),
+    ],
+    ids=str,
+)
+def test_errors_of_packed_sequences(name, error, words, options):
+    with pytest.raises(error, match=rf"^spotlight\.{name}: .*{words}"):
+        ask(name, Q, K, **options)
+
+
+def test_weights_are_not_for_packed_sequences():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'cu_seqlens_q'"):
+        ask("weights", Q, K, **PACKED)
 
 
 @pytest.mark.parametrize("name", ALL)
