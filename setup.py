@@ -176,7 +176,8 @@ class Core:
         # Several compilers run at once; the paths, of which the last take longest, begin first.
         work = {path.source: (flags, ()) for path, flags in reversed(found.items())}
         work |= {source: ((), macros) for source in core_sources()}
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        with ThreadPoolExecutor(cpus) as pool:
             begun = {
                 source: pool.submit(self.compile, source, flags, defined, force=force)
                 for source, (flags, defined) in work.items()

@@ -94,7 +94,7 @@ def choose(suite: str, patterns: list[str] | None, dtypes: list[str] | None):
     elif dtypes:
         asked = []
     chosen = cases.select(suite, patterns, dtypes)
-    if not chosen and not asked:
+    if not chosen and (patterns or not asked):
         kind = " or ".join(dtypes or [])
         named = f" that matches {', '.join(map(repr, patterns))}" if patterns else ""
         there = cases.select("all", patterns, dtypes)

@@ -69,7 +69,7 @@ def main_parser() -> argparse.ArgumentParser:
         epilog="`qkv-fast bench --help`: more workloads, more peers.",
     )
     add = parser.add_argument
-    add("--seconds", type=positive, default=12.0, metavar="S", help="time for the timings (default: 12)")
+    add("--seconds", type=positive, default=16.0, metavar="S", help="time for the timings (default: 16)")
     add("--json", metavar="FILE", help="save everything")
     add("--version", action="version", version=f"qkv-fast {qkv_fast.__version__}")
     return parser

@@ -44,7 +44,8 @@ def speed_table(rows: list[Row], peers: list[str], title: str, goals: bool = Tru
             table.add(cells + ["-"] * (len(columns) - 2), "error")
             table.notes.append(f"{row.job}: {row.error}")
             continue
-        cells += [seconds_text(row.time.median), percent_text(row.time.spread, row.time.wide)]
+        spread = percent_text(row.time.spread, row.time.wide) if row.time.count > 1 else "1 round"
+        cells += [seconds_text(row.time.median), spread]
         rate = f"{rate_text(row, OURS)} {unit(row)}"
         cells += [rate, "" if is_tiny(row) else f"{100 * row.share.median:.1f}"]
         if goals:

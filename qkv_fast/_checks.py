@@ -137,7 +137,9 @@ def _check_axes(where: str, **arrays: Array) -> None:
         _fail_shapes(where, f"{name} must have as many axes as {first}, or 3{hint}", **arrays)
 
 
-def _check_fit(where: str, q: Array, k: Array, v: Array, heads: tuple[int, ...], lengths: tuple[int, int]) -> None:
+def _check_fit(
+    where: str, q: Array, k: Array, v: Array, heads: tuple[int, ...], lengths: tuple[int, int], *, packed: bool = False
+) -> None:
     """Dimensions, the heads of q, k and v, and the lengths of k and v."""
     q_heads, k_heads, v_heads = heads
     len_k, len_v = lengths
@@ -151,8 +153,16 @@ def _check_fit(where: str, q: Array, k: Array, v: Array, heads: tuple[int, ...],
     if q_heads != k_heads and (k_heads == 0 or q_heads % k_heads):
         _fail_shapes(where, f"k has {k_heads} heads, which does not divide q's {q_heads}", **arrays)
     if q.shape[-1] > _core.MAX_DIM or v.shape[-1] > _core.MAX_DIM:
-        split = "; heads not split? reshape to (B, L, num_heads, D), layout='blhd'" if q.ndim == 3 else ""
+        hint = "; heads not split? reshape to (B, L, num_heads, D), layout='blhd'"
+        split = hint if q.ndim == 3 and not packed else ""
         _fail_shapes(where, f"D and Dv are at most {_core.MAX_DIM}{split}", **arrays)
+
+
+def _scale_of(where: str, scale: Any, dim: int) -> float:
+    """Of scores of so many terms, if it is not given."""
+    if scale is None:
+        return float(dim**-0.5) if dim else 1.0
+    return _check_scale(scale, where)
 
 
 def _check_scale(scale: Any, where: str = "attention", name: str = "scale") -> float:
@@ -170,38 +180,42 @@ def _check_scale(scale: Any, where: str = "attention", name: str = "scale") -> f
     return value
 
 
-# Words of other libraries for what we have under another one, or do not have.
+# Words of other libraries: ours for them, and what these are.
 _OTHERS = {
-    "is_causal": "causal=True, or causal='top-left' as torch aligns it",
-    "attn_mask": "mask= if it is bool, bias= if it is added to the scores",
-    "attention_mask": "mask=, bool, True where a query attends, or kv_lengths=",
-    "key_padding_mask": "kv_lengths=, or mask=~key_padding_mask[:, None, None, :]: ours is True where a query attends",
-    "dropout_p": "nothing: there is no dropout",
-    "enable_gqa": "nothing: heads of k and v that divide q's are groups",
-    "softmax_scale": "scale=",
-    "sm_scale": "scale=",
-    "scaling": "scale=",
-    "logits_soft_cap": "softcap=",
-    "window_size": "window=, (left, right), with None for an open side",
-    "sliding_window": "window=, which does not count the query itself: W - 1",
-    "local_window_size": "window=",
-    "key_value_seq_lengths": "kv_lengths=",
-    "cache_seqlens": "kv_lengths=, or a KVCache",
-    "cu_seqlens_q": "attention_varlen",
-    "cu_seqlens_k": "attention_varlen",
-    "max_seqlen_q": "nothing: cu_seqlens_q and cu_seqlens_k say it",
-    "max_seqlen_k": "nothing: cu_seqlens_q and cu_seqlens_k say it",
-    "need_weights": "softmax(scores(q, k)) for the matrix of weights",
-    "return_softmax_lse": "return_lse=",
-    "return_residual": "return_lse=",
-    "s_aux": "sinks=",
+    "is_causal": ("causal", "causal=True, or causal='top-left' as torch aligns it"),
+    "attn_mask": ("mask bias", "mask= if it is bool, bias= if it is added to the scores"),
+    "attention_mask": ("mask", "mask=, bool, True where a query attends"),
+    "key_padding_mask": ("mask", "mask=~key_padding_mask[:, None, None, :]: ours is True where a query attends"),
+    "dropout_p": ("", "nothing: there is no dropout"),
+    "enable_gqa": ("", "nothing: heads of k and v that divide q's are groups"),
+    "softmax_scale": ("scale", "scale="),
+    "sm_scale": ("scale", "scale="),
+    "scaling": ("scale", "scale="),
+    "logits_soft_cap": ("softcap", "softcap="),
+    "window_size": ("window", "window=, (left, right), with None for an open side"),
+    "sliding_window": ("window", "window=, which does not count the query itself: W - 1"),
+    "local_window_size": ("window", "window="),
+    "key_value_seq_lengths": ("kv_lengths", "kv_lengths="),
+    "cache_seqlens": ("kv_lengths", "kv_lengths=, or a KVCache"),
+    "cu_seqlens_q": ("", "an argument of attention_varlen"),
+    "cu_seqlens_k": ("", "an argument of attention_varlen"),
+    "max_seqlen_q": ("", "nothing: cu_seqlens_q and cu_seqlens_k say it"),
+    "max_seqlen_k": ("", "nothing: cu_seqlens_q and cu_seqlens_k say it"),
+    "need_weights": ("", "softmax(scores(q, k)) for the matrix of weights"),
+    "return_softmax_lse": ("return_lse", "return_lse="),
+    "return_residual": ("return_lse", "return_lse="),
+    "s_aux": ("sinks", "sinks="),
 }
+_EVERYTHING = "mask bias causal window q_offset kv_lengths segments alibi_slopes sinks softcap scale return_lse"
 
 
-def _fail_words(where: str, words: dict[str, Any]) -> NoReturn:
-    """For arguments that nobody has a parameter for."""
+def _fail_words(where: str, words: dict[str, Any], has: str = _EVERYTHING) -> NoReturn:
+    """For arguments that a function has no parameter for; `has` are its parameters that others have a word for."""
     name = next(iter(words))
-    known = f"; here it is {_OTHERS[name]}" if name in _OTHERS else ""
+    ours, text = _OTHERS.get(name, ("", ""))
+    known = "" if not text else f"; here it is {text}" if {*ours.split()} <= {*has.split()} else (
+        f"; attention has it, as {text}"
+    )  # fmt: skip
     raise TypeError(f"{where}() got an unexpected keyword argument {name!r}{known}")
 
 

@@ -1,5 +1,5 @@
 # The types of _core.pyx, for checkers; what the functions mean stands there.
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 
@@ -15,6 +15,7 @@ QUESTIONS: dict[str, int]
 def isa_names() -> tuple[str, ...]: ...
 def build_info() -> dict[str, Any]: ...
 
+@final
 class Problem:
     where: str
     q: _Array
@@ -78,11 +79,11 @@ def product(
     scale: float,
     threads: int,
     isa: int,
-    counters: _Array | None,
-) -> None: ...
+    counters: Any,
+) -> dict[str, Any] | None: ...
 def softmax(
-    x: _Array, mask: _Array | None, out: _Array, axis: int, threads: int, isa: int, counters: _Array | None
-) -> None: ...
+    x: _Array, mask: _Array | None, out: _Array, axis: int, threads: int, isa: int, counters: Any
+) -> dict[str, Any] | None: ...
 def pool_threads() -> int: ...
 def pool_stop() -> None: ...
 def trim() -> None: ...

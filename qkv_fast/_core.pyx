@@ -311,6 +311,8 @@ def forward(Problem call not None, cnp.ndarray out not None, cnp.ndarray lse, in
     `lse` and `first_key`; `out` has the leading axes of the result."""
     cdef cnp.ndarray q = call.q, k = call.k, v = call.v
     cdef bint heads_first = call.heads_first
+    if k is None or v is None:
+        raise ValueError(f"{call.where}: the problem has no keys or values yet")
     cdef qkv_problem p
     cdef qkv_run run
     cdef qkv_report report
@@ -391,10 +393,12 @@ def forward(Problem call not None, cnp.ndarray out not None, cnp.ndarray lse, in
 
 
 def product(cnp.ndarray a not None, cnp.ndarray b not None, cnp.ndarray c not None, bint transposed, bint a_heads_first,
-            bint b_heads_first, bint c_heads_first, double scale, int threads, int isa, cnp.ndarray counters):
+            bint b_heads_first, bint c_heads_first, double scale, int threads, int isa, counters):
     """c = scale * a @ b, or scale * a @ b.T with `transposed`; each (..., heads, rows, dim) or, without its heads first,
-    (..., rows, heads, dim). 2-D arrays have no heads."""
+    (..., rows, heads, dim). 2-D arrays have no heads. With PLAN for counters it returns what would be done, as `forward`
+    does: a dict of qkv_stage_report."""
     cdef qkv_product_problem p
+    cdef qkv_stage_report report
     cdef qkv_status status
     p.n_axes = fill_axes(p.axes, c)
     if cnp.PyArray_NDIM(c) < 3:                                # 2-D
@@ -422,18 +426,24 @@ def product(cnp.ndarray a not None, cnp.ndarray b not None, cnp.ndarray c not No
     p.scale = scale
     p.threads = threads
     p.isa = isa
-    p.counters = NULL if counters is None else <qkv_counters *>cnp.PyArray_DATA(counters)
+    p.counters = NULL
     p.interrupted = check_signals
     p.interrupted_arg = PyThreadState_Get()
+    if counters is not None:
+        if counters is PLAN:
+            raise_status(qkv_explain_product(&p, &report))
+            return report
+        p.counters = <qkv_counters *>cnp.PyArray_DATA(counters)
     with nogil:
         status = qkv_product(&p)
     raise_status(status)
 
 
-def softmax(cnp.ndarray x not None, cnp.ndarray mask, cnp.ndarray out not None, int axis, int threads, int isa,
-            cnp.ndarray counters):
-    """out = softmax of x along `axis` (not negative), where the bool `mask` of the same shape, if any, is True."""
+def softmax(cnp.ndarray x not None, cnp.ndarray mask, cnp.ndarray out not None, int axis, int threads, int isa, counters):
+    """out = softmax of x along `axis` (not negative), where the bool `mask` of the same shape, if any, is True. With PLAN
+    for counters: see product."""
     cdef qkv_softmax_problem p
+    cdef qkv_stage_report report
     cdef qkv_status status
     cdef int i, at, n = cnp.PyArray_NDIM(x)
     p.type = type_of(x)
@@ -458,9 +468,14 @@ def softmax(cnp.ndarray x not None, cnp.ndarray mask, cnp.ndarray out not None, 
     p.out = <char *>cnp.PyArray_DATA(out)
     p.threads = threads
     p.isa = isa
-    p.counters = NULL if counters is None else <qkv_counters *>cnp.PyArray_DATA(counters)
+    p.counters = NULL
     p.interrupted = check_signals
     p.interrupted_arg = PyThreadState_Get()
+    if counters is not None:
+        if counters is PLAN:
+            raise_status(qkv_explain_softmax(&p, &report))
+            return report
+        p.counters = <qkv_counters *>cnp.PyArray_DATA(counters)
     with nogil:
         status = qkv_softmax(&p)
     raise_status(status)

@@ -1,8 +1,10 @@
-"""explain(): what a call would do. The facts come from the plan that the call would follow."""
+"""explain(): what a call would do. The facts come from the plan that the call would follow.
 
-import inspect
+What it returns, _plans.py, is imported when it is called: 1 ms of every import, which few need.
+"""
+
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,171 +13,38 @@ from ._attention import attention
 from ._checks import Array, _arithmetic, _as_array
 from ._core import Problem
 from ._problem import Planned
+from ._stages import PlannedStage, scores, softmax, weighted_values
+from ._varlen import attention_varlen
+from .cache import KVCache, PagedKVCache
+
+if TYPE_CHECKING:
+    from ._plans import Plan, StagePlan
+
+_VERBS = {attention, attention_varlen, scores, softmax, weighted_values, KVCache.attend, PagedKVCache.attend}
 
 
-class Plan(NamedTuple):
-    """How a call would run; its text is for people, and fields may change between versions.
-
-    Attributes
-    ----------
-    isa, dtype, kernel : str
-        CPU path, element type of the arithmetic, and the kernel that would do it.
-    rows : int
-        Query rows of one key head: Lq times the query heads that share it.
-    panel_rows, vector_rows, kernel_keys : int
-        Query rows computed side by side, and in one SIMD vector (for a decode kernel, which has one for each key head,
-        both are `rows`); keys that the kernel holds in registers.
-    block_keys, pass_keys, chunk_keys, chunks : int
-        Keys of one kernel call; keys that stay in cache while every panel of a task sees them; keys that are summed
-        from zero, and how many times that happens.
-    split : bool
-        Whether the chunks of one query are shared among threads.
-    tile_panels, tasks : int
-        Panels in a task; how many tasks there are.
-    threads, threads_asked : int
-        Threads that would be used, and that might have been.
-    threads_from : str
-        What says `threads_asked`.
-    tiles_full, tiles_partial, tiles_skipped : int
-        Tiles of one block of keys and one vector of rows, that need no mask, that need one, and that are left out.
-    tiles_copied : int
-        Passes of K or V that would be copied to scratch first.
-    scratch_bytes, operations, bytes, pairs : float
-        Scratch memory of all threads; floating-point operations of the visible pairs; bytes of Q, visible K and V and
-        results; (query, key) pairs that see each other.
-    pairs_all : float
-        Pairs if nothing were hidden.
-    shapes, dtypes : dict
-        Shapes and element types of q, k, v and the result.
-    readings : tuple of str
-        How arrays were read whose axes might have meant something else.
-    notes : tuple of str
-        Whatever makes the call slower than its shape alone would, in words.
-    """
-
-    isa: str
-    dtype: str
-    kernel: str
-    rows: int
-    panel_rows: int
-    vector_rows: int
-    kernel_keys: int
-    block_keys: int
-    pass_keys: int
-    chunk_keys: int
-    chunks: int
-    split: bool
-    tile_panels: int
-    tasks: int
-    threads: int
-    threads_asked: int
-    threads_from: str
-    tiles_full: int
-    tiles_partial: int
-    tiles_skipped: int
-    tiles_copied: int
-    scratch_bytes: float
-    operations: float
-    bytes: float
-    pairs: float
-    pairs_all: float
-    shapes: dict[str, tuple[int, ...]]
-    dtypes: dict[str, str]
-    readings: tuple[str, ...]
-    notes: tuple[str, ...]
-
-    @property
-    def limits(self) -> tuple[float, float]:
-        """Seconds that arithmetic and memory traffic take at this machine's peaks on as many threads.
-
-        The peaks are measured when this is first asked, in about 0.3 s and 256 MB, and then kept.
-        """
-        index = _runtime.available_isas().index(self.isa)
-        flops, bandwidth = _runtime.measured_peaks(index, self.kernel.split("_")[1], max(1, self.threads))
-        return self.operations / flops, self.bytes / bandwidth
-
-    @property
-    def seconds(self) -> float:
-        """The time that the roofline predicts, the longer of the two `limits`: less only if the data lie in cache."""
-        return max(self.limits)
-
-    def __repr__(self) -> str:
-        return "\n".join(self._lines())
-
-    def _lines(self) -> list[str]:
-        mixed = set(self.dtypes.values()) != {self.dtype}
-        arrays = ", ".join(
-            f"{name} {shape}" + f" {self.dtypes[name]}" * mixed for name, shape in self.shapes.items()
-        )
-        lines = [f"attention of {arrays}, " + "computed in " * mixed + self.dtype]
-        others = ", ".join(name for name in _runtime.available_isas() if name != self.isa)
-        lines.append(_row("CPU path", self.isa + (f" (also here: {others})" if others else "")))
-        if not self.operations:
-            return [*lines, _row("work", "none: the result is filled without computing anything")]
-        lines += [
-            _row("kernel", self._kernel()),
-            _row("tiles", self._tiles()),
-            _row("", f"{self.tiles_full} full, {self.tiles_partial} partial, {self.tiles_skipped} skipped; "
-                     f"{self.tiles_copied} copies of keys or values"),
-            _row("chunks", self._chunks()),
-            _row("threads", f"{self.threads} of {self.threads_asked} ({self.threads_from}) "
-                            f"for {_many(self.tasks, 'task')}"),
-            _row("scratch", _unit(self.scratch_bytes, "B")),
-            _row("work", f"{_unit(self.operations, 'F')} and {_unit(self.bytes, 'B')}; of all pairs "
-                         f"{100 * self.pairs / self.pairs_all:.3g}% are visible"),
-            _row("roofline", self._roofline()),
-        ]  # fmt: skip
-        lines += [_row("read as" if i == 0 else "", reading) for i, reading in enumerate(self.readings)]
-        return lines + [_row("note" if i == 0 else "", note) for i, note in enumerate(self.notes)]
-
-    def _kernel(self) -> str:
-        if self.kernel.startswith("decode"):
-            return f"{self.kernel}: {_many(self.rows, 'query row')} for each key head, lanes along the head dimension"
-        return f"{self.kernel}: {self.panel_rows} query rows x {self.kernel_keys} keys in registers"
-
-    def _tiles(self) -> str:
-        tiles = f"{self.block_keys} keys x {_many(self.vector_rows, 'row')}; "
-        if self.kernel.startswith("decode"):
-            return tiles + "each key and value is read once for all of them"
-        return tiles + f"{self.pass_keys} keys stay in cache for the {_many(self.tile_panels, 'panel')} of a task"
-
-    def _chunks(self) -> str:
-        if self.chunks == 1:
-            return f"1: up to {self.chunk_keys} keys are summed in one go"
-        why = "summed from zero and merged in order, which keeps long sums exact"
-        shared = "; shared among the threads, for which there are too few queries" if self.split else ""
-        return f"{self.chunks} of {self.chunk_keys} keys, {why}{shared}"
-
-    def _roofline(self) -> str:
-        compute, memory = self.limits
-        bound = "arithmetic" if compute >= memory else "memory"
-        return (
-            f"at least {_unit(self.seconds, 's')}, bound by {bound} ({_unit(self.operations / compute, 'F/s')}, "
-            f"{_unit(self.bytes / memory, 'B/s')} measured here)"
-        )
-
-
-def explain(*call: Any, **arguments: Any) -> Plan:
+def explain(*call: Any, **arguments: Any) -> "Plan | StagePlan":
     """Say what a call would do, without doing it: `attention` of these arguments, or of a function the call of it.
 
     ``explain(q, k, v, causal=True)`` explains ``attention(q, k, v, causal=True)``. For other functions and methods pass
-    them first: ``explain(qkv_fast.attention_varlen, q, k, v, starts, starts)``, ``explain(cache.attend, q)``.
+    them first: ``explain(qkv_fast.attention_varlen, q, k, v, starts, starts)``, ``explain(cache.attend, q)``,
+    ``explain(qkv_fast.softmax, x, axis=0)`` and the other stages.
 
     Parameters
     ----------
     q, k, v, mask, bias, causal, window, q_offset, kv_lengths, segments, alibi_slopes, sinks, softcap, scale, layout, \
 return_lse, out, num_threads
         What `attention` takes, with the same meaning; or another function first, and then what that takes. Elements
-        of q, k and v are not looked at, and `out` is not written to; those of a mask and of segments decide which tiles
+        of arrays are not looked at, and `out` is not written to; those of a mask and of segments decide which tiles
         there are.
 
     Returns
     -------
-    plan : Plan
+    plan : Plan, or StagePlan of a stage
         It prints as a short report: CPU path, kernel, tile sizes, chunks, threads, scratch memory, operations and
         bytes, what masks skip, the time that the roofline predicts, how arrays were read whose axes might have meant
         something else, and a note for whatever makes the call slower than its shape alone would (types that widen,
-        copies, few queries). Each of these is an attribute too.
+        copies, few queries). Each of these is an attribute too. A stage has no chunks, and hides no tiles.
 
     Raises
     ------
@@ -185,7 +54,8 @@ return_lse, out, num_threads
     Notes
     -----
     The plan is the one that the call would follow; only results that are not finite, and a thread pool that is busy
-    with another call, can change what then happens. The first print measures the machine's peaks: about 0.3 s.
+    with another call, can change what then happens. The first print measures the machine's peaks: about 0.3 s. A
+    softmax is bound by memory: its peak is the rate at which the machine copies.
 
     The roofline is from S. Williams, A. Waterman and D. Patterson, "Roofline: an insightful visual performance model
     for multicore architectures", 2009.
@@ -209,21 +79,31 @@ return_lse, out, num_threads
     >>> cache.append(k[None], v[None])
     >>> qkv_fast.explain(cache.attend, q[None, :, -1:], num_threads=1).kernel.split("_")[0]
     'decode'
+
+    Weights that are asked for along an axis that is not the last, of a type that has to be widened:
+
+    >>> plan = qkv_fast.explain(qkv_fast.softmax, np.ones((64, 64), np.float16), axis=0, num_threads=1)
+    >>> plan.kernel.split("_")[:2], plan.tiles_copied
+    (['softmax', 'rows'], 64)
     """
+    from ._plans import Plan
+
     verb = attention
-    if call and callable(call[0]):
+    if call and callable(call[0]) and not hasattr(call[0], "__array__"):
         verb, *call = call  # type: ignore[assignment]
-        if getattr(verb, "__name__", "") not in ("attention", "attention_varlen", "attend"):
-            raise TypeError(f"explain: attention, attention_varlen or a cache's attend, not {verb!r}")
+        if getattr(verb, "__func__", verb) not in _VERBS:
+            names = ", ".join(sorted(f"{known.__qualname__}" for known in _VERBS))
+            raise TypeError(f"explain: a function must be one of {names}, got {verb!r}")
     # Before: their own code may call attention.
     given = dict(zip(verb.__code__.co_varnames[hasattr(verb, "__self__") :], call, strict=False)) | arguments
     made = [_made(x) for x in call]
     arguments = {name: _made(x) for name, x in arguments.items()}
     with _runtime.planning():
         planned = verb(*made, **arguments)
-    asked, index, source = planned.problem.threads, planned.problem.isa, _runtime.threads_source()
-    if arguments.get("num_threads") is not None:
-        source = "num_threads="
+    source = "num_threads=" if arguments.get("num_threads") is not None else _runtime.threads_source()
+    if isinstance(planned, PlannedStage):
+        return _of_stage(planned, given, source)
+    asked, index = planned.problem.threads, planned.problem.isa
     p, report, out = planned.problem, planned.report, planned.out
     used = {"q": p.q, "k": p.k, "v": p.v, "out": out}
     counts = report["counts"]
@@ -232,6 +112,9 @@ return_lse, out, num_threads
             report[name] += other[name]
         for name in ("tasks", "tiles_full", "tiles_partial", "tiles_skipped", "tiles_copied"):
             counts[name] += other["counts"][name]
+        counts["threads"] = max(counts["threads"], other["counts"]["threads"])
+        report["split"] |= other["split"]
+        report["scratch_bytes"] = max(report["scratch_bytes"], other["scratch_bytes"])
     isa, dtype = _runtime.available_isas()[index], "float64" if p.q.dtype.itemsize == 8 else "float32"
     kernel = "decode" if report["decode"] else "attend"
     if report["pair"] == 2:  # which is all that this path has of its own
@@ -265,7 +148,7 @@ return_lse, out, num_threads
         operations=report["operations"],
         bytes=report["bytes"],
         pairs=report["pairs"],
-        pairs_all=_all_pairs(p),
+        pairs_all=_all_pairs(p, planned.longest),
         shapes={name: x.shape for name, x in used.items()},
         dtypes={name: stored if stored and name in "kv" else x.dtype.name for name, x in used.items()},
         readings=tuple(_readings(p)),
@@ -273,7 +156,40 @@ return_lse, out, num_threads
     )
 
 
-explain.__signature__ = inspect.signature(attention).replace(return_annotation=Plan)  # type: ignore[attr-defined]
+explain.__wrapped__ = attention  # type: ignore[attr-defined]  # whose signature it has
+
+
+def _of_stage(planned: PlannedStage, given: dict[str, Any], source: str) -> "StagePlan":
+    from ._plans import StagePlan
+
+    report, arrays = planned.report, planned.arrays
+    counts = report["counts"]
+    a = next(iter(arrays.values()))
+    isa, dtype = _runtime.available_isas()[planned.isa], "float64" if a.dtype.itemsize == 8 else "float32"
+    kind = "multiply"
+    if planned.stage == "softmax":
+        kind = "softmax_columns" if report["across"] else "softmax_rows"
+    return StagePlan(
+        stage=planned.stage,
+        isa=isa,
+        dtype=dtype,
+        kernel=f"{kind}_{'f64' if dtype == 'float64' else 'f32'}_{isa.removesuffix('bf16')}",
+        tile_rows=report["tile_rows"],
+        tile_columns=report["tile_columns"],
+        pass_terms=report["pass_terms"],
+        streamed=bool(report["stream"]),
+        tasks=counts["tasks"],
+        threads=counts["threads"],
+        threads_asked=planned.threads,
+        threads_from=source,
+        tiles_copied=counts["tiles_copied"],
+        scratch_bytes=report["scratch_bytes"],
+        operations=report["operations"],
+        bytes=report["bytes"],
+        shapes={name: x.shape for name, x in arrays.items()},
+        dtypes={name: x.dtype.name for name, x in arrays.items()},
+        notes=tuple(_stage_notes(planned, given)),
+    )
 
 
 def _made(x: Any) -> Any:
@@ -285,18 +201,19 @@ def _made(x: Any) -> Any:
     return x
 
 
-def _all_pairs(p: Problem) -> float:
-    """Pairs of a query and a key of its sequence."""
+def _all_pairs(p: Problem, longest: int | None) -> float:
+    """Pairs of a query and a key of its sequence; `longest` is that of a cache."""
     extras = p.extras
     if extras is not None and extras.q_starts is not None and extras.k_starts is not None:
-        return float(p.rows[0]) * float(np.dot(np.diff(extras.q_starts), np.diff(extras.k_starts).astype(float)))
-    if extras is not None and extras.runs is not None:
-        return float(math.prod(p.rows)) * extras.longest_k
-    return float(math.prod(p.rows)) * p.k.shape[-2 if p.heads_first or p.k.ndim == 2 else -3]
+        return p.rows[0] * float(np.dot(np.diff(extras.q_starts), np.diff(extras.k_starts).astype(float)))
+    keys: int = p.k.shape[-2 if p.heads_first or p.k.ndim == 2 else -3]
+    return float(math.prod(p.rows)) * (keys if longest is None else longest)
 
 
 def _readings(p: Problem) -> list[str]:
     """How axes were read that might have meant something else."""
+    from ._plans import _many
+
     readings, extras = [], p.extras
     ragged = extras is not None and extras.q_starts is not None
     if p.q.ndim == 3 and not ragged:
@@ -321,24 +238,25 @@ _COPIED = {
     "v": "copied a tile at a time",
     "out": "written through a copy of each row",
 }
+_COPIED_BY_STAGES = _COPIED | {
+    "q": "copied a few rows at a time",
+    "p": "copied a few rows at a time",
+    "x": "copied a row at a time",
+}
 
 
 def _notes(planned: Planned, given: dict[str, Any], used: dict[str, Array], asked: int, index: int) -> list[str]:
     """Whatever makes the call slower than its shape alone would."""
+    from ._plans import _many
+
     notes, report, extras = [], planned.report, planned.problem.extras
     for name, x in used.items():
-        if name != "out" and name in given and not isinstance(given[name], np.ndarray):
-            notes.append(f"{name}: a {type(given[name]).__name__}, made an array in every call")
-        if found := report[f"obstacles_{name}"]:
-            why = " and ".join(words for bit, words in _core.OBSTACLES.items() if found & bit)
-            notes.append(f"{name}: {why}; {_COPIED[name]} ({x.dtype}, strides {x.strides})")
+        notes += _array_notes(name, x, given, report[f"obstacles_{name}"], _COPIED[name])
     for name in ("mask", "bias"):
-        x = None if extras is None else getattr(extras, name)
-        if x is not None and (found := _obstacles(x, used["q"])):
-            notes.append(f"{name}: {' and '.join(found)}; copied a tile at a time ({x.dtype}, strides {x.strides})")
-    if planned.given_out is not None and not np.shares_memory(used["out"], planned.given_out):
-        notes.append("out: may overlap an input, so the result is computed in a temporary array and copied")
-    threads, tasks = report["counts"]["threads"], report["counts"]["tasks"]
+        y = None if extras is None else getattr(extras, name)
+        if y is not None and (found := _obstacles(y, used["q"])):
+            notes.append(f"{name}: {' and '.join(found)}; copied a tile at a time ({y.dtype}, strides {y.strides})")
+    notes += _temporary_notes(planned.given_out, used["out"])
     rows, vector = report["rows"], report["vector_rows"]
     lanes = -(-rows // vector) * vector
     if report["operations"] and not report["decode"] and 0 < lanes < report["panel_rows"]:
@@ -346,6 +264,43 @@ def _notes(planned: Planned, given: dict[str, Any], used: dict[str, Array], aske
             f"queries: {_many(rows, 'row')} for each key head, of the {report['panel_rows']} that the kernel computes "
             f"side by side; they take {lanes} lanes"
         )
+    return notes + _place_notes(report["counts"], asked, index)
+
+
+def _stage_notes(planned: PlannedStage, given: dict[str, Any]) -> list[str]:
+    """The same of a stage."""
+    report, notes = planned.report, []
+    *names, out = planned.arrays
+    for name, field in (*zip(names, "ab", strict=False), (out, "c")):
+        x, found = planned.arrays[name], report[f"obstacles_{field}"]
+        notes += _array_notes(name, x, given, found, _COPIED_BY_STAGES[name])
+    if planned.rescaled:
+        notes.append("scale: beyond what products take in one step, so the result is multiplied again, by NumPy")
+    else:
+        notes += _temporary_notes(planned.given_out, planned.arrays[out])
+    return notes + _place_notes(report["counts"], planned.threads, planned.isa)
+
+
+def _array_notes(name: str, x: Array, given: dict[str, Any], obstacles: int, copied: str) -> list[str]:
+    """What an array was made of, and why it is copied."""
+    notes = []
+    if name != "out" and name in given and not isinstance(given[name], np.ndarray):
+        notes.append(f"{name}: a {type(given[name]).__name__}, made an array in every call")
+    if obstacles:
+        why = " and ".join(words for bit, words in _core.OBSTACLES.items() if obstacles & bit)
+        notes.append(f"{name}: {why}; {copied} ({x.dtype}, strides {x.strides})")
+    return notes
+
+
+def _temporary_notes(given_out: Array | None, target: Array) -> list[str]:
+    if given_out is None or not target.size or np.may_share_memory(target, given_out):
+        return []
+    return ["out: may overlap an input, so the result is computed in a temporary array and copied"]
+
+
+def _place_notes(counts: dict[str, int], asked: int, index: int) -> list[str]:
+    """Threads and the CPU path."""
+    notes, threads, tasks = [], counts["threads"], counts["tasks"]
     if threads and threads < asked:
         why = "there are no more tasks" if tasks <= threads else "the work is not worth waking another"
         notes.append(f"threads: {threads} of {asked}, since {why}")
@@ -368,19 +323,3 @@ def _obstacles(x: Array, q: Array) -> list[str]:
         unaligned: not x.flags.aligned,
     }
     return [words for words, is_so in found.items() if is_so]
-
-
-def _row(name: str, text: str) -> str:
-    return f"  {name:<10}{text}"
-
-
-def _many(n: int, noun: str) -> str:
-    return f"{n} {noun}" + ("" if n == 1 else "s")
-
-
-def _unit(x: float, unit: str) -> str:
-    """Three digits and a prefix."""
-    if x == 0:
-        return f"0 {unit}"
-    power = min(5, max(-3, math.floor(math.log10(x) / 3 + 1e-9)))
-    return f"{x / 1000.0**power:.3g} {'nµm'[power] if power < 0 else ['', 'k', 'M', 'G', 'T', 'P'][power]}{unit}"

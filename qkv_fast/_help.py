@@ -4,11 +4,11 @@ What follows such a line, indented as its text, is what only that function says 
 takes what no parameter is called only to say so, is left out of signatures.
 """
 
-import inspect
-from collections.abc import Callable
+from types import FunctionType
 from typing import Any, TypeVar
 
-_F = TypeVar("_F", bound=Callable[..., Any])
+_F = TypeVar("_F")
+_TAKES_MORE, _TAKES_WORDS = 0x04, 0x08  # inspect.CO_VARARGS, CO_VARKEYWORDS
 
 _ENTRIES = """
 q : array_like, shape (..., Hq, Lq, D)
@@ -58,8 +58,6 @@ scale : float, optional
     Factor of the scores, any finite number; ``1 / sqrt(D)`` by default (1 for D = 0).
 layout : {"bhld", "blhd"}, default "bhld"
     ``"blhd"`` swaps the head and length axes: (..., L, H, D) instead of (..., H, L, D).
-cu_seqlens_q, cu_seqlens_k : array_like of int, shape (N + 1,), optional
-    Where packed sequences begin, as in `qkv_fast.attention_varlen`: then q is (Tq, Hq, D) and k (Tk, Hkv, D).
 lse : array_like, shape (..., Hq, Lq), optional
     The log-sum-exp that `qkv_fast.attention` returns for the same arguments: it saves a pass. One that does not
     belong to them cannot be seen from its shape: weights are then what ``exp(score - lse)`` is, above 1 too.
@@ -70,6 +68,9 @@ out : ndarray, optional
     overlap an input.
 num_threads : int, optional
     Threads for this call; see `get_num_threads` for the default.
+cu_seqlens_q, cu_seqlens_k : array_like of int, shape (N + 1,)
+    Where the sequences begin: sequence b has the queries ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]``, exclusive, and
+    its keys likewise. From 0 to Tq and Tk; a sequence may be empty.
 new_k : array_like, shape (batch, kv_heads, L, head_dim)
     Keys of L tokens per sequence, of the cache's type, float32 or narrower (lists become float64); of any
     type that `attention` takes for int8 and int4. What a narrower type cannot hold becomes infinite in it.
@@ -91,7 +92,7 @@ def _split(text: str) -> dict[str, list[str]]:
     for line in text.strip().splitlines():
         if not line.startswith(" "):
             name, _, kind = line.partition(" : ")
-            lines = entries[name] = []
+            lines = entries[name.partition(",")[0]] = []
             line = f"{name.rpartition('_')[2] if name.startswith('new') else name} : {kind}"
         lines.append(line)
     return entries
@@ -102,16 +103,22 @@ _HELP = _split(_ENTRIES)
 
 def documented(function: _F) -> _F:
     """The function, with entries for `<name>` in its docstring and without `**words` in its signature."""
+    f: Any = function
     lines = []
-    for line in (function.__doc__ or "").splitlines():  # none with python -OO
+    for line in (f.__doc__ or "").splitlines():  # none with python -OO
         name = line.strip()
         if name.startswith("<") and name.endswith(">"):
             lines += [line.replace(name, entry) for entry in _HELP[name[1:-1]]]
         else:
             lines.append(line)
-    function.__doc__ = "\n".join(lines) or None
-    signature = inspect.signature(function)
-    if "words" in signature.parameters:
-        shown = [p for name, p in signature.parameters.items() if name != "words"]
-        function.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+    f.__doc__ = "\n".join(lines) or None
+    code = f.__code__
+    last = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & _TAKES_MORE)
+    if code.co_flags & _TAKES_WORDS and code.co_varnames[last] == "words":
+        # inspect looks at what a function wraps: the same without **words. Signature objects would cost 1 ms of import.
+        shown = FunctionType(code.replace(co_flags=code.co_flags & ~_TAKES_WORDS), {})
+        for name in ("__kwdefaults__", "__defaults__", "__doc__", "__module__", "__qualname__"):
+            setattr(shown, name, getattr(f, name))
+        shown.__annotations__ = {name: kind for name, kind in f.__annotations__.items() if name != "words"}
+        f.__wrapped__ = shown
     return function

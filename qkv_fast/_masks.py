@@ -114,7 +114,9 @@ def _check_broadcast(where: str, name: str, x: Array, logits: tuple[int, ...]) -
         at = ":, None, None" if whole == 4 else f"{lead.removesuffix('None, ')}..., None, None, :"
         ways_out.append(f"one row per sequence: pass {name}[{at}]")
     what = f"{name} does not broadcast to {axes} = {logits}"
-    if x.ndim > 2 and x.ndim != whole:
+    if x.ndim > 2 and whole == 2:
+        what = f"{name} must have 1 or 2 axes, (queries, keys) = {logits}, as q, k and v have"
+    elif x.ndim > 2 and x.ndim != whole:
         what = f"{name} must have 1 or 2 axes, (queries, keys), or all of {axes} = {logits}"
     _fail_shapes(where, "; ".join([what, *ways_out]), **{name: x})
 
@@ -228,8 +230,8 @@ def _find_spans(q_ids: Array, k_ids: Array, of_queries: Array, of_keys: Array, s
     return spans, bool(np.array_equal(end - begin, spans[:, 1] - spans[:, 0]))
 
 
-def check_starts(where: str, name: str, starts: Any, total: int) -> Array:
-    """int64, contiguous: where each of the packed sequences begins, and their end."""
+def check_starts(where: str, name: str, starts: Any, total: int) -> tuple[Array, Array, int]:
+    """int64, contiguous: where each of the packed sequences begins, and their end; their lengths; the longest."""
     given = _as_array(name, starts, where)
     if given.dtype.kind not in "iu":
         raise TypeError(f"{where}: {name} must be integers, got {given.dtype}")
@@ -237,13 +239,15 @@ def check_starts(where: str, name: str, starts: Any, total: int) -> Array:
         raise ValueError(f"{where}: {name} must have one axis and at least one entry, got shape {given.shape}")
     if given[0] != 0:
         raise ValueError(f"{where}: {name} must start at 0, got {given[0]}")
-    if np.any(fall := given[1:] < given[:-1]):
-        at = int(np.argmax(fall))
+    begins = given.astype(np.int64, order="C")
+    lengths = begins[1:] - begins[:-1]
+    if lengths.size and lengths.min() < 0:
+        at = int(np.argmax(given[1:] < given[:-1]))
         raise ValueError(f"{where}: {name} must not decrease, got {given[at]}, {given[at + 1]} at {at}")
     if given[-1] != total:
         side = name.removeprefix("cu_seqlens_")
         raise ValueError(f"{where}: {name} must end at {total}, the length of {side}, got {given[-1]}")
-    return given.astype(np.int64, order="C")
+    return begins, lengths, int(lengths.max()) if lengths.size else 0
 
 
 def alibi_slopes(num_heads: int) -> Array:

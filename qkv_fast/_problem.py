@@ -24,12 +24,12 @@ from ._checks import (
     _check_offsets,
     _check_out,
     _check_positions,
-    _check_scale,
     _check_type,
     _check_types,
     _fail_shapes,
     _fail_words,
     _per_sequence,
+    _scale_of,
 )
 from ._core import Problem
 from ._masks import Extras
@@ -38,11 +38,12 @@ from ._masks import Extras
 class Planned:
     """What a verb returns inside `_runtime.planning()`: its problem and the core's report of what it would do."""
 
-    __slots__ = ("also", "given_out", "out", "problem", "report")
+    __slots__ = ("also", "given_out", "longest", "out", "problem", "report")
 
     def __init__(self, problem: Problem, report: dict[str, Any], out: Array, given_out: Array | None) -> None:
         self.problem, self.report, self.out, self.given_out = problem, report, out, given_out
         self.also: list[dict[str, Any]] = []  # reports of the core's other calls
+        self.longest: int | None = None  # tokens of a cache's longest sequence
 
 
 def attend(p: Problem, out: Array | None, return_lse: bool) -> Any:
@@ -136,10 +137,7 @@ def check(
     ):  # then it says which
         _check_fit(where, q, k, v, (q_heads, k_heads, v_heads), (len_k, len_v))
 
-    if scale is None:
-        scale = dim**-0.5 if dim else 1.0
-    else:
-        scale = _check_scale(scale, where)
+    scale = _scale_of(where, scale, dim)
     left = right = offsets = lengths = extras = None
     if not (causal is False and window is q_offset is kv_lengths is None):
         left, right, offsets, lengths = _check_limits(
@@ -149,9 +147,7 @@ def check(
         extras = _masks.check_extras(where, (*rows, len_k), q_heads, mask, bias, alibi_slopes, sinks, softcap)
         if segments is not None:
             extras = extras.with_segments(*_masks.check_segments(where, segments, batch, len_q, len_k))
-    threads, isa, counters = _runtime.current()
-    if num_threads is not None:
-        threads = _runtime.check_threads(num_threads, f"{where}: num_threads")
+    threads, isa, counters = _runtime.current(num_threads, where)
     return Problem(
         where, q, k, v, heads_first, shape, rows, scale, left, right, offsets, lengths, extras, threads, isa, counters
     )
@@ -170,20 +166,15 @@ def check_ragged(
     if not q.ndim == k.ndim == v.ndim == 3:
         _fail_shapes(where, "q, k, v must have 3 axes each, (tokens, heads, dim)", q=q, k=k, v=v)
     (total_q, heads, dim), total_k = q.shape, k.shape[0]
-    _check_fit(where, q, k, v, (heads, k.shape[1], v.shape[1]), (total_k, v.shape[0]))
-    q_starts = _masks.check_starts(where, "cu_seqlens_q", cu_seqlens_q, total_q)
-    k_starts = _masks.check_starts(where, "cu_seqlens_k", cu_seqlens_k, total_k)
+    _check_fit(where, q, k, v, (heads, k.shape[1], v.shape[1]), (total_k, v.shape[0]), packed=True)
+    q_starts, len_q, longest_q = _masks.check_starts(where, "cu_seqlens_q", cu_seqlens_q, total_q)
+    k_starts, len_k, longest_k = _masks.check_starts(where, "cu_seqlens_k", cu_seqlens_k, total_k)
     if q_starts.size != k_starts.size:
         given = f"{q_starts.size} and {k_starts.size} entries"
         raise ValueError(f"{where}: cu_seqlens_q and cu_seqlens_k must be of one length, got {given}")
-    len_q, len_k = np.diff(q_starts), np.diff(k_starts)
-    longest_q, longest_k = int(len_q.max(initial=0)), int(len_k.max(initial=0))
     batch = (len_q.size,)
 
-    if scale is None:
-        scale = dim**-0.5 if dim else 1.0
-    else:
-        scale = _check_scale(scale, where)
+    scale = _scale_of(where, scale, dim)
     left, right, offsets, lengths = _check_limits(
         where, causal, window, q_offset, kv_lengths, alibi_slopes is not None, batch, len_q, len_k
     )
@@ -196,9 +187,7 @@ def check_ragged(
     extras = extras._replace(q_starts=q_starts, k_starts=k_starts, longest_q=longest_q, longest_k=longest_k)
     if segments is not None:
         extras = extras.with_segments(*_masks.check_ragged_segments(where, segments, q_starts, k_starts))
-    threads, isa, counters = _runtime.current()
-    if num_threads is not None:
-        threads = _runtime.check_threads(num_threads, f"{where}: num_threads")
+    threads, isa, counters = _runtime.current(num_threads, where)
     shape, rows = (total_q, heads, v.shape[2]), (heads, total_q)
     return Problem(
         where, q, k, v, False, shape, rows, scale, left, right, offsets, lengths, extras, threads, isa, counters
@@ -213,7 +202,7 @@ def check_newest(
     """The problem of queries of the newest tokens of a cache, which stores `kv_heads` heads of `dtype` or `stored`, for
     up to `longest` tokens. q is heads-first in it, whatever the layout; keys, offsets and lengths are the cache's."""
     if words:
-        _fail_words(where, words)
+        _fail_words(where, words, "mask bias causal window alibi_slopes sinks softcap scale return_lse")
     if type(q) is not np.ndarray:
         q = _as_array("q", q, where)
     if stored:
@@ -222,14 +211,16 @@ def check_newest(
         _check_type(where, "q", q)
         _check_narrower(where, {"q": q, "the cache": np.empty(0, dtype)})
     heads_first = layout == "bhld" or _check_layout(layout, where)
+    given = q
     if not heads_first and q.ndim == 4:
         q = q.swapaxes(1, 2)
     if q.ndim != 4 or q.shape[0] != batch or q.shape[1] % kv_heads or q.shape[3] != dim:
-        fits = f"({batch}, a multiple of {kv_heads}, queries, {dim})"
-        _fail_shapes(where, f"q must be of shape {fits}, heads first", q=q)
+        heads, length = f"a multiple of {kv_heads}", "queries"
+        fits = f"({batch}, {heads}, {length}, {dim})" if heads_first else f"({batch}, {length}, {heads}, {dim})"
+        _fail_shapes(where, f"q must be of shape {fits}", q=given)
     rows = q.shape[:3]
     shape = (*rows, dim_v) if heads_first else (batch, rows[2], rows[1], dim_v)
-    scale = dim**-0.5 if scale is None else _check_scale(scale, where)
+    scale = _scale_of(where, scale, dim)
     left: int | None = None
     right: int | None = 0
     if causal is not True or window is not None:
@@ -240,9 +231,7 @@ def check_newest(
     if not (mask is bias is alibi_slopes is sinks is softcap is None):
         extras = _masks.check_extras(where, (*rows, longest), rows[1], mask, bias, alibi_slopes, sinks, softcap)
         extras = extras._replace(stored=stored)
-    threads, isa, counters = _runtime.current()
-    if num_threads is not None:
-        threads = _runtime.check_threads(num_threads, f"{where}: num_threads")
+    threads, isa, counters = _runtime.current(num_threads, where)
     return Problem(
         where, q, None, None, heads_first, shape, rows, scale, left, right, None, None, extras, threads, isa, counters
     )

@@ -160,6 +160,20 @@ cdef extern from "qkv.h" nogil:
 
     qkv_status qkv_softmax(const qkv_softmax_problem *problem)
 
+    ctypedef struct qkv_stage_report:
+        qkv_counters counts
+        int64_t across
+        int64_t tile_rows, tile_columns
+        int64_t pass_terms
+        int64_t stream
+        int64_t obstacles_a, obstacles_b, obstacles_c
+        double scratch_bytes
+        double operations
+        double bytes
+
+    qkv_status qkv_explain_product(const qkv_product_problem *problem, qkv_stage_report *report)
+    qkv_status qkv_explain_softmax(const qkv_softmax_problem *problem, qkv_stage_report *report)
+
     const char *qkv_isa_name(int isa)
 
     const char *qkv_built_name(int path)

@@ -199,17 +199,18 @@ def limit_context(n: int) -> None:
         _settings.set(settings._replace(threads=check_threads(n, "threadpoolctl: num_threads")))
 
 
-def current() -> tuple[int, int, Any]:
-    """Threads, CPU path and counters for a call made here."""
+def current(num_threads: Any = None, where: str = "") -> tuple[int, int, Any]:
+    """Threads, CPU path and counters for a call made here; `num_threads` is what the call itself says."""
     settings = _settings.get()
     threads = _process_threads or _default_threads or _first_default()
-    if settings is None:
-        return threads, _DEFAULT_ISA, None
-    return (
-        settings.threads or threads,
-        _DEFAULT_ISA if settings.isa is None else settings.isa,
-        settings.counters,
-    )
+    isa, counters = _DEFAULT_ISA, None
+    if settings is not None:
+        threads = settings.threads or threads
+        isa = _DEFAULT_ISA if settings.isa is None else settings.isa
+        counters = settings.counters
+    if num_threads is not None:
+        threads = check_threads(num_threads, f"{where}: num_threads")
+    return threads, isa, counters
 
 
 def _first_default() -> int:
@@ -310,6 +311,13 @@ def measured_peaks(isa: int, kind: str, threads: int) -> tuple[float, float]:
     """Floating-point operations and bytes per second that this machine reaches; measured once, in about 0.3 s."""
     flops = _core.pair_rate(threads, 0.03) if kind == "bf16" else _core.fma_rate(kind == "f64", threads, 0.03, isa)
     return flops, _core.read_rate(np.ones(1 << 25), threads, 0.1)
+
+
+@functools.lru_cache
+def measured_traffic(threads: int) -> float:
+    """Bytes per second, read and written ones together, at which this machine copies; measured once, in about 0.2 s."""
+    half = np.ones(1 << 25).reshape(2, -1)
+    return 2 * _core.copy_rate(half[1], half[0], threads, 0.1)
 
 
 # For tests and benchmarks

@@ -2,7 +2,7 @@
 
 import math
 import operator
-from typing import Any, Never
+from typing import Any, NamedTuple, Never
 
 import numpy as np
 
@@ -17,12 +17,24 @@ from ._checks import (
     _check_layout,
     _check_narrower,
     _check_out,
-    _check_scale,
     _check_type,
     _fail_shapes,
     _fail_words,
+    _scale_of,
 )
 from ._help import documented
+
+
+class PlannedStage(NamedTuple):
+    """What a stage returns inside `_runtime.planning()`: its arrays, and the core's report of what it would do."""
+
+    stage: str
+    threads: int
+    isa: int
+    report: dict[str, Any]
+    arrays: dict[str, Array]  # the result is "out"
+    given_out: Array | None
+    rescaled: bool = False  # whether the result is multiplied again
 
 
 @documented
@@ -87,22 +99,19 @@ def scores(
     """
     where = "scores"
     if words:
-        _fail_words(where, words)
+        _fail_words(where, words, "scale")
     q, k = _matrices(where, q=q, k=k)
     heads_first = _check_layout(layout, where)
     if q.shape[-1] != k.shape[-1]:
         _fail_shapes(where, f"k has dimension {k.shape[-1]}, q has {q.shape[-1]}", q=q, k=k)
-    if scale is None:
-        scale = q.shape[-1] ** -0.5 if q.shape[-1] else 1.0
-    else:
-        scale = _check_scale(scale, where)
+    scale = _scale_of(where, scale, q.shape[-1])
     if q.ndim == 2:
         shape: tuple[int, ...] = (q.shape[0], k.shape[0])
     else:
         heads, length = (-3, -2) if heads_first else (-2, -3)
         _check_heads(where, q.shape[heads], k.shape[heads], q=q, k=k)
         shape = (*_broadcast(where, q=q, k=k), q.shape[heads], q.shape[length], k.shape[length])
-    return _product(where, q, k, shape, (heads_first, heads_first, True), scale, out, num_threads, like="q")
+    return _product(where, "qk", q, k, shape, (heads_first, heads_first, True), scale, out, num_threads)
 
 
 @documented
@@ -168,7 +177,7 @@ def weighted_values(
     """
     where = "weighted_values"
     if words:
-        _fail_words(where, words)
+        _fail_words(where, words, "")
     p, v = _matrices(where, p=p, v=v)
     heads_first = _check_layout(layout, where)
     two = p.ndim == 2
@@ -181,7 +190,7 @@ def weighted_values(
         _check_heads(where, p.shape[-3], v.shape[heads], p=p, v=v)
         rows = p.shape[-3:-1] if heads_first else p.shape[-2:-4:-1]
         shape = (*_broadcast(where, p=p, v=v), *rows, v.shape[-1])
-    return _product(where, p, v, shape, (True, heads_first, heads_first), 1.0, out, num_threads, like="p")
+    return _product(where, "pv", p, v, shape, (True, heads_first, heads_first), 1.0, out, num_threads)
 
 
 @documented
@@ -255,7 +264,7 @@ def softmax(
     """
     where = "softmax"
     if words:
-        _fail_words(where, words)
+        _fail_words(where, words, "")
     x = _as_array("x", x, where)
     _check_type(where, "x", x)
     if x.ndim == 0:
@@ -274,9 +283,7 @@ def softmax(
             mask = np.broadcast_to(given, x.shape)
         except ValueError:
             _fail_shapes(where, "mask does not broadcast to x", x=x, mask=given)
-    threads, isa, counters = _runtime.current()
-    if num_threads is not None:
-        threads = _runtime.check_threads(num_threads, "softmax: num_threads")
+    threads, isa, counters = _runtime.current(num_threads, where)
     if out is None:
         try:  # axes in memory as x has them
             result = target = np.empty_like(x, _TYPES[x.dtype.num], subok=False)
@@ -287,7 +294,9 @@ def softmax(
         in_place = _same_memory(out, x)
         if any(np.may_share_memory(out, y) for y in (x, mask) if y is not None and not (y is x and in_place)):
             target = _core.empty(where, x.shape, out.dtype.num)
-    _core.softmax(x, mask, target, axis % x.ndim, threads, isa, counters)
+    report = _core.softmax(x, mask, target, axis % x.ndim, threads, isa, counters)
+    if report is not None:
+        return PlannedStage(where, threads, isa, report, {"x": x, "out": target}, out)  # type: ignore[return-value]
     if target is not result:
         result[...] = target
     return result
@@ -312,6 +321,7 @@ def _check_heads(where: str, many: int, few: int, **arrays: Array) -> None:
 
 def _product(
     where: str,
+    names: str,
     a: Array,
     b: Array,
     shape: tuple[int, ...],
@@ -319,16 +329,13 @@ def _product(
     scale: float,
     out: Array | None,
     num_threads: int | None,
-    like: str,
 ) -> Array:
-    """scale * a @ b, of b's transpose for scores, into a new array or `out`."""
-    threads, isa, counters = _runtime.current()
-    if num_threads is not None:
-        threads = _runtime.check_threads(num_threads, f"{where}: num_threads")
+    """scale * a @ b, of b's transpose for scores, into a new array or `out`; where only a plan is asked for, that."""
+    threads, isa, counters = _runtime.current(num_threads, where)
     if out is None:
         result = target = _core.empty(where, shape, a.dtype.num)
     else:
-        result = target = _check_out(out, shape, a.dtype.num, where, like)
+        result = target = _check_out(out, shape, a.dtype.num, where, names[0])
         if np.may_share_memory(out, a) or np.may_share_memory(out, b):
             target = _core.empty(where, shape, out.dtype.num)
     rest = 1.0
@@ -337,7 +344,10 @@ def _product(
         rest /= abs(scale)
         if target.itemsize == 2:  # which are rounded once
             target = _core.empty(where, shape, _FLOAT32)
-    _core.product(a, b, target, where == "scores", *heads_first, scale, threads, isa, counters)
+    report = _core.product(a, b, target, where == "scores", *heads_first, scale, threads, isa, counters)
+    if report is not None:
+        arrays = {names[0]: a, names[1]: b, "out": target}
+        return PlannedStage(where, threads, isa, report, arrays, out, rest != 1)  # type: ignore[return-value]
     with np.errstate(all="ignore"):
         while rest != 1:  # in steps within the type: 0 times infinity would be NaN
             step = min(max(rest, 2.0**-100), 2.0**100)

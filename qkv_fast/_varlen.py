@@ -43,9 +43,7 @@ def attention_varlen(
         Keys of all sequences, of q's type or a narrower one. ``Hq`` is a multiple of ``Hkv``.
     v : array_like, shape (Tk, Hkv, Dv)
         Values of all sequences, of k's type.
-    cu_seqlens_q, cu_seqlens_k : array_like of int, shape (N + 1,)
-        Where the sequences begin: sequence b has the queries ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]``, exclusive,
-        and its keys likewise. From 0 to Tq and Tk; a sequence may be empty.
+    <cu_seqlens_q>
     <mask>
         Here the scores are (N, Hq, longest queries, longest keys); element [b, h, i, j] is for query i and key j of
         sequence b.

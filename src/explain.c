@@ -1,9 +1,11 @@
-/* What a call would do, from its plan: nothing is computed, and of the arrays only masks are looked at.
+/* What a call would do, from its plan: nothing is computed, and of the arrays only masks of attention are looked at.
  *
  * Tiles are counted as the driver will count them, in closed form for each vector of query rows: the keys that the rows
  * of a vector see are an interval that moves to the right with the position, so its first and last row say which
  * blocks it skips, which it sees whole and which in part. Sequences with the same limits are counted once.
- * With masks, segments or ragged batches that is not so simple: then the driver walks its tiles with kernels that do nothing.
+ * With masks, segments, ragged batches or several runs of keys that is not so simple: then the driver walks its tiles with
+ * kernels that do nothing.
+ * The stages' tasks are alike: what one of them copies, all do.
  */
 #include <math.h>
 #include <string.h>
@@ -12,6 +14,7 @@
 #include "forward.h"
 #include "mask.h"
 #include "plan.h"
+#include "plan_stages.h"
 #include "types.h"
 
 /* Rows [first, last] of one key head. Rows that see nothing lie before or after all that see something. */
@@ -283,6 +286,9 @@ static void count_in_closed_form(const qkv_problem *p, const qkv_plan *plan, qkv
     report->counts.threads = plan->threads;
 }
 
+/* Of all threads: each has its counters in front. */
+static double all_scratch(int threads, size_t bytes) { return (double)threads * (double)(sizeof(qkv_counters) + bytes); }
+
 qkv_status qkv_explain(const qkv_problem *p, qkv_report *report)
 {
     qkv_plan plan;
@@ -307,12 +313,12 @@ qkv_status qkv_explain(const qkv_problem *p, qkv_report *report)
     report->obstacles_k = plan.decode ? plan.few.copy_k : plan.copy_k;
     report->obstacles_v = plan.decode ? plan.few.copy_v : plan.copy_v;
     report->obstacles_out = plan.obstacles_out;
-    report->scratch_bytes = (double)plan.threads * (double)(sizeof(qkv_counters) + plan.scratch_bytes) + (double)plan.shared_bytes;
+    report->scratch_bytes = all_scratch(plan.threads, plan.scratch_bytes) + (double)plan.shared_bytes;
 
     double sizes = (double)(p->dim * qkv_size(p->type) + p->dim_v * qkv_size(p->out_type))
         + (p->lse ? plan.kernels->size : 0);
     double all_keys = 0;
-    if (p->q_starts || p->spans || plan.masked) {
+    if (p->q_starts || p->spans || plan.masked || p->n_runs > 1) {      /* what spans two runs is copied */
         status = count_by_walking(p, &plan, report, &all_keys);
         if (status != QKV_OK)
             return status;
@@ -323,5 +329,81 @@ qkv_status qkv_explain(const qkv_problem *p, qkv_report *report)
     double rows = (double)p->heads_q * (double)qkv_query_index(p, plan.sequences, 0);
     report->bytes = rows * sizes
                     + all_keys * (double)(qkv_row_bytes(p->kv_type, p->dim) + qkv_row_bytes(p->kv_type, p->dim_v));
+    return QKV_OK;
+}
+
+/* Elements along the leading axes of an array; a broadcast one is read once. */
+static double count_along(int n_axes, const int64_t *axes, const int64_t *at)
+{
+    double count = 1;
+    for (int i = 0; i < n_axes; i++)
+        count *= at[i] ? (double)axes[i] : 1;
+    return count;
+}
+
+/* Copies of rows of A in one column of tiles: a few rows at a time, of one tile and one head. */
+static int64_t count_groups(const qkv_product_plan *plan)
+{
+    int64_t groups = 0, rows = plan->group * plan->length;
+    for (int64_t row = 0, n; row < rows; row += n) {
+        n = qkv_min(plan->tile_rows - row % plan->tile_rows, plan->length - row % plan->length);
+        groups += blocks_up_to(n, plan->group_rows);
+    }
+    return groups;
+}
+
+qkv_status qkv_explain_product(const qkv_product_problem *p, qkv_stage_report *report)
+{
+    qkv_product_plan plan;
+    qkv_status status = qkv_plan_product(p, &plan);
+    memset(report, 0, sizeof *report);
+    if (status != QKV_OK || plan.tasks == 0)
+        return status;
+    int64_t passes = qkv_max(1, blocks_up_to(p->terms, plan.pass));
+    if (plan.copy_b)
+        report->counts.tiles_copied += plan.tasks * passes;
+    if (plan.copy_a)
+        report->counts.tiles_copied += plan.tasks / plan.row_tiles * passes * count_groups(&plan);
+    report->counts.tasks = plan.tasks;
+    report->counts.threads = plan.threads;
+    report->tile_rows = plan.tile_rows;
+    report->tile_columns = plan.tile_columns;
+    report->pass_terms = plan.pass;
+    report->stream = plan.stream;
+    report->obstacles_a = plan.copy_a;
+    report->obstacles_b = plan.copy_b;
+    report->obstacles_c = plan.copy_c;
+    report->scratch_bytes = all_scratch(plan.threads, plan.scratch_bytes);
+
+    double rows = (double)p->heads * (double)p->rows, terms = (double)p->terms, columns = (double)p->columns;
+    report->operations = 2 * (double)plan.sequences * rows * terms * columns;
+    report->bytes = count_along(p->n_axes, p->axes, p->a_at.axis) * rows * terms * qkv_size(p->type)
+        + count_along(p->n_axes, p->axes, p->b_at.axis) * (double)p->heads_b * terms * columns * qkv_size(p->b_type)
+        + (double)plan.sequences * rows * columns * qkv_size(p->c_type);
+    return QKV_OK;
+}
+
+qkv_status qkv_explain_softmax(const qkv_softmax_problem *p, qkv_stage_report *report)
+{
+    qkv_softmax_plan plan;
+    qkv_status status = qkv_plan_softmax(p, &plan);
+    memset(report, 0, sizeof *report);
+    if (status != QKV_OK || plan.tasks == 0)
+        return status;
+    int64_t runs = plan.tasks / plan.pieces;
+    report->counts.tiles_copied = plan.copy_x ? runs * plan.run : 0;
+    report->counts.tasks = plan.tasks;
+    report->counts.threads = plan.threads;
+    report->across = plan.across;
+    report->tile_rows = plan.across ? p->n : plan.piece;
+    report->tile_columns = plan.across ? plan.piece : p->n;
+    report->stream = plan.stream;
+    report->obstacles_a = plan.copy_x;
+    report->obstacles_c = plan.copy_out;
+    report->scratch_bytes = all_scratch(plan.threads, plan.scratch_bytes);
+
+    double n = (double)p->n, masks = !p->mask ? 0 : count_along(p->n_axes, p->axes, p->mask_at) * (p->mask_step ? n : 1);
+    report->bytes = count_along(p->n_axes, p->axes, p->x_at) * (p->x_step ? n : 1) * qkv_size(p->type) + masks
+        + (double)runs * (double)plan.run * n * qkv_size(p->out_type);
     return QKV_OK;
 }

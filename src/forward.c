@@ -511,7 +511,7 @@ qkv_status qkv_run_plan(const qkv_problem *p, const qkv_plan *plan)
 {
     char *scratch[QKV_MAX_THREADS] = {0}, *shared = NULL;
     qkv_call job = {.problem = p, .plan = plan, .scratch = scratch, .stop = {p->interrupted, p->interrupted_arg, 0, 0}};
-    int workers = qkv_pool_acquire((int)qkv_min(plan->threads, QKV_MAX_THREADS));
+    int workers = qkv_pool_acquire((int)qkv_min(plan->threads, QKV_MAX_THREADS), plan->small);
     qkv_status status = QKV_NO_MEMORY;
     for (int i = 0; i < workers; i++) {
         scratch[i] = qkv_scratch_take(sizeof(qkv_counters) + plan->scratch_bytes, i);

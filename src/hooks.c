@@ -79,7 +79,7 @@ static void measure_copy(void *context, int64_t task, int worker)
 /* One task on each of `threads` workers; the sum of their rates. */
 static double measure(qkv_task function, measurement m, int threads)
 {
-    int n = qkv_pool_acquire(threads < MOST ? threads : MOST);
+    int n = qkv_pool_acquire(threads < MOST ? threads : MOST, 0);
     qkv_pool_run(n, n, function, &m, NULL, NULL);
     qkv_pool_release(n);
     double sum = 0;
@@ -131,7 +131,7 @@ double qkv_fork_join(int threads, int repeats)
 {
     double begin = qkv_clock();
     for (int i = 0; i < repeats; i++) {
-        meeting m = {.n = qkv_pool_acquire(threads)};
+        meeting m = {.n = qkv_pool_acquire(threads, 0)};
         qkv_pool_run(m.n, m.n, meet, &m, NULL, NULL);
         qkv_pool_release(m.n);
     }

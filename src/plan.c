@@ -39,6 +39,9 @@ enum {
     SUMMARY_ROWS = 64,                /* of a task of it: some microseconds for rows of a few thousand keys */
     COLD_BYTES = 1 << 20              /* less than that of K and V is in some cache: asking for it took 3 % at 8x128, Zen 5 */
 };
+/* Times as much for a thread that sleeps, which comes some 30 us later. With gaps of 30 to 300 us, two threads for 4 Mflop take
+ * 0.9 of the time of one, for 6 Mflop 0.8; for 1 MB of K and V read once 1.35. Zen 3. */
+static const double WORTH_WAKING = 2;
 static const double SERIAL_BYTES = 1 << 20;             /* as SERIAL_FLOPS, where K and V are read once */
 
 _Static_assert((int)QKV_AS_F32 == QKV_F32 && (int)QKV_AS_F64 == QKV_F64 && (int)QKV_AS_F16 == QKV_F16
@@ -358,6 +361,7 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
         bytes = flops / (2 * dims * (double)plan->rows)
             * (double)(qkv_row_bytes(p->kv_type, p->dim) + qkv_row_bytes(p->kv_type, p->dim_v));
     plan->threads = flops < SERIAL_FLOPS && bytes < SERIAL_BYTES ? 1 : p->threads;
+    plan->small = flops < WORTH_WAKING * SERIAL_FLOPS && bytes < WORTH_WAKING * SERIAL_BYTES;
     plan->partial_bytes = plan->state_bytes * (size_t)(plan->tasks * plan->tile_panels);
     if (!p->question && plan->threads > 1 && plan->chunks > 1 && plan->tasks < 2 * plan->threads
         && (double)plan->partial_bytes * (double)plan->chunks <= PARTIAL_BYTES) {

@@ -66,6 +66,7 @@ typedef struct {
     int64_t tasks;
     int threads;
     int64_t range, ranges;            /* keys of a task that sums over queries, and such tasks of a head */
+    int small;                        /* worth a thread that spins, but not to wake one */
 
     /* Scratch of one worker: byte offsets from its beginning. */
     size_t state_bytes;               /* O, m, l of one panel, or what a question keeps, m and l */

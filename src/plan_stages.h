@@ -14,7 +14,7 @@ typedef struct {
     int64_t a_head, a_row, c_head, c_row;               /* byte strides of heads and rows */
     int64_t tile_rows, row_tiles, tile_columns, column_tiles;
     int64_t pass, group_rows;
-    int direct_a, direct_b, direct_c;                   /* rows can be used where they lie */
+    int copy_a, copy_b, copy_c;       /* rows go through scratch, because of these obstacles */
     int stream;                       /* C is written past the caches */
     int64_t tasks;
     int threads;
@@ -34,7 +34,7 @@ typedef struct {
     int64_t axes[QKV_MAX_AXES], x_at[QKV_MAX_AXES], mask_at[QKV_MAX_AXES], out_at[QKV_MAX_AXES];
     int64_t run, x_run, mask_run, out_run;
     int64_t piece, pieces, strip;
-    int direct_x, direct_out;         /* a row can be used where it lies */
+    int copy_x, copy_out;             /* rows go through scratch, because of these obstacles */
     int in_out;                       /* rows too long for a cache: exponentials go to `out` at once */
     int stream;
     int64_t tasks;

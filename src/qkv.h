@@ -220,6 +220,22 @@ typedef struct {
 
 qkv_status qkv_softmax(const qkv_softmax_problem *problem);
 
+/* What a stage would do; all 0 if it has nothing to compute. */
+typedef struct {
+    qkv_counters counts;              /* as the call will count, if the pool is free */
+    int64_t across;                   /* a softmax of contiguous columns side by side, instead of rows */
+    int64_t tile_rows, tile_columns;  /* of the result, in a task; the axis of a softmax is the columns, or, across, the rows */
+    int64_t pass_terms;               /* of a product, for which B is prepared at a time */
+    int64_t stream;                   /* results are written past the caches */
+    int64_t obstacles_a, obstacles_b, obstacles_c;      /* A is the x of a softmax, C its result */
+    double scratch_bytes;             /* of all threads */
+    double operations;                /* floating-point operations of a product; 0 for a softmax, which waits for memory */
+    double bytes;                     /* what is given, read once, and the result, written once */
+} qkv_stage_report;
+
+qkv_status qkv_explain_product(const qkv_product_problem *problem, qkv_stage_report *report);
+qkv_status qkv_explain_softmax(const qkv_softmax_problem *problem, qkv_stage_report *report);
+
 /* The CPU paths that this build has and this CPU runs, best first; NULL past the end. */
 const char *qkv_isa_name(int isa);
 

@@ -34,7 +34,7 @@ static int64_t offset_of(int64_t index, int n_axes, const int64_t *axes, const i
 static qkv_status run_stage(stage *job, qkv_task task, int64_t tasks, int threads, size_t scratch_bytes,
                             qkv_counters *counters, int (*interrupted)(void *), void *arg)
 {
-    int workers = qkv_pool_acquire((int)qkv_min(threads, QKV_MAX_THREADS)), taken = 0;
+    int workers = qkv_pool_acquire((int)qkv_min(threads, QKV_MAX_THREADS), 0), taken = 0;
     qkv_status status = QKV_NO_MEMORY;
     for (; taken < workers; taken++) {
         job->scratch[taken] = qkv_scratch_take(sizeof(qkv_counters) + scratch_bytes, taken);
@@ -89,10 +89,10 @@ static void prepare_panel(const qkv_product_problem *p, const qkv_product_plan *
         return;
     }
     const void **rows = (const void **)(scratch + plan->at_rows);
-    if (!plan->direct_b)
+    if (plan->copy_b)
         kernels->gather(scratch + plan->at_columns, (ptrdiff_t)plan->copy_row_b, &from, width, n);
     for (int j = 0; j < width; j++)
-        rows[j] = plan->direct_b ? from.data + j * p->b_at.row : scratch + plan->at_columns + j * plan->copy_row_b * size;
+        rows[j] = plan->copy_b ? scratch + plan->at_columns + j * plan->copy_row_b * size : from.data + j * p->b_at.row;
     kernels->pack(panel, rows, width, n, plan->b_factor);
 }
 
@@ -122,7 +122,7 @@ static void product_task(void *context, int64_t task, int worker)
             width = panel_width(plan, c + j * p->c_at.dim, last_column - j);
             prepare_panel(p, plan, b, panels + at * plan->pass * lanes * size, scratch, first, n, j, width);
         }
-        counters_of(job, worker)->tiles_copied += !plan->direct_b;
+        counters_of(job, worker)->tiles_copied += plan->copy_b != 0;
         for (int64_t r = row, m; r < last_row; r += m) {
             if (qkv_must_stop(&job->stop, worker))
                 return;
@@ -134,7 +134,7 @@ static void product_task(void *context, int64_t task, int worker)
                 .a = from, .a_row = (ptrdiff_t)(plan->a_row / size), .c_row = (ptrdiff_t)(plan->c_row / size),
                 .factor = plan->factor, .m = (int)m, .n = n, .add = first > 0, .stream = plan->stream,
             };
-            if (!plan->direct_a) {
+            if (plan->copy_a) {
                 qkv_rows rows = {(char *)from, (ptrdiff_t)plan->a_row, (ptrdiff_t)p->a_at.dim, p->type, p->swapped_a};
                 kernels->gather(scratch + plan->at_a, (ptrdiff_t)plan->copy_row_a, &rows, (int)m, n);
                 tile.a = scratch + plan->at_a;
@@ -142,7 +142,7 @@ static void product_task(void *context, int64_t task, int worker)
                 counters_of(job, worker)->tiles_copied++;
             }
             char *block = to + column * p->c_at.dim;
-            if (!plan->direct_c) {
+            if (plan->copy_c) {
                 block = scratch + plan->at_c + (r - row) * plan->tile_columns * size;
                 tile.c_row = (ptrdiff_t)plan->tile_columns;
             }
@@ -152,7 +152,7 @@ static void product_task(void *context, int64_t task, int worker)
                 tile.c = block + (j - column) * size;
                 kernels->multiply(&tile);
             }
-            if (!plan->direct_c && first + n == p->terms) {
+            if (plan->copy_c && first + n == p->terms) {
                 qkv_rows rows = {to + column * p->c_at.dim, (ptrdiff_t)plan->c_row, (ptrdiff_t)p->c_at.dim, p->c_type,
                                  p->swapped_c};
                 kernels->scatter(&rows, block, (ptrdiff_t)plan->tile_columns, (int)m, (int)(last_column - column));
@@ -198,15 +198,15 @@ static void softmax_row(const qkv_softmax_problem *p, const qkv_softmax_plan *pl
     char *out = tile.out;
     tile.e = e = plan->in_out ? out : e;
     tile.count = 1;
-    if (!plan->direct_x) {
+    if (plan->copy_x) {
         qkv_rows from = {(char *)tile.x, 0, (ptrdiff_t)p->x_step, p->type, p->swapped_x};
         copy_row(kernels, 1, from, e, p->n);
         tile.x = e;
     }
-    if (!plan->direct_out)
+    if (plan->copy_out)
         tile.out = e;
     kernels->softmax_rows(&tile);
-    if (!plan->direct_out) {
+    if (plan->copy_out) {
         qkv_rows to = {out, 0, (ptrdiff_t)p->out_step, p->out_type, p->swapped_out};
         copy_row(kernels, 0, to, e, p->n);
     }
@@ -240,7 +240,7 @@ static void softmax_task(void *context, int64_t task, int worker)
         kernels->softmax_columns(&tile);
         return;
     }
-    if (plan->direct_x && plan->direct_out && !plan->in_out) {
+    if (!plan->copy_x && !plan->copy_out && !plan->in_out) {
         tile.x_row = (ptrdiff_t)(plan->x_run / kernels->size);
         tile.out_row = (ptrdiff_t)(plan->out_run / kernels->size);
         kernels->softmax_rows(&tile);
@@ -251,7 +251,7 @@ static void softmax_task(void *context, int64_t task, int worker)
         tile.x = (const char *)tile.x + plan->x_run;
         tile.out = (char *)tile.out + plan->out_run;
         tile.mask = tile.mask ? tile.mask + plan->mask_run : NULL;
-        counters_of(job, worker)->tiles_copied += !plan->direct_x;
+        counters_of(job, worker)->tiles_copied += plan->copy_x != 0;
     }
 }
 

@@ -1,6 +1,6 @@
 /* One function run over many tasks by a pool of threads.
  *
- *     int n = qkv_pool_acquire(threads);          // workers granted, 1 if the pool is busy or cannot grow
+ *     int n = qkv_pool_acquire(threads, small);   // workers granted, 1 if the pool is busy or cannot grow
  *     qkv_pool_run(n, tasks, function, context, check, arg);
  *     qkv_pool_release(n);
  *
@@ -16,7 +16,8 @@
 
 typedef void (*qkv_task)(void *context, int64_t task, int worker);      /* 0 <= worker < n */
 
-int qkv_pool_acquire(int threads);
+/* A small job is not worth waking anybody for: it gets those who are awake, and all only if the last job was just now. */
+int qkv_pool_acquire(int threads, int small);
 void qkv_pool_release(int n);
 
 /* Returns 1 if `check` (may be NULL) said stop: tasks not yet begun are then left out. The caller's thread asks it every

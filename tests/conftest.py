@@ -124,18 +124,20 @@ def leave_out_types_of_other_paths(config, items):
 
 
 def take_a_sample(config, items):
-    """Of each test's cases, walked through in a shuffled order, those with a value that none before them had."""
+    """Of each test's cases as few as have each value of each parametrization: first those with most that are new."""
     by_test = defaultdict(list)
     for item in items:
-        by_test[item.nodeid.partition("[")[0]].append(item)
+        if not item.get_closest_marker("full"):
+            values = enumerate(item.callspec._idlist) if hasattr(item, "callspec") else [item.name]
+            by_test[item.nodeid.partition("[")[0]].append((item, set(values)))
     kept = set()
     for test, cases in by_test.items():
-        seen = set()
-        for item in random.Random(test).sample(cases, len(cases)):
-            values = set(enumerate(item.callspec._idlist)) if hasattr(item, "callspec") else {item.name}
-            if not (values <= seen or item.get_closest_marker("full")):
-                kept.add(item)
-                seen |= values
+        shuffled, seen = random.Random(test).sample(cases, len(cases)), set()
+        for new in range(len(shuffled[0][1]), 0, -1):
+            for item, values in shuffled:
+                if len(values - seen) >= new:
+                    kept.add(item)
+                    seen |= values
     if left_out := [item for item in items if item not in kept]:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item in kept]

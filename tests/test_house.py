@@ -24,7 +24,9 @@ HEADERS = {
     "cpu.[ch]": "qkv.h kernels/kernels.h",
     "memory.[ch]": "qkv.h",
     "mask.h": "qkv.h",
-    "threads.[ch]": "qkv.h memory.h",
+    "threads.[ch]": "qkv.h memory.h affinity.h system.h",
+    "system.h": "",
+    "affinity.[ch]": "",
     "types.h": "qkv.h kernels/kernels.h",
     "rows.h": "qkv.h",
     "plan_tools.h": "cpu.h mask.h types.h",
@@ -36,7 +38,7 @@ HEADERS = {
     "call.h": "plan.h threads.h",
     "decode.[ch]": "call.h tile.h elements.h mask.h rows.h types.h",
     "forward.[ch]": "plan.h call.h decode.h spotlight.h tile.h elements.h mask.h types.h memory.h",
-    "explain.c": "plan.h forward.h elements.h mask.h types.h",
+    "explain.c": "plan.h plan_stages.h forward.h elements.h mask.h types.h",
     "cache.c": "qkv.h kernels/kernels.h cpu.h",
     "stages.c": "plan_stages.h mask.h threads.h memory.h",
     "hooks.c": "*",
@@ -50,7 +52,8 @@ SYSTEM = {
     "kernels/kernels.h": CONTRACT,
     "kernels/*.c": f"{C11} immintrin.h arm_neon.h",
     "cpu.c": f"{C11} cpuid.h intrin.h",
-    "threads.c": f"{C11} errno.h pthread.h sched.h signal.h unistd.h process.h windows.h",
+    "system.h": f"{C11} pthread.h sched.h signal.h unistd.h process.h windows.h",
+    "affinity.[ch]": f"{C11} pthread.h sched.h",
     "*": C11,
 }
 
@@ -66,6 +69,12 @@ IMPORTS = {
     "qkv_fast/integrations/*.py": PUBLIC,
     "qkv_fast/plot.py": PUBLIC,
     "qkv_fast/_help.py": "",
+    "qkv_fast/__init__.py": "*",
+    "qkv_fast/__main__.py": PUBLIC,
+    "qkv_fast/_version.py": "",
+    "qkv_fast/_runtime.py": "_core",
+    "qkv_fast/_config.py": "_core _runtime _version",
+    "qkv_fast/_threadpoolctl.py": "_core _runtime _version",
     "qkv_fast/_checks.py": "_core",
     "qkv_fast/_masks.py": "_checks",
     "qkv_fast/_problem.py": "_core _runtime _checks _masks",
@@ -73,11 +82,11 @@ IMPORTS = {
     "qkv_fast/_varlen.py": "_problem _checks _help",
     "qkv_fast/_stages.py": "_core _runtime _checks _help",
     "qkv_fast/_merge.py": "_checks _help",
-    "qkv_fast/_explain.py": "_core _runtime _problem _checks _attention",
+    "qkv_fast/_plans.py": "_runtime",
+    "qkv_fast/_explain.py": f"{PUBLIC} _core _runtime _problem _checks _attention _varlen _stages _plans",
     "qkv_fast/cache/*.py": f"{PUBLIC} _core _runtime _problem _checks _masks _merge _help",
     "qkv_fast/spotlight/*.py": f"{PUBLIC} _core _problem _checks _help",
     "qkv_fast/reference/*.py": f"{PUBLIC} _checks _help",  # what positions, masks and shapes mean is its own code
-    "qkv_fast/*.py": "*",
 }
 BOUNDARY = "_qkv numpy cpython libc cython"  # what qkv_fast/_core.pyx may cimport or import
 
@@ -220,6 +229,12 @@ def test_functions_are_declared_where_they_are_defined(name):
 def test_imports(name):
     assert row(IMPORTS, name) is not None, "no row: which layer is this file in?"
     assert not [module for module in imports(CHECKOUT / name) if not may_import(name, module)]
+
+
+def test_the_reference_checks_positions_masks_and_shapes_by_itself():
+    """Or it and the product would have the same faults: what it shares is how arrays are read and words refused."""
+    found = {module for path in files("qkv_fast/reference", ".py") for module in imports(path) if "_checks" in module}
+    assert found <= {f"qkv_fast._checks.{name}" for name in ("_as_array", "_check_type", "_fail_words")}
 
 
 def module_of(name):

@@ -108,7 +108,7 @@ def attend_newest(
     being their number, one or per sequence. A ring has a `limit` to the left and may `keep` its first keys beyond it;
     with `join` its positions do not matter.
     """
-    batch = len(tokens.lengths)
+    batch, longest = len(tokens.lengths), tokens.most
     p = _problem.check_newest(
         where, q, batch, form.kv_heads, form.dim, form.dim_v, form.dtype, form.stored, tokens.most, mask, bias, causal,
         window, alibi_slopes, sinks, softcap, scale, layout, num_threads, words,
@@ -143,7 +143,7 @@ def attend_newest(
         apart = 0
     if apart and p.number != wide:
         target = _core.empty(where, p.rows + view.shape[3:], wide)  # rounded once, when both parts are there
-    elif out is not None and (np.may_share_memory(out, p.q) or (p.extras and p.extras.overlaps(out))):
+    elif out is not None and _problem.overlaps(p, out):
         target = _core.empty(where, p.rows + view.shape[3:], out.dtype.num)
     lse = _core.empty(where, p.rows, wide) if return_lse or apart else None
     plans = []
@@ -162,8 +162,9 @@ def attend_newest(
         p.lengths = tokens.lengths
     report = _core.forward(p, target, lse)
     if report is not None:
-        planned = _problem.Planned(p, report, view, out)
+        planned = _problem.Planned(p, report, view if apart else target, out)
         planned.also += plans
+        planned.longest = longest
         return planned
     if apart:
         target[...], lse = merge_partials([first[0], target], [first[1], lse])

@@ -11,11 +11,11 @@ from typing import Any, Never, Self
 
 import numpy as np
 
-from .._checks import Array, _index
+from .._checks import Array, _index, _is_known
 from .._help import documented
 from . import types
 from .attend import Keys, Tokens, attend_newest, check_tokens
-from .types import shown
+from .types import Shown
 
 
 class PagedKVCache:
@@ -112,16 +112,30 @@ class PagedKVCache:
         return copy.deepcopy(self)  # as of an array: pages and counters are its own
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_last": None}
+        rows = self._used()
+        return self.__dict__ | {"_last": None, "_k": self._k[:, rows], "_v": self._v[:, rows]}
 
-    kv_heads = shown("Heads of keys and values.", "PagedKVCache(4, 64, 20).kv_heads", "4", lambda c: c._form.kv_heads)
-    head_dim = shown("Elements of a key.", "PagedKVCache(4, 64, 20).head_dim", "64", lambda c: c._form.dim)
-    value_dim = shown("Elements of a value.", "PagedKVCache(4, 64, 20).value_dim", "64", lambda c: c._form.dim_v)
-    pages = shown("Pages in the pool.", "PagedKVCache(4, 64, 20).pages", "20", lambda c: c._owners.size)
-    page_size = shown("Tokens in a page.", "PagedKVCache(4, 64, 20).page_size", "128", lambda c: c._size)
-    dtype = shown(
-        "Name of the type that keys and values are stored in.", "PagedKVCache(4, 64, 20, dtype='int4').dtype", "'int4'",
-        lambda c: c._form.name,
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _is_known(self._k.dtype)  # bfloat16, in a process that has not seen any
+        self._k, self._v = self._form.empty(self._form.kv_heads, self._owners.size * self._size)
+        rows = self._used()
+        self._k[:, rows], self._v[:, rows] = state["_k"], state["_v"]
+
+    def _used(self) -> Array:
+        """Rows of pages that some sequence has."""
+        return (np.flatnonzero(self._owners)[:, None] * self._size + np.arange(self._size)).ravel()
+
+    kv_heads = Shown(
+        "Heads of keys and values.", "PagedKVCache(4, 64, 20).kv_heads -> 4", lambda c: int(c._form.kv_heads)
+    )
+    head_dim = Shown("Elements of a key.", "PagedKVCache(4, 64, 20).head_dim -> 64", lambda c: int(c._form.dim))
+    value_dim = Shown("Elements of a value.", "PagedKVCache(4, 64, 20).value_dim -> 64", lambda c: int(c._form.dim_v))
+    pages = Shown("Pages in the pool.", "PagedKVCache(4, 64, 20).pages -> 20", lambda c: int(c._owners.size))
+    page_size = Shown("Tokens in a page.", "PagedKVCache(4, 64, 20).page_size -> 128", lambda c: int(c._size))
+    dtype = Shown(
+        "Name of the type that keys and values are stored in.", "PagedKVCache(4, 64, 20, dtype='int4').dtype -> 'int4'",
+        lambda c: str(c._form.name),
     )  # fmt: skip
 
     @property

@@ -11,13 +11,13 @@ from typing import Any, Never, Self
 
 import numpy as np
 
-from .._checks import Array, _as_array, _per_sequence
+from .._checks import Array, _as_array, _is_known, _per_sequence
 from .._help import documented
 from . import files, types
 from .attend import Keys, Tokens, attend_newest, check_tokens
 from .files import Geometry, Store
 from .ring import Ring
-from .types import shown
+from .types import Shown
 
 
 class KVCache:
@@ -175,32 +175,46 @@ class KVCache:
         if self._store is not None:
             raise TypeError("KVCache: a cache in a file is not copied or pickled: save(path) writes a copy, open(path) "
                             "has the same tokens, load(path) has them in memory")  # fmt: skip
-        return self.__dict__ | {"_laps": None}
+        rows = self._used()
+        return self.__dict__ | {"_laps": None, "_k": self._k[:, :, rows], "_v": self._v[:, :, rows]}
 
-    batch = shown("Number of sequences.", "KVCache(2, 4, 64, 100).batch", "2", lambda c: c._geometry.batch)
-    kv_heads = shown(
-        "Heads of keys and values.", "KVCache(2, 4, 64, 100).kv_heads", "4", lambda c: c._geometry.form.kv_heads
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _is_known(self._k.dtype)  # bfloat16, in a process that has not seen any
+        form, rows = self._geometry.form, slice(state["_k"].shape[2])
+        self._k, self._v = form.empty(self._geometry.batch, form.kv_heads, self._geometry.capacity)
+        self._k[:, :, rows], self._v[:, :, rows] = state["_k"], state["_v"]
+
+    def _used(self) -> slice:
+        """Rows that hold tokens."""
+        return slice(min(int(self._reach.max() if self._geometry.window >= 0 else self._most), self._geometry.capacity))
+
+    batch = Shown("Number of sequences.", "KVCache(2, 4, 64, 100).batch -> 2", lambda c: int(c._geometry.batch))
+    kv_heads = Shown(
+        "Heads of keys and values.", "KVCache(2, 4, 64, 100).kv_heads -> 4", lambda c: int(c._geometry.form.kv_heads)
     )
-    head_dim = shown("Elements of a key.", "KVCache(2, 4, 64, 100).head_dim", "64", lambda c: c._geometry.form.dim)
-    value_dim = shown(
-        "Elements of a value.", "KVCache(2, 4, 64, 100).value_dim", "64", lambda c: c._geometry.form.dim_v
+    head_dim = Shown(
+        "Elements of a key.", "KVCache(2, 4, 64, 100).head_dim -> 64", lambda c: int(c._geometry.form.dim)
     )
-    capacity = shown(
-        "Tokens that a sequence can have, or that a ring keeps of each.", "KVCache(2, 4, 64, 100).capacity", "100",
-        lambda c: c._geometry.capacity,
+    value_dim = Shown(
+        "Elements of a value.", "KVCache(2, 4, 64, 100).value_dim -> 64", lambda c: int(c._geometry.form.dim_v)
+    )
+    capacity = Shown(
+        "Tokens that a sequence can have, or that a ring keeps of each.", "KVCache(2, 4, 64, 100).capacity -> 100",
+        lambda c: int(c._geometry.capacity),
     )  # fmt: skip
-    dtype = shown(
-        "Name of the type that keys and values are stored in.", "KVCache(2, 4, 64, 100, dtype='int8').dtype", "'int8'",
-        lambda c: c._geometry.form.name,
+    dtype = Shown(
+        "Name of the type that keys and values are stored in.", "KVCache(2, 4, 64, 100, dtype='int8').dtype -> 'int8'",
+        lambda c: str(c._geometry.form.name),
     )  # fmt: skip
-    window = shown(
+    window = Shown(
         "Of a ring: tokens before its own that a query sees; else None.",
-        "KVCache(2, 4, 64, 100, window=50).window", "50",
-        lambda c: c._geometry.window if c._geometry.window >= 0 else None,
-    )  # fmt: skip
-    keep = shown(
-        "Of a ring: first tokens that stay.", "KVCache(2, 4, 64, 100, window=50, keep=4).keep", "4",
-        lambda c: c._geometry.keep,
+        "KVCache(2, 4, 64, 100, window=50).window -> 50",
+        lambda c: int(c._geometry.window) if c._geometry.window >= 0 else None,
+    )
+    keep = Shown(
+        "Of a ring: first tokens that stay.", "KVCache(2, 4, 64, 100, window=50, keep=4).keep -> 4",
+        lambda c: int(c._geometry.keep),
     )  # fmt: skip
 
     @property
@@ -653,7 +667,7 @@ class KVCache:
         >>> again
         KVCache(batch=1, kv_heads=2, head_dim=64, capacity=10, dtype='float32', lengths=[0])
         """
-        rows = slice(min(int(self._reach.max() if self._geometry.window >= 0 else self._most), self._geometry.capacity))
+        rows = self._used()
         reach = self._reach if self._geometry.window >= 0 else self._lengths
         if self._store is not None and self._store.is_at(path):
             self._store.check_writable("KVCache.save")

@@ -7,13 +7,14 @@ need to know nothing of scales.
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, Never, Self, TypeVar, overload
 
 import numpy as np
 
 from .. import _core, _runtime
 from .._checks import Array, _index, _is_known
 
+_T = TypeVar("_T")
 _BYTES = {"int8": lambda dim: -(-dim // 4) * 4 + 4, "int4": lambda dim: -(-dim // 32) * 18}  # of a row
 _PIECE = 1 << 22  # elements that are quantised at a time: some 10 ms, between which Ctrl-C is seen
 NAMES = ("float32", "float64", "float16", "bfloat16", *_BYTES)
@@ -65,21 +66,30 @@ class Form(NamedTuple):
         return x
 
 
-def shown(text: str, example: str, value: str, get: Callable[[Any], Any]) -> property:
-    """A read-only attribute of a cache: what it was made with."""
+class Shown(Generic[_T]):
+    """A read-only attribute of a cache: what it was made with. As a property, with its help made of an example."""
 
-    def show(self: Any) -> Any:
-        return get(self)
-
-    show.__doc__ = f"""{text}
+    def __init__(self, text: str, example: str, get: Callable[[Any], _T]) -> None:
+        self._get = get
+        call, value = example.split(" -> ")
+        self.__doc__ = f"""{text}
 
         Examples
         --------
         >>> import qkv_fast
-        >>> qkv_fast.{example}
+        >>> qkv_fast.{call}
         {value}
         """
-    return property(show)
+
+    @overload
+    def __get__(self, cache: None, owner: Any) -> Self: ...
+    @overload
+    def __get__(self, cache: object, owner: Any) -> _T: ...
+    def __get__(self, cache: object | None, owner: Any) -> Self | _T:
+        return self if cache is None else self._get(cache)
+
+    def __set__(self, cache: object, value: Never) -> Never:
+        raise AttributeError("what a cache was made with cannot be set")
 
 
 def count(where: str, name: str, n: Any, least: int = 1) -> int:

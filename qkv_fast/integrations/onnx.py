@@ -1,29 +1,32 @@
 """ONNX's Attention operator on our attention, so that a whole ONNX graph runs in NumPy.
 
-Pass :class:`Attention` to `onnx.reference.ReferenceEvaluator`, which then calls it for the nodes of that name.
+:class:`Evaluator` is `onnx.reference.ReferenceEvaluator` with :class:`Attention` for the nodes of that name, wherever
+they are: in the graph, in the bodies of If, Loop and Scan, and in the model's functions. ``ReferenceEvaluator(model,
+new_ops=[Attention])`` does not hand it on to the functions: the nodes in them are ONNX's own then, without a word.
 
 Examples
 --------
 >>> import numpy as np
 >>> from onnx import parser
->>> from onnx.reference import ReferenceEvaluator
->>> from qkv_fast.integrations.onnx import Attention
+>>> from qkv_fast.integrations.onnx import Evaluator
 >>> model = parser.parse_model('''<ir_version: 11, opset_import: ["": 24]>
 ... decoder (float[1, L, 64] x) => (float[1, L, 64] y) {
 ...     y = Attention<is_causal=1, q_num_heads=4, kv_num_heads=4>(x, x, x)
 ... }''')
 >>> x = np.random.default_rng(0).standard_normal((1, 10, 64), dtype=np.float32)
->>> (y,) = ReferenceEvaluator(model, new_ops=[Attention]).run(None, {"x": x})
+>>> (y,) = Evaluator(model).run(None, {"x": x})
 >>> y.shape
 (1, 10, 64)
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from onnx import TensorProto
 from onnx.helper import tensor_dtype_to_np_dtype
+from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from .. import attention, scores, softmax
@@ -41,8 +44,30 @@ class Attention(OpRun):
 
     float16, bfloat16 and inputs of several types, a mask of numbers among them, are widened (to float32, or to float64
     where one of them needs it) and the outputs rounded once. So `softmax_precision` is the least precision: float64 has
-    an effect, what is narrower than the type of computation has none. With a softcap, qk_matmul_output_mode 0 shows the
-    product before it, as the operator's text says; ONNX's own evaluator shows it after.
+    an effect, what is narrower than the type of computation has none.
+
+    A ReferenceEvaluator does not hand this class on to a model's functions, an :class:`Evaluator` does.
+
+    Notes
+    -----
+    Where ONNX's own evaluator (1.23.2) differs:
+
+    ========================================== ================================== ==================================
+    a node with                                here                               there
+    ========================================== ================================== ==================================
+    a mask of one column, opset 23             it is for all keys                 it is for key 0 only
+    a mask of fewer keys, opset 23             ValueError                         excludes the rest, as of opset 24
+    is_causal and a mask of one row            it is for all queries              all queries see what the first sees
+    is_causal and a mask of one axis           it is for all queries              ValueError
+    is_causal and a mask of integers           added                              OverflowError
+    a negative scale                           a factor like any other            NaN
+    a softcap and qk_matmul_output_mode 0      the product before it, as in the   the product after it
+                                               operator's text
+    a qk_matmul_output_mode not of 0 to 3      ValueError                         read as 0
+    4-D inputs and q_num_heads, opset 25       not read, as before opset 25       ValueError
+    ========================================== ================================== ==================================
+
+    From opset 24 on, a mask of fewer keys (one column too) excludes the keys that it lacks, in both.
 
     Raises
     ------
@@ -124,6 +149,34 @@ class Attention(OpRun):
         # The evaluator stores an output that is left out under "", where it looks for inputs that are left out.
         checked = super()._check_and_fix_outputs(res)
         return tuple(x if name else None for name, x in zip(self.output, checked, strict=False))
+
+
+class Evaluator(ReferenceEvaluator):
+    """A ReferenceEvaluator whose nodes Attention are :class:`Attention`, those in the model's functions too.
+
+    It takes what ReferenceEvaluator takes, but for the model by keyword. What `new_ops` has besides is for the graph
+    and the bodies of If, Loop and Scan in it, as there; an operator Attention among them goes before ours.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import qkv_fast
+    >>> from onnx import parser
+    >>> from qkv_fast.integrations.onnx import Evaluator
+    >>> model = parser.parse_model('''<ir_version: 11, opset_import: ["": 24, "layers": 1]>
+    ... decoder (float[1, 4, L, 16] x) => (float[1, 4, L, 16] y) { y = layers.attend(x) }
+    ... <domain: "layers", opset_import: ["": 24]>
+    ... attend (x) => (y) { y = Attention<is_causal=1>(x, x, x) }''')
+    >>> x = np.random.default_rng(0).standard_normal((1, 4, 10, 16), dtype=np.float32)
+    >>> (y,) = Evaluator(model).run(None, {"x": x})
+    >>> bool((y == qkv_fast.attention(x, x, x, causal=True)).all())
+    True
+    """
+
+    # The evaluators of functions and bodies are of their caller's class, and made by keyword; only those of bodies are
+    # given new_ops.
+    def __init__(self, proto: Any, *, new_ops: Sequence[type[OpRun]] | None = None, **options: Any) -> None:
+        super().__init__(proto, new_ops=[*(new_ops or ()), Attention], **options)
 
 
 def _heads_first(name: str, x: _Array, attribute: str, heads: int | None) -> _Array:

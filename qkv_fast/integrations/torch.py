@@ -10,15 +10,20 @@ torch.Size([1, 12, 100, 64])
 """
 
 import numbers
+import sys
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from .. import attention
 
 _TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+# Of classes that say nothing of their own on what a function does with them; torch.nn.Parameter turns the hook off.
+_TORCH_FUNCTION: Any = torch.Tensor.__torch_function__
+_PLAIN_FUNCTIONS = (_TORCH_FUNCTION.__func__, torch.nn.Parameter.__torch_function__)
 
 
 def scaled_dot_product_attention(
@@ -46,7 +51,8 @@ def scaled_dot_product_attention(
         Values, of query's type. All axes left of the last two broadcast among the three.
     attn_mask : torch.Tensor, optional
         Broadcasts to (..., Hq, L, S). bool: True where a query may attend; float32 or query's type: added to the
-        scaled scores.
+        scaled scores. Or a `torch.nn.attention.bias.CausalBias` for L queries and S keys: ``causal_upper_left(L, S)``
+        is `is_causal`, ``causal_lower_right(L, S)`` lets the last query see all keys.
     dropout_p : float, default 0.0
         Must be 0.
     is_causal : bool, default False
@@ -56,28 +62,32 @@ def scaled_dot_product_attention(
         Factor of the scores, ``1 / sqrt(E)`` by default.
     enable_gqa : bool, default False
         Hq may be a multiple of the heads of key and of value; each of these serves queries that follow one another.
+        All three have a head axis then.
 
     Returns
     -------
     torch.Tensor, shape (..., Hq, L, Ev)
-        Of query's type, under autocast too, and contiguous. Rows that may attend to nothing are 0.
+        A plain tensor of query's type, under autocast too, and contiguous. Rows that may attend to nothing are 0.
 
     Raises
     ------
     TypeError
         Not tensors, or of types other than the supported; a switch that is no bool, a dropout_p that is no real number.
     ValueError
-        Shapes that do not fit.
+        Shapes that do not fit, the lengths of a CausalBias among them; a CausalBias with `is_causal`.
     ImportError
         bfloat16 without ml_dtypes.
     NotImplementedError
         What torch does and this does not: an input needs a gradient or carries a forward one, is nested, not on the CPU
-        or not strided; dropout; `torch.jit.trace`, which would keep the result as a constant.
+        or not strided, or of a class whose ``__torch_function__`` or ``__torch_dispatch__`` gives it a meaning of its
+        own (fake and masked tensors, DTensor); dropout; a transform of `torch.func` (vmap, grad, jvp, functionalize);
+        `torch.jit.trace` and `make_fx`, which would keep the result as a constant.
 
     Notes
     -----
     The meaning is that of torch 2.13, see its documentation. A visible NaN or infinity does what IEEE arithmetic
-    does; a hidden one has no influence.
+    does; a hidden one has no influence. Inside `torch.compile` the call stays outside the graph, which
+    ``fullgraph=True`` therefore refuses.
 
     Examples
     --------
@@ -87,21 +97,29 @@ def scaled_dot_product_attention(
     >>> ours = scaled_dot_product_attention(q, k, v, attn_mask=torch.ones(5, 5).tril().bool())
     >>> torch.testing.assert_close(ours, torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))
     """
+    if torch.compiler.is_dynamo_compiling():  # it would trace NumPy's functions, some of which it does not know
+        return torch.compiler.disable(scaled_dot_product_attention)(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
     tensors = {"query": query, "key": key, "value": value}
     _check("query", query, _TYPES)
     _check("key", key, (query.dtype,))
     _check("value", value, (query.dtype,))
-    if attn_mask is not None:
+    causal: Any = "top-left" if is_causal else False
+    if _is_causal_bias(attn_mask):
+        causal = _causal(attn_mask, query, key, is_causal)
+    elif attn_mask is not None:
         _check("attn_mask", attn_mask, (torch.bool, torch.float32, query.dtype))
         tensors["attn_mask"] = attn_mask
     needing = [name for name, x in tensors.items() if x.requires_grad]
     if needing and torch.is_grad_enabled():
         _refuse(f"no gradients: {', '.join(needing)} has requires_grad set; use torch.no_grad() or detach()")
-    carrying = [name for name, x in tensors.items() if forward_ad.unpack_dual(x).tangent is not None]
-    if carrying:
-        _refuse(f"no gradients: {', '.join(carrying)} carries a forward-mode tangent; pass unpack_dual(...).primal")
-    if torch.jit.is_tracing():
-        _refuse("no torch.jit.trace: the result for these inputs would become a constant of the trace")
+    if forward_ad._current_level >= 0:  # outside of all levels nothing carries one, and asking takes time
+        carrying = [name for name, x in tensors.items() if forward_ad.unpack_dual(x).tangent is not None]
+        if carrying:
+            _refuse(f"no gradients: {', '.join(carrying)} carries a forward-mode tangent; pass unpack_dual(...).primal")
+    if torch.jit.is_tracing() or get_proxy_mode() is not None:
+        _refuse("no torch.jit.trace, no make_fx: the result for these inputs would become a constant of the trace")
     for name, switch in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
         if not isinstance(switch, bool):
             raise TypeError(f"scaled_dot_product_attention: {name} must be bool, got {switch!r}")
@@ -110,25 +128,42 @@ def scaled_dot_product_attention(
     if dropout_p != 0:
         _refuse(f"no dropout: dropout_p must be 0, got {dropout_p!r}")
 
-    q, k, v, *masks = _with_equal_axes(*map(_as_array, tensors.values()))
+    if enable_gqa and min(query.ndim, key.ndim, value.ndim) < 3:
+        raise ValueError(
+            "scaled_dot_product_attention: with enable_gqa query, key and value must have 3 or more axes "
+            f"(query: {tuple(query.shape)}, key: {tuple(key.shape)}, value: {tuple(value.shape)})"
+        )
+
+    q, k, v, *masks = _with_equal_axes(*(_as_array(name, x) for name, x in tensors.items()))
     if not q.shape[-3:-2] == k.shape[-3:-2] == v.shape[-3:-2]:
         q, k, v = _share_heads(q, k, v, enable_gqa)
     added: dict[str, Any] = {("mask" if mask.dtype == bool else "bias"): mask for mask in masks}
-    out = attention(q, k, v, causal="top-left" if is_causal else False, scale=scale, **added)
+    out = attention(q, k, v, causal=causal, scale=scale, **added)
     if query.dtype == torch.bfloat16:
         return torch.from_numpy(out.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(out)
 
 
-def _as_array(x: torch.Tensor) -> Any:
+def _as_array(name: str, x: torch.Tensor) -> Any:
     """A view, or a copy where torch is lazy. NumPy knows bfloat16 by ml_dtypes, and torch's only as bits."""
+    x = x.detach()
+    # Not before detach(): inside a transform that wraps too what comes from outside of it.
+    if torch._C._functorch.is_functorch_wrapped_tensor(x) or torch._is_functional_tensor(x):
+        _refuse(
+            f"no transforms of torch.func: {name} is inside of one (vmap, grad, vjp, jvp or functionalize); call this "
+            "outside of it. In place of vmap: any axes left of the heads are batches"
+        )
+    if x._is_zerotensor():  # has no memory, such as a tangent that torch knows to be 0
+        x = torch.zeros(x.shape, dtype=x.dtype)
+    elif x.is_neg():  # the bits are those of its opposite
+        x = x.resolve_neg()
     if x.dtype != torch.bfloat16:
-        return x.numpy(force=True)
+        return x.numpy()
     try:
         import ml_dtypes
     except ImportError:
         raise ImportError("scaled_dot_product_attention: bfloat16 needs ml_dtypes: pip install ml_dtypes") from None
-    return x.detach().view(torch.int16).numpy(force=True).view(ml_dtypes.bfloat16)
+    return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
 
 
 def _refuse(what: str) -> NoReturn:
@@ -142,9 +177,41 @@ def _check(name: str, x: Any, types: tuple[torch.dtype, ...]) -> None:
         _refuse(f"no nested tensors: {name} is one; pass its parts one by one, or padded with an attn_mask")
     if x.device.type != "cpu" or x.layout != torch.strided:
         _refuse(f"strided tensors on the CPU only: {name} is {x.layout} on {x.device}")
+    if type(x) is not torch.Tensor and not _is_plain(type(x)):
+        _refuse(
+            f"no tensors whose class gives them a meaning of its own: {name} is a {type(x).__name__}; "
+            "pass a torch.Tensor of the numbers that it stands for"
+        )
     if x.dtype not in types:
         allowed = " or ".join(map(str, dict.fromkeys(types)))
         raise TypeError(f"scaled_dot_product_attention: {name} must be {allowed}, got {x.dtype}")
+
+
+def _is_plain(kind: type[torch.Tensor]) -> bool:
+    """Whether the memory of tensors of this class is what they mean, as far as the class says."""
+    function = kind.__torch_function__
+    return (
+        getattr(function, "__func__", function) in _PLAIN_FUNCTIONS
+        and kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+    )
+
+
+def _is_causal_bias(x: Any) -> bool:
+    """Without an import of its module, which imports torch's compiler: who has such a bias has it imported."""
+    module = sys.modules.get("torch.nn.attention.bias")
+    return module is not None and type(x) is module.CausalBias
+
+
+def _causal(bias: Any, query: torch.Tensor, key: torch.Tensor, is_causal: bool) -> Any:
+    """What attention's `causal` is for a CausalBias, a tensor whose memory means nothing."""
+    if is_causal:
+        raise ValueError("scaled_dot_product_attention: is_causal must be False with a CausalBias, got True")
+    if (bias.seq_len_q, bias.seq_len_kv) != (*query.shape[-2:-1], *key.shape[-2:-1]):
+        raise ValueError(
+            f"scaled_dot_product_attention: attn_mask is a CausalBias for {bias.seq_len_q} queries and "
+            f"{bias.seq_len_kv} keys, got query {tuple(query.shape)} and key {tuple(key.shape)}"
+        )
+    return "top-left" if bias.variant.name == "UPPER_LEFT" else True
 
 
 def _with_equal_axes(*arrays: Any) -> list[Any]:
@@ -152,7 +219,7 @@ def _with_equal_axes(*arrays: Any) -> list[Any]:
     axes = max(x.ndim for x in arrays[:3])
     if axes < 3:
         return list(arrays)
-    return [x.reshape((1,) * (axes - x.ndim) + x.shape) for x in arrays]
+    return [x if x.ndim == axes else x.reshape((1,) * (axes - x.ndim) + x.shape) for x in arrays]
 
 
 def _share_heads(q: Any, k: Any, v: Any, grouped: bool) -> tuple[Any, ...]:

@@ -207,7 +207,28 @@ def _softmax(scores: Any, sinks: Any) -> tuple[Any, Any]:
     return p, lse
 
 
-def attention_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, **options: Any) -> Any:
+@documented
+def attention_varlen(
+    q: Any,
+    k: Any,
+    v: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    *,
+    mask: Any = None,
+    bias: Any = None,
+    causal: bool | str = False,
+    window: int | tuple[int | None, int | None] | None = None,
+    q_offset: Any = None,
+    kv_lengths: Any = None,
+    segments: tuple[Any, Any] | None = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    **words: Never,
+) -> Any:
     """Attention of sequences of different lengths, packed one after another: `attention` of each alone.
 
     Parameters
@@ -218,12 +239,21 @@ def attention_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: An
         Keys of all sequences.
     v : array_like, shape (Tk, Hkv, Dv)
         Values of all sequences.
-    cu_seqlens_q, cu_seqlens_k : array_like of int, shape (N + 1,)
-        Sequence b has the queries ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]``, exclusive, and keys likewise.
-    **options
-        Arguments of `attention`, without `layout`. `mask` and `bias` broadcast against (N, Hq, longest queries, longest
-        keys); `q_offset` and `kv_lengths` are one or one per sequence; the ids of `segments` have the shapes (Tq,) and
-        (Tk,).
+    <cu_seqlens_q>
+    <mask>
+        Here the scores are (N, Hq, longest queries, longest keys).
+    <bias>
+    <causal>
+    <window>
+    <q_offset>
+    <kv_lengths>
+    <segments>
+        Here of shapes (Tq,) and (Tk,).
+    <alibi_slopes>
+    <sinks>
+    <softcap>
+    <scale>
+    <return_lse>
 
     Returns
     -------
@@ -245,9 +275,17 @@ def attention_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: An
     >>> reference.attention_varlen(x, 0 * x, x, [0, 2, 4], [0, 2, 4]).astype("float64").ravel()
     array([2., 2., 5., 5.])
     """
-    q, k, v = np.asarray(q), np.asarray(k), np.asarray(v)
+    where = "reference.attention_varlen"
+    if words:
+        _fail_words(where, words)
+    q, k, v = _as_array("q", q, where), _as_array("k", k, where), _as_array("v", v, where)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check_type(where, name, x)
     wide = _widened(q[:0])[0].dtype
-    return_lse = options.pop("return_lse", False)
+    options: dict[str, Any] = dict(
+        mask=mask, bias=bias, causal=causal, window=window, q_offset=q_offset, kv_lengths=kv_lengths, segments=segments,
+        alibi_slopes=alibi_slopes, sinks=sinks, softcap=softcap, scale=scale,
+    )  # fmt: skip
     q_starts, k_starts = np.asarray(cu_seqlens_q), np.asarray(cu_seqlens_k)
     q_count, key_count = np.diff(q_starts), np.diff(k_starts)
     n = len(q_count)

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from .._checks import _as_array
 from .._help import documented
 
 
@@ -35,7 +36,7 @@ def scores(q: Any, k: Any, *, scale: float | None = None, layout: str = "bhld") 
     >>> reference.scores([[1.0, 2.0]], [[3.0, 4.0], [5.0, 6.0]], scale=1).astype("float64")
     array([[11., 17.]])
     """
-    q, k = _widened(q, k)
+    q, k = _widened(_as_array("q", q, "reference.scores"), _as_array("k", k, "reference.scores"))
     if layout == "blhd" and q.ndim > 2:
         q, k = np.swapaxes(q, -3, -2), np.swapaxes(k, -3, -2)
     if scale is None:

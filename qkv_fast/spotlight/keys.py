@@ -45,7 +45,8 @@ def received(
         The queries that count, all by default: ``slice(-32, None)`` are the last 32, as the eviction of keys from a
         cache wants. Negative ones count from the last, repeated ones count again. Positions, masks and `lse` stay
         those of all queries. Not for packed sequences.
-    <cu_seqlens_q, cu_seqlens_k>
+    <cu_seqlens_q>
+        Only of packed sequences; q is then (Tq, Hq, D) and k (Tk, Hkv, D), as in `qkv_fast.attention_varlen`.
     <mask>
     <bias>
     <causal>

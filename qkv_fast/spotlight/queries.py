@@ -37,7 +37,8 @@ def largest(
     ----------
     <q>
     <k>
-    <cu_seqlens_q, cu_seqlens_k>
+    <cu_seqlens_q>
+        Only of packed sequences; q is then (Tq, Hq, D) and k (Tk, Hkv, D), as in `qkv_fast.attention_varlen`.
     <mask>
     <bias>
     <causal>
@@ -121,7 +122,8 @@ def entropy(
     ----------
     <q>
     <k>
-    <cu_seqlens_q, cu_seqlens_k>
+    <cu_seqlens_q>
+        Only of packed sequences; q is then (Tq, Hq, D) and k (Tk, Hkv, D), as in `qkv_fast.attention_varlen`.
     <mask>
     <bias>
     <causal>
@@ -208,7 +210,8 @@ def top_keys(
     <k>
     n : int, default 5
         How many, at least 1.
-    <cu_seqlens_q, cu_seqlens_k>
+    <cu_seqlens_q>
+        Only of packed sequences; q is then (Tq, Hq, D) and k (Tk, Hkv, D), as in `qkv_fast.attention_varlen`.
     <mask>
     <bias>
     <causal>

@@ -9,7 +9,7 @@ import re
 import ml_dtypes
 import numpy as np
 import pytest
-from _util import normal, same_bits
+from _util import child_says, normal, same_bits
 
 import qkv_fast
 
@@ -153,6 +153,29 @@ def test_copies_of_pages_are_their_own(make):
     same_bits(pool.attend(ids, q), before)
 
 
+def test_a_copy_takes_what_is_used():
+    for cache in (qkv_fast.KVCache(1, 2, 8, 10_000), qkv_fast.KVCache(1, 2, 8, 10_000, window=5_000)):
+        cache.append(*normal(RNG, (2, 1, 2, 3, 8)))
+        assert len(pickle.dumps(cache)) < 5_000 and copy.copy(cache).nbytes == cache.nbytes
+    pool = qkv_fast.PagedKVCache(2, 8, pages=1_000)
+    pool.append([pool.add()], *normal(RNG, (2, 1, 2, 3, 8)))
+    assert len(pickle.dumps(pool)) < 50_000 and copy.copy(pool).nbytes == pool.nbytes
+
+
+def test_bfloat16_in_a_process_that_has_not_seen_any():
+    cache = qkv_fast.KVCache(1, 1, 8, 4, dtype="bfloat16")
+    code = f"""
+import pickle, numpy as np
+cache = pickle.loads({pickle.dumps(cache)!r})
+q = cache.keys.astype(cache.keys.dtype)[:, :, :0]
+try:
+    cache.attend(np.zeros((1, 1, 1, 8), cache.keys.dtype), out=np.zeros((1, 1, 1, 8)))
+except TypeError as error:
+    print(error)
+"""
+    assert "out must have q's type bfloat16, or float32, got float64" in child_says(code)
+
+
 @pytest.mark.parametrize("make", [copy.copy, copy.deepcopy, pickle.dumps])
 def test_a_cache_in_a_file_is_not_copied(tmp_path, make):
     cache = qkv_fast.KVCache(1, 2, 8, 10, path=tmp_path / "cache")
@@ -215,10 +238,13 @@ def test_words_of_others_are_answered_with_ours(word):
         "softmax": lambda **o: qkv_fast.softmax(X, **o),
         "reference.attention": lambda **o: qkv_fast.reference.attention(X, X, X, **o),
     }
+    own = {"scores": {"softmax_scale"}, "softmax": set(), "weighted_values": set()}
     for name, call in calls.items():
         with pytest.raises(TypeError) as caught:
             call(**{word: None})
-        assert str(caught.value).startswith(f"{name}() got an unexpected keyword argument {word!r}; here it is ")
+        has = word in own.get(name, WORDS) or WORDS[word].startswith("nothing")
+        known = "here it is" if has else "attention has it, as"
+        assert str(caught.value).startswith(f"{name}() got an unexpected keyword argument {word!r}; {known} ")
         assert WORDS[word] in str(caught.value)
         with pytest.raises(TypeError, match=r"unexpected keyword argument 'nonsense'$"):
             call(nonsense=1)

@@ -61,9 +61,8 @@ def test_its_errors_are_attentions_with_its_name(error, words, options):
 
 
 def test_its_help_is_attentions():
-    shared = re.search(r"(    mask : .*?)    bias : ", inspect.getdoc(qkv_fast.attention) + "", re.DOTALL)
     entry = re.search(r"(mask : .*?)\nbias : ", inspect.getdoc(qkv_fast.attention), re.DOTALL)[1]
-    assert shared is None and inspect.getdoc(heaviest).endswith(entry + "\n    Nothing else.")
+    assert inspect.getdoc(heaviest).endswith(entry + "\n    Nothing else.")
     assert "words" not in inspect.signature(heaviest).parameters
 
 
@@ -77,7 +76,8 @@ def entries(text):
 def test_the_help_of_each_argument_is_written_once():
     """But for words that mean something else: the mask of a softmax, and what explain lists."""
     shared = {"mask", "bias", "causal", "window", "q_offset", "kv_lengths", "segments", "alibi_slopes", "sinks",
-              "softcap", "scale", "layout", "return_lse", "out", "num_threads"}  # fmt: skip
+              "softcap", "scale", "layout", "return_lse", "out", "num_threads", "cu_seqlens_q",
+              "cu_seqlens_k"}  # fmt: skip
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
         if "integrations" in path.parts:  # which have their hosts' words
@@ -88,5 +88,5 @@ def test_the_help_of_each_argument_is_written_once():
     assert set(found) <= {("softmax", "mask"), ("KVCache", "window")}
     help_text = (PACKAGE / "_help.py").read_text(encoding="utf-8")
     for name in shared:
-        assert len(re.findall(rf"^{name} : ", help_text, re.MULTILINE)) == 1
-        assert name in entries(inspect.getdoc(qkv_fast.attention))
+        assert len(re.findall(rf"^(\w+, )?{name}(, \w+)? : ", help_text, re.MULTILINE)) == 1
+        assert name in entries(inspect.getdoc(qkv_fast.attention_varlen)) + entries(inspect.getdoc(qkv_fast.attention))

@@ -1,5 +1,5 @@
 /* Rows of numbers to rows of a quantised cache and back, every array a block of exactly its bytes: no number is off by more
- * than its type allows. Bits are the business of tests/test_cache_types.py. */
+ * than its type allows. Bits are the business of tests/cache/test_cache_types.py. */
 #include "check.h"
 
 static int64_t row_bytes(qkv_type stored, int64_t dim)

@@ -5,8 +5,13 @@
  * results are plain memory.
  */
 #ifndef _WIN32
-#define _POSIX_C_SOURCE 200809L       /* nanosleep, which musl declares for no less */
+#ifdef __linux__
+#define _GNU_SOURCE                   /* affinity */
+#else
+#define _POSIX_C_SOURCE 200809L       /* nanosleep */
+#endif
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -54,7 +59,7 @@ static int square_all(int threads, int tasks, int nested)
     for (int i = 0; i < tasks; i++)
         input[i] = i + tasks;
     job j = {.input = input, .nested = nested};
-    int n = qkv_pool_acquire(threads);
+    int n = qkv_pool_acquire(threads, 0);
     require(n >= 1 && n <= (threads > 1 ? threads : 1), "more workers granted than asked for");
     j.workers = n;
     require(!qkv_pool_run(n, tasks, square, &j, NULL, NULL), "stopped without a check");
@@ -147,7 +152,7 @@ static void test_stopped_by_the_check(void)
         enum { TASKS = 5000 };
         char *done = calloc(TASKS, 1);
         int looks = 0, ran = 0;
-        int n = qkv_pool_acquire(threads);
+        int n = qkv_pool_acquire(threads, 0);
         double begin = qkv_clock();
         require(qkv_pool_run(n, TASKS, slow, done, third_look, &looks), "not stopped");
         double seconds = qkv_clock() - begin;
@@ -184,7 +189,7 @@ static int tell(void *context)
 static void test_asked_while_waiting(void)
 {
     long_job j = {0};
-    int n = qkv_pool_acquire(2);
+    int n = qkv_pool_acquire(2, 0);
     require(n == 2, "fewer workers than asked for");
     require(qkv_pool_run(n, 2, run_until_told, &j, tell, &j), "not stopped");
     qkv_pool_release(n);
@@ -219,6 +224,114 @@ static void test_fork(void)
     }
 }
 
+#ifdef __linux__
+typedef struct {
+    cpu_set_t both, caller, seen;     /* seen by worker 1 when its task ended */
+    _Atomic int begun, stop, brought;
+} crowd;
+
+static void *burn(void *stop)
+{
+    while (!atomic_load((_Atomic int *)stop))
+        ;
+    return NULL;
+}
+
+/* The caller's task ends once the other has begun, which goes on until it is on the caller's core (10 s at most). */
+static void wait_to_be_brought(void *context, int64_t task, int worker)
+{
+    crowd *c = context;
+    double begin = qkv_clock();
+    (void)task;
+    atomic_fetch_add(&c->begun, 1);
+    while (atomic_load(&c->begun) < 2)
+        ;
+    while (worker == 1 && !atomic_load(&c->brought) && qkv_clock() - begin < 10) {
+        pthread_getaffinity_np(pthread_self(), sizeof c->seen, &c->seen);
+        atomic_store(&c->brought, CPU_EQUAL(&c->seen, &c->caller));
+    }
+}
+
+static void see_affinity(void *context, int64_t task, int worker)
+{
+    crowd *c = context;
+    (void)task;
+    atomic_fetch_add(&c->begun, 1);
+    while (atomic_load(&c->begun) < 2)
+        ;
+    if (worker == 1)
+        pthread_getaffinity_np(pthread_self(), sizeof c->seen, &c->seen);
+}
+
+static void run_crowd(crowd *c, qkv_task task)
+{
+    atomic_store(&c->begun, 0);
+    int n = qkv_pool_acquire(2, 0);
+    require(n == 2, "fewer workers than asked for");
+    require(!qkv_pool_run(n, 2, task, c, NULL, NULL), "stopped without a check");
+    qkv_pool_release(n);
+}
+
+/* Two cores, another thread that burns one of them: a worker that is put off there is brought to the caller's, and may run
+ * where it did before once the job is done, or, if it slept since, anywhere but where the caller is. */
+static void test_a_core_that_is_taken(void)
+{
+    cpu_set_t before, now, burned;
+    crowd c = {0};
+    sched_getaffinity(0, sizeof before, &before);
+    if (CPU_COUNT(&before) < 2)
+        return;
+    CPU_ZERO(&c.both);
+    for (int i = 0; CPU_COUNT(&c.both) < 2; i++) {
+        if (!CPU_ISSET(i, &before))
+            continue;
+        burned = c.both;
+        CPU_SET(i, &c.both);
+    }
+    c.caller = burned;                /* the first of both; the second is burned */
+    CPU_XOR(&burned, &c.both, &c.caller);
+    qkv_pool_stop();
+    sched_setaffinity(0, sizeof c.both, &c.both);       /* inherited by the worker */
+    square_all(2, 10, 0);
+    sched_setaffinity(0, sizeof c.caller, &c.caller);
+    pthread_t other;
+    require(!pthread_create(&other, NULL, burn, &c.stop), "pthread_create");
+    pthread_setaffinity_np(other, sizeof burned, &burned);
+    for (int round = 0; round < 5; round++) {
+        struct timespec pause = {0, round * 300000};
+        atomic_store(&c.brought, 0);
+        run_crowd(&c, wait_to_be_brought);
+        require(c.brought, "a worker that waits for its core was left there");
+        nanosleep(&pause, NULL);
+        run_crowd(&c, see_affinity);
+        require(CPU_EQUAL(&c.seen, &c.both) || CPU_EQUAL(&c.seen, &burned), "a worker was not let go");
+        sched_getaffinity(0, sizeof now, &now);
+        require(CPU_EQUAL(&now, &c.caller), "the caller was moved");
+    }
+    atomic_store(&c.stop, 1);
+    pthread_join(other, NULL);
+    sched_setaffinity(0, sizeof before, &before);
+    qkv_pool_stop();
+}
+#else
+static void test_a_core_that_is_taken(void) {}
+#endif
+
+static void test_small_jobs_wake_nobody(void)
+{
+    struct timespec pause = {0, 30000000};
+    square_all(3, 10, 0);
+    nanosleep(&pause, NULL);          /* all sleep */
+    int n = qkv_pool_acquire(3, 1);
+    require(n == 1, "a small job wakes sleepers");
+    qkv_pool_release(n);
+    for (int i = 0; i < 1000000 && n < 3; i++) {        /* on a busy machine some calls come late */
+        n = qkv_pool_acquire(3, 1);
+        qkv_pool_release(n);
+    }
+    require(n == 3, "small jobs one after the other wake nobody");
+}
+
 int main(void)
 {
     test_one_caller();
@@ -229,6 +342,8 @@ int main(void)
     test_sleepers();
     test_stopped_by_the_check();
     test_asked_while_waiting();
+    test_small_jobs_wake_nobody();
+    test_a_core_that_is_taken();
     test_fork();
     qkv_pool_stop();
     require(qkv_pool_threads() == 0, "threads left at the end");

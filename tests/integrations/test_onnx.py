@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 
 pytest.importorskip("onnx", reason="the extra [test] installs it")
 
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, parser
 from onnx.backend.test.case import node as onnx_nodes
 from onnx.backend.test.runner import Runner
 from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
 
 import qkv_fast
 from qkv_fast.integrations import onnx as adapter
@@ -192,6 +193,126 @@ def test_against_onnx(node):
     for name, x, y in zip(OUTPUTS, got, expected, strict=True):
         assert x.dtype == y.dtype and x.shape == y.shape, name
         np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-12, err_msg=name)
+
+
+X = "float[B, H, L, D]"
+FUNCTION = """<domain: "layers", opset_import: ["": 24]>
+    attend <scale: float = 1.0> (x) => (y) { y = Attention<is_causal=1, scale: float = @scale>(x, x, x) }
+    <domain: "layers", opset_import: ["": 24, "layers": 1]> twice (x) => (z) {
+        y = layers.attend<scale=0.3>(x)
+        z = Identity(y)
+    }"""
+GRAPHS = {
+    "graph": "y = Attention<is_causal=1, scale=0.3>(x, x, x)",
+    "function": "y = layers.attend<scale=0.3>(x)",
+    "function in a function": "y = layers.twice(x)",
+    "If": """yes = Constant<value = bool {1}>()
+        y = If(yes) <then_branch = then () => (X then) { then = Attention<is_causal=1, scale=0.3>(x, x, x) },
+            else_branch = other () => (X other) { other = Identity(x) }>""",
+    "function in If": """yes = Constant<value = bool {1}>()
+        y = If(yes) <then_branch = then () => (X then) { then = layers.twice(x) },
+            else_branch = other () => (X other) { other = Identity(x) }>""",
+    "Loop": """times = Constant<value = int64 {1}>()
+        yes = Constant<value = bool {1}>()
+        y = Loop(times, yes, x) <body = body (int64 i, bool on, X before) => (bool still, X after) {
+            still = Identity(on)
+            after = Attention<is_causal=1, scale=0.3>(x, x, x)
+        }>""",
+    "Scan": """ones = Constant<value = float[1] {1.0}>()
+        y, z = Scan(x, ones) <num_scan_inputs = 1, body = body (X before, float one) => (X after, float same) {
+            same = Identity(one)
+            after = Attention<is_causal=1, scale=0.3>(before, before, before)
+        }>""",
+}
+
+
+def graph(name):
+    text = f"""<ir_version: 11, opset_import: ["": 24, "layers": 1]>
+        graph (X x) => (X y) {{ {GRAPHS[name]} }} {FUNCTION}"""
+    return parser.parse_model(text.replace("X ", f"{X} "))
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_nodes_anywhere(name):
+    """Ours has the bits of our attention; the plain evaluator has them too, but in functions, as its help says."""
+    x = normal(np.random.default_rng(0), (2, 2, 33, 16), "float32")
+    expected = qkv_fast.attention(x, x, x, causal=True, scale=0.3)
+    (theirs,) = evaluate(graph(name), {"x": x}, ours=False)
+    assert not np.array_equal(theirs, expected) and np.allclose(theirs, expected, atol=1e-5)
+    assert np.array_equal(adapter.Evaluator(graph(name)).run(None, {"x": x})[0], expected)
+    assert np.array_equal(evaluate(graph(name), {"x": x})[0], theirs if "function" in name else expected)
+
+
+def test_other_operators_beside_ours():
+    class Relu(OpRun):
+        def _run(self, x):
+            return (x + 1,)
+
+    class Attention(OpRun):
+        def _run(self, q, *rest, **attributes):
+            return (q,)
+
+    nodes = helper.make_node("Relu", ["x"], ["r"]), helper.make_node("Attention", ["r", "r", "r"], ["y"])
+    x = normal(np.random.default_rng(0), (1, 1, 3, 4), "float32")
+    *_, y = adapter.Evaluator(model_of(25, *nodes), new_ops=[Relu]).run(None, {"x": x})
+    assert np.array_equal(y, qkv_fast.attention(x + 1, x + 1, x + 1))
+    *_, y = adapter.Evaluator(model_of(25, *nodes), new_ops=[Relu, Attention]).run(None, {"x": x})
+    assert np.array_equal(y, x + 1)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in sqrt")
+@pytest.mark.parametrize("opset", [23, 24, 25])
+def test_where_onnx_differs(opset):
+    """Each line of the table in the class's help, on both sides."""
+    feeds = qkv()
+    q, k, v = feeds.values()
+
+    def both(mask=None, outputs=("Y",), **attributes):
+        given = feeds if mask is None else {**feeds, "attn_mask": mask}
+        for ours in (True, False):
+            try:
+                yield run(given, opset=opset, outputs=outputs, ours=ours, **attributes)[-1]
+            except (ValueError, OverflowError) as error:
+                yield type(error)
+
+    def same(x, y):
+        return np.allclose(x, y, rtol=0, atol=1e-5)
+
+    column = np.array([[True], [False], [True]])
+    first = np.zeros((3, 5), bool)
+    first[:, :1] = column
+    ours, theirs = both(column)
+    assert same(theirs, qkv_fast.attention(q, k, v, mask=first))
+    assert same(ours, qkv_fast.attention(q, k, v, mask=column if opset == 23 else first))
+
+    ours, theirs = both(np.ones((3, 4), bool))
+    assert same(theirs, qkv_fast.attention(q, k[:, :, :4], v[:, :, :4]))
+    assert ours is ValueError if opset == 23 else same(ours, theirs)
+
+    row = np.array([[True, True, False, True, True]])
+    ours, theirs = both(row, is_causal=1)
+    assert same(ours, qkv_fast.attention(q, k, v, mask=row, causal="top-left"))
+    assert same(theirs, qkv_fast.attention(q, k[:, :, :1], v[:, :, :1]))
+    ours, theirs = both(row[0], is_causal=1)
+    assert same(ours, qkv_fast.attention(q, k, v, mask=row, causal="top-left")) and theirs is ValueError
+    assert same(*both(row[0]))
+
+    integers = np.arange(15).reshape(3, 5)
+    ours, theirs = both(integers, is_causal=1)
+    assert same(ours, qkv_fast.attention(q, k, v, bias=integers.astype("float32"), causal="top-left"))
+    assert theirs is OverflowError
+
+    ours, theirs = both(scale=-0.5)
+    assert same(ours, qkv_fast.attention(q, k, v, scale=-0.5)) and np.isnan(theirs).all()
+
+    product = qkv_fast.scores(q, k)
+    ours, theirs = both(outputs=OUTPUTS, softcap=0.5)
+    assert same(ours, product) and same(theirs, 0.5 * np.tanh(product / 0.5))
+    ours, theirs = both(outputs=OUTPUTS, qk_matmul_output_mode=4)
+    assert ours is ValueError and same(theirs, product)
+
+    ours, theirs = both(q_num_heads=4, kv_num_heads=2)
+    assert same(ours, qkv_fast.attention(q, k, v)) and (theirs is ValueError if opset == 25 else same(ours, theirs))
 
 
 def test_a_mask_of_one_column():

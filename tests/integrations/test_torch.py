@@ -11,7 +11,11 @@ from _util import child_says
 pytest.importorskip("torch", reason="the extra [test] leaves it out for its size; [torch] has it")
 
 import torch
+from torch import masked
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental import proxy_tensor
+from torch.nn.attention import bias
 
 import qkv_fast
 from qkv_fast.integrations import torch as adapter
@@ -140,12 +144,26 @@ def test_signature():
             function(q, k, v, None, 0.0, False, 0.5)
 
 
+class Renamed(torch.Tensor):
+    """Adds nothing to how torch's functions treat it."""
+
+
+class Unlike(torch.Tensor):
+    """Its numbers may be others than its memory holds: that is for its functions to say, which are not asked."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
 STRIDED = {
     "as stored": lambda x: x,
     "heads after lengths": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
     "every second element": lambda x: x.repeat_interleave(2, dim=-1)[..., ::2],
     "part of a packed one": lambda x: torch.cat((x, x), dim=-1)[..., x.shape[-1] :],
     "negation that torch has put off": lambda x: torch.complex(x, -x).conj().imag,
+    "buffer": torch.nn.Buffer,
+    "class without a meaning of its own": lambda x: x.as_subclass(Renamed),
 }
 
 
@@ -165,6 +183,64 @@ def test_strides(view, monkeypatch):
         assert x.is_neg() or np.shares_memory(array, x.numpy())
         assert x.is_neg() or not np.may_share_memory(out.numpy(), x.numpy())
     assert out.is_contiguous() and not out.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [*TYPES, torch.float16, torch.bfloat16])
+def test_tensors_that_torch_has_not_computed_yet(dtype):
+    """Views whose numbers are the opposites of those in memory, and zeros that have no memory, in every place."""
+    q, k, v, numbers = (x.to(dtype) for x in tensors("4-D"))
+    inputs = {"query": q, "key": k, "value": v, "attn_mask": numbers}
+    for lazy in (torch._neg_view, lambda x: torch._efficientzerotensor(x.shape, dtype=x.dtype)):
+        for name, x in inputs.items():
+            given, computed = lazy(x), -x if lazy is torch._neg_view else torch.zeros_like(x)
+            assert given.is_neg() or given._is_zerotensor()
+            ours = scaled_dot_product_attention(**{**inputs, name: given})
+            expected = scaled_dot_product_attention(**{**inputs, name: computed})
+            torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+
+
+def test_parameters():
+    q, k, v, _ = tensors("4-D")
+    with torch.no_grad():
+        ours = scaled_dot_product_attention(torch.nn.Parameter(q), k, v)
+    assert type(ours) is torch.Tensor
+    torch.testing.assert_close(ours, THEIRS(q, k, v))
+
+
+LENGTHS = ((5, 5), (3, 6), (6, 3), (1, 4), (4, 1))
+
+
+@pytest.mark.filterwarnings("ignore:Lower right causal bias")  # where more queries than keys: torch once had NaN
+@pytest.mark.parametrize("make", [bias.causal_upper_left, bias.causal_lower_right])
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_causal_bias(lengths, make):
+    """By what it means: its memory is not initialised, and NaN in it changes nothing."""
+    rng = torch.Generator().manual_seed(0)
+    for heads, kv_heads, dtype in ((4, 4, torch.float32), (4, 2, torch.float64)):
+        q = torch.randn(2, heads, lengths[0], E, generator=rng, dtype=dtype)
+        k, v = torch.randn(2, 2, kv_heads, lengths[1], E, generator=rng, dtype=dtype)
+        causal = make(*lengths)
+        with torch.no_grad():
+            torch.Tensor.fill_(causal, torch.nan)
+        options = {"scale": 0.3, "enable_gqa": heads != kv_heads}
+        ours = scaled_dot_product_attention(q, k, v, causal, **options)
+        past = torch.ones(lengths).tril(lengths[1] - lengths[0] if make is bias.causal_lower_right else 0).bool()
+        torch.testing.assert_close(ours, THEIRS(q, k, v, causal, **options))
+        torch.testing.assert_close(ours, THEIRS(q, k, v, past, **options))
+
+
+@pytest.mark.filterwarnings("ignore:Lower right causal bias")
+def test_causal_bias_of_other_lengths():
+    q, k, v, _ = tensors("4-D")
+    for make in (bias.causal_upper_left, bias.causal_lower_right):
+        for given in ((3, 6), (L, S + 1), (L - 1, S), (S, L)):
+            with pytest.raises(ValueError, match=rf"{given[0]} queries and {given[1]} keys.*4, 5, 8\).*4, 7, 8\)"):
+                scaled_dot_product_attention(q, k, v, make(*given))
+        with pytest.raises(ValueError, match="CausalBias for 5 queries"):
+            scaled_dot_product_attention(q[0, 0, 0], k, v, make(L, S))
+        for function in (scaled_dot_product_attention, THEIRS):
+            with pytest.raises(ValueError, match="CausalBias"):
+                function(q, k, v, make(L, S), is_causal=True)
 
 
 def test_mask_is_read_where_it_lies(monkeypatch):
@@ -222,6 +298,100 @@ def test_a_trace_would_keep_the_result():
         torch.jit.trace(lambda *x: scaled_dot_product_attention(*x), inputs)
 
 
+def test_make_fx_would_keep_the_result():
+    inputs = tensors("4-D")[:3]
+    with pytest.raises(NotImplementedError, match="make_fx"):
+        proxy_tensor.make_fx(lambda *x: scaled_dot_product_attention(*x))(*inputs)
+
+
+def fake(x):
+    return FakeTensorMode().from_tensor(x)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors", "ignore:.*prototype")
+@pytest.mark.parametrize("name", ["query", "key", "value", "attn_mask"])
+def test_classes_with_a_meaning_of_their_own(name):
+    """Refused by name, whatever their memory holds."""
+    inputs = dict(zip(("query", "key", "value", "attn_mask"), tensors("4-D"), strict=True))
+    given = [fake(inputs[name]), inputs[name].as_subclass(Unlike)]
+    given.append(masked.masked_tensor(inputs[name], inputs[name] > 0))
+    if name != "attn_mask":
+        given.append(bias.causal_lower_right(L, S))
+    for x in given:
+        with pytest.raises(NotImplementedError, match=f"{name} is a {type(x).__name__}; pass a torch.Tensor"):
+            scaled_dot_product_attention(**{**inputs, name: x})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["query", "key", "value", "attn_mask"])
+def test_transforms(name, dtype):
+    """Refused, in vmap for what it maps only; torch's ends the process where functionalize's tensors reach NumPy."""
+    inputs = dict(zip(("query", "key", "value", "attn_mask"), (x.to(dtype) for x in tensors("4-D")), strict=True))
+    expected = scaled_dot_product_attention(**inputs)
+
+    def ours(x):
+        return scaled_dot_product_attention(**{**inputs, name: x})
+
+    for transform in (torch.vmap, torch.func.functionalize):
+        with pytest.raises(NotImplementedError, match=f"transforms of torch.func: {name} is inside"):
+            transform(ours)(inputs[name])
+    with pytest.raises(NotImplementedError, match=f"transforms of torch.func: {name} is inside"):
+        ours(torch._to_functional_tensor(inputs[name]))
+    with pytest.raises(NotImplementedError, match=f"gradients: {name} has requires_grad"):
+        torch.func.grad(lambda x: ours(x).sum())(inputs[name])
+    with pytest.raises(NotImplementedError, match="query is inside of one"):
+        torch.func.grad(lambda x: scaled_dot_product_attention(**inputs).sum() * x)(torch.tensor(1.0, dtype=dtype))
+    mapped = torch.vmap(lambda x: scaled_dot_product_attention(**inputs) + x)(torch.zeros(3, dtype=dtype))
+    torch.testing.assert_close(mapped, expected.expand(3, *expected.shape), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled(dtype):
+    """The call is made as it stands, between the graphs before and after it; one graph of all is refused."""
+    inputs = [x.to(dtype) for x in tensors("4-D")[:3]]
+
+    def function(q, k, v):
+        return scaled_dot_product_attention(q * 2, k, v, is_causal=True) + 1
+
+    torch.testing.assert_close(torch.compile(function, backend="eager")(*inputs), function(*inputs), rtol=0, atol=0)
+    torch.compiler.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(function, backend="eager", fullgraph=True)(*inputs)
+
+
+MASKS_BY_AXES = [
+    (S,), (1,), (L, S), (1, S), (L, 1), (4, L, S), (1, L, S), (4, 1, 1), (2, 4, L, S), (2, 1, L, S), (1, 4, 1, S),
+]  # fmt: skip
+UNEQUAL_AXES = [
+    ((4, L, E), (4, S, E), (4, S, E)),
+    ((2, 4, L, E), (2, 4, S, E), (2, 4, S, E)),
+    ((2, 4, L, E), (4, S, E), (4, S, E)),
+    ((2, 4, L, E), (4, S, E), (2, 4, S, E)),
+    ((2, 4, L, E), (S, E), (S, E)),
+    ((4, L, E), (2, 4, S, E), (4, S, E)),
+    ((4, L, E), (4, S, E), (2, 4, S, E)),
+    ((L, E), (4, S, E), (2, 1, S, E)),
+]
+
+
+@pytest.mark.parametrize("shapes", UNEQUAL_AXES)
+@pytest.mark.parametrize("shape", MASKS_BY_AXES)
+def test_numbers_of_axes(shape, shapes):
+    """All broadcast as in torch, a mask to the axes of all three; torch is asked with them written out."""
+    rng = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(x, generator=rng) for x in shapes]
+    numbers = torch.randn(shape, generator=rng)
+    axes = torch.broadcast_shapes(*(x[:-2] for x in shapes))
+    whole = [x.expand(*axes, *x.shape[-2:]) for x in inputs]
+    for mask in (numbers, numbers > -1):
+        if len(shape) > len(axes) + 2:
+            with pytest.raises(ValueError, match="must have"):
+                scaled_dot_product_attention(*inputs, mask)
+        else:
+            theirs = THEIRS(*whole, mask.expand(*axes, L, S))
+            torch.testing.assert_close(scaled_dot_product_attention(*inputs, mask), theirs)
+
+
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_nested_tensors(layout):
@@ -261,6 +431,8 @@ def test_autocast_keeps_the_type():
         ({"key": torch.zeros(2, S, E), "value": torch.zeros(2, S, E)}, ValueError, "enable_gqa=True .*2, 7, 8"),
         ({"key": torch.zeros(3, S, E), "enable_gqa": True}, ValueError, "heads"),
         ({"key": torch.zeros(S, E), "enable_gqa": True}, ValueError, "3 or more axes"),
+        ({"query": torch.zeros(L, E), "enable_gqa": True}, ValueError, "3 or more axes"),
+        ({"value": torch.zeros(S, E), "enable_gqa": True}, ValueError, r"3 or more axes .*value: \(7, 8\)"),
         ({"value": torch.zeros(4, S - 1, E)}, ValueError, "v has length 6, k has 7"),
         ({"key": torch.zeros(4, S, E - 1)}, ValueError, "k has dimension 7, q has 8"),
         ({"attn_mask": torch.ones(2, 4, L, S, dtype=torch.bool)}, ValueError, r"mask .*2, 4, 5, 7"),

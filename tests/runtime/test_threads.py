@@ -1,6 +1,7 @@
 """Threads: how many a call uses and who says so, calls from many Python threads, the state of a process."""
 
 import asyncio
+import os
 import sys
 import threading
 from contextvars import copy_context
@@ -181,6 +182,55 @@ print(small, one, _runtime.pool_threads())
     assert child_says(code) == "0 0 2"
 
 
+def test_small_calls_wake_nobody():
+    """After a pause a small call stays on its thread; when they follow one another, others come in."""
+    code = """
+import time
+import numpy as np, qkv_fast
+from qkv_fast import _runtime
+small, large = (np.ones((n, 64, 64), "float32") for n in (4, 64))
+qkv_fast.attention(large, large, large, num_threads=2)
+time.sleep(0.1)
+used = []
+for x, calls in (small, 1), (small, 5000), (large, 1):
+    with _runtime.counters() as seen:
+        for _ in range(calls):
+            qkv_fast.attention(x, x, x, num_threads=2)
+    used.append(seen["threads"])
+    time.sleep(0.1)
+print(*used)
+"""
+    assert child_says(code) == "1 2 2"
+
+
+def test_other_threads_on_our_cores(isa):
+    """More threads at work than there are cores: the same bits, and nothing is written after the return."""
+    q, k, v = qkv(6, heads=(8, 8), lengths=(200, 200))
+    expected = qkv_fast.attention(q, k, v, num_threads=1)
+    out, wrong, done = np.empty_like(expected), [], threading.Event()
+    square = np.ones((300, 300), "float32")
+
+    def multiply():
+        while not done.is_set():
+            square @ square  # without the interpreter's lock
+
+    others = [threading.Thread(target=multiply) for _ in range(3)]
+    for other in others:
+        other.start()
+    try:
+        for n in (2, 3, 4) * 20:
+            qkv_fast.attention(q, k, v, out=out, num_threads=n)
+            wrong.append(not np.array_equal(out, expected))
+            out[...] = 7
+            square @ square
+            wrong.append(not (out == 7).all())
+    finally:
+        done.set()
+        for other in others:
+            other.join()
+    assert not any(wrong)
+
+
 def test_import_leaves_the_process_alone():
     """No thread, no environment variable, no signal handler, no affinity, no warning, no file descriptor."""
     code = """
@@ -313,3 +363,32 @@ def test_a_thread_that_ends_and_its_successors():
         worker.start()
         worker.join()
     assert not bad
+
+
+@pytest.mark.skipif(len(getattr(os, "sched_getaffinity", lambda _: ())(0)) < 2, reason="two cores and affinity")
+def test_whoever_pins_all_threads_finds_them_pinned():
+    """A worker is moved while it has a task, and has then what its user has given it, also if that was meanwhile."""
+    code = """
+import os, time
+import numpy as np
+import qkv_fast
+
+def pins():
+    return {int(t): os.sched_getaffinity(int(t)) for t in os.listdir("/proc/self/task")}
+
+x = np.ones((1, 12, 300, 64), "float32")
+cores = sorted(os.sched_getaffinity(0))[:2]
+for allowed in ({cores[0]}, {cores[1]}, set(cores), {cores[1]}, {cores[0]}, set(cores)):
+    for wait in (0.0, 0.05):
+        qkv_fast.attention(x, x, x, num_threads=2)
+        time.sleep(wait)
+    assert qkv_fast._runtime.pool_threads() == 1
+    for thread in pins():
+        os.sched_setaffinity(thread, allowed)
+    for wait in (0.0, 0.05):
+        qkv_fast.attention(x, x, x, num_threads=2)
+        time.sleep(0.02 + wait)
+        assert set(map(frozenset, pins().values())) == {frozenset(allowed)}, (allowed, pins())
+print("right")
+"""
+    assert child_says(code, OPENBLAS_NUM_THREADS=1) == "right"

@@ -93,7 +93,7 @@ def test_packed_sequences_have_no_common_queries():
 
 @pytest.mark.parametrize("name", ALL)
 def test_explain_has_no_plan_of_a_question(name):
-    with pytest.raises(TypeError, match=f"^explain: attention.* not <function {name} "):
+    with pytest.raises(TypeError, match=f"^explain: a function must be one of .*, got <function {name} "):
         qkv_fast.explain(getattr(spotlight, name), Q, K)
 
 

@@ -126,6 +126,14 @@ def test_every_label_of_a_case_has_a_meaning_or_is_a_model():
     assert labels <= {*legend.LABELS, "bert", "gpt2", "llama", "whisper", "vit"}
 
 
+def test_one_round_has_no_spread():
+    once = row(SMALL)
+    once.rounds = Rounds({"qkv_fast": [1e-3]}, [(1e11, 1e11)])
+    text = tables.as_text(report.speed_table([once], [], "title"))
+    assert "1 round" in text and " 0 %" not in text
+    assert "1 round" not in tables.as_text(report.speed_table([row(SMALL)], [], "title"))
+
+
 def test_small_calls_have_a_rate():
     text = tables.as_text(report.speed_table([row(SMALL, seconds=5e-6)], [], "title"))
     assert "200 k calls/s" in text
