@@ -18,7 +18,7 @@ def _matrices(where: str, q: Any, k: Any, options: dict[str, Any]) -> tuple[Any,
         raise TypeError(f"reference.spotlight.{where}() got an unexpected keyword argument {min(unknown)!r}")
     options = {"causal": False, "layout": "bhld"} | options
     k = np.asarray(k)
-    arguments = (options.get(name) for name in _NAMES)
+    arguments: list[Any] = [options.get(name) for name in _NAMES]
     given, *_, products, scores, sinks = _scored(f"reference.spotlight.{where}", q, k, k[..., :0], *arguments)
     p, lse = _softmax(scores, sinks)
     found = products, scores, p, lse

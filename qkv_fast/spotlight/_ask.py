@@ -36,7 +36,8 @@ def check(
 
 def key_count(p: Problem) -> int:
     """Keys of a sequence, or of all packed ones."""
-    return p.k.shape[-2] if p.k.ndim == 2 or p.heads_first else p.k.shape[-3]
+    count: int = p.k.shape[-2 if p.k.ndim == 2 or p.heads_first else -3]
+    return count
 
 
 def answer(
