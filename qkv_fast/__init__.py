@@ -15,7 +15,7 @@ except ModuleNotFoundError as error:
         "`pip install -e .`"
     ) from None
 
-from . import reference
+from . import reference, spotlight
 from ._attention import attention
 from ._config import show_config
 from ._explain import explain
@@ -47,5 +47,6 @@ __all__ = [
     "set_num_threads",
     "show_config",
     "softmax",
+    "spotlight",
     "weighted_values",
 ]

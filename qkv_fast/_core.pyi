@@ -10,6 +10,7 @@ MAX_DIM: int
 MAX_THREADS: int
 OBSTACLES: dict[int, str]
 PLAN: object
+QUESTIONS: dict[str, int]
 
 def isa_names() -> tuple[str, ...]: ...
 def build_info() -> dict[str, Any]: ...
@@ -57,7 +58,16 @@ class Problem:
     def empty(self) -> _Array: ...
 
 def empty(where: str, shape: tuple[int, ...], number: int) -> _Array: ...
-def forward(call: Problem, out: _Array, lse: _Array | None) -> dict[str, Any] | None: ...
+def forward(
+    call: Problem,
+    out: _Array,
+    lse: _Array | None,
+    question: int = 0,
+    answer: _Array | None = None,
+    keys: _Array | None = None,
+    normalisers: _Array | None = None,
+    first_key: int = 0,
+) -> dict[str, Any] | None: ...
 def product(
     a: _Array,
     b: _Array,

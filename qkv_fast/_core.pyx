@@ -76,6 +76,10 @@ OBSTACLES = {
     QKV_UNPAIRED: "pairs of bfloat16 that are multiplied, to be put side by side",
 }
 PLAN = object()                                 # as counters: see forward
+QUESTIONS = {
+    "largest": QKV_LARGEST, "entropy": QKV_ENTROPY, "top_keys": QKV_TOP_KEYS, "normalisers": QKV_NORMALISERS,
+    "received": QKV_RECEIVED, "weights": QKV_WEIGHTS,
+}
 
 
 cdef int raise_status(qkv_status status) except -1:
@@ -298,9 +302,13 @@ cpdef cnp.ndarray empty(str where, tuple shape, int number):
         raise OverflowError(f"{where}: a result of shape {shape} is too large for any array") from None
 
 
-def forward(Problem call not None, cnp.ndarray out not None, cnp.ndarray lse):
+def forward(Problem call not None, cnp.ndarray out not None, cnp.ndarray lse, int question=QKV_VALUES,
+            cnp.ndarray answer=None, cnp.ndarray keys=None, cnp.ndarray normalisers=None, int64_t first_key=0):
     """Attention into `out`, and into the contiguous `lse` unless it is None. With PLAN for counters nothing is computed: it
-    returns what would be done, as a dict of qkv_report."""
+    returns what would be done, as a dict of qkv_report.
+
+    Of another `question`, one of QUESTIONS, the contiguous `answer`, `keys` and `normalisers` are what qkv.h says, and so are
+    `lse` and `first_key`; `out` has the leading axes of the result."""
     cdef cnp.ndarray q = call.q, k = call.k, v = call.v
     cdef bint heads_first = call.heads_first
     if k is None or v is None:
@@ -361,6 +369,12 @@ def forward(Problem call not None, cnp.ndarray out not None, cnp.ndarray lse):
     p.softcap = 0
     if call.extras is not None:
         runs = fill_extras(&p, call.extras, out)
+    p.question = <qkv_question>question
+    p.answer = NULL if answer is None else cnp.PyArray_DATA(answer)
+    p.answer_keys = NULL if keys is None else <int64_t *>cnp.PyArray_DATA(keys)
+    p.answer_n = 0 if answer is None else cnp.PyArray_DIM(answer, cnp.PyArray_NDIM(answer) - 1)
+    p.answer_first = first_key
+    p.normalisers = NULL if normalisers is None else cnp.PyArray_DATA(normalisers)
     p.threads = call.threads
     p.isa = call.isa
     p.counters = NULL

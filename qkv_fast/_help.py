@@ -58,6 +58,9 @@ scale : float, optional
     Factor of the scores, any finite number; ``1 / sqrt(D)`` by default (1 for D = 0).
 layout : {"bhld", "blhd"}, default "bhld"
     ``"blhd"`` swaps the head and length axes: (..., L, H, D) instead of (..., H, L, D).
+lse : array_like, shape (..., Hq, Lq), optional
+    The log-sum-exp that `qkv_fast.attention` returns for the same arguments: it saves a pass. One that does not
+    belong to them cannot be seen from its shape: weights are then what ``exp(score - lse)`` is, above 1 too.
 return_lse : bool, default False
     Return the natural log-sum-exp of each row's scores as well.
 out : ndarray, optional

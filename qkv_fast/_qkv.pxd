@@ -23,6 +23,15 @@ cdef extern from "qkv.h" nogil:
         QKV_OVERFLOW
         QKV_INTERRUPTED
 
+    ctypedef enum qkv_question:
+        QKV_VALUES
+        QKV_LARGEST
+        QKV_ENTROPY
+        QKV_TOP_KEYS
+        QKV_NORMALISERS
+        QKV_RECEIVED
+        QKV_WEIGHTS
+
     ctypedef struct qkv_strides:
         int64_t axis[64]
         int64_t head, row, dim
@@ -74,6 +83,12 @@ cdef extern from "qkv.h" nogil:
         const double *sinks
         const int64_t *q_starts
         const int64_t *k_starts
+        qkv_question question
+        void *answer
+        int64_t *answer_keys
+        int64_t answer_n
+        int64_t answer_first
+        const void *normalisers
         int threads
         int isa
         qkv_counters *counters

@@ -216,6 +216,7 @@ void qkv_set_changes(const qkv_elements *e, const qkv_lanes *x, int lane, int n,
     const qkv_plan *plan = e->plan;
     if (e->problem->bias)
         to->bias = bias_rows(e, x, lane, n, first, last);
+    to->hides = e->problem->question == QKV_LARGEST;
     if (e->problem->slopes) {
         to->slope = x->slope + lane;
         to->position = x->position + lane;

@@ -12,7 +12,7 @@ enum { QKV_SEEN = 1, QKV_HIDDEN = 2 };                  /* of a mask's elements:
 typedef struct {
     const qkv_problem *problem;
     const qkv_plan *plan;
-    int64_t sequence, head;           /* head: a key head */
+    int64_t sequence, head;           /* head: one of plan->heads */
     int64_t block;
     const uint8_t *summary;           /* of the mask, or NULL */
     const void **bias_rows;

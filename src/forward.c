@@ -17,6 +17,7 @@
 #include "elements.h"
 #include "mask.h"
 #include "memory.h"
+#include "spotlight.h"
 #include "tile.h"
 #include "types.h"
 
@@ -100,7 +101,7 @@ static void need(const qkv_query_tile *t, pass_rows *kv)
 {
     if (!kv->k) {
         kv->k = fetch(t, kv, 0, &kv->k_row);
-        kv->v = fetch(t, kv, 1, &kv->v_row);
+        kv->v = t->problem->question ? kv->k : fetch(t, kv, 1, &kv->v_row);
     }
 }
 
@@ -131,14 +132,16 @@ static qkv_ahead *look_ahead(const qkv_query_tile *t, pass_rows *kv, int64_t fir
     kv->ahead = (qkv_ahead){.rate = begun ? 1 : 2};
     if (!begun)
         n = add_span(t, kv, n, 0, first + soon, last);
-    n = add_span(t, kv, n, 1, first, last);
+    if (!t->problem->question)
+        n = add_span(t, kv, n, 1, first, last);
     add_span(t, kv, n, 0, last, qkv_min(last + plan->block, end));
     return &kv->ahead;
 }
 
-/* One kernel call: `tile` against the keys [first, last) of a pass, in the block that begins at block_first. */
-static void attend_keys(const qkv_query_tile *t, pass_rows *kv, int64_t block_first, int64_t first, int64_t last,
-                        qkv_tile *tile)
+/* One kernel call: `tile`, the lanes of a panel from `lane` on, against the keys [first, last) of a pass, in the block that
+ * begins at block_first. What is done with them is values, or what is asked instead. */
+static void attend_keys(const qkv_query_tile *t, const qkv_panel *x, int lane, pass_rows *kv, int64_t block_first,
+                        int64_t first, int64_t last, qkv_tile *tile)
 {
     const qkv_kernels *kernels = t->plan->kernels;
     need(t, kv);
@@ -148,7 +151,10 @@ static void attend_keys(const qkv_query_tile *t, pass_rows *kv, int64_t block_fi
     tile->v = kv->v + (first - kv->first) / kernels->pair * kv->v_row * (int64_t)kernels->size;
     tile->nk = (int)(last - first);
     tile->skew = (int)(first - block_first);
-    kernels->attend(tile);
+    if (t->problem->question)
+        qkv_ask(t, x, lane, first, tile);
+    else
+        kernels->attend(tile);
 }
 
 /* A whole panel whose rows all see the keys [first, last) as far as positions say; 0 if the mask leaves vectors out. */
@@ -173,7 +179,7 @@ static int attend_full(const qkv_query_tile *t, const qkv_panel *x, pass_rows *k
         return 1;
     if (t->plan->adjust)
         qkv_set_changes(&t->elements, &x->lanes, 0, n, first, last, &whole.changes);
-    attend_keys(t, kv, block_first, first, last, &whole);
+    attend_keys(t, x, 0, kv, block_first, first, last, &whole);
     return 1;
 }
 
@@ -190,7 +196,8 @@ static void attend_block(const qkv_query_tile *t, const qkv_panel *x, pass_rows 
     qkv_tile whole = {
         .q = x->q, .s = t->scratch + plan->at_s,
         .o = x->state, .m = qkv_state_m(plan, x->state), .l = qkv_state_l(plan, x->state), .c = plan->c,
-        .d = (int)plan->terms, .dv = (int)p->dim_v, .nv = x->nv, .ahead = ahead, .careful = careful,
+        .d = (int)plan->terms, .dv = (int)p->dim_v, .nv = x->nv, .ahead = ahead,
+        .careful = careful || p->question,              /* no second look at a question */
     };
     qkv_kind kind = qkv_cut(&x->limits[0], &first, &last);
     if (kind == QKV_SKIP) {
@@ -243,19 +250,16 @@ static void attend_block(const qkv_query_tile *t, const qkv_panel *x, pass_rows 
             t->counters->tiles_partial++;
         else
             t->counters->tiles_full++;
-        attend_keys(t, kv, block_first, first, last, &one);
+        attend_keys(t, x, i * w, kv, block_first, first, last, &one);
     }
 }
 
-/* Every chosen panel against the keys of one chunk; leaves the chunk's own state in each panel's `state`. */
-static void attend_chunk(const qkv_query_tile *t, int64_t chunk, uint64_t chosen, int careful)
+/* Every chosen panel against the keys [begin, end), which begin at a block, as far as some row sees them. */
+static void walk_keys(const qkv_query_tile *t, int64_t begin, int64_t end, uint64_t chosen, int careful)
 {
     const qkv_plan *plan = t->plan;
-    int64_t begin = qkv_max(chunk * plan->chunk, t->any.lo / plan->block * plan->block);
-    int64_t end = qkv_min((chunk + 1) * plan->chunk, t->any.hi);
-    for (int i = 0; i < t->panels; i++)
-        if (chosen >> i & 1)
-            reset(t, t->panel[i].state, t->panel[i].nv);
+    begin = qkv_max(begin, t->any.lo / plan->block * plan->block);
+    end = qkv_min(end, t->any.hi);
     const qkv_run *run = t->problem->runs + (t->problem->run_of ? t->problem->run_of[t->sequence] : 0);
     for (int64_t first = begin; first < end; first += plan->pass) {
         int64_t last = qkv_min(first + plan->pass, end);
@@ -266,7 +270,7 @@ static void attend_chunk(const qkv_query_tile *t, int64_t chunk, uint64_t chosen
             if (!(chosen >> i & 1))
                 continue;
             const qkv_panel *x = &t->panel[i];
-            if (last == t->any.hi)
+            if (last == t->any.hi && !t->problem->question)
                 qkv_expect_writing(t, x);
             for (int64_t key = first; key < last; key += plan->block) {
                 int64_t next = qkv_min(key + plan->block, last);
@@ -276,6 +280,16 @@ static void attend_chunk(const qkv_query_tile *t, int64_t chunk, uint64_t chosen
             cold = 0;
         }
     }
+}
+
+/* Every chosen panel against the keys of one chunk; leaves the chunk's own state in each panel's `state`. */
+static void attend_chunk(const qkv_query_tile *t, int64_t chunk, uint64_t chosen, int careful)
+{
+    const qkv_plan *plan = t->plan;
+    for (int i = 0; i < t->panels; i++)
+        if (chosen >> i & 1)
+            reset(t, t->panel[i].state, t->panel[i].nv);
+    walk_keys(t, chunk * plan->chunk, (chunk + 1) * plan->chunk, chosen, careful);
 }
 
 /* All chunks of the chosen panels into `total`. Returns 0 if the call is given up before the last. */
@@ -349,12 +363,54 @@ static void attend_split(qkv_call *job, int worker, const qkv_query_tile *t, int
     conclude(job, worker, t);
 }
 
+/* The answer to what is asked of each query: a state goes through all keys in order. */
+static void answer_queries(qkv_call *job, int worker, const qkv_query_tile *t)
+{
+    const qkv_problem *p = job->problem;
+    const qkv_plan *plan = t->plan;
+    qkv_range keys = t->any;
+    if (p->question == QKV_WEIGHTS)
+        keys = (qkv_range){qkv_max(keys.lo, p->answer_first), qkv_min(keys.hi, p->answer_first + p->answer_n)};
+    qkv_begin_answer(t);
+    for (int64_t first = keys.lo / plan->block * plan->block, next; first < keys.hi; first = next) {
+        next = qkv_min((first / plan->chunk + 1) * plan->chunk, keys.hi);
+        walk_keys(t, first, next, ~(uint64_t)0, 0);
+        if (next < keys.hi && qkv_must_stop(&job->stop, worker))
+            return;
+    }
+    qkv_write_answer(t);
+}
+
+/* The answer to what is asked of each key of a range: all queries of a head in order. */
+static void answer_keys(qkv_call *job, int64_t task, int worker)
+{
+    const qkv_problem *p = job->problem;
+    const qkv_plan *plan = job->plan;
+    int64_t sequence = task / plan->ranges / plan->heads, head = task / plan->ranges % plan->heads;
+    char *scratch = job->scratch[worker] + sizeof(qkv_counters);
+    qkv_range keys = {task % plan->ranges * plan->range, qkv_min((task % plan->ranges + 1) * plan->range, p->len_k)};
+    int64_t rows = plan->tile_panels * plan->kernels->lanes, tiles = qkv_tiles_of(p, plan, sequence);
+    qkv_begin_sums(plan, scratch);
+    for (int64_t tile = 0; tile < tiles; tile++) {
+        qkv_range seen = qkv_reach(p, sequence, tile * rows, qkv_min((tile + 1) * rows, qkv_queries(p, sequence)) - 1);
+        if (seen.lo >= keys.hi || seen.hi <= keys.lo)
+            continue;
+        qkv_query_tile t;
+        qkv_open_tile(&t, p, plan, sequence, head, tile, job->summary, scratch, (qkv_counters *)job->scratch[worker]);
+        t.first = keys.lo;
+        qkv_begin_answer(&t);
+        walk_keys(&t, keys.lo, keys.hi, ~(uint64_t)0, 0);
+        if (qkv_must_stop(&job->stop, worker))
+            return;
+    }
+    qkv_write_sums(p, plan, sequence, head, keys, scratch);
+}
+
 /* Query tile number `index` of the grid: sequences x key heads x tiles, of which each sequence may have its own number. */
 typedef struct { int64_t sequence, head, tile; } place;
 
 static place find_tile(const qkv_call *job, int64_t index)
 {
-    const qkv_problem *p = job->problem;
     int64_t sequence, tiles = job->plan->tiles;
     if (job->first_tile) {
         int64_t past = job->plan->sequences;            /* first_tile[sequence] <= index < first_tile[past] */
@@ -366,10 +422,10 @@ static place find_tile(const qkv_call *job, int64_t index)
                 past = middle;
         }
         index -= job->first_tile[sequence];
-        tiles = (job->first_tile[sequence + 1] - job->first_tile[sequence]) / p->heads_kv;
+        tiles = (job->first_tile[sequence + 1] - job->first_tile[sequence]) / job->plan->heads;
     } else {
-        sequence = index / tiles / p->heads_kv;
-        index -= sequence * p->heads_kv * tiles;
+        sequence = index / tiles / job->plan->heads;
+        index -= sequence * job->plan->heads * tiles;
     }
     /* Late rows first: under a causal mask they are the heavy ones. */
     return (place){sequence, index / tiles, tiles - 1 - index % tiles};
@@ -384,6 +440,10 @@ static void run_task(void *context, int64_t task, int worker)
     if (atomic_load_explicit(&job->stop.stop, memory_order_relaxed))
         return;
     counters->tasks++;
+    if (job->problem->question == QKV_RECEIVED) {
+        answer_keys(job, task, worker);
+        return;
+    }
     place at = find_tile(job, base);
     if (qkv_has_few(job->problem, plan, at.sequence)) {
         qkv_decode(job, worker, at.sequence, at.head, base, chunk);
@@ -392,7 +452,9 @@ static void run_task(void *context, int64_t task, int worker)
     qkv_query_tile t;
     qkv_open_tile(&t, job->problem, plan, at.sequence, at.head, at.tile, job->summary,
                   job->scratch[worker] + sizeof(qkv_counters), counters);
-    if (plan->split)
+    if (job->problem->question)
+        answer_queries(job, worker, &t);
+    else if (plan->split)
         attend_split(job, worker, &t, base, chunk);
     else if (attend_tile(job, worker, &t, ~(uint64_t)0, 0))
         conclude(job, worker, &t);
@@ -440,7 +502,7 @@ static int take_shared(qkv_call *job, int slot, char **block)
         job->first_tile = first;
         first[0] = 0;
         for (int64_t b = 0; b < plan->sequences; b++)
-            first[b + 1] = first[b] + p->heads_kv * qkv_tiles_of(p, plan, b);
+            first[b + 1] = first[b] + plan->heads * qkv_tiles_of(p, plan, b);
     }
     return 1;
 }
@@ -481,7 +543,7 @@ qkv_status qkv_forward(const qkv_problem *p)
 {
     qkv_plan plan;
     qkv_status status = qkv_make_plan(p, &plan);
-    if (status != QKV_OK || plan.tasks == 0 || (p->dim_v == 0 && !p->lse))
+    if (status != QKV_OK || plan.tasks == 0 || (p->dim_v == 0 && !p->lse && !p->question))
         return status;
     return qkv_run_plan(p, &plan);
 }

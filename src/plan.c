@@ -134,6 +134,7 @@ static void lay_out_scratch(const qkv_problem *p, qkv_plan *plan)
     TAKE(at_pointers, plan->adjust ? 2 * lanes * sizeof(void *) : 0);
     TAKE(at_bias, p->bias && !plan->direct_bias ? lanes * (size_t)plan->block * size : 0);
     TAKE(at_mask, plan->masked && !plan->direct_mask ? lanes * (size_t)plan->block : 0);
+    TAKE(at_sums, (size_t)plan->range * (size_t)plan->kernels->vector * size);
 #undef TAKE
     plan->scratch_bytes = plan->decode || at < plan->few.scratch_bytes ? plan->few.scratch_bytes : at;
 }
@@ -168,7 +169,7 @@ int qkv_has_few(const qkv_problem *p, const qkv_plan *plan, int64_t sequence)
 /* Pairs are multiplied where Q, K and V hold them, and what goes into Q is its sign alone. */
 static int multiplies_pairs(const qkv_problem *p, const qkv_plan *plan)
 {
-    return qkv_isa_at(p->isa)->pairs && p->type == QKV_BF16 && p->kv_type == QKV_BF16 && fabs(plan->q_factor) == 1;
+    return !p->question && qkv_isa_at(p->isa)->pairs && p->type == QKV_BF16 && p->kv_type == QKV_BF16 && fabs(plan->q_factor) == 1;
 }
 
 /* For tiles of few rows, where there may be some: `rows` at most. */
@@ -176,7 +177,7 @@ static void plan_few(const qkv_problem *p, qkv_plan *plan)
 {
     qkv_few_plan *few = &plan->few;
     int64_t size = plan->kernels->size, vector = plan->kernels->vector;
-    if (plan->rows == 0)
+    if (plan->rows == 0 || p->question)
         return;
     int64_t most = p->kv_type == qkv_arithmetic(p->type) ? FEW_BYTES / size : FEW_WIDENED;
     few->most = qkv_min(most, qkv_max(FEW_LEAST, (p->dim + p->dim_v) / FEW_COLUMNS));
@@ -252,19 +253,39 @@ static int count_work(const qkv_problem *p, const qkv_plan *plan, int64_t *panel
 {
     int64_t heads;
     double pairs = (double)plan->sequences * (double)p->len_q * (double)plan->reach;
-    if (!multiply(plan->sequences, p->heads_kv, &heads)
+    if (!multiply(plan->sequences, plan->heads, &heads)
         || !multiply(heads, ceil_div(plan->rows, plan->kernels->lanes), panels))
         return 0;
     if (p->q_starts) {                /* less than that */
         *panels = 0;
         pairs = 0;
         for (int64_t b = 0; b < plan->sequences; b++) {
-            *panels += p->heads_kv * panels_of(p, plan, b);
+            *panels += plan->heads * panels_of(p, plan, b);
             pairs += (double)qkv_queries(p, b) * (double)qkv_length(p, b);
         }
     }
     *flops = 2.0 * (double)(p->dim + p->dim_v) * pairs * (double)p->heads_q;
     return 1;
+}
+
+/* Bytes of what a question keeps for each row beside m and l. */
+static int64_t answer_lane_bytes(const qkv_problem *p, const qkv_kernels *kernels)
+{
+    if (p->question == QKV_ENTROPY)
+        return kernels->size;
+    if (p->question == QKV_TOP_KEYS)  /* no more keys than there are */
+        return 2 * qkv_max(1, qkv_min(p->answer_n, p->len_k)) * kernels->size;
+    return 0;
+}
+
+/* Tasks that sum over queries have a range of keys each. It is what says who adds up what, not in which order. */
+static int plan_ranges(const qkv_problem *p, qkv_plan *plan)
+{
+    int64_t heads = plan->sequences * plan->heads, blocks = ceil_div(p->len_k, BLOCK);
+    int64_t wanted = heads ? ceil_div((int64_t)p->threads * TASKS_PER_THREAD, heads) : 1;
+    plan->range = qkv_max(1, qkv_min(CHUNK / BLOCK, blocks / qkv_max(1, wanted))) * BLOCK;
+    plan->ranges = ceil_div(p->len_k, plan->range);
+    return multiply(heads, plan->ranges, &plan->tasks);
 }
 
 qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
@@ -276,16 +297,23 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     for (int i = 0; i < p->n_axes; i++)
         if (!multiply(plan->sequences, p->axes[i], &plan->sequences))
             return QKV_OVERFLOW;
-    plan->group = p->heads_kv ? p->heads_q / p->heads_kv : 0;
+    plan->heads = p->question == QKV_RECEIVED ? p->heads_q : p->heads_kv;
+    plan->group = plan->heads ? p->heads_q / plan->heads : 0;
+    plan->sharing = p->heads_kv ? plan->heads / p->heads_kv : 0;
     if (!multiply(p->len_q, plan->group, &plan->rows))
         return QKV_OVERFLOW;
 
-    plan->state_bytes = align((size_t)(p->dim_v + 2) * (size_t)kernels->lanes * (size_t)kernels->size);
+    int64_t lane_bytes;
+    if (p->question == QKV_TOP_KEYS && kernels->size == sizeof(uint32_t) && p->len_k >= UINT32_MAX)
+        return QKV_OVERFLOW;          /* keys are numbered in as many bits */
+    if (!multiply(answer_lane_bytes(p, kernels) + (p->dim_v + 2) * kernels->size, kernels->lanes, &lane_bytes))
+        return QKV_OVERFLOW;
+    plan->state_bytes = align((size_t)lane_bytes);
     plan->block = BLOCK;
     plan->chunk = CHUNK;
     find_reach(p, plan);
     /* A sink is merged even with a single chunk: how many there are must not show in a sequence that has only one. */
-    plan->merges = p->len_k > CHUNK || p->sinks;
+    plan->merges = !p->question && (p->len_k > CHUNK || p->sinks);
     choose_copies(p, plan);
     plan->copy_row_k = p->dim + COPY_PAD;
     plan->copy_row_v = p->dim_v + COPY_PAD;
@@ -307,10 +335,12 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     int64_t panels = ceil_div(plan->rows, kernels->lanes), base;
     double flops;
     int64_t panel_bytes = (plan->terms + 2 * p->dim_v + 4) * kernels->lanes * kernels->size;
+    if (p->question)
+        panel_bytes = plan->terms * kernels->lanes * kernels->size + (int64_t)plan->state_bytes;
     int64_t most = qkv_min(TILE_PANELS, qkv_max(1, (copies ? COPY_STATE_BYTES : STATE_BYTES) / panel_bytes));
     if (!count_work(p, plan, &base, &flops))
         return QKV_OVERFLOW;
-    int64_t heads = plan->sequences * p->heads_kv, threads = qkv_max(1, p->threads), rounds = ceil_div(heads, threads);
+    int64_t heads = plan->sequences * plan->heads, threads = qkv_max(1, p->threads), rounds = ceil_div(heads, threads);
     int even = rounds >= ENOUGH_ROUNDS && rounds * threads <= heads + heads / 16;
     int64_t least = plan->cold && even ? SHARING_PANELS : 1;
     int64_t wanted = p->threads > 1 ? qkv_max(least, base / ((int64_t)p->threads * TASKS_PER_THREAD)) : most;
@@ -318,12 +348,14 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     most = qkv_min(most, (int64_t)(TASK_FLOPS / (panel_flops + 1)));
     plan->tiles = plan->decode ? 1 : ceil_div(panels, qkv_max(1, qkv_min(qkv_min(most, wanted), panels)));
     plan->tile_panels = plan->decode ? 1 : qkv_max(1, ceil_div(panels, qkv_max(1, plan->tiles)));     /* of about one size */
-    plan->tasks = plan->sequences * p->heads_kv * plan->tiles;
+    plan->tasks = plan->sequences * plan->heads * plan->tiles;
     if (p->q_starts) {
         plan->tasks = 0;
         for (int64_t b = 0; b < plan->sequences; b++)
-            plan->tasks += p->heads_kv * qkv_tiles_of(p, plan, b);
+            plan->tasks += plan->heads * qkv_tiles_of(p, plan, b);
     }
+    if (p->question == QKV_RECEIVED && !plan_ranges(p, plan))
+        return QKV_OVERFLOW;
     double bytes = 0, dims = (double)(p->dim + p->dim_v);               /* of K and V */
     if (plan->decode && dims > 0)
         bytes = flops / (2 * dims * (double)plan->rows)
@@ -331,7 +363,7 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     plan->threads = flops < SERIAL_FLOPS && bytes < SERIAL_BYTES ? 1 : p->threads;
     plan->small = flops < WORTH_WAKING * SERIAL_FLOPS && bytes < WORTH_WAKING * SERIAL_BYTES;
     plan->partial_bytes = plan->state_bytes * (size_t)(plan->tasks * plan->tile_panels);
-    if (plan->threads > 1 && plan->chunks > 1 && plan->tasks < 2 * plan->threads
+    if (!p->question && plan->threads > 1 && plan->chunks > 1 && plan->tasks < 2 * plan->threads
         && (double)plan->partial_bytes * (double)plan->chunks <= PARTIAL_BYTES) {
         plan->split = 1;
         plan->partial_bytes *= (size_t)plan->chunks;

@@ -24,7 +24,8 @@ typedef struct {
 } qkv_few_plan;
 
 /* The work is a grid: sequences x key heads x query tiles, and, if split, x chunks of keys. A query tile is some panels
- * of one (sequence, key head); its rows are (position, head of the group) pairs, the head running fastest. */
+ * of one (sequence, key head); its rows are (position, head of the group) pairs, the head running fastest. Where sums over
+ * queries are asked for, it is sequences x query heads x ranges of keys. */
 typedef struct {
     const qkv_kernels *kernels;
     /* The scale is the product of what goes into Q^T, of what multiplies scores before anything is added to them, and of
@@ -36,12 +37,14 @@ typedef struct {
     int masked;                       /* by element: a mask, or segments in any order */
 
     int64_t terms;                    /* of a score: dim, or pairs of them */
-    int64_t sequences, group;         /* query heads per key head */
-    int64_t rows;                     /* of one key head: len_q * group; in ragged batches, at most */
+    /* Rows that share their keys are those of all query heads of a key head, or of one query head where it is asked what each
+     * of these gives. `heads` are what rows are of, `group` query heads in each, and so many of them share a key head. */
+    int64_t sequences, heads, group, sharing;
+    int64_t rows;                     /* of one head: len_q * group; in ragged batches, at most */
     int decode;                       /* all sequences have few rows */
     qkv_few_plan few;
     int64_t tile_panels;              /* panels in a query tile */
-    int64_t tiles;                    /* query tiles of one key head; in ragged batches, at most */
+    int64_t tiles;                    /* query tiles of one head; in ragged batches, at most */
 
     int64_t block;                    /* keys of one kernel call; bounds are multiples of it */
     int64_t chunk;                    /* keys summed apart and then merged; a multiple of block */
@@ -62,12 +65,14 @@ typedef struct {
 
     int64_t tasks;
     int threads;
+    int64_t range, ranges;            /* keys of a task that sums over queries, and such tasks of a head */
     int small;                        /* worth a thread that spins, but not to wake one */
 
     /* Scratch of one worker: byte offsets from its beginning. */
-    size_t state_bytes;               /* O, m, l of one panel */
+    size_t state_bytes;               /* O, m, l of one panel, or what a question keeps, m and l */
     size_t at_panels, at_limits, at_rows, at_q, at_state, at_total, at_s, at_k, at_v, at_tile;
     size_t at_lanes, at_pointers, at_bias, at_mask;     /* what elements.c needs */
+    size_t at_sums;                   /* (range, vector) */
     int64_t copy_row_k, copy_row_v;   /* elements per row of copied K and V */
     size_t scratch_bytes;
     size_t partial_bytes;             /* all partial states of a split problem */
@@ -79,7 +84,7 @@ qkv_status qkv_make_plan(const qkv_problem *problem, qkv_plan *plan);
 /* Whether a sequence has few rows. */
 int qkv_has_few(const qkv_problem *problem, const qkv_plan *plan, int64_t sequence);
 
-/* Query tiles of one key head of a sequence. */
+/* Query tiles of one head of a sequence. */
 int64_t qkv_tiles_of(const qkv_problem *problem, const qkv_plan *plan, int64_t sequence);
 
 #endif

@@ -34,6 +34,19 @@ typedef enum {
     QKV_INTERRUPTED                   /* the interrupt callback asked to stop; `out` may be partly written */
 } qkv_status;
 
+/* What is asked of scores. Answers to all but the first are of the type of the arithmetic, and contiguous:
+ *   LARGEST      (axes..., heads_q, len_q): the largest scaled product of Q and K over visible keys, before all else that
+ *              becomes of a score; -inf without one. Soft cap, slopes and sinks are absent, and of a bias only -inf counts
+ *   ENTROPY      (axes..., heads_q, len_q): of the weights, in nats
+ *   TOP_KEYS     (axes..., heads_q, len_q, n): weights of the heaviest keys by score, largest first, ties by key; and the keys,
+ *              -1 where there are fewer
+ *   NORMALISERS  (axes..., heads_q, len_q, 2): what makes weights of a query's scores, for questions that sum over queries. A
+ *                log-sum-exp says less where scores are large
+ *   RECEIVED     (axes..., heads_q, len_k): sums of weights over queries, whose log-sum-exp or normalisers are given
+ *   WEIGHTS      (axes..., heads_q, len_q, n): weights of the keys from answer_first on, likewise; what is hidden is left alone
+ * Axes are those of lse in ragged batches as well: (heads_q, all rows), (heads_q, all keys). */
+typedef enum { QKV_VALUES, QKV_LARGEST, QKV_ENTROPY, QKV_TOP_KEYS, QKV_NORMALISERS, QKV_RECEIVED, QKV_WEIGHTS } qkv_question;
+
 /* Byte strides of a (batch axes..., head, row, dim) view. A broadcast axis has stride 0. */
 typedef struct {
     int64_t axis[QKV_MAX_AXES];
@@ -72,7 +85,7 @@ typedef struct {
 
     const char *q;                    /* (axes..., heads_q, len_q, dim) */
     char *out;                        /* (axes..., heads_q, len_q, dim_v); overlaps no input */
-    void *lse;                        /* (axes..., heads_q, len_q), contiguous, or NULL */
+    void *lse;                        /* (axes..., heads_q, len_q), contiguous, or NULL; of RECEIVED and WEIGHTS it is read, else written */
     qkv_strides q_at, k_at, v_at, out_at;
 
     /* Keys of sequence b: runs[run_of[b]] ... runs[run_of[b + 1] - 1] in order of position, without gaps. With
@@ -108,6 +121,14 @@ typedef struct {
      * q_starts[b] .. q_starts[b + 1] of q, out, lse (heads_q, all rows), spans and q_ids, len_q being the longest; and of
      * k_ids those from k_starts[b]. Its keys are the length_b of its runs, len_k being the most. */
     const int64_t *q_starts, *k_starts;
+
+    /* Of a question other than VALUES: dim_v is 0, and out and V are not looked at. */
+    qkv_question question;
+    void *answer;
+    int64_t *answer_keys;             /* of TOP_KEYS */
+    int64_t answer_n;                 /* of TOP_KEYS and WEIGHTS; at least 1 */
+    int64_t answer_first;             /* of WEIGHTS */
+    const void *normalisers;          /* of RECEIVED and WEIGHTS, if lse is NULL: the answer of that name, of the same problem */
 
     int threads;                      /* at most this many */
     int isa;                          /* index into the available CPU paths */

@@ -101,8 +101,8 @@ void qkv_open_tile(qkv_query_tile *t, const qkv_problem *p, const qkv_plan *plan
     };
     t->q_offset = qkv_rows_offset(p, &p->q_at, sequence) + head * plan->group * p->q_at.head;
     t->out_offset = qkv_rows_offset(p, &p->out_at, sequence) + head * plan->group * p->out_at.head;
-    t->k_offset = head * p->k_at.head + (p->run_of ? 0 : qkv_sequence_offset(p, &p->k_at, sequence));
-    t->v_offset = head * p->v_at.head + (p->run_of ? 0 : qkv_sequence_offset(p, &p->v_at, sequence));
+    t->k_offset = head / plan->sharing * p->k_at.head + (p->run_of ? 0 : qkv_sequence_offset(p, &p->k_at, sequence));
+    t->v_offset = head / plan->sharing * p->v_at.head + (p->run_of ? 0 : qkv_sequence_offset(p, &p->v_at, sequence));
     lay_out_panels(t, first_panel);
     find_limits(t);
     for (int i = 0; plan->adjust && i < t->panels; i++) {
@@ -146,19 +146,20 @@ void qkv_begin_state(const qkv_query_tile *t, const qkv_panel *x, char *state)
     qkv_begin_sinks(t->problem, plan, t->head, x->row, x->n, m, l);
 }
 
+int64_t qkv_result_index(const qkv_problem *p, const qkv_plan *plan, int64_t sequence, int64_t head, const qkv_row *r)
+{
+    int64_t query_head = head * plan->group + r->head;
+    if (p->q_starts)
+        return query_head * p->q_starts[plan->sequences] + p->q_starts[sequence] + r->position;
+    return (sequence * p->heads_q + query_head) * p->len_q + r->position;
+}
+
 void qkv_write_lse(const qkv_problem *p, const qkv_plan *plan, int64_t sequence, int64_t head, int64_t row, int64_t n,
                    const void *m, const void *l)
 {
-    /* (sequences, heads, queries), or (heads, queries of all sequences) */
-    int64_t first_head = head * plan->group, queries = p->len_q;
-    if (p->q_starts)
-        queries = p->q_starts[plan->sequences];
-    else
-        first_head += sequence * p->heads_q;
-    int64_t first_query = p->q_starts ? p->q_starts[sequence] : 0;
     qkv_row r = qkv_row_of(row, plan->group);
     for (int64_t j = 0; j < n; j++, qkv_next_row(&r)) {
-        int64_t at = (first_head + r.head) * queries + first_query + r.position;
+        int64_t at = qkv_result_index(p, plan, sequence, head, &r);
         int wide = p->type == QKV_F64;
         double top = wide ? ((const double *)m)[j] : ((const float *)m)[j];
         double sum = wide ? ((const double *)l)[j] : ((const float *)l)[j];

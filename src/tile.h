@@ -20,12 +20,13 @@ typedef struct {
 typedef struct {
     const qkv_problem *problem;
     const qkv_plan *plan;
-    int64_t sequence, head;           /* head: a key head */
-    int64_t rows;                     /* of this key head */
+    int64_t sequence, head;           /* head: one of plan->heads */
+    int64_t rows;                     /* of this head */
     int64_t q_offset, k_offset, v_offset, out_offset;   /* bytes to this sequence and key head */
     qkv_panel *panel;                 /* (panels) */
     int panels;
     qkv_range any;                    /* keys that some row sees */
+    int64_t first;                    /* of the keys whose sums over queries lie in scratch */
     char *scratch;
     qkv_counters *counters;
     qkv_elements elements;
@@ -45,6 +46,10 @@ void qkv_begin_state(const qkv_query_tile *tile, const qkv_panel *panel, char *s
 
 /* m and l of n rows of a key head, the first of which is `row`: those of its sinks alone, where there are any. */
 void qkv_begin_sinks(const qkv_problem *problem, const qkv_plan *plan, int64_t head, int64_t row, int64_t n, void *m, void *l);
+
+/* Where a row of a head stands in what has a number for each: (sequences, query heads, queries), or (query heads, queries of
+ * all sequences). */
+int64_t qkv_result_index(const qkv_problem *problem, const qkv_plan *plan, int64_t sequence, int64_t head, const qkv_row *row);
 
 /* Writes the log-sum-exp of n rows of a key head with these m and l. */
 void qkv_write_lse(const qkv_problem *problem, const qkv_plan *plan, int64_t sequence, int64_t head, int64_t row, int64_t n,

@@ -3,6 +3,7 @@
 import doctest
 import importlib.util
 import inspect
+import operator
 import os
 import re
 import runpy
@@ -17,7 +18,9 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 FUNCTIONS = {name: getattr(qkv_fast, name) for name in qkv_fast.__all__ if callable(getattr(qkv_fast, name))}
 for name in ("KVCache", "PagedKVCache"):
     FUNCTIONS |= {f"{name}.{key}": getattr(FUNCTIONS[name], key) for key in vars(FUNCTIONS[name]) if key[0] != "_"}
-FUNCTIONS |= {f"reference.{name}": getattr(qkv_fast.reference, name) for name in qkv_fast.reference.__all__}
+for name in ("spotlight", "reference", "reference.spotlight"):
+    public = [(key, thing) for key, thing in vars(operator.attrgetter(name)(qkv_fast)).items() if key[0] != "_"]
+    FUNCTIONS |= {f"{name}.{key}": thing for key, thing in public if inspect.isfunction(thing)}
 
 
 def run(test):
@@ -58,14 +61,14 @@ def test_sections(name):
 GUIDE = CHECKOUT / "docs" / "guide.md"
 
 
-@pytest.mark.parametrize("name", ["guide.md", "masks.md", "trouble.md"])
+@pytest.mark.parametrize("name", ["guide.md", "masks.md", "spotlight.md", "trouble.md"])
 def test_pages(name):
     """All blocks in order, as one session. A block ends with an empty line, which ends its last result."""
     for host in ("threadpoolctl", "onnx", "ml_dtypes"):
         pytest.importorskip(host, reason="the extra [test] installs it")
     text = (CHECKOUT / "docs" / name).read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    assert len(blocks) > 9 and text.count(">>> ") == sum(block.count(">>> ") for block in blocks)
+    assert len(blocks) > 6 and text.count(">>> ") == sum(block.count(">>> ") for block in blocks)
     # Outside the blocks everything becomes blank, so that line numbers in a failure are those of the file.
     kept = re.sub(r"(?s)(```python\n)(.*?)(```\n)|[^\n]", lambda m: f"\n{m[2]}\n" if m[2] else "", text)
     run(doctest.DocTestParser().get_doctest(kept, {}, name, f"docs/{name}", 0))

@@ -34,9 +34,10 @@ HEADERS = {
     "plan_stages.[ch]": "qkv.h kernels/kernels.h mask.h types.h plan_tools.h",
     "elements.[ch]": "plan.h mask.h rows.h",
     "tile.[ch]": "plan.h mask.h rows.h elements.h",
+    "spotlight.[ch]": "plan.h mask.h rows.h elements.h tile.h",
     "call.h": "plan.h threads.h",
     "decode.[ch]": "call.h tile.h elements.h mask.h rows.h types.h",
-    "forward.[ch]": "plan.h call.h decode.h tile.h elements.h mask.h types.h memory.h",
+    "forward.[ch]": "plan.h call.h decode.h spotlight.h tile.h elements.h mask.h types.h memory.h",
     "explain.c": "plan.h plan_stages.h forward.h elements.h mask.h types.h",
     "cache.c": "qkv.h kernels/kernels.h cpu.h",
     "stages.c": "plan_stages.h mask.h threads.h memory.h",
@@ -84,6 +85,7 @@ IMPORTS = {
     "qkv_fast/_plans.py": "_runtime",
     "qkv_fast/_explain.py": f"{PUBLIC} _core _runtime _problem _checks _attention _varlen _stages _plans",
     "qkv_fast/cache/*.py": f"{PUBLIC} _core _runtime _problem _checks _masks _merge _help",
+    "qkv_fast/spotlight/*.py": f"{PUBLIC} _core _problem _checks _help",
     "qkv_fast/reference/*.py": f"{PUBLIC} _checks _help",  # what positions, masks and shapes mean is its own code
 }
 BOUNDARY = "_qkv numpy cpython libc cython"  # what qkv_fast/_core.pyx may cimport or import

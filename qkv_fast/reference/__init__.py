@@ -1,6 +1,7 @@
 """The definition of every verb in plain NumPy and the next wider type: the tests' oracle, and documentation."""
 
+from . import spotlight
 from .attention import _distances, _visible, attention, attention_varlen  # noqa: F401 (tests count what is visible)
 from .stages import scores, softmax, weighted_values
 
-__all__ = ["attention", "attention_varlen", "scores", "softmax", "weighted_values"]
+__all__ = ["attention", "attention_varlen", "scores", "softmax", "spotlight", "weighted_values"]

@@ -115,10 +115,29 @@ def attention(
     where = "reference.attention"
     if words:
         _fail_words(where, words)
+    visible_by = mask, bias, causal, window, q_offset, kv_lengths, segments
+    q, k, v, _, scores, sinks = _scored(where, q, k, v, *visible_by, alibi_slopes, sinks, softcap, scale, layout)
+    p, lse = _softmax(scores, sinks)
+    with np.errstate(all="ignore"):
+        out = _weigh(p, v, scores != -np.inf)
+    if q.ndim == 2:
+        out, lse = out[0], lse[0]
+    elif layout == "blhd":
+        out = np.swapaxes(out, -3, -2)
+    return (out.copy(), lse.copy()) if return_lse else out.copy()
+
+
+def _scored(
+    where: str, q: Any, k: Any, v: Any, mask: Any, bias: Any, causal: Any, window: Any, q_offset: Any, kv_lengths: Any,
+    segments: Any, alibi_slopes: Any, sinks: Any, softcap: Any, scale: Any, layout: str,
+) -> tuple[Any, ...]:  # fmt: skip
+    """q as it was given; k and v, widened, for each query head; scaled products and final scores, (..., Hq, Lq, Lk),
+    these -inf where a key is excluded; and the sinks, or None. 2-D arrays have one head."""
     q, k, v = _as_array("q", q, where), _as_array("k", k, where), _as_array("v", v, where)
     for name, x in (("q", q), ("k", k), ("v", v)):  # of any types beside one another: it is what caches are held to
         _check_type(where, name, x)
     shapes = f"q.shape={q.shape}, k.shape={k.shape}, v.shape={v.shape}"
+    given = q
     q, k, v = _widened(q, k, v)
     wide = q.dtype.type
 
@@ -155,7 +174,7 @@ def attention(
     if mask is not None:
         visible = visible & (np.broadcast_to(mask, logits) != 0)
     with np.errstate(all="ignore"):  # NaN and infinity are legal input, and excluded scores may be either
-        scores = q @ np.swapaxes(k, -1, -2) * wide(scale)  # (..., Hq, Lq, Lk)
+        products = scores = q @ np.swapaxes(k, -1, -2) * wide(scale)  # (..., Hq, Lq, Lk)
         if softcap is not None:
             scores = wide(softcap) * np.tanh(scores / wide(softcap))
         if alibi_slopes is not None:
@@ -166,26 +185,26 @@ def attention(
             visible = visible & (np.broadcast_to(bias, logits) != -np.inf)  # also where the score is NaN
             scores = scores + np.broadcast_to(bias, logits).astype(wide)
         scores = np.where(visible, scores, -np.inf)
-        visible = scores != -np.inf  # a score of -inf excludes its key; NaN does not
+    if sinks is not None:
+        sinks = _per_head("sinks", sinks, q_heads, wide)
+    all_scores = (*batch, q_heads, q_count, key_count)  # a batch axis may come from v or kv_lengths alone
+    return given, k, v, np.broadcast_to(products, all_scores), np.broadcast_to(scores, all_scores), sinks
+
+
+def _softmax(scores: Any, sinks: Any) -> tuple[Any, Any]:
+    """Weights, which sum to less than 1 by the sink's, and the log-sum-exp."""
+    with np.errstate(all="ignore"):
         largest = np.max(scores, axis=-1, keepdims=True, initial=-np.inf)
         if sinks is not None:
-            sinks = _per_head("sinks", sinks, q_heads, wide)
             largest = np.maximum(largest, sinks)
         shift = np.where(largest == -np.inf, 0, largest)  # a row that sees nothing: -inf - -inf would be NaN
-        p = np.exp(scores - shift)  # exactly 0 where excluded
+        p = np.exp(scores - shift)  # exactly 0 where excluded: a score of -inf excludes its key, NaN does not
         total = np.sum(p, axis=-1, keepdims=True)
         if sinks is not None:
             total = total + np.exp(sinks - shift)
         lse = np.squeeze(shift + np.log(total), -1)
-        out = _weigh(p, v, visible) / np.where(total == 0, 1, total)
-
-    out = np.broadcast_to(out, (*batch, *out.shape[-3:]))  # a batch axis may come from v or kv_lengths alone
-    lse = np.broadcast_to(lse, out.shape[:-1])
-    if no_heads:
-        out, lse = out[0], lse[0]
-    elif layout == "blhd":
-        out = np.swapaxes(out, -3, -2)
-    return (out.copy(), lse.copy()) if return_lse else out.copy()
+        p = np.where(scores == -np.inf, 0, p / np.where(total == 0, 1, total))
+    return p, lse
 
 
 @documented
@@ -298,9 +317,7 @@ def _weigh(p: Any, v: Any, visible: Any) -> Any:
     finite = np.isfinite(v)
     out = p @ np.where(finite, v, 0)
     batch_and_head = tuple(range(v.ndim - 2))
-    for j in np.flatnonzero(
-        ~finite.all(axis=(*batch_and_head, -1))
-    ):  # the keys with a NaN or infinity somewhere
+    for j in np.flatnonzero(~finite.all(axis=(*batch_and_head, -1))):  # the keys with a NaN or infinity somewhere
         value = np.where(finite[..., j, :], 0, v[..., j, :])[..., np.newaxis, :]
         touched = visible[..., j, np.newaxis] & ~finite[..., j, :][..., np.newaxis, :]
         if touched.any():
@@ -339,9 +356,7 @@ def _visible(
     keys = np.arange(key_count)
     lengths = key_count if kv_lengths is None else _per_sequence("kv_lengths", kv_lengths, batch)
     if np.any(lengths < 0) or np.any(lengths > key_count):
-        raise ValueError(
-            f"kv_lengths: expected lengths in 0..{key_count}, the number of keys, got {kv_lengths!r}"
-        )
+        raise ValueError(f"kv_lengths: expected lengths in 0..{key_count}, the number of keys, got {kv_lengths!r}")
     visible = np.broadcast_to(keys < lengths, (*np.shape(lengths)[:-2], q_count, key_count))
     if segments is not None:
         q_ids, k_ids = (np.asarray(ids) for ids in segments)
@@ -392,7 +407,5 @@ def _per_sequence(name: str, values: Any, batch: tuple[int, ...]) -> Any:
     try:
         np.broadcast_to(values, batch)
     except ValueError:
-        raise ValueError(
-            f"{name}: shape {values.shape} does not broadcast to the batch axes {batch}"
-        ) from None
+        raise ValueError(f"{name}: shape {values.shape} does not broadcast to the batch axes {batch}") from None
     return values[..., np.newaxis, np.newaxis, np.newaxis]

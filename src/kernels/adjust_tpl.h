@@ -37,6 +37,8 @@ static QKV_INLINE void X(element_square)(const qkv_tile *t, int i, int j, int n,
         for (int l = 0; l < W; l++)
             x[l] = X(select)(X(seen)(t->changes.mask[j + l] + i, n), x[l], none);
     X(transpose)(x);
+    for (int r = 0; t->changes.hides && r < W; r++)
+        x[r] = X(select)(X(equal)(x[r], none), none, zero);
 }
 
 /* Lanes of ALiBi: -slope, and the position counted from the block's first key. */

@@ -285,16 +285,23 @@ static QKV_NOINLINE void X(score_terms)(int nv, const qkv_tile *t, int first, in
     BY_VECTORS(X(score_vectors), nv, t, first, last, e);
 }
 
+/* S of the strip that begins at row i, as softmax takes it; returns the first row behind it. */
+static QKV_INLINE int X(score_strip)(int nv, const qkv_tile *t, int i, const X(limits) *limits)
+{
+    int end = X(strip_end)(t, i);
+    for (int e = 0; e == 0 || e < t->d; e += QKV_TERMS)
+        X(score_terms)(nv, t, i, end, e);
+    X(settle_rows)(t, i, end, limits);
+    return end;
+}
+
 /* All scores, strip by strip. Each is finished while it is still in L1: with `weigh` it becomes weights, else only its
  * maximum is taken. */
 static QKV_INLINE void X(score)(const int nv, const int weigh, const int careful, const qkv_tile *t,
                                 const X(limits) *limits, X(lanes) *lanes)
 {
     for (int i = 0, end; i < t->nk; i = end) {
-        end = X(strip_end)(t, i);
-        for (int e = 0; e == 0 || e < t->d; e += QKV_TERMS)
-            X(score_terms)(nv, t, i, end, e);
-        X(settle_rows)(t, i, end, limits);
+        end = X(score_strip)(nv, t, i, limits);
         if (weigh)
             X(weigh_rows)(nv, careful, t, i, end, lanes->shift, lanes->sum);
         else
@@ -469,6 +476,3 @@ static void X(merge)(void *o, void *m, void *l, const void *o2, const void *m2, 
     }
 }
 
-#undef BY_VECTORS
-#undef STRIP
-#undef P_LIMIT

@@ -66,6 +66,7 @@
 #include "exp2_tpl.h"
 #include "adjust_tpl.h"
 #include "attend_tpl.h"
+#include "look_tpl.h"
 #include "rows_tpl.h"
 #include "peak_tpl.h"
 #include "decode_tpl.h"
@@ -81,6 +82,9 @@
 #define KERNELS { \
     .size = sizeof(REAL), .pair = PAIR, .vector = W, .lanes = LANES, .row_tile = ROW_TILE, \
     .attend = X(attend), .reset = X(reset), .merge = X(merge), \
+    .look_largest = X(look_largest), .look_entropy = X(look_entropy), .look_heaviest = X(look_heaviest), \
+    .look_normalisers = X(look_normalisers), .look_received = X(look_received), \
+    .look_weights = X(look_weights), \
     .pack = X(pack), .expect = X(expect), .finish = X(finish), .finite = X(finite), \
     .gather = X(gather), .scatter = X(scatter), .gather_terms = X(gather_terms), .gather_values = X(gather_values), \
     .widens = WIDENS, \

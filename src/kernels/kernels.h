@@ -35,6 +35,7 @@ typedef struct {
     const int64_t *position;
     int64_t key;                      /* of the block's first, where positions count from */
     const void *const *bias;          /* -inf excludes */
+    int hides;                        /* all that a bias does is to exclude; not for few rows */
     const uint8_t *const *mask;       /* 0 excludes, else nothing is added */
 } qkv_changes;
 
@@ -69,9 +70,22 @@ typedef struct {
     int skew;                         /* keys of the block before the first, even with pairs: sums do not depend on where
                                        * a tile is cut */
     qkv_ahead *ahead;                 /* NULL: nothing */
-    int careful;                      /* take nothing from V where the lane's key is excluded, even NaN; nv is 1 */
+    int careful;                      /* take nothing from V where the lane's key is excluded, even NaN; nv is 1 to attend */
     qkv_changes changes;              /* per lane, for the nk keys */
 } qkv_tile;
+
+/* The heaviest keys of each lane so far, by score in falling order, ties by key; -inf and -1 behind them. */
+typedef struct {
+    void *score, *key;                /* (n, lanes), aligned to a vector; keys are integers as large as elements, unsigned */
+    int64_t first;                    /* the tile's first key */
+    int64_t n;                        /* at least 1 */
+} qkv_heaviest;
+
+/* Where weights go. */
+typedef struct {
+    void **row;                       /* (lanes): elements for the tile's keys from `first` on; NULL: of no lane */
+    int first;
+} qkv_weights;
 
 /* Few rows that share their keys, against one chunk of them: here a lane is an element of the head dimension. All pointers
  * are to the table's element type and aligned to a vector, and so are rows. A position is that of a key in the chunk. */
@@ -144,6 +158,21 @@ typedef struct {
      * 0. NaN in q, k or v of a visible pair reaches O of that lane; a lane that has seen nothing keeps m = -inf, l = 0.
      * The state of a new panel is O = 0, m = -inf, l = 0 (see reset). */
     void (*attend)(const qkv_tile *tile);
+
+    /* Questions about the scores of a tile instead of its values: V is not read, and `careful`, for any nv, keeps NaN in
+     * hidden keys out of scores.
+     *   largest      m <- max(m, S), NaN if one is visible
+     *   entropy      m, l as attend has them, and o (1, lanes) <- the sum of P (S - m)
+     *   heaviest     m, l, and the list
+     *   normalisers  m and l
+     *   received     sums (nk, vector) += l P, with the m and l that are given, lane after lane of an element's
+     *   weights      rows <- l P, likewise */
+    void (*look_largest)(const qkv_tile *tile);
+    void (*look_entropy)(const qkv_tile *tile);
+    void (*look_heaviest)(const qkv_tile *tile, const qkv_heaviest *list);
+    void (*look_normalisers)(const qkv_tile *tile);
+    void (*look_received)(const qkv_tile *tile, void *sums);
+    void (*look_weights)(const qkv_tile *tile, const qkv_weights *to);
 
     void (*reset)(void *o, void *m, void *l, int nv, int dv);
 

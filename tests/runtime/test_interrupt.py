@@ -32,6 +32,8 @@ elif "STAGE" == "scores":
     call = lambda: qkv_fast.scores(k.swapaxes(-1, -2)[:, :LQ], k.swapaxes(-1, -2)[:, :LQ], num_threads=THREADS)
 elif "STAGE" == "weighted_values":
     call = lambda: qkv_fast.weighted_values(np.broadcast_to(np.float32(1), (HEADS, LQ, LK)), k, num_threads=THREADS)
+elif "STAGE" in qkv_fast.spotlight.__all__:
+    call = lambda: qkv_fast.spotlight.STAGE(q, k, num_threads=THREADS)
 else:
     call = lambda: qkv_fast.attention(q, k, k, num_threads=THREADS)
 waited = []
@@ -87,6 +89,11 @@ def test_signals(longest_wait, heads, lq, lk, threads):
 def test_signals_to_a_stage(longest_wait, stage, lq, lk, threads):
     """One task of seconds: the looks are between groups of rows and passes of terms."""
     assert longest_wait(1, lq, lk, threads, stage) < 0.2
+
+
+@pytest.mark.parametrize("question", ["largest", "entropy", "top_keys", "received"])
+def test_signals_to_a_question(longest_wait, question):
+    assert longest_wait(1, 48 * 40, 2**23, 2, question) < 0.2
 
 
 @pytest.mark.parametrize("axis, most", [(0, 2**24), (1, 2**20)])

@@ -1,0 +1,196 @@
+"""Where attention falls, as it is defined: from the whole matrix of weights."""
+
+from typing import Any
+
+import numpy as np
+
+from .attention import _scored, _softmax
+
+_NAMES = (
+    "mask", "bias", "causal", "window", "q_offset", "kv_lengths", "segments", "alibi_slopes", "sinks", "softcap",
+    "scale", "layout",
+)  # fmt: skip
+
+
+def _matrices(where: str, q: Any, k: Any, options: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
+    """Scaled products, final scores, weights, each (..., Hq, Lq, Lk), 2-D without heads; and the log-sum-exp."""
+    if unknown := set(options) - set(_NAMES):
+        raise TypeError(f"reference.spotlight.{where}() got an unexpected keyword argument {min(unknown)!r}")
+    options = {"causal": False, "layout": "bhld"} | options
+    k = np.asarray(k)
+    arguments: list[Any] = [options.get(name) for name in _NAMES]
+    given, *_, products, scores, sinks = _scored(f"reference.spotlight.{where}", q, k, k[..., :0], *arguments)
+    p, lse = _softmax(scores, sinks)
+    found = products, scores, p, lse
+    return tuple(x[0] for x in found) if given.ndim == 2 else found
+
+
+def largest(q: Any, k: Any, **options: Any) -> Any:
+    """The largest scaled product of each query with a key that it sees, ``max(scale * q @ k.T)``.
+
+    Parameters
+    ----------
+    q, k : array_like
+        As in `qkv_fast.spotlight.largest`.
+    **options
+        Its other arguments.
+
+    Returns
+    -------
+    ndarray, shape (..., Hq, Lq)
+        Of the type that `reference.attention` returns for q.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `reference.attention`.
+
+    Examples
+    --------
+    >>> from qkv_fast import reference
+    >>> reference.spotlight.largest([[1.0, 2.0]], [[3.0, 4.0], [5.0, 6.0]], scale=1).astype("float64")
+    array([17.])
+    """
+    options |= {"sinks": None, "softcap": None, "alibi_slopes": None}
+    products, scores, _, _ = _matrices("largest", q, k, options)
+    seen = np.where(scores == -np.inf, -np.inf, products)
+    return np.max(seen, axis=-1, initial=-np.inf)
+
+
+def entropy(q: Any, k: Any, **options: Any) -> Any:
+    """The entropy of each query's weights in nats, ``-sum(p * log(p))`` over visible keys.
+
+    Parameters
+    ----------
+    q, k : array_like
+        As in `qkv_fast.spotlight.entropy`.
+    **options
+        Its other arguments.
+
+    Returns
+    -------
+    ndarray, shape (..., Hq, Lq)
+        Of the type that `reference.attention` returns for q.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `reference.attention`.
+
+    Examples
+    --------
+    >>> from qkv_fast import reference
+    >>> reference.spotlight.entropy([[0.0]], [[1.0], [2.0]]).astype("float64").round(3)
+    array([0.693])
+    """
+    _, scores, p, lse = _matrices("entropy", q, k, options)
+    with np.errstate(all="ignore"):
+        log_p = scores - lse[..., np.newaxis]  # also where p underflows
+        return -np.sum(np.where(p == 0, 0, p * log_p), axis=-1)
+
+
+def top_keys(q: Any, k: Any, n: int = 5, **options: Any) -> tuple[Any, Any]:
+    """The n heaviest keys of each query, and their weights.
+
+    Parameters
+    ----------
+    q, k : array_like
+        As in `qkv_fast.spotlight.top_keys`.
+    n : int, default 5
+        How many.
+    **options
+        Its other arguments.
+
+    Returns
+    -------
+    keys : ndarray of int64, shape (..., Hq, Lq, n)
+        By score, the largest first, ties by the smaller key; -1 where fewer are visible, and where weights are NaN.
+    weights : ndarray, shape (..., Hq, Lq, n)
+        Of the type that `reference.attention` returns for q.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `reference.attention`.
+
+    Examples
+    --------
+    >>> from qkv_fast import reference
+    >>> reference.spotlight.top_keys([[1.0]], [[1.0], [3.0], [2.0]], 2)[0]
+    array([[1, 2]])
+    """
+    _, scores, p, lse = _matrices("top_keys", q, k, options)
+    missing = max(0, n - scores.shape[-1])
+    around = [(0, 0)] * (scores.ndim - 1) + [(0, missing)]
+    scores, p = np.pad(scores, around, constant_values=-np.inf), np.pad(p, around)
+    keys = np.argsort(-scores, axis=-1, kind="stable")[..., :n]
+    absent = np.take_along_axis(scores, keys, -1) == -np.inf
+    weights = np.where(absent, 0, np.take_along_axis(p, keys, -1))
+    nan = np.isnan(lse)[..., np.newaxis]
+    return np.where(absent | nan, -1, keys), np.where(nan, np.nan, weights)
+
+
+def weights(q: Any, k: Any, *, queries: Any = None, keys: Any = None, **options: Any) -> Any:
+    """The weights of chosen queries and keys, ``softmax(scale * q @ k.T)[queries][:, keys]``.
+
+    Parameters
+    ----------
+    q, k : array_like
+        As in `qkv_fast.spotlight.weights`.
+    queries, keys : slice or array_like of int, optional
+        Which; all by default.
+    **options
+        Its other arguments.
+
+    Returns
+    -------
+    ndarray, shape (..., Hq, queries, keys)
+        Of the type that `reference.attention` returns for q.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `reference.attention`.
+
+    Examples
+    --------
+    >>> from qkv_fast import reference
+    >>> reference.spotlight.weights([[0.0], [0.0]], [[1.0], [2.0]], causal=True, keys=[0]).astype("float64")
+    array([[1. ],
+           [0.5]])
+    """
+    p = _matrices("weights", q, k, options)[2]
+    p = p if queries is None else p[..., queries, :]
+    return p if keys is None else p[..., keys]
+
+
+def received(q: Any, k: Any, *, queries: Any = None, **options: Any) -> Any:
+    """The weight that each key receives, summed over queries.
+
+    Parameters
+    ----------
+    q, k : array_like
+        As in `qkv_fast.spotlight.received`.
+    queries : slice or array_like of int, optional
+        The queries that count; all by default.
+    **options
+        Its other arguments.
+
+    Returns
+    -------
+    ndarray, shape (..., Hq, Lk)
+        Of the type that `reference.attention` returns for q.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `reference.attention`.
+
+    Examples
+    --------
+    >>> from qkv_fast import reference
+    >>> reference.spotlight.received([[0.0], [0.0]], [[1.0], [2.0]], causal=True).astype("float64")
+    array([1.5, 0.5])
+    """
+    p = _matrices("received", q, k, options)[2]
+    return np.sum(p if queries is None else p[..., queries, :], axis=-2)

@@ -1,0 +1,7 @@
+"""Where attention falls, without the matrix of weights: questions that take attention's arguments."""
+
+from .keys import received
+from .matrix import weights
+from .queries import entropy, largest, top_keys
+
+__all__ = ["entropy", "largest", "received", "top_keys", "weights"]

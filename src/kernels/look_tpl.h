@@ -1,0 +1,278 @@
+/* Questions about the scores of a tile: what attention does with them, but for the values.
+ *
+ * Scores come strip by strip from the same steps as in attend_tpl.h. Then they are reduced per lane, which is a query, or per
+ * key. Nothing here depends on the tile's other lanes, so answers have the same bits wherever a row lies.
+ */
+
+/* Maxima of rows first .. last of S^T, into m; NaN stays NaN. */
+static QKV_INLINE void X(largest_vectors)(const int nv, const qkv_tile *t, int first, int last)
+{
+    VEC m[LANE_VECTORS], nan[LANE_VECTORS];
+    QKV_UNROLL
+    for (int j = 0; j < nv; j++) {
+        m[j] = X(load)((const REAL *)t->m + j * W);
+        nan[j] = X(set1)(0);
+    }
+    for (int i = first; i < last; i++) {
+        QKV_UNROLL
+        for (int j = 0; j < nv; j++) {
+            VEC s = X(load)((const REAL *)t->s + (ptrdiff_t)i * LANES + j * W);
+            m[j] = X(max)(s, m[j]);   /* m where either is NaN */
+            nan[j] = X(select)(X(equal)(s, s), nan[j], s);
+        }
+    }
+    QKV_UNROLL
+    for (int j = 0; j < nv; j++)
+        X(store)((REAL *)t->m + j * W, X(select)(X(equal)(nan[j], nan[j]), m[j], nan[j]));
+}
+
+static QKV_NOINLINE void X(largest_rows)(int nv, const qkv_tile *t, int first, int last)
+{
+    BY_VECTORS(X(largest_vectors), nv, t, first, last);
+}
+
+static void X(look_largest)(const qkv_tile *t)
+{
+    X(limits) limits;
+    X(find_limits)(t, &limits);
+    for (int i = 0, end; i < t->nk; i = end) {
+        end = X(score_strip)(t->nv, t, i, &limits);
+        X(largest_rows)(t->nv, t, i, end);
+    }
+}
+
+/* Sums of P and of P (S - m) of rows first .. last, added to sum and moment. */
+static QKV_INLINE void X(moment_vectors)(const int nv, const qkv_tile *t, int first, int last, const REAL *shift, REAL *sum,
+                                         REAL *moment)
+{
+    X(factor) c = X(factor_of)(t->c);
+    VEC m[LANE_VECTORS], l[LANE_VECTORS], e[LANE_VECTORS];
+    QKV_UNROLL
+    for (int j = 0; j < nv; j++) {
+        m[j] = X(load)(shift + j * W);
+        l[j] = e[j] = X(set1)(0);
+    }
+    for (int i = first; i < last; i++) {
+        const REAL *s = (const REAL *)t->s + (ptrdiff_t)i * LANES;
+        VEC p[LANE_VECTORS], x[LANE_VECTORS];
+        /* Not below where P is 0: 0 * -inf would be NaN. */
+        QKV_UNROLL
+        for (int j = 0; j < nv; j++)
+            p[j] = x[j] = X(max)(c.low, X(sub)(X(load)(s + j * W), m[j]));
+        X(exp2)(nv, c, p);
+        QKV_UNROLL
+        for (int j = 0; j < nv; j++) {
+            l[j] = X(add)(l[j], p[j]);
+            e[j] = X(fma)(p[j], x[j], e[j]);
+        }
+    }
+    QKV_UNROLL
+    for (int j = 0; j < nv; j++) {
+        X(store)(sum + j * W, X(add)(X(load)(sum + j * W), l[j]));
+        X(store)(moment + j * W, X(add)(X(load)(moment + j * W), e[j]));
+    }
+}
+
+static QKV_NOINLINE void X(moment_rows)(int nv, const qkv_tile *t, int first, int last, const REAL *shift, REAL *sum,
+                                        REAL *moment)
+{
+    BY_VECTORS(X(moment_vectors), nv, t, first, last, shift, sum, moment);
+}
+
+static void X(look_entropy)(const qkv_tile *t)
+{
+    VEC none = X(set1)(-(REAL)INFINITY), zero = X(set1)(0);
+    X(limits) limits;
+    X(lanes) lanes;
+    QKV_ALIGN REAL before[LANES], moment[LANES];
+    X(find_limits)(t, &limits);
+    for (int j = 0; j < t->nv * W; j += W) {
+        X(store)(before + j, X(load)((const REAL *)t->m + j));
+        X(store)(lanes.top + j, none);
+        X(store)(moment + j, zero);
+    }
+    X(score)(t->nv, 0, 0, t, &limits, &lanes);
+    X(raise_maxima)(t->nv, 0, t, &lanes);
+    for (int i = 0, end; i < t->nk; i = end)
+        X(moment_rows)(t->nv, t, i, end = X(strip_end)(t, i), lanes.shift, lanes.sum, moment);
+    for (int j = 0; j < t->nv * W; j += W) {
+        REAL *l = (REAL *)t->l + j, *o = (REAL *)t->o + j;
+        VEC was = X(load)(before + j), m = X(load)((const REAL *)t->m + j), alpha = X(load)(lanes.alpha + j);
+        /* What was summed from the maximum before counts from the one that is now. */
+        VEC down = X(select)(X(equal)(was, none), zero, X(select)(X(equal)(was, m), zero, X(sub)(was, m)));
+        VEC e = X(fma)(X(max)(X(factor_of)(t->c).low, down), X(load)(l), X(load)(o));
+        X(store)(o, X(fma)(alpha, e, X(load)(moment + j)));
+        X(store)(l, X(fma)(alpha, X(load)(l), X(load)(lanes.sum + j)));
+    }
+}
+
+/* A key's number as the bits of an element, which select leaves as they are. */
+static inline REAL X(key_bits)(int64_t key)
+{
+    uint32_t low = (uint32_t)key;
+    REAL bits;
+    memcpy(&bits, sizeof(REAL) == 4 ? (const void *)&low : (const void *)&key, sizeof bits);
+    return bits;
+}
+
+/* The lists of the lanes from j on, a vector of them, meet rows first .. last of S^T: a score goes where smaller ones begin, and
+ * these go one place down. Lanes whose list it does not enter are left alone by that. */
+static QKV_NOINLINE void X(keep_rows)(const qkv_tile *t, int first, int last, int j, const qkv_heaviest *list)
+{
+    REAL *scores = (REAL *)list->score + j, *keys = (REAL *)list->key + j, *least = scores + (list->n - 1) * LANES;
+    for (int i = first; i < last; i++) {
+        VEC s = X(load)((const REAL *)t->s + (ptrdiff_t)i * LANES + j), x = s, key = X(set1)(X(key_bits)(list->first + i));
+        if (!X(any)(X(less)(X(load)(least), s)))
+            continue;
+        for (REAL *score = scores, *at = keys; score <= least; score += LANES, at += LANES) {
+            VEC y = X(load)(score), other = X(load)(at);
+            X(mask) heavier = X(less)(y, s);            /* from its place on, all are */
+            X(store)(score, X(select)(heavier, x, y));
+            X(store)(at, X(select)(heavier, key, other));
+            x = X(select)(heavier, y, x);
+            key = X(select)(heavier, other, key);
+        }
+    }
+}
+
+static void X(look_heaviest)(const qkv_tile *t, const qkv_heaviest *list)
+{
+    VEC none = X(set1)(-(REAL)INFINITY);
+    X(limits) limits;
+    X(lanes) lanes;
+    QKV_ALIGN REAL top[LANES];        /* of a strip: most have nothing for the list */
+    const REAL *least = (const REAL *)list->score + (list->n - 1) * LANES;
+    X(find_limits)(t, &limits);
+    for (int j = 0; j < t->nv * W; j += W)
+        X(store)(lanes.top + j, none);
+    for (int i = 0, end; i < t->nk; i = end) {
+        end = X(score_strip)(t->nv, t, i, &limits);
+        for (int j = 0; j < t->nv * W; j += W)
+            X(store)(top + j, none);
+        X(top_rows)(t->nv, t, i, end, top);
+        for (int j = 0; j < t->nv * W; j += W) {
+            if (X(any)(X(less)(X(load)(least + j), X(load)(top + j))))
+                X(keep_rows)(t, i, end, j, list);
+            X(store)(lanes.top + j, X(max)(X(load)(top + j), X(load)(lanes.top + j)));
+        }
+    }
+    X(raise_maxima)(t->nv, 0, t, &lanes);
+    for (int i = 0, end; i < t->nk; i = end)
+        X(weigh_rows)(t->nv, 0, t, i, end = X(strip_end)(t, i), lanes.shift, lanes.sum);
+    for (int j = 0; j < t->nv * W; j += W) {
+        REAL *l = (REAL *)t->l + j;
+        X(store)(l, X(fma)(X(load)(lanes.alpha + j), X(load)(l), X(load)(lanes.sum + j)));
+    }
+}
+
+static QKV_INLINE void X(normalise_vectors)(const int nv, const qkv_tile *t)
+{
+    X(lanes) lanes;
+    X(weigh)(nv, 0, t, &lanes);
+}
+
+static void X(look_normalisers)(const qkv_tile *t)
+{
+    BY_VECTORS(X(normalise_vectors), t->nv, t);
+}
+
+/* l P of rows first .. last, added to the sums of their keys. With `nan` some m or l is NaN, for visible keys alone. */
+static QKV_INLINE void X(receive_vectors)(const int nv, const int nan, const qkv_tile *t, int first, int last, REAL *sums)
+{
+    VEC none = X(set1)(-(REAL)INFINITY), zero = X(set1)(0);
+    X(factor) c = X(factor_of)(t->c);
+    VEC m[LANE_VECTORS], l[LANE_VECTORS];
+    QKV_UNROLL
+    for (int j = 0; j < nv; j++) {
+        m[j] = X(load)((const REAL *)t->m + j * W);
+        l[j] = X(load)((const REAL *)t->l + j * W);
+    }
+    for (int i = first; i < last; i++) {
+        const REAL *s = (const REAL *)t->s + (ptrdiff_t)i * LANES;
+        VEC p[LANE_VECTORS], sum = X(load)(sums + (ptrdiff_t)i * W);
+        QKV_UNROLL
+        for (int j = 0; j < nv; j++)
+            p[j] = X(sub)(X(load)(s + j * W), m[j]);
+        X(exp2)(nv, c, p);
+        QKV_UNROLL
+        for (int j = 0; j < nv; j++) {
+            VEC q = X(mul)(l[j], p[j]);
+            sum = X(add)(sum, nan ? X(select)(X(equal)(X(load)(s + j * W), none), zero, q) : q);
+        }
+        X(store)(sums + (ptrdiff_t)i * W, sum);
+    }
+}
+
+static QKV_NOINLINE void X(receive_rows)(int nv, int nan, const qkv_tile *t, int first, int last, REAL *sums)
+{
+    if (nan)
+        BY_VECTORS(X(receive_vectors), nv, 1, t, first, last, sums);
+    else
+        BY_VECTORS(X(receive_vectors), nv, 0, t, first, last, sums);
+}
+
+static void X(look_received)(const qkv_tile *t, void *sums)
+{
+    X(limits) limits;
+    int nan = 0;
+    X(find_limits)(t, &limits);
+    for (int j = 0; j < t->nv * W; j += W) {
+        VEC m = X(load)((const REAL *)t->m + j), l = X(load)((const REAL *)t->l + j);
+        nan |= X(any)(X(beyond)(m, X(set1)((REAL)INFINITY))) | X(any)(X(beyond)(l, X(set1)((REAL)INFINITY)));
+    }
+    for (int i = 0, end; i < t->nk; i = end) {
+        end = X(score_strip)(t->nv, t, i, &limits);
+        X(receive_rows)(t->nv, nan, t, i, end, sums);
+    }
+}
+
+/* l P of n <= W keys from i on and the lanes from j on, 0 where a key is excluded, to the rows of these lanes. */
+static QKV_INLINE void X(write_square)(const qkv_tile *t, int i, const int n, int j, const qkv_weights *to)
+{
+    VEC none = X(set1)(-(REAL)INFINITY), zero = X(set1)(0), x[W];
+    VEC m = X(load)((const REAL *)t->m + j), l = X(load)((const REAL *)t->l + j);
+    X(factor) c = X(factor_of)(t->c);
+    QKV_UNROLL
+    for (int r = 0; r < W; r++) {
+        x[r] = zero;
+        if (r < n) {
+            VEC s = X(load)((const REAL *)t->s + (ptrdiff_t)(i + r) * LANES + j);
+            x[r] = X(select)(X(equal)(s, none), zero, X(mul)(l, X(exp2_one)(c, X(sub)(s, m))));
+        }
+    }
+    X(transpose)(x);
+    for (int r = 0; r < W; r++) {
+        REAL *row = to->row[j + r];
+        if (!row)
+            continue;
+        if (n == W)
+            X(storeu)(row + i - to->first, x[r]);
+        else
+            X(store_part)(row + i - to->first, x[r], n);
+    }
+}
+
+static QKV_NOINLINE void X(write_rows)(const qkv_tile *t, int first, int last, const qkv_weights *to)
+{
+    for (int j = 0; j < t->nv * W; j += W) {
+        int i = first;
+        for (; i + W <= last; i += W)
+            X(write_square)(t, i, W, j, to);
+        if (i < last)
+            X(write_square)(t, i, last - i, j, to);
+    }
+}
+
+static void X(look_weights)(const qkv_tile *t, const qkv_weights *to)
+{
+    X(limits) limits;
+    X(find_limits)(t, &limits);
+    for (int i = 0, end; i < t->nk; i = end) {
+        end = X(score_strip)(t->nv, t, i, &limits);
+        X(write_rows)(t, i > to->first ? i : to->first, end, to);
+    }
+}
+
+#undef BY_VECTORS
+#undef STRIP
+#undef P_LIMIT

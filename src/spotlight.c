@@ -1,0 +1,206 @@
+/* Questions about where attention falls. The walk over tiles is that of attention; what is kept of a row instead of O is one
+ * sum, a list of keys or nothing, before m and l. It goes through all chunks of keys in order: no state is merged.
+ *
+ * Sums over queries are kept for a range of keys, (range, vector): each element has the queries of its lane, and the queries
+ * come in order. m and l of each row are then what makes weights of its scores.
+ */
+#include "spotlight.h"
+
+#include <math.h>
+#include <string.h>
+
+static double element(const qkv_problem *p, const void *x, int64_t i)
+{
+    return p->type == QKV_F64 ? ((const double *)x)[i] : (double)((const float *)x)[i];
+}
+
+static void set_element(const qkv_problem *p, void *x, int64_t i, double value)
+{
+    if (p->type == QKV_F64)
+        ((double *)x)[i] = value;
+    else
+        ((float *)x)[i] = (float)value;
+}
+
+/* The lists of a panel from a lane on; no longer than there are keys. */
+static qkv_heaviest list_of(const qkv_query_tile *t, const qkv_panel *x, int lane)
+{
+    int64_t n = qkv_max(1, qkv_min(t->problem->answer_n, t->problem->len_k));
+    char *scores = x->state + lane * t->plan->kernels->size;
+    return (qkv_heaviest){.score = scores, .key = scores + n * (int64_t)qkv_lanes_bytes(t->plan), .n = n};
+}
+
+static void begin_lists(const qkv_query_tile *t, const qkv_panel *x)
+{
+    qkv_heaviest list = list_of(t, x, 0);
+    for (int64_t i = 0; i < t->plan->kernels->lanes * list.n; i++)
+        set_element(t->problem, list.score, i, -INFINITY);
+}
+
+/* What weights are taken with, as it is given: those of a row are l 2^(c (S - m)). A row that sees nothing counts for nothing, and
+ * so do lanes without one. */
+static void take_normalisers(const qkv_query_tile *t, const qkv_panel *x)
+{
+    const qkv_problem *p = t->problem;
+    qkv_row r = qkv_first_row(t, x);
+    for (int j = 0; j < x->nv * t->plan->kernels->vector; j++) {
+        double m = -INFINITY, factor = 1;
+        if (j < x->n) {
+            int64_t at = qkv_result_index(p, t->plan, t->sequence, t->head, &r);
+            m = p->lse ? element(p, p->lse, at) / t->plan->rest : element(p, p->normalisers, 2 * at);
+            factor = p->lse ? 1 : element(p, p->normalisers, 2 * at + 1);
+            qkv_next_row(&r);
+        }
+        set_element(p, qkv_state_m(t->plan, x->state), j, m == -INFINITY ? INFINITY : m);
+        set_element(p, qkv_state_l(t->plan, x->state), j, m == -INFINITY ? 0 : factor);
+    }
+}
+
+void qkv_begin_answer(const qkv_query_tile *t)
+{
+    const qkv_plan *plan = t->plan;
+    for (int i = 0; i < t->panels; i++) {
+        const qkv_panel *x = &t->panel[i];
+        plan->kernels->reset(x->state, qkv_state_m(plan, x->state), qkv_state_l(plan, x->state), x->nv,
+                             t->problem->question == QKV_ENTROPY);
+        if (t->problem->question == QKV_TOP_KEYS)
+            begin_lists(t, x);
+        if (t->problem->question == QKV_RECEIVED || t->problem->question == QKV_WEIGHTS)
+            take_normalisers(t, x);
+    }
+}
+
+/* Where the weights of the panel's rows from a lane on go, for keys from `key` on. */
+static qkv_weights rows_of(const qkv_query_tile *t, const qkv_panel *x, int lane, int nv, int64_t key)
+{
+    const qkv_problem *p = t->problem;
+    int64_t before = qkv_max(0, p->answer_first - key), size = t->plan->kernels->size;
+    qkv_weights to = {.row = (void **)(t->scratch + t->plan->at_rows), .first = (int)before};
+    qkv_row r = qkv_row_of(x->row + lane, t->plan->group);
+    for (int j = 0; j < nv * t->plan->kernels->vector; j++, qkv_next_row(&r)) {
+        int64_t at = lane + j < x->n ? qkv_result_index(p, t->plan, t->sequence, t->head, &r) : -1;
+        to.row[j] = at < 0 ? NULL : (char *)p->answer + (at * p->answer_n + key + before - p->answer_first) * size;
+    }
+    return to;
+}
+
+void qkv_ask(const qkv_query_tile *t, const qkv_panel *x, int lane, int64_t key, const qkv_tile *tile)
+{
+    const qkv_kernels *kernels = t->plan->kernels;
+    qkv_heaviest list;
+    qkv_weights to;
+    switch (t->problem->question) {
+    case QKV_VALUES:
+        break;
+    case QKV_LARGEST:
+        kernels->look_largest(tile);
+        break;
+    case QKV_ENTROPY:
+        kernels->look_entropy(tile);
+        break;
+    case QKV_TOP_KEYS:
+        list = list_of(t, x, lane);
+        list.first = key;
+        kernels->look_heaviest(tile, &list);
+        break;
+    case QKV_NORMALISERS:
+        kernels->look_normalisers(tile);
+        break;
+    case QKV_WEIGHTS:
+        to = rows_of(t, x, lane, tile->nv, key);
+        kernels->look_weights(tile, &to);
+        break;
+    case QKV_RECEIVED:
+        kernels->look_received(tile, t->scratch + t->plan->at_sums + (key - t->first) * kernels->vector * kernels->size);
+        break;
+    }
+}
+
+/* What softmax makes of a row: its maximum, the factor of weights relative to it, and their log-sum-exp less the maximum. */
+typedef struct { double m, factor, lse; } softmax_row;
+
+static softmax_row finish_softmax(const qkv_problem *p, const qkv_plan *plan, double m, double l, int64_t query_head)
+{
+    softmax_row row = {m * plan->rest, 0, 0};
+    double sink = p->sinks ? p->sinks[query_head] : -INFINITY, top = sink > row.m ? sink : row.m;
+    double part = exp(row.m - top), sum = l * part + (sink == -INFINITY ? 0 : exp(sink - top));
+    row.factor = part / sum;
+    row.lse = top - row.m + log(sum);
+    return row;
+}
+
+static void write_keys(const qkv_query_tile *t, const qkv_heaviest *list, int lane, const softmax_row *row, double l, int64_t at)
+{
+    const qkv_problem *p = t->problem;
+    int64_t *keys = p->answer_keys + at * p->answer_n;
+    for (int64_t i = 0; i < p->answer_n; i++) {
+        int64_t place = i * t->plan->kernels->lanes + lane, key = -1;
+        double score = i < list->n ? element(p, list->score, place) : -INFINITY, weight = 0;
+        if (isnan(l)) {
+            weight = NAN;
+        } else if (score != -INFINITY) {
+            key = p->type == QKV_F64 ? ((const int64_t *)list->key)[place] : ((const uint32_t *)list->key)[place];
+            weight = exp(score * t->plan->rest - row->m) * row->factor;
+        }
+        keys[i] = key;
+        set_element(p, p->answer, at * p->answer_n + i, weight);
+    }
+}
+
+/* -sum p log p, where p = factor * 2^(c (S - m)), from the sums of these and of their product with S - m. */
+static double entropy_of(const softmax_row *row, double l, double moment, double rest)
+{
+    double entropy = l == 0 ? 0 : row->factor * (l * row->lse - moment * rest);
+    return entropy < 0 ? 0 : entropy;
+}
+
+void qkv_write_answer(const qkv_query_tile *t)
+{
+    const qkv_problem *p = t->problem;
+    const qkv_plan *plan = t->plan;
+    for (int i = 0; i < t->panels && p->question != QKV_WEIGHTS; i++) {
+        const qkv_panel *x = &t->panel[i];
+        const void *ms = qkv_state_m(plan, x->state), *ls = qkv_state_l(plan, x->state);
+        qkv_heaviest list = list_of(t, x, 0);
+        qkv_row r = qkv_first_row(t, x);
+        for (int j = 0; j < x->n; j++, qkv_next_row(&r)) {
+            int64_t at = qkv_result_index(p, plan, t->sequence, t->head, &r);
+            double m = element(p, ms, j), l = element(p, ls, j);
+            softmax_row row = finish_softmax(p, plan, m, l, t->head * plan->group + r.head);
+            if (p->question == QKV_LARGEST) {
+                set_element(p, p->answer, at, m * plan->rest);
+            } else if (p->question == QKV_ENTROPY) {
+                set_element(p, p->answer, at, entropy_of(&row, l, element(p, x->state, j), plan->rest));
+            } else if (p->question == QKV_NORMALISERS) {
+                set_element(p, p->answer, 2 * at, m);
+                set_element(p, p->answer, 2 * at + 1, row.factor);
+            } else {
+                write_keys(t, &list, j, &row, l, at);
+            }
+        }
+    }
+}
+
+void qkv_begin_sums(const qkv_plan *plan, char *scratch)
+{
+    memset(scratch + plan->at_sums, 0, (size_t)(plan->range * plan->kernels->vector * plan->kernels->size));
+}
+
+void qkv_write_sums(const qkv_problem *p, const qkv_plan *plan, int64_t sequence, int64_t head, qkv_range keys,
+                    const char *scratch)
+{
+    const char *sums = scratch + plan->at_sums;
+    int64_t all = p->len_k, first = (sequence * p->heads_q + head) * all;
+    if (p->k_starts) {
+        all = p->k_starts[plan->sequences];
+        first = head * all + p->k_starts[sequence];
+        keys.hi = qkv_min(keys.hi, p->k_starts[sequence + 1] - p->k_starts[sequence]);
+    }
+    int w = plan->kernels->vector;
+    for (int64_t i = keys.lo; i < keys.hi; i++) {
+        double sum = 0;
+        for (int j = 0; j < w; j++)
+            sum += element(p, sums, (i - keys.lo) * w + j);
+        set_element(p, p->answer, first + i, sum);
+    }
+}

@@ -1,0 +1,117 @@
+/* Questions about where attention falls, on every CPU path: weights against plain loops, and all other answers against these
+ * weights. Answers are blocks of exactly their size. */
+#include "problem.h"
+
+static void random_limits(problem *x)
+{
+    qkv_problem *p = &x->p;
+    if (draw() % 2) {
+        x->length = block(x->sequences * (int64_t)sizeof(int64_t));
+        for (int64_t b = 0; b < x->sequences; b++)
+            x->length[b] = between(0, p->len_k);
+    }
+    p->left = draw() % 2 ? QKV_OPEN : between(0, 150);
+    p->right = draw() % 2 ? QKV_OPEN : between(0, 150);
+    if (draw() % 2) {
+        int64_t n = x->sequences * p->len_q * p->len_k;
+        x->mask = block(n);
+        x->mask_heads = 1;
+        contiguous(&p->mask_at, p, 1, p->len_q, p->len_k, 1);
+        p->mask_at.head = 0;
+        for (int64_t i = 0; i < n; i++)
+            x->mask[i] = draw() % 3 != 0;
+    }
+}
+
+static void *ask(problem *x, qkv_question question, int64_t elements)
+{
+    void *answer = block(elements * size_of(x->p.type));
+    memset(answer, 0, (size_t)(elements * size_of(x->p.type)));
+    x->p.question = question;
+    x->p.answer = answer;
+    CHECK(qkv_forward(&x->p) == QKV_OK, "question %d", (int)question);
+    return answer;
+}
+
+/* The scaled score of a row and a key, -inf where it is hidden. */
+static double score_of(const problem *x, int64_t row, int64_t j)
+{
+    const qkv_problem *p = &x->p;
+    int64_t i = row % p->len_q, head = row / p->len_q % p->heads_q, b = row / p->len_q / p->heads_q;
+    int64_t key = (b * p->heads_kv + head / (p->heads_q / p->heads_kv)) * p->len_k + j, n = x->length ? x->length[b] : p->len_k;
+    double score = 0;
+    for (int64_t d = 0; d < p->dim; d++)
+        score += load(p->type, x->q, row * p->dim + d) * load(p->type, x->k, key * p->dim + d);
+    return j < n ? changed(x, b, head, i, j, i + n - p->len_q, score * p->scale) : -INFINITY;
+}
+
+static void check_answers(problem *x)
+{
+    qkv_problem *p = &x->p;
+    int64_t rows = x->sequences * p->heads_q * p->len_q, n = between(1, 9), all = p->len_k;
+    int64_t from = all ? between(0, all - 1) : 0, some = all ? between(1, all - from) : 0;
+    double eps = p->type == QKV_F32 ? 0x1p-23 : 0x1p-52;
+    CHECK(run(x) == QKV_OK, "attention");               /* which sets pointers */
+    check_result(x, "without values");
+    p->lse = NULL;
+    void *largest = ask(x, QKV_LARGEST, rows), *entropy = ask(x, QKV_ENTROPY, rows), *normalisers = ask(x, QKV_NORMALISERS, 2 * rows);
+    p->normalisers = normalisers;
+    void *received = ask(x, QKV_RECEIVED, x->sequences * p->heads_q * all);
+    p->answer_n = some;
+    p->answer_first = from;
+    void *part = some ? ask(x, QKV_WEIGHTS, rows * some) : block(0);
+    p->answer_n = n;
+    int64_t *keys = p->answer_keys = block(rows * n * (int64_t)sizeof(int64_t));
+    void *top = ask(x, QKV_TOP_KEYS, rows * n);
+    double *sums = block(x->sequences * p->heads_q * all * (int64_t)sizeof *sums), *weight = block(all * (int64_t)sizeof *weight);
+    for (int64_t i = 0; i < x->sequences * p->heads_q * all; i++)
+        sums[i] = 0;
+    for (int64_t row = 0; row < rows; row++) {
+        double sum = 0, most = -INFINITY, h = 0, bound = 64 * eps * (1 + (double)p->dim);
+        for (int64_t j = 0; j < all; j++) {
+            double score = score_of(x, row, j);
+            most = score > most ? score : most;
+            sum += weight[j] = exp(score);
+        }
+        for (int64_t j = 0; j < all; j++) {
+            weight[j] = sum == 0 ? 0 : weight[j] / sum;
+            h -= weight[j] == 0 ? 0 : weight[j] * log(weight[j]);
+            sums[row / p->len_q * all + j] += weight[j];
+            if (from <= j && j < from + some)
+                CHECK(fabs(load(p->type, part, row * some + j - from) - weight[j]) <= bound, "weight of row %lld", (long long)row);
+        }
+        CHECK(most == -INFINITY ? load(p->type, largest, row) == most : fabs(load(p->type, largest, row) - most) <= bound,
+              "largest of row %lld", (long long)row);
+        CHECK(fabs(load(p->type, entropy, row) - h) <= bound * (1 + log((double)all + 1)), "entropy of row %lld", (long long)row);
+        for (int64_t i = row * n; i < row * n + n; i++) {
+            CHECK(-1 <= keys[i] && keys[i] < all, "key %lld", (long long)keys[i]);
+            CHECK(fabs(load(p->type, top, i) - (keys[i] < 0 ? 0 : weight[keys[i]])) <= bound, "top of row %lld", (long long)row);
+        }
+    }
+    for (int64_t i = 0; i < x->sequences * p->heads_q * all; i++)
+        CHECK(fabs(load(p->type, received, i) - sums[i]) <= 64 * eps * (1 + (double)p->dim) * (double)(1 + p->len_q), "received %lld",
+              (long long)i);
+    void *owned[] = {largest, entropy, normalisers, received, part, keys, top, sums, weight};
+    for (size_t i = 0; i < sizeof owned / sizeof *owned; i++)
+        free(owned[i]);
+}
+
+int main(void)
+{
+    for (int isa = 0; qkv_isa_name(isa); isa++)
+        for (int type = QKV_F32; type <= QKV_F64; type++)
+            for (int i = 0; i < 60; i++) {
+                int64_t len_k = i % 10 == 0 ? between(1000, 2500) : between(0, 200);
+                problem x = make((qkv_type)type, between(1, 3), between(1, 2), between(1, 3), between(0, 70), len_k, between(0, 40), 0);
+                x.p.isa = isa;
+                x.p.threads = (int)between(1, 3);
+                if (i % 4)
+                    random_limits(&x);
+                check_answers(&x);
+                destroy(&x);
+            }
+    qkv_pool_stop();
+    qkv_trim();
+    printf("test_spotlight: %ld checks passed\n", checks);
+    return 0;
+}
