@@ -58,10 +58,17 @@ KINDS["all"] = lambda *given: {
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
+def with_axes(options, n):
+    """Masks and biases with n more axes in front: as many as the scores of a batch have."""
+    return {
+        name: x[(None,) * n] if name in ("mask", "bias") and x.ndim == 3 else x for name, x in options.items()
+    }
+
+
 def case(seed, dtype, kind, *, heads, lengths, dims=(24, 40), batch=()):
     """(q, k, v) and options, of which explain says that they are decoded."""
     arrays = qkv(seed, dtype, batch=batch, heads=heads, lengths=lengths, dims=dims)
-    options = KINDS[kind](np.random.default_rng(seed), dtype, heads[0], *lengths)
+    options = with_axes(KINDS[kind](np.random.default_rng(seed), dtype, heads[0], *lengths), len(batch))
     plan = qkv_fast.explain(*arrays, **options)
     assert plan.kernel.startswith("decode_"), plan.kernel
     return arrays, options
@@ -106,8 +113,8 @@ def test_threads_batch_and_padding_do_not_change_bits(dtype, kind):
     (q, k, v), options = case(1, dtype, kind, heads=(6, 2), lengths=(2, 3 * CHUNK - 50), batch=(3,))
     whole = qkv_fast.attention(q, k, v, return_lse=True, num_threads=1, **options)
     for b in range(3):
-        own = q[b], k[b], v[b]
-        expected = whole[0][b], whole[1][b]
+        own = q[b : b + 1], k[b : b + 1], v[b : b + 1]
+        expected = whole[0][b : b + 1], whole[1][b : b + 1]
         for threads in (1, 2, 5):
             with _runtime.counters() as seen:
                 same_bits(qkv_fast.attention(*own, return_lse=True, num_threads=threads, **options), expected)
@@ -279,7 +286,8 @@ def test_packed_with_longer_ones(dtype, kind, threads):
     options = KINDS[kind](rng, dtype, 4, 60, 2500)
     if "segments" in options:
         options["segments"] = KINDS[kind](rng, dtype, 4, cu_q[-1], cu_k[-1])["segments"]
-    out = qkv_fast.attention_varlen(q, k, v, cu_q, cu_k, causal=True, num_threads=threads, **options)
+    packed = with_axes(options, 1)
+    out = qkv_fast.attention_varlen(q, k, v, cu_q, cu_k, causal=True, num_threads=threads, **packed)
     for b, (lq, lk) in enumerate(lengths):
         rows, keys, own = slice(*cu_q[b : b + 2]), slice(*cu_k[b : b + 2]), dict(options)
         for name in own.keys() & {"mask", "bias"}:

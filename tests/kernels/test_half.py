@@ -105,7 +105,7 @@ def test_masks_and_biases(dtype):
     rng = np.random.default_rng(2)
     q, k, v = qkv(2, dtype, **SHAPES)
     mask = rng.random((2, 1, 21, 130)) < 0.5
-    bias = rng.standard_normal((4, 21, 130)).astype(dtype)
+    bias = rng.standard_normal((1, 4, 21, 130)).astype(dtype)
     options = dict(mask=mask, bias=bias, softcap=5.0, sinks=rng.standard_normal(4), alibi_slopes=[0.1, 0.2, 0.3, 0.4])
     out, lse = qkv_fast.attention(q, k, v, return_lse=True, **options)
     exact = reference.attention(q, k, v, return_lse=True, **options)
