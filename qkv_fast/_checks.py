@@ -121,20 +121,32 @@ def _check_types(where: str, q: Array, k: Array, v: Array) -> None:
     _check_narrower(where, {"q": q, "k and v": k})
 
 
-def _check_axes(where: str, **arrays: Array) -> None:
+def _check_axes(where: str, heads_first: bool, **arrays: Array) -> None:
     """Numbers of axes that go together. They alone decide, so no call depends on sizes that are equal by chance."""
     (first, q), *others = arrays.items()
     if min(x.ndim for x in arrays.values()) < 3:
         _fail_shapes(where, f"{', '.join(arrays)} must have 3 or more axes each, or 2 each", **arrays)
     for name, x in others:
-        if x.ndim in (3, q.ndim):
-            continue
-        hint = ""
-        if x.ndim == q.ndim - 1:
-            hint = f"; one for each group of {first}'s heads: pass {name}[..., None, :, :]"
-        elif x.ndim > q.ndim:
-            hint = f"; one {first} for all sequences: pass {first}[{'None, ' * (x.ndim - q.ndim)}...]"
-        _fail_shapes(where, f"{name} must have as many axes as {first}, or 3{hint}", **arrays)
+        if x.ndim not in (3, q.ndim):
+            ways_out = "".join(f"; {way}" for way in _more_axes(first, q, name, x, heads_first))
+            _fail_shapes(where, f"{name} must have as many axes as {first}, or 3{ways_out}", **arrays)
+
+
+def _more_axes(first: str, q: Array, name: str, x: Array, heads_first: bool) -> list[str]:
+    """What x, or q, may have been meant as, as far as the axes left of the heads allow it."""
+    missing = q.ndim - x.ndim
+    if missing < 0:
+        return [f"one {first} for all sequences: pass {first}[{'None, ' * -missing}...]"]
+
+    def fits(batch: tuple[int, ...]) -> bool:
+        return all(m == n or 1 in (m, n) for m, n in zip(batch, q.shape[:-3], strict=True))
+
+    ways = []
+    if missing == 1 and fits(x.shape[:-2] if heads_first else (*x.shape[:-3], x.shape[-3])):
+        ways.append(f"one for each group of {first}'s heads: pass {name}[..., None, :{', :' * heads_first}]")
+    if fits((1,) * missing + x.shape[:-3]):
+        ways.append(f"the same for all of the first axes: pass {name}[{'None, ' * missing}...]")
+    return ways
 
 
 def _check_fit(
@@ -213,9 +225,12 @@ def _fail_words(where: str, words: dict[str, Any], has: str = _EVERYTHING) -> No
     """For arguments that a function has no parameter for; `has` are its parameters that others have a word for."""
     name = next(iter(words))
     ours, text = _OTHERS.get(name, ("", ""))
-    known = "" if not text else f"; here it is {text}" if {*ours.split()} <= {*has.split()} else (
-        f"; attention has it, as {text}"
-    )  # fmt: skip
+    if name in _EVERYTHING.split():
+        known = "; attention has it"
+    elif text:
+        known = f"; here it is {text}" if {*ours.split()} <= {*has.split()} else f"; attention has it, as {text}"
+    else:
+        known = ""
     raise TypeError(f"{where}() got an unexpected keyword argument {name!r}{known}")
 
 

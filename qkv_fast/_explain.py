@@ -88,6 +88,8 @@ return_lse, out, num_threads
     """
     from ._plans import Plan
 
+    if call and isinstance(call[0], (KVCache, PagedKVCache)):
+        raise TypeError(f"explain: of a cache pass its method, cache.attend, got {call[0]!r}")
     verb = attention
     if call and callable(call[0]) and not hasattr(call[0], "__array__"):
         verb, *call = call  # type: ignore[assignment]
@@ -149,7 +151,7 @@ return_lse, out, num_threads
         bytes=report["bytes"],
         pairs=report["pairs"],
         pairs_all=_all_pairs(p, planned.longest),
-        shapes={name: x.shape for name, x in used.items()},
+        shapes={name: x.shape for name, x in used.items()} | planned.shapes,
         dtypes={name: stored if stored and name in "kv" else x.dtype.name for name, x in used.items()},
         readings=tuple(_readings(p)),
         notes=tuple(_notes(planned, given, used, asked, index)),

@@ -28,7 +28,7 @@ mask : array_like of bool, optional
 bias : array_like, optional
     Of any of these types, added to the scaled (and capped) scores; -inf excludes, as False in a mask does.
     Axes as of `mask`; any strides and byte order, never copied whole.
-causal : bool or "top-left", default False
+causal : bool or "top-left"
     Exclude the keys after the query's position. ``"top-left"`` also sets `q_offset` to 0.
 window : int or (left, right), optional
     Keep the keys from `left` before to `right` after the query's position, both inclusive; None on a side

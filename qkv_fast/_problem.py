@@ -38,12 +38,13 @@ from ._masks import Extras
 class Planned:
     """What a verb returns inside `_runtime.planning()`: its problem and the core's report of what it would do."""
 
-    __slots__ = ("also", "given_out", "longest", "out", "problem", "report")
+    __slots__ = ("also", "given_out", "longest", "out", "problem", "report", "shapes")
 
     def __init__(self, problem: Problem, report: dict[str, Any], out: Array, given_out: Array | None) -> None:
         self.problem, self.report, self.out, self.given_out = problem, report, out, given_out
         self.also: list[dict[str, Any]] = []  # reports of the core's other calls
         self.longest: int | None = None  # tokens of a cache's longest sequence
+        self.shapes: dict[str, tuple[int, ...]] = {}  # of k and v there, which lie otherwise
 
 
 def attend(p: Problem, out: Array | None, return_lse: bool) -> Any:
@@ -110,7 +111,7 @@ def check(
         len_q, len_k, len_v = q_shape[0], k_shape[0], v_shape[0]
         shape, rows = (len_q, v_shape[1]), (len_q,)
     else:
-        _check_axes(where, q=q, k=k, v=v)
+        _check_axes(where, heads_first, q=q, k=k, v=v)
         batch = q_shape[:-3]
         if not batch == k_shape[:-3] == v_shape[:-3]:
             batch = _broadcast(where, q=q, k=k, v=v)

@@ -100,8 +100,8 @@ def scores(
     where = "scores"
     if words:
         _fail_words(where, words, "scale")
-    q, k = _matrices(where, q=q, k=k)
     heads_first = _check_layout(layout, where)
+    q, k = _matrices(where, heads_first, q=q, k=k)
     if q.shape[-1] != k.shape[-1]:
         _fail_shapes(where, f"k has dimension {k.shape[-1]}, q has {q.shape[-1]}", q=q, k=k)
     scale = _scale_of(where, scale, q.shape[-1])
@@ -133,7 +133,7 @@ def weighted_values(
         well.
     v : array_like, shape (..., Hkv, Lk, Dv)
         Values, of p's type or a narrower one; float16 and bfloat16 do not mix. ``Hq`` is a multiple of ``Hkv``; weight
-        head h reads value head ``h // (Hq // Hkv)``. The axes left of the heads broadcast.
+        head h reads value head ``h // (Hq // Hkv)``. v has as many axes as p, or 3; those left of the heads broadcast.
     <layout>
         It is that of v and of the result. The weights are head-first in either.
     <out>
@@ -178,8 +178,8 @@ def weighted_values(
     where = "weighted_values"
     if words:
         _fail_words(where, words, "")
-    p, v = _matrices(where, p=p, v=v)
     heads_first = _check_layout(layout, where)
+    p, v = _matrices(where, heads_first, p=p, v=v)
     two = p.ndim == 2
     heads, length = (-3, -2) if heads_first or two else (-2, -3)
     if v.shape[length] != p.shape[-1]:
@@ -270,7 +270,7 @@ def softmax(
     if x.ndim == 0:
         _fail_shapes(where, "x needs an axis", x=x)
     try:
-        axis = operator.index(axis)
+        axis = operator.index(None if isinstance(axis, (bool, np.bool_)) else axis)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(f"softmax: axis must be an integer, got {axis!r}") from None
     if not -x.ndim <= axis < x.ndim:
@@ -302,14 +302,14 @@ def softmax(
     return result
 
 
-def _matrices(where: str, **given: Any) -> tuple[Array, Array]:
+def _matrices(where: str, heads_first: bool, **given: Any) -> tuple[Array, Array]:
     """Both as arrays of types and numbers of axes that go together."""
     (name, a), (other, b) = ((name, _as_array(name, x, where)) for name, x in given.items())
     _check_type(where, name, a)
     _check_type(where, other, b)
     _check_narrower(where, {name: a, other: b})
     if not a.ndim == b.ndim == 2:
-        _check_axes(where, **{name: a, other: b})
+        _check_axes(where, heads_first, **{name: a, other: b})
     return a, b
 
 

@@ -14,8 +14,7 @@ def agree(*call, **options):
         function(*arguments, **options)
     # The plan of a stage knows of no tiles that are full, partial or skipped, and the call counts none.
     assert {name: getattr(plan, name, 0) for name in COUNTED} == {name: did[name] for name in COUNTED}
-    # A call of little work does without threads that sleep. What counts is how much there would be if queries saw all keys
-    # within reach, which is at least what they see.
+    # A call of little work does without threads that sleep.
     small = not hasattr(plan, "stage") and plan.operations < 6e6
     assert did["threads"] == plan.threads or (small and did["threads"] < plan.threads), (did, plan)
     assert did["splits"] == (plan.tasks if getattr(plan, "split", False) else 0) and did["panels_careful"] == 0

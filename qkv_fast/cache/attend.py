@@ -60,14 +60,17 @@ def check_tokens(
         if not form.stored and x.dtype.itemsize >= form.dtype.itemsize:
             also = "" if form.dtype.num in (_FLOAT32, _FLOAT64) else ", float32"
             raise TypeError(f"{where}: {name} must be {form.dtype} as the cache{also} or narrower, got {x.dtype}")
-    if layout != "bhld" and not _check_layout(layout, where) and k.ndim == v.ndim == 4:
+    given = k, v
+    heads_first = layout == "bhld" or _check_layout(layout, where)
+    if not heads_first and k.ndim == v.ndim == 4:
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     shape = k.shape
     if len(shape) != 4 or shape[:2] != (batch, form.kv_heads) or shape[3] != form.dim or v.shape != (
         *shape[:3], form.dim_v,
     ):  # fmt: skip
-        fits = f"({batch}, {form.kv_heads}, tokens, {form.dim}) and ({batch}, {form.kv_heads}, tokens, {form.dim_v})"
-        _fail_shapes(where, f"k and v must be of shapes {fits}, heads first", k=k, v=v)
+        axes = f"{form.kv_heads}, tokens" if heads_first else f"tokens, {form.kv_heads}"
+        fits = f"({batch}, {axes}, {form.dim}) and ({batch}, {axes}, {form.dim_v})"
+        _fail_shapes(where, f"k and v must be of shapes {fits}", k=given[0], v=given[1])
     return k, v, shape[2], None if lengths is None else check_counts(where, lengths, batch, shape[2], "tokens")
 
 
@@ -116,7 +119,8 @@ def attend_newest(
     len_q = p.rows[2]
     if limit is not None:
         if window is not None and (p.left is None or p.left > limit):
-            raise ValueError(f"{where}: window reaches {p.left} back, the cache keeps {limit} (window={window!r})")
+            reach = "without end" if p.left is None else p.left
+            raise ValueError(f"{where}: window reaches {reach} back, the cache keeps {limit} (window={window!r})")
         p.left = limit if window is None else p.left
     counts = None
     if lengths is not None:
@@ -165,6 +169,8 @@ def attend_newest(
         planned = _problem.Planned(p, report, view if apart else target, out)
         planned.also += plans
         planned.longest = longest
+        stored = batch, form.kv_heads, longest
+        planned.shapes = {"k": (*stored, form.dim), "v": (*stored, form.dim_v)}
         return planned
     if apart:
         target[...], lse = merge_partials([first[0], target], [first[1], lse])

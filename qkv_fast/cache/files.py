@@ -73,7 +73,7 @@ class Store:
     def __init__(self, where: str, path: Any, writable: bool) -> None:
         import mmap  # which few need: half a millisecond of every import
 
-        with open(path, "r+b" if writable else "rb") as file:
+        with open(os.fspath(path), "r+b" if writable else "rb") as file:  # no number, which would be a file of others
             if writable:
                 _lock(where, path, file)
             self._id = _file_id(os.fstat(file.fileno()))

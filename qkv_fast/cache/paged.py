@@ -460,7 +460,7 @@ class PagedKVCache:
             Here Lq is L, and Lk the tokens of the longest sequence.
         <bias>
         <causal>
-            Here True by default, and not "top-left": a query sees no token after its own.
+            True by default, and here not "top-left": a query sees no token after its own.
         <window>
         <alibi_slopes>
         <sinks>

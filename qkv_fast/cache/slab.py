@@ -404,7 +404,7 @@ class KVCache:
             Here Lq is L, and Lk the tokens of the longest sequence.
         <bias>
         <causal>
-            Here True by default, and not "top-left": a query sees no token after its own.
+            True by default, and here not "top-left": a query sees no token after its own.
         <window>
             For a ring: not further to the left than its own window, which is the default.
         <alibi_slopes>

@@ -68,7 +68,6 @@ def received(
         float32 (float64 for float64), head-first in every layout; 0 for keys that nobody sees. (Hq, Tk) of packed
         sequences.
 
-
     Raises
     ------
     TypeError, ValueError, OverflowError, MemoryError
@@ -85,7 +84,6 @@ def received(
     The order of the sums is fixed: the same bits for any number of threads. Keys that receive most are those that
     caches keep: Z. Zhang et al., "H2O: Heavy-Hitter Oracle", 2023, section 4; Y. Li et al., "SnapKV", 2024, section 4,
     sums over the last queries.
-
 
     Examples
     --------

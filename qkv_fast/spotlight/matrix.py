@@ -67,7 +67,6 @@ def weights(
         Their softmax over all visible keys, float32 (float64 for float64), head-first in every layout; 0 where a key is
         hidden.
 
-
     Raises
     ------
     TypeError, ValueError, OverflowError, MemoryError
@@ -82,7 +81,6 @@ def weights(
     Notes
     -----
     Queries that follow one another are computed together, so a slice is faster than as many scattered ones.
-
 
     Examples
     --------

@@ -60,7 +60,6 @@ def largest(
         float32 (float64 for float64), head-first in every layout; -inf for a query that sees no key, NaN for one that
         sees a NaN. (Hq, Tq) of packed sequences.
 
-
     Raises
     ------
     TypeError, ValueError, OverflowError, MemoryError
@@ -75,7 +74,6 @@ def largest(
     -----
     It is the product before soft cap, ALiBi, bias and sinks: of a bias only -inf counts, as of a mask. Optimisers that
     clip the weights of a head whose scores grow ask for it: Kimi Team, "Kimi K2", 2025, section 2.1 (MuonClip).
-
 
     Examples
     --------
@@ -146,7 +144,6 @@ def entropy(
         key has all the weight, log n where n keys share it evenly, and 0 for a query that sees none. (Hq, Tq) of packed
         sequences.
 
-
     Raises
     ------
     TypeError, ValueError, OverflowError, MemoryError
@@ -162,7 +159,6 @@ def entropy(
     With sinks the weights p sum to less than 1, and the sink has no part in the sum. It is computed in one pass, from
     running sums of p and of p times the distance from the largest score. Entropy as a measure of what heads do: J. Vig
     and Y. Belinkov, "Analyzing the Structure of Attention in a Transformer Language Model", 2019, section 4.3.
-
 
     Examples
     --------
@@ -235,7 +231,6 @@ def top_keys(
     weights : ndarray, shape (..., Hq, Lq, n)
         Their weights, float32 (float64 for float64); 0 where keys are -1.
 
-
     Raises
     ------
     TypeError, ValueError, OverflowError, MemoryError
@@ -251,7 +246,6 @@ def top_keys(
     Keys are ranked by their final scores, bias included, not by rounded weights: of visible keys whose weights are all
     0, the heaviest still come first. The weights of a query whose log-sum-exp is NaN are NaN, and its keys -1. It takes
     one pass over the keys, and memory for the result alone; n beyond some dozens makes it slower.
-
 
     Examples
     --------

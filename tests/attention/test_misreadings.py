@@ -56,6 +56,21 @@ def test_grouped_queries_with_an_axis_of_their_own(hk):
         same_bits(wide.reshape(b, hk * 4, 5, 8), qkv_fast.attention(q.reshape(b, hk * 4, 5, 8), k, v))
 
 
+def test_ways_out_work():
+    """Each that an error names, in either layout, and none that would not."""
+    for layout, at in (("bhld", "..., None, :, :"), ("blhd", "..., None, :")):
+        q, k = normal(RNG, (2, 3, 4, 4, 8)), normal(RNG, (2, 3, 4, 8))
+        if layout == "blhd":  # (B, G, L, H, D) beside (B, G, L, D)
+            q, k = normal(RNG, (2, 3, 5, 4, 8)), normal(RNG, (2, 3, 5, 8))
+        fails(ValueError, f"one for each group of q's heads: pass k[{at}]", qkv_fast.attention, q, k, k, layout=layout)
+        wide = eval(f"k[{at}]")
+        assert qkv_fast.attention(q, wide, wide, layout=layout).shape == q.shape
+    q, k = normal(RNG, (2, 3, 4, 5, 8)), normal(RNG, (3, 4, 7, 8))
+    fails(ValueError, "or 3; the same for all of the first axes: pass k[None, ...] (", qkv_fast.attention, q, k, k)
+    assert qkv_fast.attention(q, k[None], k[None]).shape == q.shape
+    fails(ValueError, "as many axes as q, or 3 (", qkv_fast.attention, normal(RNG, (2, 2, 2, 4, 5, 8)), k, k)
+
+
 def test_keys_of_three_axes_serve_all_sequences():
     q, k, v = normal(RNG, (3, 4, 5, 8)), normal(RNG, (2, 9, 8)), normal(RNG, (2, 9, 8))
     same_bits(qkv_fast.attention(q, k, v)[2], qkv_fast.attention(q[2], k, v))
@@ -256,6 +271,12 @@ def test_values_of_others_are_answered_with_ours():
     fails(TypeError, "got 'causal'; pass causal=True", qkv_fast.attention, X, X, X, mask="causal")
     fails(TypeError, "got 'top-left'; pass causal='top-left'", qkv_fast.attention, X, X, X, mask="top-left")
     same_bits(qkv_fast.attention(X, X, X, scale=np.array(0.5)), qkv_fast.attention(X, X, X, scale=0.5))
+    fails(TypeError, "axis must be an integer, got True", qkv_fast.softmax, X, axis=True)
+    cache = qkv_fast.KVCache(1, 2, 8, 10)
+    fails(TypeError, "unexpected keyword argument 'kv_lengths'; attention has it", cache.attend, X, kv_lengths=5)
+    fails(TypeError, "of a cache pass its method, cache.attend", qkv_fast.explain, cache, X)
+    fails(ValueError, "(1, tokens, 2, 8) (k.shape=(1, 2, 5, 8)", cache.append, X, X, layout="blhd")
+    fails(TypeError, "not int", qkv_fast.KVCache.load, 10**6)
     fails(TypeError, "scale must be a real number", qkv_fast.attention, X, X, X, scale=np.array([0.5]))
 
 

@@ -214,7 +214,7 @@ def test_errors_change_nothing(name):
 
 RING_ERRORS = {
     "window": (lambda c: c.attend(Q, window=9), "reaches 9 back, the cache keeps 6"),
-    "open window": (lambda c: c.attend(Q, window=(None, 0)), "reaches None back"),
+    "open window": (lambda c: c.attend(Q, window=(None, 0)), "reaches without end back"),
     "too many queries": (lambda c: c.attend(np.ones((2, 4, 5, 4), "float32")), "the ring holds 10 tokens from 20 on"),
     "truncate": (lambda c: c.truncate(25), "window of token 25 begins at 19"),
 }
