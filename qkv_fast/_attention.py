@@ -2,9 +2,9 @@
 
 from typing import Any, Never
 
-from . import _problem
 from ._checks import Array
 from ._help import documented
+from ._problem import attend, check
 
 
 @documented
@@ -117,8 +117,8 @@ def attention(
     >>> qkv_fast.attention(q, k, v, causal=True, segments=(ids[-100:], ids)).shape
     (2, 8, 100, 64)
     """
-    problem = _problem.check(
+    problem = check(
         "attention", q, k, v, mask, bias, causal, window, q_offset, kv_lengths, segments, alibi_slopes, sinks, softcap,
         scale, layout, num_threads, words,
     )  # fmt: skip
-    return _problem.attend(problem, out, return_lse)
+    return attend(problem, out, return_lse)

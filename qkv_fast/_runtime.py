@@ -203,6 +203,8 @@ def current(num_threads: Any = None, where: str = "") -> tuple[int, int, Any]:
     """Threads, CPU path and counters for a call made here; `num_threads` is what the call itself says."""
     settings = _settings.get()
     threads = _process_threads or _default_threads or _first_default()
+    if settings is num_threads is None:
+        return threads, _DEFAULT_ISA, None
     isa, counters = _DEFAULT_ISA, None
     if settings is not None:
         threads = settings.threads or threads

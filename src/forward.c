@@ -535,7 +535,8 @@ done:
     for (int i = 0; i < workers; i++)
         qkv_scratch_put(scratch[i], i);
     qkv_scratch_put(shared, workers);
-    qkv_pool_release(workers);
+    if (plan->threads > 1)            /* else no pool was asked for, and its clock need not be read */
+        qkv_pool_release(workers);
     return status;
 }
 
