@@ -78,7 +78,7 @@ OBSTACLES = {
 PLAN = object()                                 # as counters: see forward
 QUESTIONS = {
     "largest": QKV_LARGEST, "entropy": QKV_ENTROPY, "top_keys": QKV_TOP_KEYS, "normalisers": QKV_NORMALISERS,
-    "received": QKV_RECEIVED, "weights": QKV_WEIGHTS,
+    "received": QKV_RECEIVED, "weights": QKV_WEIGHTS, "means": QKV_MEANS, "maxima": QKV_MAXIMA,
 }
 
 
@@ -373,6 +373,7 @@ def forward(Problem call not None, cnp.ndarray out not None, cnp.ndarray lse, in
     p.answer = NULL if answer is None else cnp.PyArray_DATA(answer)
     p.answer_keys = NULL if keys is None else <int64_t *>cnp.PyArray_DATA(keys)
     p.answer_n = 0 if answer is None else cnp.PyArray_DIM(answer, cnp.PyArray_NDIM(answer) - 1)
+    p.answer_rows = 0 if answer is None else length_of(answer, 2)
     p.answer_first = first_key
     p.normalisers = NULL if normalisers is None else cnp.PyArray_DATA(normalisers)
     p.threads = call.threads

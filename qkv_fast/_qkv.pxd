@@ -31,6 +31,8 @@ cdef extern from "qkv.h" nogil:
         QKV_NORMALISERS
         QKV_RECEIVED
         QKV_WEIGHTS
+        QKV_MEANS
+        QKV_MAXIMA
 
     ctypedef struct qkv_strides:
         int64_t axis[64]
@@ -87,6 +89,7 @@ cdef extern from "qkv.h" nogil:
         void *answer
         int64_t *answer_keys
         int64_t answer_n
+        int64_t answer_rows
         int64_t answer_first
         const void *normalisers
         int threads

@@ -363,22 +363,35 @@ static void attend_split(qkv_call *job, int worker, const qkv_query_tile *t, int
     conclude(job, worker, t);
 }
 
-/* The answer to what is asked of each query: a state goes through all keys in order. */
-static void answer_queries(qkv_call *job, int worker, const qkv_query_tile *t)
+/* All panels against some keys in order, one state for all of them. Returns 0 if the call is given up. */
+static int look_at(qkv_call *job, int worker, const qkv_query_tile *t, qkv_range keys)
 {
-    const qkv_problem *p = job->problem;
     const qkv_plan *plan = t->plan;
-    qkv_range keys = t->any;
-    if (p->question == QKV_WEIGHTS)
-        keys = (qkv_range){qkv_max(keys.lo, p->answer_first), qkv_min(keys.hi, p->answer_first + p->answer_n)};
-    qkv_begin_answer(t);
     for (int64_t first = keys.lo / plan->block * plan->block, next; first < keys.hi; first = next) {
         next = qkv_min((first / plan->chunk + 1) * plan->chunk, keys.hi);
         walk_keys(t, first, next, ~(uint64_t)0, 0);
         if (next < keys.hi && qkv_must_stop(&job->stop, worker))
-            return;
+            return 0;
     }
-    qkv_write_answer(t);
+    return 1;
+}
+
+/* The answer to what is asked of each query. */
+static void answer_queries(qkv_call *job, int worker, const qkv_query_tile *t)
+{
+    const qkv_problem *p = job->problem;
+    qkv_range keys = t->any;
+    if (p->question == QKV_WEIGHTS)
+        keys = (qkv_range){qkv_max(keys.lo, p->answer_first), qkv_min(keys.hi, p->answer_first + p->answer_n)};
+    qkv_begin_answer(t);
+    if (look_at(job, worker, t, keys))
+        qkv_write_answer(t);
+}
+
+/* Number `index` of the ranges of `size` that n things are shared out to. */
+static qkv_range task_range(int64_t index, int64_t size, int64_t n)
+{
+    return (qkv_range){index * size, qkv_min((index + 1) * size, n)};
 }
 
 /* The answer to what is asked of each key of a range: all queries of a head in order. */
@@ -388,15 +401,15 @@ static void answer_keys(qkv_call *job, int64_t task, int worker)
     const qkv_plan *plan = job->plan;
     int64_t sequence = task / plan->ranges / plan->heads, head = task / plan->ranges % plan->heads;
     char *scratch = job->scratch[worker] + sizeof(qkv_counters);
-    qkv_range keys = {task % plan->ranges * plan->range, qkv_min((task % plan->ranges + 1) * plan->range, p->len_k)};
-    int64_t rows = plan->tile_panels * plan->kernels->lanes, tiles = qkv_tiles_of(p, plan, sequence);
+    qkv_range keys = task_range(task % plan->ranges, plan->range, p->len_k);
+    int64_t tiles = qkv_tiles_of(p, plan, sequence);
     qkv_begin_sums(plan, scratch);
     for (int64_t tile = 0; tile < tiles; tile++) {
-        qkv_range seen = qkv_reach(p, sequence, tile * rows, qkv_min((tile + 1) * rows, qkv_queries(p, sequence)) - 1);
+        qkv_range rows = qkv_tile_rows(p, plan, sequence, tile), seen = qkv_reach(p, sequence, rows.lo, rows.hi - 1);
         if (seen.lo >= keys.hi || seen.hi <= keys.lo)
             continue;
         qkv_query_tile t;
-        qkv_open_tile(&t, p, plan, sequence, head, tile, job->summary, scratch, (qkv_counters *)job->scratch[worker]);
+        qkv_open_tile(&t, p, plan, sequence, head, rows, keys, job->summary, scratch, (qkv_counters *)job->scratch[worker]);
         t.first = keys.lo;
         qkv_begin_answer(&t);
         walk_keys(&t, keys.lo, keys.hi, ~(uint64_t)0, 0);
@@ -404,6 +417,35 @@ static void answer_keys(qkv_call *job, int64_t task, int worker)
             return;
     }
     qkv_write_sums(p, plan, sequence, head, keys, scratch);
+}
+
+/* The answer to what is asked of some rows and columns of cells: the queries of these rows in order. */
+static void answer_cells(qkv_call *job, int64_t task, int worker)
+{
+    const qkv_problem *p = job->problem;
+    const qkv_plan *plan = job->plan;
+    char *scratch = job->scratch[worker] + sizeof(qkv_counters);
+    int64_t tasks = (p->answer_rows + plan->cell_rows - 1) / plan->cell_rows, head = task / plan->ranges / tasks;
+    qkv_range rows = task_range(tasks - 1 - task / plan->ranges % tasks, plan->cell_rows, p->answer_rows);
+    qkv_range columns = task_range(task % plan->ranges, plan->range, p->answer_n);
+    qkv_range queries = {qkv_cell_first(rows.lo, p->len_q, p->answer_rows), qkv_cell_first(rows.hi, p->len_q, p->answer_rows)};
+    qkv_range keys = {qkv_cell_first(columns.lo, p->len_k, p->answer_n), qkv_cell_first(columns.hi, p->len_k, p->answer_n)};
+    qkv_range seen = qkv_reach(p, head / plan->heads, queries.lo, queries.hi - 1);
+    if (seen.lo >= keys.hi || seen.hi <= keys.lo)
+        return;
+    qkv_begin_cells(p, plan, columns, scratch);
+    int64_t most = plan->tile_panels * plan->kernels->lanes;
+    for (int64_t first = queries.lo; first < queries.hi; first += most) {
+        qkv_range some = {first, qkv_min(first + most, queries.hi)};
+        qkv_query_tile t;
+        qkv_open_tile(&t, p, plan, head / plan->heads, head % plan->heads, some, keys, job->summary, scratch,
+                      (qkv_counters *)job->scratch[worker]);
+        t.first = columns.lo;
+        qkv_begin_answer(&t);
+        if (!look_at(job, worker, &t, t.any) || qkv_must_stop(&job->stop, worker))
+            return;
+        qkv_count_cells(&t, columns);
+    }
 }
 
 /* Query tile number `index` of the grid: sequences x key heads x tiles, of which each sequence may have its own number. */
@@ -444,14 +486,18 @@ static void run_task(void *context, int64_t task, int worker)
         answer_keys(job, task, worker);
         return;
     }
+    if (qkv_asks_cells(job->problem)) {
+        answer_cells(job, task, worker);
+        return;
+    }
     place at = find_tile(job, base);
     if (qkv_has_few(job->problem, plan, at.sequence)) {
         qkv_decode(job, worker, at.sequence, at.head, base, chunk);
         return;
     }
     qkv_query_tile t;
-    qkv_open_tile(&t, job->problem, plan, at.sequence, at.head, at.tile, job->summary,
-                  job->scratch[worker] + sizeof(qkv_counters), counters);
+    qkv_open_tile(&t, job->problem, plan, at.sequence, at.head, qkv_tile_rows(job->problem, plan, at.sequence, at.tile),
+                  (qkv_range){0, job->problem->len_k}, job->summary, job->scratch[worker] + sizeof(qkv_counters), counters);
     if (job->problem->question)
         answer_queries(job, worker, &t);
     else if (plan->split)

@@ -37,6 +37,7 @@ enum {
     PARTIAL_BYTES = 32 << 20,         /* most memory that a split may take */
     SUMMARY_BYTES = 8 << 20,          /* most of a mask's summary: 1 GB of mask */
     SUMMARY_ROWS = 64,                /* of a task of it: some microseconds for rows of a few thousand keys */
+    COLUMNS = 256,                    /* most columns of cells in a task: what is kept of a panel is half of L2 at most */
     COLD_BYTES = 1 << 20              /* less than that of K and V is in some cache: asking for it took 3 % at 8x128, Zen 5 */
 };
 /* Times as much for a thread that sleeps, which comes some 30 us later. With gaps of 30 to 300 us, two threads for 4 Mflop take
@@ -134,7 +135,8 @@ static void lay_out_scratch(const qkv_problem *p, qkv_plan *plan)
     TAKE(at_pointers, plan->adjust ? 2 * lanes * sizeof(void *) : 0);
     TAKE(at_bias, p->bias && !plan->direct_bias ? lanes * (size_t)plan->block * size : 0);
     TAKE(at_mask, plan->masked && !plan->direct_mask ? lanes * (size_t)plan->block : 0);
-    TAKE(at_sums, (size_t)plan->range * (size_t)plan->kernels->vector * size);
+    TAKE(at_sums, (size_t)plan->range * (qkv_asks_cells(p) ? sizeof(double) : (size_t)plan->kernels->vector * size));
+    TAKE(at_bounds, qkv_asks_cells(p) ? (size_t)(plan->range * plan->parts + 1) * sizeof(int64_t) : 0);
 #undef TAKE
     plan->scratch_bytes = plan->decode || at < plan->few.scratch_bytes ? plan->few.scratch_bytes : at;
 }
@@ -269,8 +271,11 @@ static int count_work(const qkv_problem *p, const qkv_plan *plan, int64_t *panel
 }
 
 /* Bytes of what a question keeps for each row beside m and l. */
-static int64_t answer_lane_bytes(const qkv_problem *p, const qkv_kernels *kernels)
+static int64_t answer_lane_bytes(const qkv_problem *p, const qkv_plan *plan)
 {
+    const qkv_kernels *kernels = plan->kernels;
+    if (qkv_asks_cells(p))
+        return plan->range * plan->parts * kernels->size;
     if (p->question == QKV_ENTROPY)
         return kernels->size;
     if (p->question == QKV_TOP_KEYS)  /* no more keys than there are */
@@ -288,6 +293,26 @@ static int plan_ranges(const qkv_problem *p, qkv_plan *plan)
     return multiply(heads, plan->ranges, &plan->tasks);
 }
 
+/* A map of cells: columns that a task has, and the parts of one, of up to CHUNK keys. */
+static int plan_columns(const qkv_problem *p, qkv_plan *plan)
+{
+    int64_t columns = qkv_max(1, p->answer_n), unused;
+    plan->ranges = ceil_div(columns, COLUMNS);
+    plan->range = ceil_div(columns, plan->ranges);
+    plan->parts = qkv_max(1, ceil_div(ceil_div(p->len_k, columns), CHUNK));
+    return multiply(columns, plan->parts, &columns) && multiply(columns, p->len_k, &unused)
+        && multiply(p->answer_rows, p->len_q, &unused);
+}
+
+/* And rows of it: as many as fill a tile, or one, which may take several tiles. */
+static int plan_cells(const qkv_problem *p, qkv_plan *plan)
+{
+    int64_t rows = plan->tile_panels * plan->kernels->lanes;
+    plan->cell_rows = p->len_q ? qkv_max(1, qkv_min(rows, p->len_q) * p->answer_rows / p->len_q) : 1;
+    return multiply(plan->sequences * plan->heads, ceil_div(p->answer_rows, plan->cell_rows), &plan->tasks)
+        && multiply(plan->tasks, p->answer_n ? plan->ranges : 0, &plan->tasks);
+}
+
 qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
 {
     *plan = (qkv_plan){0};
@@ -297,16 +322,18 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     for (int i = 0; i < p->n_axes; i++)
         if (!multiply(plan->sequences, p->axes[i], &plan->sequences))
             return QKV_OVERFLOW;
-    plan->heads = p->question == QKV_RECEIVED ? p->heads_q : p->heads_kv;
+    plan->heads = p->question == QKV_RECEIVED || qkv_asks_cells(p) ? p->heads_q : p->heads_kv;
     plan->group = plan->heads ? p->heads_q / plan->heads : 0;
     plan->sharing = p->heads_kv ? plan->heads / p->heads_kv : 0;
     if (!multiply(p->len_q, plan->group, &plan->rows))
         return QKV_OVERFLOW;
 
+    if (qkv_asks_cells(p) && !plan_columns(p, plan))
+        return QKV_OVERFLOW;
     int64_t lane_bytes;
     if (p->question == QKV_TOP_KEYS && kernels->size == sizeof(uint32_t) && p->len_k >= UINT32_MAX)
         return QKV_OVERFLOW;          /* keys are numbered in as many bits */
-    if (!multiply(answer_lane_bytes(p, kernels) + (p->dim_v + 2) * kernels->size, kernels->lanes, &lane_bytes))
+    if (!multiply(answer_lane_bytes(p, plan) + (p->dim_v + 2) * kernels->size, kernels->lanes, &lane_bytes))
         return QKV_OVERFLOW;
     plan->state_bytes = align((size_t)lane_bytes);
     plan->block = BLOCK;
@@ -354,7 +381,7 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
         for (int64_t b = 0; b < plan->sequences; b++)
             plan->tasks += plan->heads * qkv_tiles_of(p, plan, b);
     }
-    if (p->question == QKV_RECEIVED && !plan_ranges(p, plan))
+    if ((p->question == QKV_RECEIVED && !plan_ranges(p, plan)) || (qkv_asks_cells(p) && !plan_cells(p, plan)))
         return QKV_OVERFLOW;
     double bytes = 0, dims = (double)(p->dim + p->dim_v);               /* of K and V */
     if (plan->decode && dims > 0)

@@ -25,7 +25,7 @@ typedef struct {
 
 /* The work is a grid: sequences x key heads x query tiles, and, if split, x chunks of keys. A query tile is some panels
  * of one (sequence, key head); its rows are (position, head of the group) pairs, the head running fastest. Where sums over
- * queries are asked for, it is sequences x query heads x ranges of keys. */
+ * queries are asked for, it is sequences x query heads x ranges of keys; of cells, x rows of these x ranges of columns. */
 typedef struct {
     const qkv_kernels *kernels;
     /* The scale is the product of what goes into Q^T, of what multiplies scores before anything is added to them, and of
@@ -65,14 +65,16 @@ typedef struct {
 
     int64_t tasks;
     int threads;
-    int64_t range, ranges;            /* keys of a task that sums over queries, and such tasks of a head */
+    int64_t range, ranges;            /* keys of a task that sums over queries, or columns of cells, and such tasks of a head */
+    int64_t cell_rows, parts;         /* of cells: rows in a task, and parts of a column, whose keys are summed apart */
     int small;                        /* worth a thread that spins, but not to wake one */
 
     /* Scratch of one worker: byte offsets from its beginning. */
     size_t state_bytes;               /* O, m, l of one panel, or what a question keeps, m and l */
     size_t at_panels, at_limits, at_rows, at_q, at_state, at_total, at_s, at_k, at_v, at_tile;
     size_t at_lanes, at_pointers, at_bias, at_mask;     /* what elements.c needs */
-    size_t at_sums;                   /* (range, vector) */
+    size_t at_sums;                   /* (range, vector); of cells: (range) doubles, */
+    size_t at_bounds;                 /* and the keys where their parts begin (range * parts + 1) */
     int64_t copy_row_k, copy_row_v;   /* elements per row of copied K and V */
     size_t scratch_bytes;
     size_t partial_bytes;             /* all partial states of a split problem */
@@ -80,6 +82,12 @@ typedef struct {
 } qkv_plan;
 
 qkv_status qkv_make_plan(const qkv_problem *problem, qkv_plan *plan);
+
+/* Whether the answer is a map in cells. */
+static inline int qkv_asks_cells(const qkv_problem *problem)
+{
+    return problem->question == QKV_MEANS || problem->question == QKV_MAXIMA;
+}
 
 /* Whether a sequence has few rows. */
 int qkv_has_few(const qkv_problem *problem, const qkv_plan *plan, int64_t sequence);

@@ -44,8 +44,13 @@ typedef enum {
  *                log-sum-exp says less where scores are large
  *   RECEIVED     (axes..., heads_q, len_k): sums of weights over queries, whose log-sum-exp or normalisers are given
  *   WEIGHTS      (axes..., heads_q, len_q, n): weights of the keys from answer_first on, likewise; what is hidden is left alone
+ *   MEANS        (axes..., heads_q, rows, n): the means of weights in cells, likewise, what is hidden being 0. Row r of them has
+ *                the queries r len_q / rows to (r + 1) len_q / rows, and so it is with columns and keys; rows <= len_q and
+ *                n <= len_k. Cells that no query sees may be left alone
+ *   MAXIMA       the same with the largest weight of each
  * Axes are those of lse in ragged batches as well: (heads_q, all rows), (heads_q, all keys). */
-typedef enum { QKV_VALUES, QKV_LARGEST, QKV_ENTROPY, QKV_TOP_KEYS, QKV_NORMALISERS, QKV_RECEIVED, QKV_WEIGHTS } qkv_question;
+typedef enum { QKV_VALUES, QKV_LARGEST, QKV_ENTROPY, QKV_TOP_KEYS, QKV_NORMALISERS, QKV_RECEIVED, QKV_WEIGHTS,
+               QKV_MEANS, QKV_MAXIMA } qkv_question;
 
 /* Byte strides of a (batch axes..., head, row, dim) view. A broadcast axis has stride 0. */
 typedef struct {
@@ -85,7 +90,7 @@ typedef struct {
 
     const char *q;                    /* (axes..., heads_q, len_q, dim) */
     char *out;                        /* (axes..., heads_q, len_q, dim_v); overlaps no input */
-    void *lse;                        /* (axes..., heads_q, len_q), contiguous, or NULL; of RECEIVED and WEIGHTS it is read, else written */
+    void *lse;                        /* (axes..., heads_q, len_q), contiguous, or NULL; from RECEIVED on it is read, else written */
     qkv_strides q_at, k_at, v_at, out_at;
 
     /* Keys of sequence b: runs[run_of[b]] ... runs[run_of[b + 1] - 1] in order of position, without gaps. With
@@ -126,9 +131,10 @@ typedef struct {
     qkv_question question;
     void *answer;
     int64_t *answer_keys;             /* of TOP_KEYS */
-    int64_t answer_n;                 /* of TOP_KEYS and WEIGHTS; at least 1 */
+    int64_t answer_n;                 /* of TOP_KEYS and WEIGHTS, at least 1; of MEANS and MAXIMA */
+    int64_t answer_rows;              /* of MEANS and MAXIMA */
     int64_t answer_first;             /* of WEIGHTS */
-    const void *normalisers;          /* of RECEIVED and WEIGHTS, if lse is NULL: the answer of that name, of the same problem */
+    const void *normalisers;          /* from RECEIVED on, if lse is NULL: the answer of that name, of the same problem */
 
     int threads;                      /* at most this many */
     int isa;                          /* index into the available CPU paths */

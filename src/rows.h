@@ -20,6 +20,18 @@ static inline void qkv_next_row(qkv_row *r)
     }
 }
 
+/* The first of n things in cell i, of `cells` that they are shared out to. */
+static inline int64_t qkv_cell_first(int64_t i, int64_t n, int64_t cells)
+{
+    return i * n / cells;
+}
+
+/* The cell that thing number i is in. */
+static inline int64_t qkv_cell_of(int64_t i, int64_t n, int64_t cells)
+{
+    return ((i + 1) * cells - 1) / n;
+}
+
 /* From where the rows of a sequence and key head begin, in bytes. */
 static inline int64_t qkv_row_offset(const qkv_row *r, const qkv_strides *at)
 {

@@ -3,6 +3,9 @@
  *
  * Sums over queries are kept for a range of keys, (range, vector): each element has the queries of its lane, and the queries
  * come in order. m and l of each row are then what makes weights of its scores.
+ *
+ * A map in cells is made of sums, or maxima, over parts of columns, (parts, lanes), of one tile after the other. Each query is
+ * then counted in its row of cells, which is kept in double precision until it is whole: one row, as queries come in order.
  */
 #include "spotlight.h"
 
@@ -38,7 +41,7 @@ static void begin_lists(const qkv_query_tile *t, const qkv_panel *x)
 }
 
 /* What weights are taken with, as it is given: those of a row are l 2^(c (S - m)). A row that sees nothing counts for nothing, and
- * so do lanes without one. */
+ * so do lanes without one. Of a row with NaN m is NaN, and the factor 1: sums are multiplied by it, also that of hidden keys, 0. */
 static void take_normalisers(const qkv_query_tile *t, const qkv_panel *x)
 {
     const qkv_problem *p = t->problem;
@@ -49,6 +52,10 @@ static void take_normalisers(const qkv_query_tile *t, const qkv_panel *x)
             int64_t at = qkv_result_index(p, t->plan, t->sequence, t->head, &r);
             m = p->lse ? element(p, p->lse, at) / t->plan->rest : element(p, p->normalisers, 2 * at);
             factor = p->lse ? 1 : element(p, p->normalisers, 2 * at + 1);
+            if (m != -INFINITY && isnan(factor)) {
+                m = factor;
+                factor = 1;
+            }
             qkv_next_row(&r);
         }
         set_element(p, qkv_state_m(t->plan, x->state), j, m == -INFINITY ? INFINITY : m);
@@ -61,11 +68,11 @@ void qkv_begin_answer(const qkv_query_tile *t)
     const qkv_plan *plan = t->plan;
     for (int i = 0; i < t->panels; i++) {
         const qkv_panel *x = &t->panel[i];
-        plan->kernels->reset(x->state, qkv_state_m(plan, x->state), qkv_state_l(plan, x->state), x->nv,
-                             t->problem->question == QKV_ENTROPY);
+        int rows = t->problem->question == QKV_ENTROPY ? 1 : (int)(qkv_asks_cells(t->problem) ? plan->range * plan->parts : 0);
+        plan->kernels->reset(x->state, qkv_state_m(plan, x->state), qkv_state_l(plan, x->state), x->nv, rows);
         if (t->problem->question == QKV_TOP_KEYS)
             begin_lists(t, x);
-        if (t->problem->question == QKV_RECEIVED || t->problem->question == QKV_WEIGHTS)
+        if (t->problem->question >= QKV_RECEIVED)
             take_normalisers(t, x);
     }
 }
@@ -84,11 +91,29 @@ static qkv_weights rows_of(const qkv_query_tile *t, const qkv_panel *x, int lane
     return to;
 }
 
+/* Parts of all columns of a problem: more columns, of up to as many keys as are summed apart. */
+static int64_t all_parts(const qkv_problem *p, const qkv_plan *plan)
+{
+    return p->answer_n * plan->parts;
+}
+
+/* The parts of the panel's lanes from a lane on, for keys from `key` on. */
+static qkv_parts parts_of(const qkv_query_tile *t, const qkv_panel *x, int lane, int64_t key)
+{
+    const qkv_kernels *kernels = t->plan->kernels;
+    int64_t part = qkv_cell_of(key, t->problem->len_k, all_parts(t->problem, t->plan)) - t->first * t->plan->parts;
+    return (qkv_parts){
+        .part = x->state + (part * kernels->lanes + lane) * kernels->size,
+        .bound = (const int64_t *)(t->scratch + t->plan->at_bounds) + part, .first = key,
+    };
+}
+
 void qkv_ask(const qkv_query_tile *t, const qkv_panel *x, int lane, int64_t key, const qkv_tile *tile)
 {
     const qkv_kernels *kernels = t->plan->kernels;
     qkv_heaviest list;
     qkv_weights to;
+    qkv_parts parts;
     switch (t->problem->question) {
     case QKV_VALUES:
         break;
@@ -109,6 +134,11 @@ void qkv_ask(const qkv_query_tile *t, const qkv_panel *x, int lane, int64_t key,
     case QKV_WEIGHTS:
         to = rows_of(t, x, lane, tile->nv, key);
         kernels->look_weights(tile, &to);
+        break;
+    case QKV_MEANS:
+    case QKV_MAXIMA:
+        parts = parts_of(t, x, lane, key);
+        (t->problem->question == QKV_MEANS ? kernels->look_sums : kernels->look_maxima)(tile, &parts);
         break;
     case QKV_RECEIVED:
         kernels->look_received(tile, t->scratch + t->plan->at_sums + (key - t->first) * kernels->vector * kernels->size);
@@ -202,5 +232,49 @@ void qkv_write_sums(const qkv_problem *p, const qkv_plan *plan, int64_t sequence
         for (int j = 0; j < w; j++)
             sum += element(p, sums, (i - keys.lo) * w + j);
         set_element(p, p->answer, first + i, sum);
+    }
+}
+
+void qkv_begin_cells(const qkv_problem *p, const qkv_plan *plan, qkv_range columns, char *scratch)
+{
+    int64_t *bound = (int64_t *)(scratch + plan->at_bounds), first = columns.lo * plan->parts;
+    memset(scratch + plan->at_sums, 0, (size_t)plan->range * sizeof(double));
+    for (int64_t i = first; i <= columns.hi * plan->parts; i++)
+        *bound++ = qkv_cell_first(i, p->len_k, all_parts(p, plan));
+}
+
+/* The row of cells of what has been counted, which then begins again. */
+static void write_cells(const qkv_query_tile *t, qkv_range columns, int64_t row)
+{
+    const qkv_problem *p = t->problem;
+    double *cell = (double *)(t->scratch + t->plan->at_sums);
+    int64_t to = ((t->sequence * p->heads_q + t->head) * p->answer_rows + row) * p->answer_n;
+    int64_t queries = qkv_cell_first(row + 1, p->len_q, p->answer_rows) - qkv_cell_first(row, p->len_q, p->answer_rows);
+    const int64_t *bound = (const int64_t *)(t->scratch + t->plan->at_bounds);
+    for (int64_t c = columns.lo; c < columns.hi; c++, bound += t->plan->parts) {
+        double n = p->question == QKV_MEANS ? (double)queries * (double)(bound[t->plan->parts] - bound[0]) : 1;
+        set_element(p, p->answer, to + c, *cell / n);
+        *cell++ = 0;
+    }
+}
+
+void qkv_count_cells(const qkv_query_tile *t, qkv_range columns)
+{
+    const qkv_problem *p = t->problem;
+    const qkv_kernels *kernels = t->plan->kernels;
+    double *cell = (double *)(t->scratch + t->plan->at_sums);
+    int64_t row = qkv_cell_of(t->rows.lo, p->len_q, p->answer_rows);
+    qkv_range seen = {0, 0};          /* of the task's columns */
+    if (t->any.lo < t->any.hi)
+        seen = (qkv_range){qkv_cell_of(t->any.lo, p->len_k, p->answer_n) - columns.lo,
+                           qkv_cell_of(t->any.hi - 1, p->len_k, p->answer_n) - columns.lo + 1};
+    for (int64_t query = t->rows.lo; query < t->rows.hi; query++) {
+        const qkv_panel *x = &t->panel[(query - t->rows.lo) / kernels->lanes];
+        int64_t lane = query - x->row;
+        const char *part = x->state + (seen.lo * t->plan->parts * kernels->lanes + lane) * kernels->size;
+        (p->question == QKV_MEANS ? kernels->pour_sums : kernels->pour_maxima)(
+            cell + seen.lo, seen.hi - seen.lo, part, t->plan->parts, element(p, qkv_state_l(t->plan, x->state), lane));
+        if (query + 1 == qkv_cell_first(row + 1, p->len_q, p->answer_rows))
+            write_cells(t, columns, row++);
     }
 }

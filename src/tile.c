@@ -10,7 +10,7 @@
 
 _Static_assert(sizeof(qkv_panel) <= QKV_PANEL_BYTES, "panels overlap in scratch");
 
-static void lay_out_panels(qkv_query_tile *t, int64_t first)
+static void lay_out_panels(qkv_query_tile *t)
 {
     const qkv_plan *plan = t->plan;
     size_t lanes = (size_t)plan->kernels->lanes, vectors = lanes / (size_t)plan->kernels->vector;
@@ -20,8 +20,8 @@ static void lay_out_panels(qkv_query_tile *t, int64_t first)
     for (int i = 0; i < t->panels; i++) {
         qkv_panel *x = &t->panel[i];
         char *limits = t->scratch + plan->at_limits + (size_t)i * limits_bytes;
-        x->row = (first + i) * (int64_t)lanes;
-        x->n = (int)qkv_min((int64_t)lanes, t->rows - x->row);
+        x->row = t->rows.lo + i * (int64_t)lanes;
+        x->n = (int)qkv_min((int64_t)lanes, t->rows.hi - x->row);
         x->nv = (x->n + plan->kernels->vector - 1) / plan->kernels->vector;
         x->q = t->scratch + plan->at_q + (size_t)i * q_bytes;
         x->state = t->scratch + plan->at_state + (size_t)i * plan->state_bytes;
@@ -29,6 +29,15 @@ static void lay_out_panels(qkv_query_tile *t, int64_t first)
         x->limits = (qkv_limits *)limits;
         x->rows = (qkv_range *)(limits + (vectors + 1) * sizeof(qkv_limits));
     }
+}
+
+/* What a query sees of the keys that count. */
+static qkv_range visible(const qkv_query_tile *t, int64_t position)
+{
+    qkv_range keys = qkv_visible(t->problem, t->sequence, position);
+    keys.lo = qkv_max(keys.lo, t->keys.lo);
+    keys.hi = qkv_max(keys.lo, qkv_min(keys.hi, t->keys.hi));
+    return keys;
 }
 
 static void find_limits(qkv_query_tile *t)
@@ -40,7 +49,7 @@ static void find_limits(qkv_query_tile *t)
     for (int i = 0; i < t->panels; i++) {
         const qkv_panel *x = &t->panel[i];
         qkv_row r = qkv_first_row(t, x);
-        qkv_range keys = qkv_visible(p, t->sequence, r.position);
+        qkv_range keys = visible(t, r.position);
         for (int j = 0; j <= x->nv; j++)
             x->limits[j] = qkv_no_limits();
         for (int j = 0; same && j <= x->nv; j++)
@@ -49,7 +58,7 @@ static void find_limits(qkv_query_tile *t)
             /* Lanes without a row repeat the last one, in Q as well. */
             if (j > 0 && j < x->n) {
                 qkv_next_row(&r);
-                keys = r.head ? keys : qkv_visible(p, t->sequence, r.position);
+                keys = r.head ? keys : visible(t, r.position);
             }
             x->rows[j] = keys;
             qkv_add_row(&x->limits[1 + j / w], keys);
@@ -84,13 +93,12 @@ static void pack_queries(const qkv_query_tile *t)
 }
 
 void qkv_open_tile(qkv_query_tile *t, const qkv_problem *p, const qkv_plan *plan, int64_t sequence, int64_t head,
-                   int64_t index, const uint8_t *summary, char *scratch, qkv_counters *counters)
+                   qkv_range rows, qkv_range keys, const uint8_t *summary, char *scratch, qkv_counters *counters)
 {
-    int64_t lanes = plan->kernels->lanes, rows = qkv_queries(p, sequence) * plan->group, panels = (rows + lanes - 1) / lanes;
-    int64_t first_panel = index * plan->tile_panels;
+    int64_t lanes = plan->kernels->lanes;
     *t = (qkv_query_tile){
-        .problem = p, .plan = plan, .sequence = sequence, .head = head, .rows = rows,
-        .panels = (int)qkv_min(plan->tile_panels, panels - first_panel),
+        .problem = p, .plan = plan, .sequence = sequence, .head = head, .rows = rows, .keys = keys,
+        .panels = (int)((rows.hi - rows.lo + lanes - 1) / lanes),
         .scratch = scratch, .counters = counters,
     };
     t->elements = (qkv_elements){
@@ -103,7 +111,7 @@ void qkv_open_tile(qkv_query_tile *t, const qkv_problem *p, const qkv_plan *plan
     t->out_offset = qkv_rows_offset(p, &p->out_at, sequence) + head * plan->group * p->out_at.head;
     t->k_offset = head / plan->sharing * p->k_at.head + (p->run_of ? 0 : qkv_sequence_offset(p, &p->k_at, sequence));
     t->v_offset = head / plan->sharing * p->v_at.head + (p->run_of ? 0 : qkv_sequence_offset(p, &p->v_at, sequence));
-    lay_out_panels(t, first_panel);
+    lay_out_panels(t);
     find_limits(t);
     for (int i = 0; plan->adjust && i < t->panels; i++) {
         qkv_panel *x = &t->panel[i];

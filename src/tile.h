@@ -21,12 +21,13 @@ typedef struct {
     const qkv_problem *problem;
     const qkv_plan *plan;
     int64_t sequence, head;           /* head: one of plan->heads */
-    int64_t rows;                     /* of this head */
+    qkv_range rows;                   /* of this head */
+    qkv_range keys;                   /* that count */
     int64_t q_offset, k_offset, v_offset, out_offset;   /* bytes to this sequence and key head */
     qkv_panel *panel;                 /* (panels) */
     int panels;
     qkv_range any;                    /* keys that some row sees */
-    int64_t first;                    /* of the keys whose sums over queries lie in scratch */
+    int64_t first;                    /* of the keys, or of the columns of cells, whose sums over queries lie in scratch */
     char *scratch;
     qkv_counters *counters;
     qkv_elements elements;
@@ -37,9 +38,17 @@ static inline qkv_row qkv_first_row(const qkv_query_tile *t, const qkv_panel *x)
     return qkv_row_of(x->row, t->plan->group);
 }
 
-/* Lays out tile number `index` of a key head in scratch, finds its limits and packs its queries. */
+/* Lays out the tile of some rows of a key head in scratch, no more than its panels hold, finds its limits within `keys`, and
+ * packs its queries. */
 void qkv_open_tile(qkv_query_tile *tile, const qkv_problem *problem, const qkv_plan *plan, int64_t sequence, int64_t head,
-                   int64_t index, const uint8_t *summary, char *scratch, qkv_counters *counters);
+                   qkv_range rows, qkv_range keys, const uint8_t *summary, char *scratch, qkv_counters *counters);
+
+/* The rows of tile number `index` of a head. */
+static inline qkv_range qkv_tile_rows(const qkv_problem *p, const qkv_plan *plan, int64_t sequence, int64_t index)
+{
+    int64_t rows = plan->tile_panels * plan->kernels->lanes;
+    return (qkv_range){index * rows, qkv_min((index + 1) * rows, qkv_queries(p, sequence) * plan->group)};
+}
 
 /* Sets the state of a panel to that of no keys but the sinks. */
 void qkv_begin_state(const qkv_query_tile *tile, const qkv_panel *panel, char *state);

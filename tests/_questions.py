@@ -2,18 +2,26 @@
 
 The rule is attention's (_util.py) with what an answer is measured by in place of max|v|: 1 for weights, so a key's sum
 of them has 4 eps for each query; the largest score for scores; 1 + max|s - m| for entropies, which are weights times
-that.
+that. A cell of a map is held to the rule of a weight, whether it is their mean or their maximum.
 """
 
 import numpy as np
 from _util import arithmetic, general_product, plain
+from hypothesis import strategies as st
 
 import qkv_fast
 from qkv_fast import reference, spotlight
 
 PER_QUERY = ("largest", "entropy", "top_keys")
 RAGGED = (*PER_QUERY, "received")
-ALL = (*RAGGED, "weights")
+ALL = (*RAGGED, "weights", "pooled")
+_SIZES = st.sampled_from([1, 2, 7, 40, 256, 2000])
+_CELLS = st.fixed_dictionaries(dict(shape=st.tuples(_SIZES, _SIZES), reduce=st.sampled_from(["mean", "max"])))
+
+
+def own_arguments(name):
+    """A strategy for what only this question takes."""
+    return _CELLS if name == "pooled" else st.just({})
 
 
 def ask(name, q, k, **options):
@@ -51,10 +59,12 @@ def close(got, exact, most, dtype):
     assert error <= most, f"error {error:.3g} exceeds {most:.3g}"
 
 
-def check(name, q, k, *, threads=None, queries=None, **options):
+def check(name, q, k, *, threads=None, queries=None, shape=(256, 256), reduce="mean", **options):
     """Ask, and hold the answer to the rule. Returns it."""
     dtype, eps = arithmetic(q.dtype), np.finfo(arithmetic(q.dtype)).eps
     named = {} if queries is None else {"queries": queries}
+    if name == "pooled":
+        named = {"shape": shape, "reduce": reduce}
     got = ask(name, q, k, num_threads=threads, **named, **options)
     products, scores, p, lse = reference.spotlight._matrices(name, q, k, options)
     seen = scores != -np.inf
@@ -78,6 +88,9 @@ def check(name, q, k, *, threads=None, queries=None, **options):
             close(got, exact, bound(usual_p[..., rows, :].sum(axis=-2), exact, max(1, count), eps), dtype)
         elif name == "weights":
             close(got, p, bound(usual_p, p, 1, eps), dtype)
+        elif name == "pooled":
+            exact = reference.spotlight.pooled(q, k, shape, reduce, **options)
+            close(got, exact, bound(reference.spotlight._pool(usual_p, shape, reduce), exact, 1, eps), dtype)
         else:
             check_top(got, q, k, options, dtype, eps, scores, p, usual_p, lse)
     return got

@@ -194,3 +194,46 @@ def received(q: Any, k: Any, *, queries: Any = None, **options: Any) -> Any:
     """
     p = _matrices("received", q, k, options)[2]
     return np.sum(p if queries is None else p[..., queries, :], axis=-2)
+
+
+def pooled(q: Any, k: Any, shape: Any = (256, 256), reduce: str = "mean", **options: Any) -> Any:
+    """The whole map of weights in cells.
+
+    Parameters
+    ----------
+    q, k : array_like
+        As in `qkv_fast.spotlight.pooled`.
+    shape : (int, int), default (256, 256)
+        Most rows and columns of cells.
+    reduce : {"mean", "max"}, default "mean"
+        What a cell says of its weights.
+    **options
+        Its other arguments.
+
+    Returns
+    -------
+    ndarray, shape (..., Hq, R, C)
+        Of the type that `reference.attention` returns for q.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `reference.attention`.
+
+    Examples
+    --------
+    >>> from qkv_fast import reference
+    >>> reference.spotlight.pooled([[0.0]], [[1.0], [2.0], [3.0]], (1, 2), "max").astype("float64").round(3)
+    array([[0.333, 0.333]])
+    """
+    return _pool(_matrices("pooled", q, k, options)[2], shape, reduce)
+
+
+def _pool(p: Any, shape: Any, reduce: str) -> Any:
+    of_cell = {"mean": np.mean, "max": np.max}[reduce]
+    for axis, most in zip((-2, -1), shape, strict=True):
+        n = p.shape[axis]
+        count = min(most, n)
+        cells = (range(c * n // count, (c + 1) * n // count) for c in range(count))
+        p = np.stack([of_cell(np.take(p, cell, axis), axis) for cell in cells], axis) if count else p
+    return p

@@ -84,7 +84,8 @@
     .attend = X(attend), .reset = X(reset), .merge = X(merge), \
     .look_largest = X(look_largest), .look_entropy = X(look_entropy), .look_heaviest = X(look_heaviest), \
     .look_normalisers = X(look_normalisers), .look_received = X(look_received), \
-    .look_weights = X(look_weights), \
+    .look_weights = X(look_weights), .look_sums = X(look_sums), .look_maxima = X(look_maxima), \
+    .pour_sums = X(pour_sums), .pour_maxima = X(pour_maxima), \
     .pack = X(pack), .expect = X(expect), .finish = X(finish), .finite = X(finite), \
     .gather = X(gather), .scatter = X(scatter), .gather_terms = X(gather_terms), .gather_values = X(gather_values), \
     .widens = WIDENS, \

@@ -87,6 +87,13 @@ typedef struct {
     int first;
 } qkv_weights;
 
+/* What is kept of the weights of keys that follow one another, part by part. */
+typedef struct {
+    void *part;                       /* (parts, lanes), aligned to a vector */
+    const int64_t *bound;             /* (parts + 1): the first key of each, and that behind the last; `first` is in the first part */
+    int64_t first;                    /* the tile's first key */
+} qkv_parts;
+
 /* Few rows that share their keys, against one chunk of them: here a lane is an element of the head dimension. All pointers
  * are to the table's element type and aligned to a vector, and so are rows. A position is that of a key in the chunk. */
 typedef struct {
@@ -166,13 +173,21 @@ typedef struct {
      *   heaviest     m, l, and the list
      *   normalisers  m and l
      *   received     sums (nk, vector) += l P, with the m and l that are given, lane after lane of an element's
-     *   weights      rows <- l P, likewise */
+     *   weights      rows <- l P, likewise
+     *   sums         parts += P with the m that is given, 0 where a key is excluded; NaN if m is, and a key visible
+     *   maxima       parts <- max(parts, P), likewise */
     void (*look_largest)(const qkv_tile *tile);
     void (*look_entropy)(const qkv_tile *tile);
     void (*look_heaviest)(const qkv_tile *tile, const qkv_heaviest *list);
     void (*look_normalisers)(const qkv_tile *tile);
     void (*look_received)(const qkv_tile *tile, void *sums);
     void (*look_weights)(const qkv_tile *tile, const qkv_weights *to);
+    void (*look_sums)(const qkv_tile *tile, const qkv_parts *parts);
+    void (*look_maxima)(const qkv_tile *tile, const qkv_parts *parts);
+
+    /* cell[i] += the sum of factor * (P of a lane, n parts from i * n on); or of the largest, the maximum, NaN if one is. */
+    void (*pour_sums)(double *cell, int64_t cells, const void *part, int64_t n, double factor);
+    void (*pour_maxima)(double *cell, int64_t cells, const void *part, int64_t n, double factor);
 
     void (*reset)(void *o, void *m, void *l, int nv, int dv);
 

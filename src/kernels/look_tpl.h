@@ -4,13 +4,13 @@
  * key. Nothing here depends on the tile's other lanes, so answers have the same bits wherever a row lies.
  */
 
-/* Maxima of rows first .. last of S^T, into m; NaN stays NaN. */
-static QKV_INLINE void X(largest_vectors)(const int nv, const qkv_tile *t, int first, int last)
+/* Maxima of rows first .. last of S^T, into top; NaN stays NaN. */
+static QKV_INLINE void X(largest_vectors)(const int nv, const qkv_tile *t, int first, int last, REAL *top)
 {
     VEC m[LANE_VECTORS], nan[LANE_VECTORS];
     QKV_UNROLL
     for (int j = 0; j < nv; j++) {
-        m[j] = X(load)((const REAL *)t->m + j * W);
+        m[j] = X(load)(top + j * W);
         nan[j] = X(set1)(0);
     }
     for (int i = first; i < last; i++) {
@@ -23,12 +23,12 @@ static QKV_INLINE void X(largest_vectors)(const int nv, const qkv_tile *t, int f
     }
     QKV_UNROLL
     for (int j = 0; j < nv; j++)
-        X(store)((REAL *)t->m + j * W, X(select)(X(equal)(nan[j], nan[j]), m[j], nan[j]));
+        X(store)(top + j * W, X(select)(X(equal)(nan[j], nan[j]), m[j], nan[j]));
 }
 
-static QKV_NOINLINE void X(largest_rows)(int nv, const qkv_tile *t, int first, int last)
+static QKV_NOINLINE void X(largest_rows)(int nv, const qkv_tile *t, int first, int last, REAL *top)
 {
-    BY_VECTORS(X(largest_vectors), nv, t, first, last);
+    BY_VECTORS(X(largest_vectors), nv, t, first, last, top);
 }
 
 static void X(look_largest)(const qkv_tile *t)
@@ -37,7 +37,7 @@ static void X(look_largest)(const qkv_tile *t)
     X(find_limits)(t, &limits);
     for (int i = 0, end; i < t->nk; i = end) {
         end = X(score_strip)(t->nv, t, i, &limits);
-        X(largest_rows)(t->nv, t, i, end);
+        X(largest_rows)(t->nv, t, i, end, t->m);
     }
 }
 
@@ -270,6 +270,92 @@ static void X(look_weights)(const qkv_tile *t, const qkv_weights *to)
     for (int i = 0, end; i < t->nk; i = end) {
         end = X(score_strip)(t->nv, t, i, &limits);
         X(write_rows)(t, i > to->first ? i : to->first, end, to);
+    }
+}
+
+/* Rows first .. last of S^T become NaN in the lanes whose m is NaN, but for excluded keys. */
+static QKV_NOINLINE void X(spread_nan)(const qkv_tile *t, int first, int last)
+{
+    VEC none = X(set1)(-(REAL)INFINITY);
+    for (int i = first; i < last; i++) {
+        for (int j = 0; j < t->nv * W; j += W) {
+            REAL *score = (REAL *)t->s + (ptrdiff_t)i * LANES + j;
+            VEC s = X(load)(score), m = X(load)((const REAL *)t->m + j);
+            X(store)(score, X(select)(X(equal)(s, none), s, X(select)(X(equal)(m, m), s, m)));
+        }
+    }
+}
+
+/* The largest P of rows first .. last of S^T: that of the largest score. */
+static QKV_INLINE void X(maximum_rows)(const qkv_tile *t, int first, int last, const REAL *shift, REAL *part)
+{
+    QKV_ALIGN REAL top[LANES];
+    X(factor) c = X(factor_of)(t->c);
+    for (int j = 0; j < t->nv * W; j += W)
+        X(store)(top + j, X(set1)(-(REAL)INFINITY));
+    X(largest_rows)(t->nv, t, first, last, top);
+    for (int j = 0; j < t->nv * W; j += W) {
+        VEC was = X(load)(part + j), p = X(exp2_one)(c, X(sub)(X(load)(top + j), X(load)(shift + j)));
+        X(store)(part + j, X(select)(X(equal)(was, was), X(max)(was, p), was));     /* p where it is NaN */
+    }
+}
+
+static QKV_INLINE void X(look_parts)(const int largest, const qkv_tile *t, const qkv_parts *parts)
+{
+    X(limits) limits;
+    QKV_ALIGN REAL shift[LANES];
+    const int64_t *bound = parts->bound;
+    REAL *part = parts->part;
+    int nan = 0;
+    X(find_limits)(t, &limits);
+    for (int j = 0; j < t->nv * W; j += W) {
+        VEC m = X(load)((const REAL *)t->m + j);
+        X(store)(shift + j, X(select)(X(equal)(m, m), m, X(set1)(0)));
+        nan |= X(any)(X(beyond)(m, X(set1)((REAL)INFINITY)));
+    }
+    for (int i = 0, end; i < t->nk; i = end) {
+        end = X(score_strip)(t->nv, t, i, &limits);
+        if (nan)
+            X(spread_nan)(t, i, end);
+        for (int first = i, last; first < end; first = last) {
+            for (; bound[1] <= parts->first + first; bound++)
+                part += LANES;
+            last = bound[1] < parts->first + end ? (int)(bound[1] - parts->first) : end;
+            if (largest)
+                X(maximum_rows)(t, first, last, shift, part);
+            else
+                X(weigh_rows)(t->nv, 0, t, first, last, shift, part);
+        }
+    }
+}
+
+static void X(look_sums)(const qkv_tile *t, const qkv_parts *parts)
+{
+    X(look_parts)(0, t, parts);
+}
+
+static void X(look_maxima)(const qkv_tile *t, const qkv_parts *parts)
+{
+    X(look_parts)(1, t, parts);
+}
+
+static void X(pour_sums)(double *cell, int64_t cells, const void *part, int64_t n, double factor)
+{
+    const REAL *p = part;
+    for (int64_t i = 0; i < cells; i++) {
+        for (int64_t j = 0; j < n; j++, p += LANES)
+            cell[i] += factor * (double)*p;
+    }
+}
+
+static void X(pour_maxima)(double *cell, int64_t cells, const void *part, int64_t n, double factor)
+{
+    const REAL *p = part;
+    for (int64_t i = 0; i < cells; i++) {
+        for (int64_t j = 0; j < n; j++, p += LANES) {
+            double x = factor * (double)*p;
+            cell[i] = x <= cell[i] || cell[i] != cell[i] ? cell[i] : x;
+        }
     }
 }
 

@@ -45,6 +45,17 @@ static double score_of(const problem *x, int64_t row, int64_t j)
     return j < n ? changed(x, b, head, i, j, i + n - p->len_q, score * p->scale) : -INFINITY;
 }
 
+/* The first thing behind cell i, of `cells` that n things are in; and the cell of a thing, found by going through them. */
+static int64_t cell_end(int64_t i, int64_t n, int64_t cells) { return (i + 1) * n / cells; }
+
+static int64_t cell_of(int64_t thing, int64_t n, int64_t cells)
+{
+    int64_t i = 0;
+    while (cell_end(i, n, cells) <= thing)
+        i++;
+    return i;
+}
+
 static void check_answers(problem *x)
 {
     qkv_problem *p = &x->p;
@@ -60,6 +71,14 @@ static void check_answers(problem *x)
     p->answer_n = some;
     p->answer_first = from;
     void *part = some ? ask(x, QKV_WEIGHTS, rows * some) : block(0);
+    int64_t cells_q = p->len_q ? between(1, p->len_q) : 0, cells_k = all ? between(1, all) : 0;
+    p->answer_rows = cells_q;
+    p->answer_n = cells_k;
+    int64_t cells = x->sequences * p->heads_q * cells_q * cells_k;
+    void *means = ask(x, QKV_MEANS, cells), *maxima = ask(x, QKV_MAXIMA, cells);
+    double *mean = block(cells * (int64_t)sizeof *mean), *maximum = block(cells * (int64_t)sizeof *maximum);
+    for (int64_t i = 0; i < cells; i++)
+        mean[i] = maximum[i] = 0;
     p->answer_n = n;
     int64_t *keys = p->answer_keys = block(rows * n * (int64_t)sizeof(int64_t));
     void *top = ask(x, QKV_TOP_KEYS, rows * n);
@@ -77,6 +96,11 @@ static void check_answers(problem *x)
             weight[j] = sum == 0 ? 0 : weight[j] / sum;
             h -= weight[j] == 0 ? 0 : weight[j] * log(weight[j]);
             sums[row / p->len_q * all + j] += weight[j];
+            int64_t r = cell_of(row % p->len_q, p->len_q, cells_q), c = cell_of(j, all, cells_k);
+            int64_t cell = (row / p->len_q * cells_q + r) * cells_k + c;
+            mean[cell] += weight[j] / (double)((cell_end(r, p->len_q, cells_q) - cell_end(r - 1, p->len_q, cells_q))
+                                               * (cell_end(c, all, cells_k) - cell_end(c - 1, all, cells_k)));
+            maximum[cell] = weight[j] > maximum[cell] ? weight[j] : maximum[cell];
             if (from <= j && j < from + some)
                 CHECK(fabs(load(p->type, part, row * some + j - from) - weight[j]) <= bound, "weight of row %lld", (long long)row);
         }
@@ -91,7 +115,12 @@ static void check_answers(problem *x)
     for (int64_t i = 0; i < x->sequences * p->heads_q * all; i++)
         CHECK(fabs(load(p->type, received, i) - sums[i]) <= 64 * eps * (1 + (double)p->dim) * (double)(1 + p->len_q), "received %lld",
               (long long)i);
-    void *owned[] = {largest, entropy, normalisers, received, part, keys, top, sums, weight};
+    for (int64_t i = 0; i < cells; i++) {
+        double bound = 64 * eps * (1 + (double)p->dim);
+        CHECK(fabs(load(p->type, means, i) - mean[i]) <= bound, "mean %lld", (long long)i);
+        CHECK(fabs(load(p->type, maxima, i) - maximum[i]) <= bound, "maximum %lld", (long long)i);
+    }
+    void *owned[] = {largest, entropy, normalisers, received, part, keys, top, sums, weight, means, maxima, mean, maximum};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++)
         free(owned[i]);
 }

@@ -91,7 +91,7 @@ def test_signals_to_a_stage(longest_wait, stage, lq, lk, threads):
     assert longest_wait(1, lq, lk, threads, stage) < 0.2
 
 
-@pytest.mark.parametrize("question", ["largest", "entropy", "top_keys", "received"])
+@pytest.mark.parametrize("question", ["largest", "entropy", "top_keys", "received", "pooled"])
 def test_signals_to_a_question(longest_wait, question):
     assert longest_wait(1, 48 * 40, 2**23, 2, question) < 0.2
 

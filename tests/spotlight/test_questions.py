@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from _compositions import CASES, poisoned, visible
 from _patterns import PATTERNS, fits
-from _questions import ALL, PER_QUERY, RAGGED, ask, check, lse_of
+from _questions import ALL, PER_QUERY, RAGGED, ask, check, lse_of, own_arguments
 from _util import ALL_TYPES, normal, qkv, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,13 +17,13 @@ questions = pytest.mark.parametrize("name", ALL)
 
 
 @questions
-@given(case=CASES, threads=st.integers(1, 4))
-def test_any_composition(name, case, threads):
+@given(case=CASES, threads=st.integers(1, 4), data=st.data())
+def test_any_composition(name, case, threads, data):
     """By the error rule, the same bits with poison where nobody looks, on any number of threads."""
-    (q, k, _), options = case.arrays(), case.options()
-    got = check(name, q, k, threads=threads, **options)
+    (q, k, _), options, own = case.arrays(), case.options(), data.draw(own_arguments(name))
+    got = check(name, q, k, threads=threads, **own, **options)
     q, k, _ = poisoned(case, case.arrays(), visible(case, options))
-    same_bits(ask(name, q, k, num_threads=5 - threads, **options), got)
+    same_bits(ask(name, q, k, num_threads=5 - threads, **own, **options), got)
 
 
 @questions
@@ -103,7 +103,7 @@ def test_packed_sequences(name, lengths):
 @given(case=CASES, data=st.data())
 def test_nan_that_is_seen(name, case, data):
     """NaN in a query, or in keys that some queries see and others do not: where it is seen, and only there."""
-    (q, k, _), options = case.arrays(), case.options()
+    (q, k, _), options = case.arrays(), case.options() | data.draw(own_arguments(name))
     for x in (q, k):
         for _ in range(data.draw(st.integers(0, 2))):
             x[tuple(case.rng.integers(0, n) for n in x.shape[:-1])] = np.nan
@@ -153,6 +153,7 @@ def test_no_dimension():
     keys, weights = spotlight.top_keys(q, k, 3)
     assert (keys == [0, 1, 2]).all() and (weights == 0.125).all()
     assert (spotlight.largest(q, k) == 0).all() and (spotlight.received(q, k) == 0.375).all()
+    assert (spotlight.pooled(q, k, (2, 3)) == 0.125).all()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
@@ -261,6 +262,37 @@ def test_weights_add_up():
     np.testing.assert_allclose(spotlight.received(q, k, causal=True, lse=less), 4 * got, rtol=1e-5)
     foreign = lse.astype(">f4")[..., ::-1].copy()[..., ::-1]  # any strides and byte order
     same_bits(spotlight.received(q, k, causal=True, lse=foreign), got)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_long_cells(dtype):
+    """Of many equal weights, whose sums would all be rounded the same way: a mean keeps its digits."""
+    eps = np.finfo(dtype).eps
+    q, k = np.zeros((5000, 1), dtype), np.zeros((7, 1), dtype)
+    np.testing.assert_allclose(spotlight.pooled(q, k, (1, 1)), 1 / 7, rtol=4 * eps)
+    q, k = np.zeros((3, 1), dtype), np.zeros((65536, 1), dtype)
+    np.testing.assert_allclose(spotlight.pooled(q, k, (1, 1), kv_lengths=65521), 1 / 65536, rtol=4 * eps)
+    np.testing.assert_allclose(spotlight.pooled(q, k, (1, 9), "max", kv_lengths=65521), 1 / 65521, rtol=4 * eps)
+
+
+def test_cells():
+    """More of them than there are weights, or one, or others; hidden weights are 0 in a cell."""
+    q, k, _ = qkv(12, heads=(4, 2), lengths=(130, 1500))
+    lse = lse_of(q, k, causal=True)
+    p = spotlight.weights(q, k, causal=True)
+    same_bits(spotlight.pooled(q, k, (5000, 2**62), "max", causal=True), p)
+    for shape in ((1, 1), (130, 1499), (7, 256), (np.int64(129), 600)):
+        for reduce, most in (("mean", 1e-6), ("max", 1e-5)):
+            exact = reference.spotlight._pool(p.astype("f8"), shape, reduce)
+            for got in (
+                spotlight.pooled(q, k, shape, reduce, causal=True),
+                spotlight.pooled(q, k, list(shape), reduce=reduce, causal=True, lse=lse),
+            ):
+                np.testing.assert_allclose(got, exact, rtol=1e-5, atol=most)
+    less = lse - np.float32(np.log(4))
+    for reduce in ("mean", "max"):
+        four = spotlight.pooled(q, k, (7, 9), reduce, causal=True, lse=less)
+        np.testing.assert_allclose(four, 4 * spotlight.pooled(q, k, (7, 9), reduce, causal=True), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", [*PER_QUERY, "weights"])

@@ -34,6 +34,15 @@ PACKED = dict(cu_seqlens_q=[0, 5], cu_seqlens_k=[0, 9])
         ("weights", TypeError, "keys must be a slice or integers, got bool", dict(keys=[True])),
         ("weights", ValueError, r"lse must have the shape", dict(lse=LSE[0])),
         ("received", TypeError, "queries must be a slice of integers, got slice", dict(queries=slice(0.5))),
+        ("pooled", ValueError, r"shape must be at least 1 in each axis, got \(0, 8\)", dict(shape=(0, 8))),
+        ("pooled", ValueError, r"shape must be at least 1 in each axis, got \(8, -1\)", dict(shape=(8, -1))),
+        ("pooled", ValueError, r"shape must be two integers, .*, got \(1, 2, 3\)", dict(shape=(1, 2, 3))),
+        ("pooled", TypeError, "shape must be two integers, .*, got 256", dict(shape=256)),
+        ("pooled", TypeError, r"shape must be two integers, .*, got \(2.0, 2\)", dict(shape=(2.0, 2))),
+        ("pooled", TypeError, r"shape must be two integers, .*, got \(2, True\)", dict(shape=(2, True))),
+        ("pooled", ValueError, "reduce must be 'mean' or 'max', got 'sum'", dict(reduce="sum")),
+        ("pooled", TypeError, "reduce must be 'mean' or 'max', got None", dict(reduce=None)),
+        ("pooled", ValueError, r"lse must have the shape", dict(lse=LSE[0])),
     ],
     ids=str,
 )
@@ -73,9 +82,10 @@ def test_errors_of_packed_sequences(name, error, words, options):
         ask(name, Q, K, **options)
 
 
-def test_weights_are_not_for_packed_sequences():
-    with pytest.raises(TypeError, match="unexpected keyword argument 'cu_seqlens_q'"):
-        ask("weights", Q, K, **PACKED)
+@pytest.mark.parametrize("name", ["weights", "pooled"])
+def test_the_matrix_is_not_for_packed_sequences(name):
+    with pytest.raises(TypeError, match=rf"^spotlight\.{name}\(\).* unexpected keyword argument 'cu_seqlens_q'"):
+        ask(name, Q, K, **PACKED)
 
 
 @pytest.mark.parametrize("name", ALL)
