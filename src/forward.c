@@ -363,22 +363,37 @@ static void attend_split(qkv_call *job, int worker, const qkv_query_tile *t, int
     conclude(job, worker, t);
 }
 
+/* Every panel asks what it sees of the keys [begin, end), in order: first of those that no window hides. Returns 0 if the call is
+ * given up before the last. */
+static int ask_keys(qkv_call *job, int worker, qkv_query_tile *t, int64_t begin, int64_t end)
+{
+    const qkv_plan *plan = t->plan;
+    for (int kept = t->problem->kept > 0; kept >= 0; kept--) {
+        if (t->problem->kept)
+            qkv_find_limits(t, kept);
+        int64_t lo = qkv_max(begin, t->any.lo), hi = qkv_min(end, t->any.hi);
+        for (int64_t first = lo / plan->block * plan->block, next; first < hi; first = next) {
+            next = qkv_min((first / plan->chunk + 1) * plan->chunk, hi);
+            walk_keys(t, first, next, ~(uint64_t)0, 0);
+            if ((next < hi || kept) && qkv_must_stop(&job->stop, worker))
+                return 0;
+        }
+    }
+    return 1;
+}
+
 /* The answer to what is asked of each query: a state goes through all keys in order. */
-static void answer_queries(qkv_call *job, int worker, const qkv_query_tile *t)
+static void answer_queries(qkv_call *job, int worker, qkv_query_tile *t)
 {
     const qkv_problem *p = job->problem;
-    const qkv_plan *plan = t->plan;
-    qkv_range keys = t->any;
-    if (p->question == QKV_WEIGHTS)
-        keys = (qkv_range){qkv_max(keys.lo, p->answer_first), qkv_min(keys.hi, p->answer_first + p->answer_n)};
-    qkv_begin_answer(t);
-    for (int64_t first = keys.lo / plan->block * plan->block, next; first < keys.hi; first = next) {
-        next = qkv_min((first / plan->chunk + 1) * plan->chunk, keys.hi);
-        walk_keys(t, first, next, ~(uint64_t)0, 0);
-        if (next < keys.hi && qkv_must_stop(&job->stop, worker))
-            return;
+    int64_t begin = 0, end = INT64_MAX;
+    if (p->question == QKV_WEIGHTS) {
+        begin = p->answer_first;
+        end = begin + p->answer_n;
     }
-    qkv_write_answer(t);
+    qkv_begin_answer(t);
+    if (ask_keys(job, worker, t, begin, end))
+        qkv_write_answer(t);
 }
 
 /* The answer to what is asked of each key of a range: all queries of a head in order. */
@@ -393,14 +408,13 @@ static void answer_keys(qkv_call *job, int64_t task, int worker)
     qkv_begin_sums(plan, scratch);
     for (int64_t tile = 0; tile < tiles; tile++) {
         qkv_range seen = qkv_reach(p, sequence, tile * rows, qkv_min((tile + 1) * rows, qkv_queries(p, sequence)) - 1);
-        if (seen.lo >= keys.hi || seen.hi <= keys.lo)
+        if ((seen.lo >= keys.hi && p->kept <= keys.lo) || seen.hi <= keys.lo)
             continue;
         qkv_query_tile t;
         qkv_open_tile(&t, p, plan, sequence, head, tile, job->summary, scratch, (qkv_counters *)job->scratch[worker]);
         t.first = keys.lo;
         qkv_begin_answer(&t);
-        walk_keys(&t, keys.lo, keys.hi, ~(uint64_t)0, 0);
-        if (qkv_must_stop(&job->stop, worker))
+        if (!ask_keys(job, worker, &t, keys.lo, keys.hi) || qkv_must_stop(&job->stop, worker))
             return;
     }
     qkv_write_sums(p, plan, sequence, head, keys, scratch);

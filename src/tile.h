@@ -41,6 +41,9 @@ static inline qkv_row qkv_first_row(const qkv_query_tile *t, const qkv_panel *x)
 void qkv_open_tile(qkv_query_tile *tile, const qkv_problem *problem, const qkv_plan *plan, int64_t sequence, int64_t head,
                    int64_t index, const uint8_t *summary, char *scratch, qkv_counters *counters);
 
+/* What the rows see: of the keys that no window hides, or of all others, as qkv_open_tile has it. */
+void qkv_find_limits(qkv_query_tile *tile, int kept);
+
 /* Sets the state of a panel to that of no keys but the sinks. */
 void qkv_begin_state(const qkv_query_tile *tile, const qkv_panel *panel, char *state);
 
