@@ -1,6 +1,8 @@
 """Questions to caches: every kind of them and every type, against the reference on the numbers that they give back."""
 
 
+import itertools
+
 import numpy as np
 import pytest
 from _quantised import QUANTISED, as_stored
@@ -8,6 +10,7 @@ from _questions import ALL, ask, hold
 from _util import ALL_TYPES, no_change, normal, same_bits
 
 from qkv_fast import KVCache, PagedKVCache
+from qkv_fast._runtime import fail_allocation, trim
 
 pytestmark = pytest.mark.usefixtures("isa")
 questions = pytest.mark.parametrize("name", ALL)
@@ -280,3 +283,26 @@ def test_a_question_changes_nothing(kind, tmp_path):
         for name in ALL:
             asked(name, q)
     same_bits(asked("attend", q), before)
+
+
+@pytest.mark.alone
+@questions
+@pytest.mark.parametrize("kind", ["kept", "pages"])
+def test_no_memory(kind, name, tmp_path):
+    """Whichever allocation fails, a MemoryError; the next call is right."""
+    k, q = normal(np.random.default_rng(12), (2, 2, 1500, 64)), normal(np.random.default_rng(13), (2, 8, 40, 64))
+    _, asked = filled(kind, k, [1500, 1300], "int4", tmp_path)
+    whole = asked(name, q, num_threads=2)
+    for n in itertools.count():
+        trim()
+        with fail_allocation(n) as allocations:
+            try:
+                got = asked(name, q, num_threads=2)
+            except MemoryError:
+                got = None
+            count = allocations.count
+        same_bits(asked(name, q, num_threads=2), whole)
+        if got is not None:
+            same_bits(got, whole)
+            break
+    assert count <= n and n >= 1
