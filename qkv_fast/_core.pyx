@@ -175,6 +175,7 @@ cdef bytearray fill_extras(qkv_problem *p, extras, cnp.ndarray out):
     p.slopes = doubles_of(extras.slopes)
     p.sinks = doubles_of(extras.sinks)
     p.softcap = extras.softcap
+    p.kept = extras.kept
     if mask is not None:
         p.mask = <const char *>cnp.PyArray_DATA(mask)
         fill_logits(&p.mask_at, mask, out, starts is not None)
@@ -362,6 +363,7 @@ def forward(Problem call not None, cnp.ndarray out not None, cnp.ndarray lse, in
     p.length = integers_of(call.lengths)
     p.left = QKV_OPEN if call.left is None else call.left
     p.right = QKV_OPEN if call.right is None else call.right
+    p.kept = 0
     p.scale = call.scale
     p.spans = p.q_ids = p.k_ids = p.q_starts = p.k_starts = NULL
     p.slopes = p.sinks = NULL

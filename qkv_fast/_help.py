@@ -84,6 +84,27 @@ newest_q : array_like, shape (batch, Hq, L, head_dim)
 newest_lengths : int or array_like of int, optional
     How many of the L queries each sequence has, where they differ: its first ones, at its last tokens. The
     results of the others are 0. (The bits are then those of a call with L queries, not of one with fewer.)
+newest_asked_lengths : int or array_like of int, optional
+    How many of the L queries each sequence has, where they differ: its first ones, at its last tokens. The others
+    see nothing.
+"""
+# Entries that go together.
+_ASKED = """
+<newest_asked_lengths>
+<mask>
+    Here Lq is L, and Lk the tokens of the longest sequence.
+<bias>
+<causal>
+    True by default, and here not "top-left": a query sees no token after its own.
+<window>
+    For a `KVCache` that is a ring: not further to the left than its own window, which is the default.
+<alibi_slopes>
+<sinks>
+<softcap>
+<scale>
+<layout>
+    It is that of q.
+<num_threads>
 """
 
 
@@ -98,7 +119,15 @@ def _split(text: str) -> dict[str, list[str]]:
     return entries
 
 
-_HELP = _split(_ENTRIES)
+_HELP = _split(_ENTRIES) | {"asked": _ASKED.strip().splitlines()}
+
+
+def _written(line: str) -> list[str]:
+    """A line of a docstring, or the entries that stand for it."""
+    name = line.strip()
+    if not (name.startswith("<") and name.endswith(">")):
+        return [line]
+    return [more for entry in _HELP[name[1:-1]] for more in _written(line.replace(name, entry))]
 
 
 def documented(function: _F) -> _F:
@@ -106,11 +135,7 @@ def documented(function: _F) -> _F:
     f: Any = function
     lines = []
     for line in (f.__doc__ or "").splitlines():  # none with python -OO
-        name = line.strip()
-        if name.startswith("<") and name.endswith(">"):
-            lines += [line.replace(name, entry) for entry in _HELP[name[1:-1]]]
-        else:
-            lines.append(line)
+        lines += _written(line)
     f.__doc__ = "\n".join(lines) or None
     code = f.__code__
     last = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & _TAKES_MORE)

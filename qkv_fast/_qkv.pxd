@@ -71,6 +71,7 @@ cdef extern from "qkv.h" nogil:
         const int64_t *offset
         const int64_t *length
         int64_t left, right
+        int64_t kept
         const int64_t *spans
         const int32_t *q_ids
         const int32_t *k_ids

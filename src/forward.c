@@ -363,28 +363,34 @@ static void attend_split(qkv_call *job, int worker, const qkv_query_tile *t, int
     conclude(job, worker, t);
 }
 
-/* All panels against some keys in order, one state for all of them. Returns 0 if the call is given up. */
-static int look_at(qkv_call *job, int worker, const qkv_query_tile *t, qkv_range keys)
+/* Every panel asks what it sees of some keys, in order: first of those that no window hides. A state goes through all of them.
+ * Returns 0 if the call is given up before the last. */
+static int ask_keys(qkv_call *job, int worker, qkv_query_tile *t, qkv_range keys)
 {
     const qkv_plan *plan = t->plan;
-    for (int64_t first = keys.lo / plan->block * plan->block, next; first < keys.hi; first = next) {
-        next = qkv_min((first / plan->chunk + 1) * plan->chunk, keys.hi);
-        walk_keys(t, first, next, ~(uint64_t)0, 0);
-        if (next < keys.hi && qkv_must_stop(&job->stop, worker))
-            return 0;
+    for (int kept = t->problem->kept > 0; kept >= 0; kept--) {
+        if (t->problem->kept)
+            qkv_find_limits(t, kept);
+        int64_t lo = qkv_max(keys.lo, t->any.lo), hi = qkv_min(keys.hi, t->any.hi);
+        for (int64_t first = lo / plan->block * plan->block, next; first < hi; first = next) {
+            next = qkv_min((first / plan->chunk + 1) * plan->chunk, hi);
+            walk_keys(t, first, next, ~(uint64_t)0, 0);
+            if ((next < hi || kept) && qkv_must_stop(&job->stop, worker))
+                return 0;
+        }
     }
     return 1;
 }
 
 /* The answer to what is asked of each query. */
-static void answer_queries(qkv_call *job, int worker, const qkv_query_tile *t)
+static void answer_queries(qkv_call *job, int worker, qkv_query_tile *t)
 {
     const qkv_problem *p = job->problem;
-    qkv_range keys = t->any;
+    qkv_range keys = {0, INT64_MAX};
     if (p->question == QKV_WEIGHTS)
-        keys = (qkv_range){qkv_max(keys.lo, p->answer_first), qkv_min(keys.hi, p->answer_first + p->answer_n)};
+        keys = (qkv_range){p->answer_first, p->answer_first + p->answer_n};
     qkv_begin_answer(t);
-    if (look_at(job, worker, t, keys))
+    if (ask_keys(job, worker, t, keys))
         qkv_write_answer(t);
 }
 
@@ -406,14 +412,13 @@ static void answer_keys(qkv_call *job, int64_t task, int worker)
     qkv_begin_sums(plan, scratch);
     for (int64_t tile = 0; tile < tiles; tile++) {
         qkv_range rows = qkv_tile_rows(p, plan, sequence, tile), seen = qkv_reach(p, sequence, rows.lo, rows.hi - 1);
-        if (seen.lo >= keys.hi || seen.hi <= keys.lo)
+        if ((seen.lo >= keys.hi && p->kept <= keys.lo) || seen.hi <= keys.lo)
             continue;
         qkv_query_tile t;
         qkv_open_tile(&t, p, plan, sequence, head, rows, keys, job->summary, scratch, (qkv_counters *)job->scratch[worker]);
         t.first = keys.lo;
         qkv_begin_answer(&t);
-        walk_keys(&t, keys.lo, keys.hi, ~(uint64_t)0, 0);
-        if (qkv_must_stop(&job->stop, worker))
+        if (!ask_keys(job, worker, &t, keys) || qkv_must_stop(&job->stop, worker))
             return;
     }
     qkv_write_sums(p, plan, sequence, head, keys, scratch);
@@ -442,7 +447,7 @@ static void answer_cells(qkv_call *job, int64_t task, int worker)
                       (qkv_counters *)job->scratch[worker]);
         t.first = columns.lo;
         qkv_begin_answer(&t);
-        if (!look_at(job, worker, &t, t.any) || qkv_must_stop(&job->stop, worker))
+        if (!ask_keys(job, worker, &t, keys) || qkv_must_stop(&job->stop, worker))
             return;
         qkv_count_cells(&t, columns);
     }

@@ -52,9 +52,12 @@ static inline qkv_range qkv_reach(const qkv_problem *p, int64_t sequence, int64_
     return keys;
 }
 
-static inline qkv_range qkv_visible(const qkv_problem *p, int64_t sequence, int64_t i)
+/* Of the keys that query i sees, those that no window hides, or all others. */
+static inline qkv_range qkv_visible_part(const qkv_problem *p, int64_t sequence, int64_t i, int kept)
 {
     qkv_range keys = qkv_reach(p, sequence, i, i);
+    keys.lo = kept ? 0 : qkv_max(keys.lo, p->kept);
+    keys.hi = kept ? qkv_min(keys.hi, p->kept) : keys.hi;
     if (p->spans) {
         const int64_t *span = p->spans + 2 * qkv_query_index(p, sequence, i);
         keys.lo = qkv_max(keys.lo, span[0]);
@@ -63,6 +66,11 @@ static inline qkv_range qkv_visible(const qkv_problem *p, int64_t sequence, int6
     if (keys.lo >= keys.hi)
         keys.lo = keys.hi = 0;
     return keys;
+}
+
+static inline qkv_range qkv_visible(const qkv_problem *p, int64_t sequence, int64_t i)
+{
+    return qkv_visible_part(p, sequence, i, 0);
 }
 
 /* Whether all queries of a sequence see the same keys, as far as positions say. */

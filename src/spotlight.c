@@ -77,11 +77,12 @@ void qkv_begin_answer(const qkv_query_tile *t)
     }
 }
 
-/* Where the weights of the panel's rows from a lane on go, for keys from `key` on. */
+/* Where the weights of the panel's rows from a lane on go, for keys from `key` on: of those before the first that some row of the
+ * tile sees, there may be some already. */
 static qkv_weights rows_of(const qkv_query_tile *t, const qkv_panel *x, int lane, int nv, int64_t key)
 {
     const qkv_problem *p = t->problem;
-    int64_t before = qkv_max(0, p->answer_first - key), size = t->plan->kernels->size;
+    int64_t before = qkv_max(0, qkv_max(p->answer_first, t->any.lo) - key), size = t->plan->kernels->size;
     qkv_weights to = {.row = (void **)(t->scratch + t->plan->at_rows), .first = (int)before};
     qkv_row r = qkv_row_of(x->row + lane, t->plan->group);
     for (int j = 0; j < nv * t->plan->kernels->vector; j++, qkv_next_row(&r)) {

@@ -32,15 +32,15 @@ static void lay_out_panels(qkv_query_tile *t)
 }
 
 /* What a query sees of the keys that count. */
-static qkv_range visible(const qkv_query_tile *t, int64_t position)
+static qkv_range visible(const qkv_query_tile *t, int64_t position, int kept)
 {
-    qkv_range keys = qkv_visible(t->problem, t->sequence, position);
+    qkv_range keys = qkv_visible_part(t->problem, t->sequence, position, kept);
     keys.lo = qkv_max(keys.lo, t->keys.lo);
     keys.hi = qkv_max(keys.lo, qkv_min(keys.hi, t->keys.hi));
     return keys;
 }
 
-static void find_limits(qkv_query_tile *t)
+void qkv_find_limits(qkv_query_tile *t, int kept)
 {
     const qkv_problem *p = t->problem;
     int w = t->plan->kernels->vector;
@@ -49,7 +49,7 @@ static void find_limits(qkv_query_tile *t)
     for (int i = 0; i < t->panels; i++) {
         const qkv_panel *x = &t->panel[i];
         qkv_row r = qkv_first_row(t, x);
-        qkv_range keys = visible(t, r.position);
+        qkv_range keys = visible(t, r.position, kept);
         for (int j = 0; j <= x->nv; j++)
             x->limits[j] = qkv_no_limits();
         for (int j = 0; same && j <= x->nv; j++)
@@ -58,7 +58,7 @@ static void find_limits(qkv_query_tile *t)
             /* Lanes without a row repeat the last one, in Q as well. */
             if (j > 0 && j < x->n) {
                 qkv_next_row(&r);
-                keys = r.head ? keys : visible(t, r.position);
+                keys = r.head ? keys : visible(t, r.position, kept);
             }
             x->rows[j] = keys;
             qkv_add_row(&x->limits[1 + j / w], keys);
@@ -112,7 +112,7 @@ void qkv_open_tile(qkv_query_tile *t, const qkv_problem *p, const qkv_plan *plan
     t->k_offset = head / plan->sharing * p->k_at.head + (p->run_of ? 0 : qkv_sequence_offset(p, &p->k_at, sequence));
     t->v_offset = head / plan->sharing * p->v_at.head + (p->run_of ? 0 : qkv_sequence_offset(p, &p->v_at, sequence));
     lay_out_panels(t);
-    find_limits(t);
+    qkv_find_limits(t, 0);
     for (int i = 0; plan->adjust && i < t->panels; i++) {
         qkv_panel *x = &t->panel[i];
         qkv_open_lanes(&t->elements, &x->lanes, x->row, x->n, x->nv * plan->kernels->vector,

@@ -50,6 +50,9 @@ static inline qkv_range qkv_tile_rows(const qkv_problem *p, const qkv_plan *plan
     return (qkv_range){index * rows, qkv_min((index + 1) * rows, qkv_queries(p, sequence) * plan->group)};
 }
 
+/* What the rows see: of the keys that no window hides, or of all others, as qkv_open_tile has it. */
+void qkv_find_limits(qkv_query_tile *tile, int kept);
+
 /* Sets the state of a panel to that of no keys but the sinks. */
 void qkv_begin_state(const qkv_query_tile *tile, const qkv_panel *panel, char *state);
 

@@ -29,10 +29,9 @@ def ask(name, q, k, **options):
 
 
 def plain_weights(q, k, **options):
-    """Of plain NumPy in q's arithmetic: attention whose values are a unit matrix."""
-    unit = np.eye(k.shape[-2], dtype=arithmetic(q.dtype))
-    v = np.broadcast_to(unit, (*k.shape[:-1], k.shape[-2]))
-    return plain(q, k, v, **options)[0]
+    """Of plain NumPy in q's arithmetic: attention without its second product."""
+    products = iter([general_product, lambda p, v: p])
+    return plain(q, k, k, product=lambda a, b: next(products)(a, b), **options)[0]
 
 
 def plain_products(q, k, scale=None):
@@ -61,11 +60,17 @@ def close(got, exact, most, dtype):
 
 def check(name, q, k, *, threads=None, queries=None, shape=(256, 256), reduce="mean", **options):
     """Ask, and hold the answer to the rule. Returns it."""
-    dtype, eps = arithmetic(q.dtype), np.finfo(arithmetic(q.dtype)).eps
     named = {} if queries is None else {"queries": queries}
     if name == "pooled":
         named = {"shape": shape, "reduce": reduce}
     got = ask(name, q, k, num_threads=threads, **named, **options)
+    hold(got, name, q, k, queries=queries, **options)
+    return got
+
+
+def hold(got, name, q, k, *, queries=None, **options):
+    """Hold an answer to the rule."""
+    dtype, eps = arithmetic(q.dtype), np.finfo(arithmetic(q.dtype)).eps
     products, scores, p, lse = reference.spotlight._matrices(name, q, k, options)
     seen = scores != -np.inf
     with np.errstate(all="ignore"):
@@ -93,7 +98,6 @@ def check(name, q, k, *, threads=None, queries=None, shape=(256, 256), reduce="m
             close(got, exact, bound(reference.spotlight._pool(usual_p, shape, reduce), exact, 1, eps), dtype)
         else:
             check_top(got, q, k, options, dtype, eps, scores, p, usual_p, lse)
-    return got
 
 
 def check_top(got, q, k, options, dtype, eps, scores, p, usual_p, lse):

@@ -17,7 +17,7 @@ import qkv_fast
 CHECKOUT = Path(__file__).resolve().parents[1]
 FUNCTIONS = {name: getattr(qkv_fast, name) for name in qkv_fast.__all__ if callable(getattr(qkv_fast, name))}
 for name in ("KVCache", "PagedKVCache"):
-    FUNCTIONS |= {f"{name}.{key}": getattr(FUNCTIONS[name], key) for key in vars(FUNCTIONS[name]) if key[0] != "_"}
+    FUNCTIONS |= {f"{name}.{key}": getattr(FUNCTIONS[name], key) for key in dir(FUNCTIONS[name]) if key[0] != "_"}
 for name in ("spotlight", "reference", "reference.spotlight"):
     public = [(key, thing) for key, thing in vars(operator.attrgetter(name)(qkv_fast)).items() if key[0] != "_"]
     FUNCTIONS |= {f"{name}.{key}": thing for key, thing in public if inspect.isfunction(thing)}

@@ -84,7 +84,7 @@ IMPORTS = {
     "qkv_fast/_merge.py": "_checks _help",
     "qkv_fast/_plans.py": "_runtime",
     "qkv_fast/_explain.py": f"{PUBLIC} _core _runtime _problem _checks _attention _varlen _stages _plans",
-    "qkv_fast/cache/*.py": f"{PUBLIC} _core _runtime _problem _checks _masks _merge _help",
+    "qkv_fast/cache/*.py": f"{PUBLIC} _core _runtime _problem _checks _masks _merge _help _answers",  # questions
     "qkv_fast/spotlight/*.py": f"{PUBLIC} _core _problem _checks _help",
     "qkv_fast/reference/*.py": f"{PUBLIC} _checks _help",  # what positions, masks and shapes mean is its own code
 }

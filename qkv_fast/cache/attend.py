@@ -1,7 +1,7 @@
 """What caches share: checks of what is appended and asked, and attention over keys that lie as runs.
 
 Slabs, rings and pages differ only in where the keys of a sequence lie, which `Keys` says. The queries of a call are the
-newest tokens of their sequences, so positions need no argument.
+newest tokens of their sequences, so positions need no argument. Attention and questions take the same arguments.
 """
 
 from collections.abc import Callable
@@ -22,6 +22,7 @@ from .._checks import (
     _fail_shapes,
     _per_sequence,
 )
+from .._core import Problem
 from .._masks import Extras
 from .._merge import merge_partials
 from .types import Form
@@ -43,6 +44,18 @@ class Tokens(NamedTuple):
     lengths: Array  # (batch,) int64
     least: int
     most: int
+
+
+class Held(NamedTuple):
+    """What of a cache a call is about."""
+
+    form: Form
+    tokens: Tokens
+    # find(where, left, queries, join): the keys from `left` (None: all) before the first query on, `queries` being how
+    # many there are, one number or one per sequence. With `join` their positions do not matter.
+    find: Callable[[str, int | None, Any, bool], Keys]
+    limit: int | None = None  # tokens before its own that a query of a ring sees, at most,
+    keep: int = 0  # and first ones that it sees beyond them
 
 
 def check_tokens(
@@ -82,13 +95,74 @@ def check_counts(where: str, lengths: Any, batch: int, most: int, of: str) -> Ar
     return counts
 
 
+def _newest(
+    where: str, held: Held, dim_v: int, q: Any, lengths: Any, mask: Any, bias: Any, causal: Any, window: Any,
+    alibi_slopes: Any, sinks: Any, softcap: Any, scale: Any, layout: str, num_threads: int | None,
+    words: dict[str, Any],
+) -> tuple[Problem, Any]:  # fmt: skip
+    """The problem of the queries of the newest tokens, but for where keys lie; and how many queries each sequence has,
+    one number or one each."""
+    form, tokens, limit = held.form, held.tokens, held.limit
+    p = _problem.check_newest(
+        where, q, len(tokens.lengths), form.kv_heads, form.dim, dim_v, form.dtype, form.stored, tokens.most, mask, bias,
+        causal, window, alibi_slopes, sinks, softcap, scale, layout, num_threads, words,
+    )  # fmt: skip
+    len_q = p.rows[2]
+    if limit is not None:
+        if window is not None and (p.left is None or p.left > limit):
+            reach = "without end" if p.left is None else p.left
+            raise ValueError(f"{where}: window reaches {reach} back, the cache keeps {limit} (window={window!r})")
+        p.left = limit if window is None else p.left
+    queries: Any = len_q
+    if lengths is not None:
+        queries = check_counts(where, lengths, len(tokens.lengths), len_q, "queries")
+        p.offsets = tokens.lengths - queries
+    positions = p.left is not None or p.right is not None or alibi_slopes is not None
+    if tokens.least < len_q and positions and np.any(short := (tokens.lengths > 0) & (tokens.lengths < queries)):
+        at = int(np.argmax(short))
+        many = np.broadcast_to(queries, len(tokens.lengths))[at]
+        given = f"{many} queries, of which sequence {at} has {tokens.lengths[at]} tokens"
+        raise ValueError(f"{where}: the queries are the newest tokens: append these first ({given})")
+    return p, queries
+
+
+def _beyond(p: Problem, held: Held) -> int:
+    """First tokens that every query sees and that may lie before its window."""
+    return min(held.keep, held.tokens.most) if p.left is not None and held.tokens.most - 1 > p.left else 0
+
+
+def _spans(p: Problem, tokens: Tokens, queries: Any) -> Array:
+    """All keys for the queries that a sequence has, none for a row beyond them."""
+    len_q = p.rows[2]
+    spans = np.zeros((len(tokens.lengths), len_q, 2), np.int64)
+    spans[..., 1] = np.where(np.arange(len_q) < np.reshape(queries, (-1, 1)), tokens.most, 0)
+    return spans
+
+
+def _place(p: Problem, keys: Keys, tokens: Tokens) -> None:
+    if keys.runs is not None:
+        p.extras = (p.extras or Extras())._replace(runs=keys.runs, run_of=keys.run_of, longest_k=tokens.most)
+    if keys.runs is not None or tokens.least != tokens.most:
+        p.lengths = tokens.lengths
+
+
+def ask_newest(where: str, held: Held, q: Any, lengths: Any, *arguments: Any) -> Problem:
+    """The problem of a question; `arguments` are the others of _newest."""
+    p, queries = _newest(where, held, 0, q, lengths, *arguments)
+    p.heads_first, p.shape = True, (*p.rows, 0)
+    keys = held.find(where, p.left, queries, False)
+    p.k, p.v = keys.k, keys.k[..., :0]
+    if kept := _beyond(p, held):
+        p.extras = (p.extras or Extras())._replace(kept=kept)
+    if lengths is not None:
+        p.extras = (p.extras or Extras())._replace(spans=_spans(p, held.tokens, queries))
+    _place(p, keys, held.tokens)
+    return p
+
+
 def attend_newest(
     where: str,
-    form: Form,
-    tokens: Tokens,
-    find: Callable[[int | None, Any, bool], Keys],
-    limit: int | None,
-    keep: int,
+    held: Held,
     q: Any,
     lengths: Any,
     mask: Any,
@@ -105,41 +179,21 @@ def attend_newest(
     num_threads: int | None,
     words: dict[str, Any],
 ) -> Any:
-    """Attention of the queries of the newest tokens over the cache.
-
-    `find(left, queries, join)` says where the keys from `left` (None: all) before the first query on lie, `queries`
-    being their number, one or per sequence. A ring has a `limit` to the left and may `keep` its first keys beyond it;
-    with `join` its positions do not matter.
-    """
+    """Attention of the queries of the newest tokens over the cache."""
+    form, tokens = held.form, held.tokens
     batch, longest = len(tokens.lengths), tokens.most
-    p = _problem.check_newest(
-        where, q, batch, form.kv_heads, form.dim, form.dim_v, form.dtype, form.stored, tokens.most, mask, bias, causal,
-        window, alibi_slopes, sinks, softcap, scale, layout, num_threads, words,
+    p, queries = _newest(
+        where, held, form.dim_v, q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale, layout,
+        num_threads, words,
     )  # fmt: skip
     len_q = p.rows[2]
-    if limit is not None:
-        if window is not None and (p.left is None or p.left > limit):
-            reach = "without end" if p.left is None else p.left
-            raise ValueError(f"{where}: window reaches {reach} back, the cache keeps {limit} (window={window!r})")
-        p.left = limit if window is None else p.left
-    counts = None
-    if lengths is not None:
-        counts = check_counts(where, lengths, batch, len_q, "queries")
-        p.offsets = tokens.lengths - counts
-    queries = len_q if counts is None else counts
-    positions = p.left is not None or p.right is not None or alibi_slopes is not None
-    if tokens.least < len_q and positions and np.any(short := (tokens.lengths > 0) & (tokens.lengths < queries)):
-        at = int(np.argmax(short))
-        given = f"{np.broadcast_to(queries, batch)[at]} queries, of which sequence {at} has {tokens.lengths[at]} tokens"
-        raise ValueError(f"{where}: the queries are the newest tokens: append these first ({given})")
-
     result = p.empty() if out is None else _check_out(out, p.shape, p.number, where)
     view = target = result if p.heads_first else result.swapaxes(1, 2)
     p.heads_first = True
     wide = _arithmetic(p.number)
-    apart = min(keep, tokens.most) if p.left is not None and tokens.most - 1 > p.left else 0  # kept, beyond the window
-    join = apart > 0 and len_q == 1 and (counts is mask is bias is alibi_slopes is None)
-    keys = find(p.left, queries, join)
+    apart = _beyond(p, held)
+    join = apart > 0 and len_q == 1 and (lengths is mask is bias is alibi_slopes is None)
+    keys = held.find(where, p.left, queries, join)
     p.k, p.v = keys.k, keys.v
     if keys.seen is not None:
         tokens = Tokens(keys.seen, 0, int(keys.seen.max()))
@@ -151,19 +205,15 @@ def attend_newest(
         target = _core.empty(where, p.rows + view.shape[3:], out.dtype.num)
     lse = _core.empty(where, p.rows, wide) if return_lse or apart else None
     plans = []
-    if counts is not None or apart:
-        spans = np.zeros((batch, len_q, 2), np.int64)  # nothing for a row beyond the sequence's queries
-        spans[..., 1] = np.where(np.arange(len_q) < np.reshape(queries, (-1, 1)), tokens.most, 0)
+    if lengths is not None or apart:
+        spans = _spans(p, tokens, queries)
         p.extras = (p.extras or Extras())._replace(spans=spans)
         if apart:
             first = np.empty_like(target), np.empty_like(lse)
             plans.append(_see_kept(p, tokens.lengths, queries, apart, *first))
             spans[..., 0] = apart
             p.extras = p.extras._replace(sinks=None)  # the first has them
-    if keys.runs is not None:
-        p.extras = (p.extras or Extras())._replace(runs=keys.runs, run_of=keys.run_of, longest_k=tokens.most)
-    if keys.runs is not None or tokens.least != tokens.most:
-        p.lengths = tokens.lengths
+    _place(p, keys, tokens)
     report = _core.forward(p, target, lse)
     if report is not None:
         planned = _problem.Planned(p, report, view if apart else target, out)
@@ -180,10 +230,10 @@ def attend_newest(
     return (result, lse) if return_lse else result
 
 
-def _see_kept(p: _core.Problem, lengths: Array, queries: Any, n: int, out: Array, lse: Array | None) -> Any:
+def _see_kept(p: Problem, lengths: Array, queries: Any, n: int, out: Array, lse: Array | None) -> Any:
     """Attention over the first n keys alone, whatever the window, into out and lse."""
     cut = {name: x[..., :n] for name in ("mask", "bias") if (x := getattr(p.extras, name)) is not None}
-    kept = _core.Problem(
+    kept = Problem(
         p.where, p.q, p.k[:, :, :n], p.v[:, :, :n], True, p.shape, p.rows, p.scale, None, p.right, lengths - queries,
         np.minimum(lengths, n), p.extras._replace(**cut), p.threads, p.isa, p.counters,
     )  # fmt: skip

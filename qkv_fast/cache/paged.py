@@ -12,13 +12,15 @@ from typing import Any, Never, Self
 import numpy as np
 
 from .._checks import Array, _index, _is_known
+from .._core import Problem
 from .._help import documented
 from . import types
-from .attend import Keys, Tokens, attend_newest, check_tokens
+from .attend import Held, Keys, Tokens, ask_newest, attend_newest, check_tokens
+from .paged_questions import PagedQuestions
 from .types import Shown
 
 
-class PagedKVCache:
+class PagedKVCache(PagedQuestions):
     """Keys and values of sequences of very different lengths in one pool of pages.
 
     Sequences have numbers. `add` begins an empty one, `fork` one that shares the tokens of another, `remove` gives its
@@ -498,17 +500,22 @@ class PagedKVCache:
         8.0
         """
         where = "PagedKVCache.attend"
+        return attend_newest(
+            where, self._held(where, sequences), q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap,
+            scale, layout, return_lse, out, num_threads, words,
+        )  # fmt: skip
+
+    def _ask(self, where: str, sequences: Any, q: Any, *arguments: Any) -> Problem:
+        return ask_newest(where, self._held(where, sequences), q, *arguments)
+
+    def _held(self, where: str, sequences: Any) -> Held:
         chosen = self._check(where, sequences)
         if not chosen:
             raise ValueError(f"{where}: at least one sequence is needed")
-        held = [self._lengths[s] for s in chosen]
-        tokens = Tokens(np.array(held, np.int64), min(held), max(held))
+        lengths = [self._lengths[s] for s in chosen]
         tables = [self._pages[s] for s in chosen]
-        return attend_newest(
-            where, self._form, tokens, lambda *_: self._find(tables), None, 0, q,
-            lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale, layout, return_lse, out,
-            num_threads, words,
-        )  # fmt: skip
+        tokens = Tokens(np.array(lengths, np.int64), min(lengths), max(lengths))
+        return Held(self._form, tokens, lambda *_: self._find(tables))
 
     def _find(self, tables: list[list[int]]) -> Keys:
         last = self._last

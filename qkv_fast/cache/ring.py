@@ -50,7 +50,7 @@ class Ring(NamedTuple):
         lacking: Array = (stay < lengths) & (stay > self.keep) & (np.maximum(stay - window, self.keep) < oldest)
         return lacking
 
-    def laps(self, lengths: Array, reach: Array, queries: list[int], left: int) -> Laps:
+    def laps(self, where: str, lengths: Array, reach: Array, queries: list[int], left: int) -> Laps:
         """Laps for the newest queries, whose windows reach `left` back."""
         keep, size = self
         found = []
@@ -58,7 +58,7 @@ class Ring(NamedTuple):
             first = max(n - new - left, keep)
             if n > first < end - size:
                 raise ValueError(
-                    f"KVCache.attend: the first query's window begins at token {first}, the ring holds {size} tokens "
+                    f"{where}: the first query's window begins at token {first}, the ring holds {size} tokens "
                     f"from {end - size} on: append and attend to fewer tokens at a time, or make it with "
                     f"capacity={keep + left + new}, keep + window + queries (window={left})"
                 )
@@ -66,13 +66,14 @@ class Ring(NamedTuple):
         return found
 
     def runs(self, laps: Laps, steps: Steps) -> tuple[Array, Array]:
-        """The runs of keys of each sequence, and where each one's begin. Older laps stand for what the window hides."""
+        """The runs of keys of each sequence, and where each one's begin: of the kept ones, then of laps, of which older
+        ones stand for what the window hides."""
         keep, size = self
         table, run_of = [], [0]
         for b, (first, last) in enumerate(laps):
             kept = [b * sequence for sequence, _ in steps]
             ring = [b * sequence + keep * row for sequence, row in steps]
-            if keep and first == 0:
+            if keep:
                 table.append((*kept, 0, keep))
             table += [(*ring, keep + lap * size, size) for lap in range(first, last + 1)]
             run_of.append(len(table))

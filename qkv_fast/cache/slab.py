@@ -12,15 +12,17 @@ from typing import Any, Never, Self
 import numpy as np
 
 from .._checks import Array, _as_array, _is_known, _per_sequence
+from .._core import Problem
 from .._help import documented
 from . import files, types
-from .attend import Keys, Tokens, attend_newest, check_tokens
+from .attend import Held, Keys, Tokens, ask_newest, attend_newest, check_tokens
 from .files import Geometry, Store
+from .questions import Questions
 from .ring import Ring
 from .types import Shown
 
 
-class KVCache:
+class KVCache(Questions):
     """Keys and values of a batch of growing sequences, and attention of new queries over them.
 
     Memory for all tokens is taken at once; appending copies the new ones in, and attending reads them where they lie.
@@ -444,21 +446,26 @@ class KVCache:
         >>> out.shape
         (1, 8, 1, 64)
         """
-        _, _, reach, keep, form = self._geometry
         return attend_newest(
-            "KVCache.attend", form, Tokens(self._lengths, self._least, self._most), self._find,
-            None if reach < 0 else reach, keep, q,
-            lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale, layout, return_lse, out,
-            num_threads, words,
+            "KVCache.attend", self._held(), q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale,
+            layout, return_lse, out, num_threads, words,
         )  # fmt: skip
 
-    def _find(self, left: int | None, queries: Any, join: bool) -> Keys:
+    def _ask(self, where: str, q: Any, *arguments: Any) -> Problem:
+        return ask_newest(where, self._held(), q, *arguments)
+
+    def _held(self) -> Held:
+        _, _, reach, keep, form = self._geometry
+        tokens = Tokens(self._lengths, self._least, self._most)
+        return Held(form, tokens, self._find, None if reach < 0 else reach, keep)
+
+    def _find(self, where: str, left: int | None, queries: Any, join: bool) -> Keys:
         if self._geometry.window < 0:
             return Keys(self._k[:, :, : self._most], self._v[:, :, : self._most])
         assert left is not None
         ring, steps = self._ring, [(x.strides[0], x.strides[2]) for x in (self._k, self._v)]
         many = [queries] * len(self._lengths) if isinstance(queries, int) else queries.tolist()
-        laps = ring.laps(self._lengths, self._reach, many, left)
+        laps = ring.laps(where, self._lengths, self._reach, many, left)
         if join:
             return Keys(self._k, self._v, *ring.joined(self._lengths, left, steps))
         last = self._laps

@@ -35,7 +35,9 @@ def check(
 
 
 def key_count(p: Problem) -> int:
-    """Keys of a sequence, or of all packed ones."""
+    """Keys of a sequence, or of all packed ones; of a cache those of its longest sequence."""
+    if p.extras is not None and p.extras.runs is not None:
+        return int(p.extras.longest_k)
     count: int = p.k.shape[-2 if p.k.ndim == 2 or p.heads_first else -3]
     return count
 

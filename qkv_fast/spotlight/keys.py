@@ -2,12 +2,9 @@
 
 from typing import Any, Never
 
-import numpy as np
-
 from .._checks import Array
-from .._core import Problem
 from .._help import documented
-from . import _ask, _select
+from . import _answers, _ask
 
 
 @documented
@@ -99,21 +96,4 @@ def received(
         "spotlight.received", q, k, cu_seqlens_q, cu_seqlens_k, mask, bias, causal, window, q_offset, kv_lengths,
         segments, alibi_slopes, sinks, softcap, scale, layout, num_threads, words,
     )  # fmt: skip
-    if queries is not None and p.extras is not None and p.extras.q_starts is not None:
-        raise ValueError("spotlight.received: packed sequences take no queries, whose numbers mean one sequence")
-    if lse is not None:
-        lse = _ask.check_lse(p, lse)
-    if queries is None:
-        return _sums(p, lse)
-    chosen, times = np.unique(_select.indices(p.where, "queries", queries, p.rows[-1]), return_counts=True)
-    total = np.zeros((*p.rows[:-1], _ask.key_count(p)), _ask.result_type(p))
-    for run in _select.runs(chosen, times):
-        first, last = int(chosen[run][0]), int(chosen[run][-1]) + 1
-        part = None if lse is None else np.ascontiguousarray(lse[..., first:last])
-        total += times[run][0] * _sums(_select.queries(p, first, last), part)
-    return total
-
-
-def _sums(p: Problem, lse: Array | None) -> Array:
-    normalisers = _ask.answer(p, "normalisers", (*p.rows, 2)) if lse is None else None
-    return _ask.answer(p, "received", (*p.rows[:-1], _ask.key_count(p)), lse=lse, normalisers=normalisers)
+    return _answers.received(p, lse, queries)

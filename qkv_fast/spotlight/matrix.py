@@ -1,16 +1,10 @@
 """Parts of the matrix of weights."""
 
-from collections.abc import Iterator
 from typing import Any, Never
 
-import numpy as np
-
 from .._checks import Array
-from .._core import Problem
 from .._help import documented
-from . import _ask, _select
-
-_NEAR = 128  # keys of a kernel's call
+from . import _answers, _ask
 
 
 @documented
@@ -95,53 +89,4 @@ def weights(
         "spotlight.weights", q, k, None, None, mask, bias, causal, window, q_offset, kv_lengths, segments,
         alibi_slopes, sinks, softcap, scale, layout, num_threads, words,
     )  # fmt: skip
-    if lse is not None:
-        lse = _ask.check_lse(p, lse)
-    rows, at_rows = _chosen(p, "queries", queries, p.rows[-1])
-    columns, at_columns = _chosen(p, "keys", keys, _ask.key_count(p))
-    parts = [(rows[run], list(_spans(columns))) for run in _select.runs(rows)]
-    if len(parts) == 1 and len(parts[0][1]) == 1 and columns.size == columns[-1] - columns[0] + 1:
-        found = _block(p, rows, [columns], lse)[0]
-    else:
-        found = np.zeros((*p.rows[:-1], rows.size, columns.size), _ask.result_type(p))
-        done = 0
-        for own, spans in parts:
-            to = 0
-            for span, part in zip(spans, _block(p, own, spans, lse), strict=True):
-                found[..., done : done + own.size, to : to + span.size] = part[..., span - span[0]]
-                to += span.size
-            done += own.size
-    if at_rows is not None:
-        found = np.take(found, at_rows, axis=-2)
-    return found if at_columns is None else np.take(found, at_columns, axis=-1)
-
-
-def _chosen(p: Problem, name: str, given: Any, length: int) -> tuple[Array, Array | None]:
-    """Increasing numbers, and where each that was asked for stands among them; None if that is their order."""
-    if given is None:
-        return np.arange(length), None
-    asked = _select.indices(p.where, name, given, length)
-    if (np.diff(asked) > 0).all():
-        return asked, None
-    return np.unique(asked, return_inverse=True)
-
-
-def _spans(columns: Array) -> Iterator[Array]:
-    """Keys that are near each other, as a kernel takes so many at a time."""
-    breaks = np.flatnonzero(np.diff(columns) > _NEAR) + 1
-    return (span for span in np.split(columns, breaks) if span.size)
-
-
-def _block(p: Problem, rows: Array, spans: list[Array], lse: Array | None) -> list[Array]:
-    """The weights of rows that follow one another, from the first to the last key of each span."""
-    if not rows.size:
-        return [np.zeros((*p.rows[:-1], 0, span[-1] + 1 - span[0]), _ask.result_type(p)) for span in spans]
-    first, last = int(rows[0]), int(rows[-1]) + 1
-    own = _select.queries(p, first, last)
-    lse = None if lse is None else np.ascontiguousarray(lse[..., first:last])
-    normalisers = _ask.answer(own, "normalisers", (*own.rows, 2)) if lse is None else None
-    return [
-        _ask.answer(own, "weights", (*own.rows, int(span[-1] + 1 - span[0])), lse=lse, normalisers=normalisers,
-                    first_key=int(span[0]))
-        for span in spans
-    ]  # fmt: skip
+    return _answers.weights(p, queries, keys, lse)

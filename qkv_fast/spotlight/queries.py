@@ -2,11 +2,9 @@
 
 from typing import Any, Never
 
-import numpy as np
-
-from .._checks import Array, _index
+from .._checks import Array
 from .._help import documented
-from . import _ask
+from . import _answers, _ask
 
 
 @documented
@@ -87,9 +85,7 @@ def largest(
         "spotlight.largest", q, k, cu_seqlens_q, cu_seqlens_k, mask, bias, causal, window, q_offset, kv_lengths,
         segments, alibi_slopes, sinks, softcap, scale, layout, num_threads, words,
     )  # fmt: skip
-    if p.extras is not None:
-        p.extras = p.extras._replace(slopes=None, sinks=None, softcap=0.0)
-    return _ask.answer(p, "largest", p.rows)
+    return _answers.largest(p)
 
 
 @documented
@@ -172,7 +168,7 @@ def entropy(
         "spotlight.entropy", q, k, cu_seqlens_q, cu_seqlens_k, mask, bias, causal, window, q_offset, kv_lengths,
         segments, alibi_slopes, sinks, softcap, scale, layout, num_threads, words,
     )  # fmt: skip
-    return _ask.answer(p, "entropy", p.rows)
+    return _answers.entropy(p)
 
 
 @documented
@@ -262,11 +258,4 @@ def top_keys(
         "spotlight.top_keys", q, k, cu_seqlens_q, cu_seqlens_k, mask, bias, causal, window, q_offset, kv_lengths,
         segments, alibi_slopes, sinks, softcap, scale, layout, num_threads, words,
     )  # fmt: skip
-    count = _index(n) if not isinstance(n, (bool, np.bool_)) else None
-    if count is None:
-        raise TypeError(f"spotlight.top_keys: n must be an integer, got {n!r}")
-    if count < 1:
-        raise ValueError(f"spotlight.top_keys: n must be at least 1, got {count}")
-    shape = (*p.rows, count)
-    keys = _ask.empty_keys(p, shape)
-    return keys, _ask.answer(p, "top_keys", shape, keys=keys)
+    return _answers.top_keys(p, n)

@@ -1,4 +1,5 @@
 """Caches against a plain model: lists of tokens. Random appends, cuts, reorders, wraps and forks, by hypothesis.
+Questions are held to their own rule.
 
 The model stores what a cache of the type gives back: numbers rounded to it, dequantised for int8 and int4. The result
 is that of `attention` over them for each sequence alone, to the last bit, and that of `reference.attention` by the
@@ -10,6 +11,7 @@ Memory starts as NaN, which must never show.
 import numpy as np
 import pytest
 from _quantised import QUANTISED, as_stored
+from _questions import ALL, hold
 from _util import ALL_TYPES, compare, normal, same_bits
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -53,6 +55,23 @@ class Model:
         elif exact and self.dtype not in QUANTISED:
             same_bits(got, qkv_fast.attention(*inputs, return_lse=True, **options))
         compare(got, inputs, **options)
+
+
+    def check_answer(self, name, got, b, q, kept=0, window=None, **options):
+        """The part of an answer that belongs to sequence b and its queries; tokens beyond are worth nothing."""
+        n, count = len(self), q.shape[1]
+        got = tuple(x[b, :, :count] for x in got) if name == "top_keys" else got[b]
+        if name in ("received", "weights"):
+            assert not got[..., n:].any()
+            got = got[..., :n]
+        if name in ("largest", "entropy", "weights"):
+            got = got[:, :count]
+        if count:
+            seen = None
+            if kept and n - 1 > window:
+                seen = (np.arange(n) < kept) | (np.arange(n) >= np.arange(n - count, n)[:, None] - window)
+                window = None
+            hold(got, name, q, self.k, causal=True, mask=seen, window=window, **options)
 
 
 def draw_type(data):
@@ -165,6 +184,20 @@ class Slab(RuleBasedStateMachine):
             m.check((out[b, :, :n], lse[b, :, :n]), q[b, :, :n], lengths is None, self.keep, self.window, **options)
             assert not out[b, :, n:].any()
 
+    @rule(data=st.data(), name=st.sampled_from(ALL))
+    def ask(self, data, name):
+        heads = self.heads * self.group
+        q, lengths, counts = draw_queries(data, [len(m) for m in self.model], heads, self.kind)
+        options = draw_options(data, heads)
+        firsts = [len(m) - n for m, n in zip(self.model, counts, strict=True)]
+        if self.window and not all(self.has(b, firsts[b], len(m)) for b, m in enumerate(self.model) if len(m)):
+            with pytest.raises(ValueError, match=f"^KVCache.{name}: .*the ring holds"):
+                getattr(self.cache, name)(q, lengths=lengths, **options)
+            return
+        got = getattr(self.cache, name)(q, lengths=lengths, **options)
+        for b, (m, n) in enumerate(zip(self.model, counts, strict=True)):
+            m.check_answer(name, got, b, q[b, :, :n], self.keep, self.window, **options)
+
     @invariant()
     def holds_the_tokens(self):
         if not hasattr(self, "cache"):
@@ -254,6 +287,17 @@ class Pages(RuleBasedStateMachine):
         out, lse = self.pool.attend(chosen, q, lengths=lengths, return_lse=True, **options)
         for b, (m, n) in enumerate(zip(models, counts, strict=True)):
             m.check((out[b, :, :n], lse[b, :, :n]), q[b, :, :n], lengths is None, **options)
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data(), name=st.sampled_from(ALL))
+    def ask(self, data, name):
+        chosen = data.draw(st.lists(st.sampled_from(sorted(self.model)), min_size=1, max_size=4))
+        models, heads = [self.model[s] for s in chosen], self.HEADS * self.GROUP
+        q, lengths, counts = draw_queries(data, [len(m) for m in models], heads, self.kind)
+        options = draw_options(data, heads)
+        got = getattr(self.pool, name)(chosen, q, lengths=lengths, **options)
+        for b, (m, n) in enumerate(zip(models, counts, strict=True)):
+            m.check_answer(name, got, b, q[b, :, :n], **options)
 
     @invariant()
     def holds_the_tokens(self):

@@ -111,7 +111,7 @@ static double changed(const problem *x, int64_t b, int64_t head, int64_t i, int6
         score -= x->slopes[head] * fabs((double)(position - j));
     if (x->bias)
         score += load(p->bias_type, x->bias, ((b * x->bias_heads + head % x->bias_heads) * p->len_q + i) * p->len_k + j);
-    int seen = (p->left == QKV_OPEN || j >= position - p->left) && (p->right == QKV_OPEN || j <= position + p->right);
+    int seen = (p->left == QKV_OPEN || j >= position - p->left || j < p->kept) && (p->right == QKV_OPEN || j <= position + p->right);
     if (x->mask)
         seen &= x->mask[((b * x->mask_heads + head % x->mask_heads) * p->len_q + i) * p->len_k + j] != 0;
     if (x->spans)

@@ -6,6 +6,8 @@
  */
 #include "problem.h"
 
+#include "allocator.h"
+
 static void random_limits(problem *x)
 {
     qkv_problem *p = &x->p;
@@ -190,25 +192,6 @@ static void test_forms(int isa, qkv_type type)
     free(v);
     free(out);
     destroy(&x);
-}
-
-/* The allocator that counts: blocks that live, and the call that is to fail. */
-static int64_t live, asked, failing;
-
-static void *count_allocate(size_t bytes, void *arg)
-{
-    (void)arg;
-    if (asked++ == failing)
-        return NULL;
-    live++;
-    return malloc(bytes);
-}
-
-static void count_release(void *memory, void *arg)
-{
-    (void)arg;
-    live--;
-    free(memory);
 }
 
 static void test_failing_allocations(int isa, qkv_type type)

@@ -2,6 +2,8 @@
  * weights. Answers are blocks of exactly their size. */
 #include "problem.h"
 
+#include "allocator.h"
+
 static void random_limits(problem *x)
 {
     qkv_problem *p = &x->p;
@@ -65,6 +67,7 @@ static void check_answers(problem *x)
     CHECK(run(x) == QKV_OK, "attention");               /* which sets pointers */
     check_result(x, "without values");
     p->lse = NULL;
+    p->kept = draw() % 2 ? 0 : between(0, 200);         /* which a window does not hide */
     void *largest = ask(x, QKV_LARGEST, rows), *entropy = ask(x, QKV_ENTROPY, rows), *normalisers = ask(x, QKV_NORMALISERS, 2 * rows);
     p->normalisers = normalisers;
     void *received = ask(x, QKV_RECEIVED, x->sequences * p->heads_q * all);
@@ -125,8 +128,55 @@ static void check_answers(problem *x)
         free(owned[i]);
 }
 
+/* Whichever allocation of a question fails, it says so and leaves nothing behind. */
+static void test_failing_allocations(int isa, qkv_type type)
+{
+    problem x = make(type, 2, 2, 2, 90, 900, 32, 0);
+    int64_t rows = x.sequences * x.p.heads_q * x.p.len_q, all = x.p.len_k;
+    x.p.isa = isa;
+    x.p.threads = 2;
+    CHECK(run(&x) == QKV_OK, "attention");              /* which sets pointers */
+    x.p.lse = NULL;
+    void *normalisers = ask(&x, QKV_NORMALISERS, 2 * rows), *answer = block(rows * all * size_of(type));
+    x.mask = block(x.p.len_q * all);                    /* shared by all: there is a summary of it */
+    memset(x.mask, 1, (size_t)(x.p.len_q * all));
+    x.p.mask = x.mask;
+    x.p.mask_at = (qkv_strides){.row = all, .dim = 1};
+    x.p.normalisers = normalisers;
+    x.p.answer = answer;
+    x.p.answer_n = 5;
+    x.p.answer_keys = block(rows * x.p.answer_n * (int64_t)sizeof(int64_t));
+    x.p.kept = 40;
+    x.p.left = 300;
+    qkv_set_allocator(count_allocate, count_release, NULL);
+    for (int question = QKV_LARGEST; question <= QKV_WEIGHTS; question++) {
+        qkv_status status = QKV_NO_MEMORY;
+        x.p.question = (qkv_question)question;
+        int64_t k = 0;
+        for (; status != QKV_OK; k++) {
+            qkv_trim();
+            CHECK(live == 0, "question %d: %lld blocks are kept after trim", question, (long long)live);
+            asked = 0;
+            failing = k;
+            status = qkv_forward(&x.p);
+            CHECK(status == (asked > k ? QKV_NO_MEMORY : QKV_OK), "question %d, allocation %lld: status %d", question, (long long)k, status);
+        }
+        CHECK(k >= 3, "question %d: %lld allocations", question, (long long)k - 1);
+    }
+    failing = -1;
+    qkv_set_allocator(NULL, NULL, NULL);
+    CHECK(live == 0, "%lld blocks leaked", (long long)live);
+    free(normalisers);
+    free(answer);
+    free(x.p.answer_keys);
+    destroy(&x);
+}
+
 int main(void)
 {
+    for (int isa = 0; qkv_isa_name(isa); isa++)
+        for (int type = QKV_F32; type <= QKV_F64; type++)
+            test_failing_allocations(isa, (qkv_type)type);
     for (int isa = 0; qkv_isa_name(isa); isa++)
         for (int type = QKV_F32; type <= QKV_F64; type++)
             for (int i = 0; i < 60; i++) {

@@ -19,10 +19,14 @@ warnings.simplefilter("ignore", DeprecationWarning)    # Python warns of forks b
 rng = np.random.default_rng(1)
 x = rng.standard_normal((8, 300, 32)).astype("float32")
 few = [rng.standard_normal((1, n, 32)).astype("float32") for n in (3, 15_000)]
+cache = qkv_fast.KVCache(1, 1, 32, 15_000)
+cache.append(few[1][None], few[1][None])
 def compute():
     a = qkv_fast.attention(x, x, x, causal=True, num_threads=3)
     b = qkv_fast.attention(few[0], few[1], few[1], num_threads=3)
-    return a.tobytes() + b.tobytes()
+    c = qkv_fast.spotlight.received(x, x, causal=True, num_threads=3)
+    d = cache.top_keys(few[0][None], num_threads=3)
+    return b"".join(y.tobytes() for y in (a, b, c, *d))
 def fork_and_wait(expected, depth=1):
     pid = os.fork()
     if pid == 0:

@@ -32,6 +32,12 @@ elif "STAGE" == "scores":
     call = lambda: qkv_fast.scores(k.swapaxes(-1, -2)[:, :LQ], k.swapaxes(-1, -2)[:, :LQ], num_threads=THREADS)
 elif "STAGE" == "weighted_values":
     call = lambda: qkv_fast.weighted_values(np.broadcast_to(np.float32(1), (HEADS, LQ, LK)), k, num_threads=THREADS)
+elif "STAGE" == "weights":
+    call = lambda: qkv_fast.spotlight.weights(q, k, keys=[0], num_threads=THREADS)
+elif "STAGE" == "ring":
+    cache = qkv_fast.KVCache(1, 1, 64, LQ + LK + 5000, window=LK, keep=5000)
+    cache.append(k[None, :, :1].repeat(LQ + LK + 5000, axis=2), k[None, :, :1].repeat(LQ + LK + 5000, axis=2))
+    call = lambda: cache.received(q[None], num_threads=THREADS)
 elif "STAGE" in qkv_fast.spotlight.__all__:
     call = lambda: qkv_fast.spotlight.STAGE(q, k, num_threads=THREADS)
 else:
@@ -91,9 +97,14 @@ def test_signals_to_a_stage(longest_wait, stage, lq, lk, threads):
     assert longest_wait(1, lq, lk, threads, stage) < 0.2
 
 
-@pytest.mark.parametrize("question", ["largest", "entropy", "top_keys", "received", "pooled"])
+@pytest.mark.parametrize("question", ["largest", "entropy", "top_keys", "received", "weights", "pooled"])
 def test_signals_to_a_question(longest_wait, question):
     assert longest_wait(1, 48 * 40, 2**23, 2, question) < 0.2
+
+
+def test_signals_to_a_question_of_a_cache(longest_wait):
+    """A ring, whose kept tokens are asked first."""
+    assert longest_wait(1, 2**17, 2**16, 2, "ring") < 0.2
 
 
 @pytest.mark.parametrize("axis, most", [(0, 2**24), (1, 2**20)])

@@ -1,11 +1,12 @@
 """What questions refuse says what was given; they leave their inputs alone, and stop where memory ends."""
 
 import itertools
+import sys
 
 import numpy as np
 import pytest
 from _questions import ALL, RAGGED, ask
-from _util import no_change, qkv, same_bits
+from _util import child_says, no_change, qkv, same_bits
 
 import qkv_fast
 from qkv_fast import spotlight
@@ -134,3 +135,28 @@ def test_no_memory(name):
             same_bits(got, whole)
             break
     assert count <= n and n >= 3  # two threads, and what they share
+
+
+@pytest.mark.alone
+@pytest.mark.full
+@pytest.mark.parametrize("name", ALL)
+def test_memory(name):
+    """At 8 heads and 32k keys a question takes 32 MB beside its answer, at most."""
+    code = f"""
+import resource, numpy as np
+from qkv_fast import spotlight
+q, k = np.random.default_rng(0).standard_normal((2, 8, 32768, 16), dtype=np.float32)
+def ask(n):
+    options = dict(queries=slice(-32, None)) if "{name}" == "weights" else dict()
+    answer = spotlight.{name}(q[:, :n], k[:, :n], causal=True, num_threads=2, **options)
+    return sum(x.nbytes for x in (answer if type(answer) is tuple else (answer,)))
+def size():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+ask(1000)
+before = size()
+print(ask(32768), before, size())
+"""
+    pytest.importorskip("resource", reason="the process size is read through a POSIX module")
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
+    nbytes, before, after = map(int, child_says(code, timeout=300).split())
+    assert (after - before) * unit - nbytes < 32 << 20

@@ -1,0 +1,305 @@
+"""The questions of spotlight as methods of a KVCache, which makes a problem of what they are called with."""
+
+from collections.abc import Callable
+from typing import Any, Never
+
+from .._checks import Array
+from .._core import Problem
+from .._help import documented
+from ..spotlight import _answers
+
+
+class Questions:
+    """What is asked of the tokens of a batch."""
+
+    _ask: Callable[..., Problem]
+
+    @documented
+    def largest(
+        self,
+        q: Any,
+        *,
+        lengths: Any = None,
+        mask: Any = None,
+        bias: Any = None,
+        causal: bool = True,
+        window: int | tuple[int | None, int | None] | None = None,
+        alibi_slopes: Any = None,
+        sinks: Any = None,
+        softcap: float | None = None,
+        scale: float | None = None,
+        layout: str = "bhld",
+        num_threads: int | None = None,
+        **words: Never,
+    ) -> Array:
+        """The largest score of each query: ``max(scale * q @ k.T)`` over the tokens that it sees.
+
+        The queries are those of the newest tokens, as in `attend`; see `qkv_fast.spotlight.largest`.
+
+        Parameters
+        ----------
+        <newest_q>
+        <asked>
+
+        Returns
+        -------
+        ndarray, shape (batch, Hq, L)
+            float32 (float64 for float64); -inf for a query that sees no token.
+
+        Raises
+        ------
+        TypeError, ValueError, OverflowError, MemoryError
+            As in `attend`.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import qkv_fast
+        >>> cache = qkv_fast.KVCache(1, 1, 1, capacity=9)
+        >>> tokens = np.array([1, 2, 3], "float32").reshape(1, 1, 3, 1)
+        >>> cache.append(tokens, tokens)
+        >>> cache.largest(np.full((1, 2, 2, 1), 2, "float32"))[0, 0]
+        array([4., 6.], dtype=float32)
+        """
+        p = self._ask(
+            "KVCache.largest", q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale, layout,
+            num_threads, words,
+        )  # fmt: skip
+        return _answers.largest(p)
+
+    @documented
+    def entropy(
+        self,
+        q: Any,
+        *,
+        lengths: Any = None,
+        mask: Any = None,
+        bias: Any = None,
+        causal: bool = True,
+        window: int | tuple[int | None, int | None] | None = None,
+        alibi_slopes: Any = None,
+        sinks: Any = None,
+        softcap: float | None = None,
+        scale: float | None = None,
+        layout: str = "bhld",
+        num_threads: int | None = None,
+        **words: Never,
+    ) -> Array:
+        """The entropy of each query's weights in nats: how many tokens share its attention.
+
+        The queries are those of the newest tokens, as in `attend`; see `qkv_fast.spotlight.entropy`.
+
+        Parameters
+        ----------
+        <newest_q>
+        <asked>
+
+        Returns
+        -------
+        ndarray, shape (batch, Hq, L)
+            float32 (float64 for float64); 0 for a query that sees no token.
+
+        Raises
+        ------
+        TypeError, ValueError, OverflowError, MemoryError
+            As in `attend`.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import qkv_fast
+        >>> cache = qkv_fast.KVCache(1, 1, 1, capacity=9)
+        >>> tokens = np.array([1, 2, 3], "float32").reshape(1, 1, 3, 1)
+        >>> cache.append(tokens, tokens)
+        >>> np.exp(cache.entropy(np.zeros((1, 2, 2, 1), "float32")))[0, 0].round(6)  # tokens that share it
+        array([2., 3.], dtype=float32)
+        """
+        p = self._ask(
+            "KVCache.entropy", q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale, layout,
+            num_threads, words,
+        )  # fmt: skip
+        return _answers.entropy(p)
+
+    @documented
+    def top_keys(
+        self,
+        q: Any,
+        n: int = 5,
+        *,
+        lengths: Any = None,
+        mask: Any = None,
+        bias: Any = None,
+        causal: bool = True,
+        window: int | tuple[int | None, int | None] | None = None,
+        alibi_slopes: Any = None,
+        sinks: Any = None,
+        softcap: float | None = None,
+        scale: float | None = None,
+        layout: str = "bhld",
+        num_threads: int | None = None,
+        **words: Never,
+    ) -> tuple[Array, Array]:
+        """The n heaviest tokens of each query, and their weights.
+
+        The queries are those of the newest tokens, as in `attend`; see `qkv_fast.spotlight.top_keys`.
+
+        Parameters
+        ----------
+        <newest_q>
+        n : int, default 5
+            How many, at least 1.
+        <asked>
+
+        Returns
+        -------
+        keys : ndarray of int64, shape (batch, Hq, L, n)
+            Numbers of tokens. By score, the largest first, ties by the smaller number; -1 where fewer are visible.
+        weights : ndarray, shape (batch, Hq, L, n)
+            Their weights, float32 (float64 for float64); 0 where keys are -1.
+
+        Raises
+        ------
+        TypeError, ValueError, OverflowError, MemoryError
+            As in `attend`; also a ValueError or TypeError for `n`.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import qkv_fast
+        >>> cache = qkv_fast.KVCache(1, 1, 1, capacity=9)
+        >>> tokens = np.array([1, 2, 3], "float32").reshape(1, 1, 3, 1)
+        >>> cache.append(tokens, tokens)
+        >>> keys, weights = cache.top_keys(np.ones((1, 2, 1, 1), "float32"), 2)
+        >>> keys[0, 0], weights[0, 0].round(3)
+        (array([[2, 1]]), array([[0.665, 0.245]], dtype=float32))
+        """
+        p = self._ask(
+            "KVCache.top_keys", q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale, layout,
+            num_threads, words,
+        )  # fmt: skip
+        return _answers.top_keys(p, n)
+
+    @documented
+    def received(
+        self,
+        q: Any,
+        *,
+        lse: Any = None,
+        queries: Any = None,
+        lengths: Any = None,
+        mask: Any = None,
+        bias: Any = None,
+        causal: bool = True,
+        window: int | tuple[int | None, int | None] | None = None,
+        alibi_slopes: Any = None,
+        sinks: Any = None,
+        softcap: float | None = None,
+        scale: float | None = None,
+        layout: str = "bhld",
+        num_threads: int | None = None,
+        **words: Never,
+    ) -> Array:
+        """The weight that each token receives, summed over queries.
+
+        The queries are those of the newest tokens, as in `attend`; see `qkv_fast.spotlight.received`.
+
+        Parameters
+        ----------
+        <newest_q>
+        <lse>
+            Here that of `attend`.
+        queries : slice or array_like of int, optional
+            The queries that count, all by default; negative ones count from the last, repeated ones count again.
+        <asked>
+
+        Returns
+        -------
+        ndarray, shape (batch, Hq, tokens)
+            For as many tokens as the longest sequence has, float32 (float64 for float64); 0 for those that nobody
+            sees, as those that a ring has forgotten.
+
+        Raises
+        ------
+        TypeError, ValueError, OverflowError, MemoryError
+            As in `attend`; also for an `lse` of another shape or type, and `queries` that are no integers or out of
+            range.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import qkv_fast
+        >>> cache = qkv_fast.KVCache(1, 1, 1, capacity=9)
+        >>> tokens = np.array([1, 2, 3], "float32").reshape(1, 1, 3, 1)
+        >>> cache.append(tokens, tokens)
+        >>> cache.received(np.zeros((1, 2, 2, 1), "float32"))[0, 0].round(3)
+        array([0.833, 0.833, 0.333], dtype=float32)
+        """
+        p = self._ask(
+            "KVCache.received", q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale, layout,
+            num_threads, words,
+        )  # fmt: skip
+        return _answers.received(p, lse, queries)
+
+    @documented
+    def weights(
+        self,
+        q: Any,
+        *,
+        queries: Any = None,
+        keys: Any = None,
+        lse: Any = None,
+        lengths: Any = None,
+        mask: Any = None,
+        bias: Any = None,
+        causal: bool = True,
+        window: int | tuple[int | None, int | None] | None = None,
+        alibi_slopes: Any = None,
+        sinks: Any = None,
+        softcap: float | None = None,
+        scale: float | None = None,
+        layout: str = "bhld",
+        num_threads: int | None = None,
+        **words: Never,
+    ) -> Array:
+        """The weights of chosen queries and tokens: exact rows and columns of the matrix, without the rest of it.
+
+        The queries are those of the newest tokens, as in `attend`; see `qkv_fast.spotlight.weights`.
+
+        Parameters
+        ----------
+        <newest_q>
+        queries, keys : slice or array_like of int, optional
+            Which, all by default; negative ones count from the last, in any order, repeated ones are repeated. Keys are
+            tokens, up to those of the longest sequence.
+        <lse>
+            Here that of `attend`.
+        <asked>
+
+        Returns
+        -------
+        ndarray, shape (batch, Hq, queries, keys)
+            Their softmax over all visible tokens, float32 (float64 for float64); 0 where a token is hidden, or
+            forgotten by a ring.
+
+        Raises
+        ------
+        TypeError, ValueError, OverflowError, MemoryError
+            As in `attend`; also for an `lse` of another shape or type, and `queries` or `keys` that are no integers or
+            out of range.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import qkv_fast
+        >>> cache = qkv_fast.KVCache(1, 1, 1, capacity=9)
+        >>> tokens = np.array([1, 2, 3], "float32").reshape(1, 1, 3, 1)
+        >>> cache.append(tokens, tokens)
+        >>> cache.weights(np.zeros((1, 2, 2, 1), "float32"), keys=[0, 2])[0, 0].round(3)
+        array([[0.5  , 0.   ],
+               [0.333, 0.333]], dtype=float32)
+        """
+        p = self._ask(
+            "KVCache.weights", q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale, layout,
+            num_threads, words,
+        )  # fmt: skip
+        return _answers.weights(p, queries, keys, lse)
