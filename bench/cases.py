@@ -119,6 +119,8 @@ STEPS = (("1x32x1", None, 4096), ("1x32x1", 8, 4096), ("1x32x1", 8, 32768), ("8x
 ASKED = {
     "received": 2.5,
     "received+lse": 4.0,
+    "pooled": 2.5,
+    "pooled+lse": 4.0,
     "top_keys": 4.5,
     "entropy": 6.0,
     "largest": 2.0,

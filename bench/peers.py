@@ -219,8 +219,16 @@ class Torch:
             p = weights()
             return -(p * p.log()).sum(-1)
 
+        def blocks():
+            p, (down, across) = weights(), operation.result(case)[2:]
+            return p.unflatten(-1, (across, -1)).unflatten(-3, (down, -1)).mean((-1, -3))
+
+        def pool():
+            return torch.nn.functional.adaptive_avg_pool2d(weights(), operation.result(case)[2:])
+
         ways = {
             "received": {"sum": lambda: weights().sum(-2)},
+            "pooled": {"mean of blocks": blocks, "adaptive_avg_pool2d": pool},
             "top_keys": {"topk": lambda: weights().topk(operation.result(case)[-1])[::-1]},
             "entropy": {"entr": lambda: torch.special.entr(weights()).sum(-1), "p log p": entropy},
             "largest": {"amax": lambda: scores().amax(-1)},

@@ -121,7 +121,7 @@ class Weights(Question):
 
 
 class Pooled(Question):
-    """The map in cells: its rows are rows of cells."""
+    """The map in cells: its rows are rows of cells, each of as many queries."""
 
     def result(self, problem: Problem) -> tuple[int, ...]:
         return problem.batch, problem.heads, min(CELLS, problem.q_len), min(CELLS, problem.kv_len)
@@ -160,6 +160,8 @@ class OfKeys(Question):
 QUESTIONS: dict[str, Question] = {
     "received": OfKeys("received"),
     "received+lse": OfKeys("received", saved=("lse",)),
+    "pooled": Pooled("pooled", largest=1 / 16),
+    "pooled+lse": Pooled("pooled", saved=("lse",), largest=1 / 16),
     "top_keys": TopKeys("top_keys"),
     "entropy": Question("entropy", largest=10.0),
     "largest": Question("largest", largest=8.0),

@@ -31,11 +31,13 @@ DIM = 64
 OVER_ATTENTION = {
     "received": (1.40, 1.15),
     "received+lse": (0.80, 0.60),
+    "pooled": (1.40, 1.15),
+    "pooled+lse": (0.80, 0.60),
     "top_keys": (0.95, 0.70),
     "entropy": (0.80, 0.60),
     "largest": (0.80, 0.60),
 }
-OF_ANY_LENGTH = ("received", "top_keys", "entropy", "largest")
+OF_ANY_LENGTH = ("received", "pooled", "top_keys", "entropy", "largest")
 MEMORY = 32.0  # MB beyond the result, at most
 
 

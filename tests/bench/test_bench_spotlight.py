@@ -28,7 +28,7 @@ from qkv_fast.bench.worker import Ready
 
 
 def asked(name, **options):
-    return case("1x2x300", 8, operation=name, **options)
+    return case("1x2x512", 8, operation=name, **options)
 
 
 @pytest.mark.parametrize("name", QUESTIONS)
