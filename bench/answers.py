@@ -1,4 +1,4 @@
-"""Whether an answer is right: against the operation's definition in float64, on a sample of the queries.
+"""Whether an answer is right: against the operation's definition in float64, on a sample of its rows.
 
 The exact values are computed once per case and sent to every process that has to check an answer.
 """
@@ -13,12 +13,12 @@ from . import work
 from .cases import Case
 from .method import Refused
 
-BAND = 32  # queries; the definition stores whole score matrices, so long cases are compared in three bands
+BAND = 32  # rows; the definition stores whole score matrices, so long cases are compared in three bands
 
 
 @dataclass(frozen=True)
 class Exact:
-    """The right answer for some queries: (first, one after the last, values (batch, heads, queries, last))."""
+    """The right answer for some rows: (first, one after the last, values (batch, heads, rows, last))."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -27,7 +27,8 @@ class Exact:
 
     @classmethod
     def of(cls, case: Case) -> Exact:
-        arrays, operation, length = work.inputs(case), work.operation(case), case.q_len
+        arrays, operation = work.inputs(case), work.operation(case)
+        length = operation.rows(case)
         starts = [0] if length <= 3 * BAND else [0, length // 2, length - BAND]
         ends = [length] if len(starts) == 1 else [start + BAND for start in starts]
         bands = [(a, b, operation.exact(case, arrays, slice(a, b))) for a, b in zip(starts, ends, strict=True)]
@@ -35,7 +36,7 @@ class Exact:
         return cls((batch, heads, length, last), case.dtype, operation.tolerance(case, arrays), bands)
 
     def error(self, answer: np.ndarray) -> float:
-        """Largest error of an answer (batch, heads, q_len, last); Refused if it is wrong."""
+        """Largest error of an answer (batch, heads, rows, last); Refused if it is wrong."""
         if answer.shape != self.shape:
             raise Refused(f"wrong answer: shape {answer.shape}, not {self.shape}")
         if answer.dtype != self.dtype:

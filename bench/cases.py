@@ -1,7 +1,7 @@
 """Named workloads: one list for the benchmark, for tuning and for tests.
 
-A `Case` is data: shapes, type, masks, and the goal it is held to. What is timed is its operation (operations.py),
-and work.py brings the two together.
+A `Case` is data: shapes, type, masks, and the goal it is held to. What is timed is its operation (operations.py,
+questions.py), and work.py brings the two together.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ SHORT = {"float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "bf16
 
 @dataclass(frozen=True)
 class Goal:
-    """What a case must reach; `unit` is "peak" (share of the limit, more is better) or "seconds"."""
+    """What a case must reach; `unit` is "peak" (share of the limit), "seconds", or a peer's name: times as fast."""
 
     unit: str
     floor: float
     aim: float
+    everywhere: bool = False  # whether it is for every CPU; else for those like the one that it is from
 
     def verdict(self, value: float) -> str:
         """One of "aim", "floor" and "below"."""
-        reached = (lambda bound: value >= bound) if self.unit == "peak" else (lambda bound: value <= bound)
+        reached = (lambda bound: value <= bound) if self.unit == "seconds" else (lambda bound: value >= bound)
         return "aim" if reached(self.aim) else "floor" if reached(self.floor) else "below"
 
 
@@ -34,7 +35,7 @@ class Case(Problem):
     """One workload: a problem with a name, what is done with it, how it is run, and the goal it is held to."""
 
     name: str
-    operation: str = "attention"  # a name in operations.OPERATIONS
+    operation: str = "attention"  # a name in work.OPERATIONS
     isa: str | None = None  # CPU path that the case is about; None: the one in use
     threads: tuple[int, ...] | None = None  # thread counts that the case is about; None: any
     stream: bool = False  # limited by memory: inputs come from there and not from a cache; GB/s instead of GF/s
@@ -94,6 +95,12 @@ def _micros(floor: float, aim: float) -> Goal:
     return Goal("seconds", floor * 1e-6, aim * 1e-6)
 
 
+def _ask(question: str, times: float) -> Case:
+    """A question of spotlight against the whole matrix in torch."""
+    goal = Goal("torch", times, times, everywhere=True)
+    return case("1x8x2048", 64, label=question, operation=question, suites=("spotlight",), goal=goal)
+
+
 def _ragged_lengths(batch: int, longest: int) -> tuple[int, ...]:
     """Lengths of a padded batch, spread evenly from a quarter of the longest up to it."""
     return tuple(math.ceil(longest * (0.25 + 0.75 * i / (batch - 1))) for i in range(batch))
@@ -107,6 +114,17 @@ def _decode(shape: str, kv_heads: int | None, kv_len: int, goal: Goal | None, **
 
 # Single tokens: BxHxL, key heads (None: as many as query heads), keys.
 STEPS = (("1x32x1", None, 4096), ("1x32x1", 8, 4096), ("1x32x1", 8, 32768), ("8x32x1", 8, 4096))
+
+# Questions of spotlight, and how many times as fast as torch each has to be.
+ASKED = {
+    "received": 2.5,
+    "received+lse": 4.0,
+    "pooled": 2.5,
+    "pooled+lse": 4.0,
+    "top_keys": 4.5,
+    "entropy": 6.0,
+    "largest": 2.0,
+}
 
 # Goals are those of the AVX-512 test machine (2 cores, Zen 4); on another machine they are only a comparison.
 CASES: tuple[Case, ...] = (
@@ -183,6 +201,8 @@ CASES: tuple[Case, ...] = (
     case(
         "1x12x512", 64, label="softmax", operation="softmax", threads=(2,), suites=("stages",), goal=_micros(944, 750)
     ),
+    # Where attention falls, against the whole matrix.
+    *(_ask(question, times) for question, times in ASKED.items()),
     # What a call adds to a process, as sequences grow.
     case("1x8x1024", 64, suites=("memory",)),
     case("1x8x4096", 64, suites=("memory",)),
@@ -192,7 +212,7 @@ CASES: tuple[Case, ...] = (
 
 SUITES: tuple[str, ...] = (
     *("foundation", "quick", "prefill", "decode", "small", "masks", "stages", "half", "memory", "scaling"),
-    *("surroundings", "all"),
+    *("surroundings", "spotlight", "all"),
 )
 
 

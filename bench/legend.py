@@ -20,6 +20,11 @@ LABELS = {
     "scores": "Q Kᵀ alone",
     "values": "weights times V alone",
     "softmax": "the softmax alone",
+    "received": "the weight that each key receives",
+    "pooled": "the weights in 256 by 256 cells",
+    "top_keys": "the five heaviest keys of each query",
+    "entropy": "of each query's weights",
+    "largest": "each query's largest score",
 }
 
 
@@ -50,8 +55,10 @@ def of_names(cases: list[Case]) -> str:
     if any(c.isa for c in cases):
         parts.append("@avx2: that CPU path")
     for label, meaning in LABELS.items():
-        if any(c.name.startswith(f"{label}:") for c in cases):
+        if any(c.name.startswith((f"{label}:", f"{label}+")) for c in cases):
             parts.append(f"{label}: {meaning}")
+    if any("+lse:" in c.name for c in cases):
+        parts.append("+lse: given what an earlier call of attention returned")
     return "names: " + "; ".join(parts)
 
 

@@ -8,8 +8,9 @@ library, and knows the exact answer. It has
 - `bytes(problem)`: bytes of inputs that are looked at, and of the output, once each. From shapes alone: it is asked
   before there is known to be room for the arrays;
 - `call(problem, arrays, threads, reuse_out)`: the call that is timed, as a function without arguments;
-- `head_first(problem, answer)`: what that function gives, as (batch, heads, queries, last);
-- `exact(problem, arrays, rows)`: the same for a slice of the queries, in float64;
+- `head_first(problem, answer)`: what that function gives, as (batch, heads, rows, last);
+- `rows(problem)`: how many rows that has: as many as there are queries, unless the answer is about something else;
+- `exact(problem, arrays, rows)`: the same for a slice of the rows, in float64;
 - `tolerance(problem, arrays)`: the largest error that is not a wrong answer.
 """
 
@@ -66,6 +67,10 @@ class Attention:
         rows = problem.batch * problem.q_len * problem.heads * element(problem.dtype).itemsize
         rows += keys * problem.kv_heads * element(problem.kv_type).itemsize
         return rows * (problem.dim + problem.value_dim)
+
+    @staticmethod
+    def rows(problem: Problem) -> int:
+        return problem.q_len
 
     @staticmethod
     def call(
@@ -127,6 +132,10 @@ class Stage:
     def bytes(cls, problem: Problem) -> int:
         elements = sum(math.prod(shape) for shape in (*cls.shapes(problem), cls.output(problem)))
         return elements * np.dtype(problem.dtype).itemsize
+
+    @staticmethod
+    def rows(problem: Problem) -> int:
+        return problem.q_len
 
     @staticmethod
     def head_first(problem: Problem, answer: np.ndarray) -> np.ndarray:
@@ -240,12 +249,3 @@ class CacheStep(Attention):
     def exact(problem: Problem, arrays: tuple[np.ndarray, ...], rows: slice) -> np.ndarray:
         cache = CacheStep.filled(problem, arrays)
         return Attention.exact(replace(problem, causal=True), (arrays[0], cache.keys, cache.values), rows)
-
-
-OPERATIONS: dict[str, type] = {
-    "attention": Attention,
-    "cache": CacheStep,
-    "scores": Scores,
-    "weighted_values": WeightedValues,
-    "softmax": Softmax,
-}

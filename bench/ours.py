@@ -17,6 +17,7 @@ OURS = "qkv_fast"
 
 class Ours:
     name, title, requires = OURS, OURS, ()
+    operations = tuple(work.OPERATIONS)
 
     def __init__(self, threads: int, reuse_out: bool = False) -> None:
         self.threads, self.reuse_out, self.version = threads, reuse_out, qkv_fast.__version__

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
 from . import work
-from .cases import Case
+from .cases import ASKED, Case
 from .method import Refused
 from .problem import HALVES, element
 
@@ -161,7 +162,7 @@ def softmax_into(out: np.ndarray, s: np.ndarray) -> np.ndarray:
 class Torch:
     name, title = "torch", "PyTorch"
     requires = ("torch",)
-    operations = ("attention", "softmax")
+    operations = ("attention", "softmax", *ASKED)
 
     def __init__(self, threads: int) -> None:
         import torch
@@ -181,6 +182,8 @@ class Torch:
             out = self.torch.zeros_like(x)
             calls = [lambda: self.torch.softmax(x, -1, out=out)]
             return [("softmax", calls, lambda: calls[0]().numpy())]
+        if case.operation in ASKED:
+            return self.prepare_question(case)
         attend = self.torch.nn.functional.scaled_dot_product_attention
         options = {"is_causal": case.causal, "enable_gqa": case.heads != case.kv_heads}
 
@@ -200,6 +203,43 @@ class Torch:
 
         calls = [on(*map(tensor, arrays)) for arrays in sets(case)]
         return [("SDPA", calls, fetch)]
+
+    def prepare_question(self, case: Case) -> list[Way]:
+        """As people ask today: the whole matrix, then what they want of it. What is saved of attention is no help."""
+        torch, operation, scale = self.torch, work.operation(case), case.dim**-0.5
+        q, k, _ = map(torch.from_numpy, work.inputs(case))
+
+        def scores():
+            return torch.matmul(q, k.mT).mul_(scale)
+
+        def weights():
+            return torch.softmax(scores(), -1)
+
+        def entropy():
+            p = weights()
+            return -(p * p.log()).sum(-1)
+
+        def blocks():
+            p, (down, across) = weights(), operation.result(case)[2:]
+            return p.unflatten(-1, (across, -1)).unflatten(-3, (down, -1)).mean((-1, -3))
+
+        def pool():
+            return torch.nn.functional.adaptive_avg_pool2d(weights(), operation.result(case)[2:])
+
+        ways = {
+            "received": {"sum": lambda: weights().sum(-2)},
+            "pooled": {"mean of blocks": blocks, "adaptive_avg_pool2d": pool},
+            "top_keys": {"topk": lambda: weights().topk(operation.result(case)[-1])[::-1]},
+            "entropy": {"entr": lambda: torch.special.entr(weights()).sum(-1), "p log p": entropy},
+            "largest": {"amax": lambda: scores().amax(-1)},
+        }[operation.function]
+
+        def fetch(call):
+            answer = call()
+            arrays = tuple(map(np.asarray, answer)) if isinstance(answer, tuple) else answer.numpy()
+            return operation.head_first(case, arrays)
+
+        return [(label, [call], partial(fetch, call)) for label, call in ways.items()]
 
 
 class OnnxRuntime:

@@ -16,7 +16,7 @@ import numpy as np
 import qkv_fast
 
 from .. import _runtime
-from . import limits, machine, surroundings, work
+from . import limits, machine, spotlight, surroundings, work
 from .cases import CASES, Case, case
 from .measured import Measured, Property, child, ratio
 from .method import Local, Summary, interleave, rotate
@@ -305,4 +305,7 @@ PROPERTIES: tuple[Property, ...] = (
     Property("after-product", ("surroundings",), surroundings.measure_after_product, everywhere=True),
     Property("gaps", ("surroundings",), surroundings.measure_gaps, everywhere=True),
     Property("block", ("surroundings",), surroundings.measure_block),
+    Property("over-attention", ("spotlight",), spotlight.measure_over_attention, everywhere=True),
+    Property("last-rows", ("spotlight",), spotlight.measure_rows, everywhere=True),
+    Property("beyond-result", ("spotlight",), spotlight.measure_memory, everywhere=True),
 )

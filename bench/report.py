@@ -73,7 +73,9 @@ def goal_text(goal: Goal | None) -> list[str]:
         return ["", ""]
     if goal.unit == "peak":
         return [f"{100 * goal.floor:.0f}", f"{100 * goal.aim:.0f}"]
-    return [f"{goal.floor * 1e6:g} µs", f"{goal.aim * 1e6:g} µs"]
+    if goal.unit == "seconds":
+        return [f"{goal.floor * 1e6:g} µs", f"{goal.aim * 1e6:g} µs"]
+    return [f"{goal.floor:g} x {goal.unit}", f"{goal.aim:g} x"]
 
 
 def peers_table(rows: list[Row], peers: list[str]) -> Table:

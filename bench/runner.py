@@ -102,11 +102,11 @@ class Row:
     @property
     def goal(self) -> Goal | None:
         """What the case must reach, if it is meant for this CPU, thread count and path."""
-        if not machine.is_reference():
-            return None
-        case = self.job.case
-        fits = case.threads is None or self.job.threads in case.threads
-        return case.goal if fits and self.isa in ((case.isa,) if case.isa else GOAL_ISAS) else None
+        case, goal = self.job.case, self.job.case.goal
+        if goal is None or goal.everywhere:
+            return goal
+        fits = machine.is_reference() and (case.threads is None or self.job.threads in case.threads)
+        return goal if fits and self.isa in ((case.isa,) if case.isa else GOAL_ISAS) else None
 
     @property
     def verdict(self) -> str:
@@ -114,7 +114,9 @@ class Row:
         goal = self.goal
         if self.error or not goal:
             return ""
-        return goal.verdict(self.share.median if goal.unit == "peak" else self.time.median)
+        if goal.unit in ("peak", "seconds"):
+            return goal.verdict(self.share.median if goal.unit == "peak" else self.time.median)
+        return goal.verdict(self.speedup(goal.unit).median) if goal.unit in self.finished else ""
 
 
 def plan(cases: Iterable[Case], default: Iterable[int], asked: Iterable[int] | None = None) -> list[Job]:

@@ -9,20 +9,31 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 import qkv_fast
 
 from .cases import Case
-from .operations import OPERATIONS
+from .operations import Attention, CacheStep, Scores, Softmax, WeightedValues
 from .problem import HALVES
+from .questions import QUESTIONS
+
+OPERATIONS: dict[str, Any] = {
+    "attention": Attention,
+    "cache": CacheStep,
+    "scores": Scores,
+    "weighted_values": WeightedValues,
+    "softmax": Softmax,
+    **QUESTIONS,
+}
 
 STREAM_BYTES = 1 << 28  # what the inputs of a streaming case total: several times the largest common L3
 TINY_FLOPS = 1e7  # fewer than these take less than 0.1 ms: such a case is about the cost of a call
 
 
-def operation(case: Case) -> type:
+def operation(case: Case) -> Any:
     """How a case's inputs are drawn, how much work it is, how it is called."""
     return OPERATIONS[case.operation]
 

@@ -18,7 +18,6 @@ from qkv_fast.bench import (
     limits,
     machine,
     method,
-    operations,
     properties,
     record,
     report,
@@ -54,9 +53,11 @@ def test_goals_are_ordered():
     for c in cases.CASES:
         if c.goal:
             assert c.goal.verdict(c.goal.aim) == "aim"
-            assert c.goal.verdict(c.goal.floor) == "floor"
-            better = c.goal.aim > c.goal.floor
-            assert better == (c.goal.unit == "peak"), c.name
+            assert c.goal.verdict(c.goal.floor) == ("aim" if c.goal.aim == c.goal.floor else "floor")
+            lower, upper = sorted((c.goal.floor, c.goal.aim))
+            assert (c.goal.verdict(upper), c.goal.verdict(lower / 2)) == (
+                ("floor", "aim") if c.goal.unit == "seconds" else ("aim", "below")
+            ), c.name
 
 
 @pytest.mark.parametrize(
@@ -118,7 +119,7 @@ def test_what_limits_a_case_goes_by_its_work():
 
 
 def test_every_operation_of_a_case_is_known():
-    assert {c.operation for c in cases.CASES} <= set(operations.OPERATIONS)
+    assert {c.operation for c in cases.CASES} <= set(work.OPERATIONS)
 
 
 def test_fixed_work_over_length():

@@ -196,7 +196,7 @@ def test_a_case_may_be_about_another_operation(strange_peers, monkeypatch):
         def exact(case, arrays, rows):
             return arrays[0][:, :, rows].astype("float64") * 2
 
-    monkeypatch.setitem(operations.OPERATIONS, "doubling", Doubling)
+    monkeypatch.setitem(work.OPERATIONS, "doubling", Doubling)
     how = runner.How(("right",), rounds=(1, 1), adapters=strange_peers)
     (row,) = runner.run(runner.plan([case("1x1x4", 4, operation="doubling")], [1]), how)
     assert not row.error and row.our_error == 0
@@ -216,7 +216,7 @@ def test_streaming_cases_rotate_among_copies(monkeypatch):
     assert work.copies(shape) > 1
     _, calls, _ = worker.ways(peers.ChunkedNumPy(1), shape)[0]
     assert len(calls) == work.copies(shape)
-    monkeypatch.setitem(operations.OPERATIONS, "watching", Watching)
+    monkeypatch.setitem(work.OPERATIONS, "watching", Watching)
     call = runner.ours(replace(shape, operation="watching"), 1)
     for _ in range(2 * work.copies(shape)):
         call()
