@@ -14,7 +14,8 @@ from qkv_fast import reference, spotlight
 
 PER_QUERY = ("largest", "entropy", "top_keys")
 RAGGED = (*PER_QUERY, "received")
-ALL = (*RAGGED, "weights", "pooled")
+OF_CACHES = (*RAGGED, "weights")  # which caches have as methods
+ALL = (*OF_CACHES, "pooled")
 _SIZES = st.sampled_from([1, 2, 7, 40, 256, 2000])
 _CELLS = st.fixed_dictionaries(dict(shape=st.tuples(_SIZES, _SIZES), reduce=st.sampled_from(["mean", "max"])))
 
