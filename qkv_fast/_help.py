@@ -119,24 +119,28 @@ def _split(text: str) -> dict[str, list[str]]:
     return entries
 
 
-_HELP = _split(_ENTRIES) | {"asked": _ASKED.strip().splitlines()}
+_HELP = _split(_ENTRIES)
 
 
-def _written(line: str) -> list[str]:
-    """A line of a docstring, or the entries that stand for it."""
-    name = line.strip()
-    if not (name.startswith("<") and name.endswith(">")):
-        return [line]
-    return [more for entry in _HELP[name[1:-1]] for more in _written(line.replace(name, entry))]
+def _written(text: str) -> list[str]:
+    """The lines of a docstring, with the entries that its lines `<name>` stand for."""
+    lines = []
+    for line in text.splitlines():
+        if line.endswith(">") and (name := line.lstrip()).startswith("<"):
+            indent = line[: -len(name)]
+            lines += [indent + entry for entry in _HELP[name[1:-1]]]
+        else:
+            lines.append(line)
+    return lines
+
+
+_HELP["asked"] = _written(_ASKED.strip())
 
 
 def documented(function: _F) -> _F:
     """The function, with entries for `<name>` in its docstring and without `**words` in its signature."""
     f: Any = function
-    lines = []
-    for line in (f.__doc__ or "").splitlines():  # none with python -OO
-        lines += _written(line)
-    f.__doc__ = "\n".join(lines) or None
+    f.__doc__ = "\n".join(_written(f.__doc__ or "")) or None  # none with python -OO
     code = f.__code__
     last = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & _TAKES_MORE)
     if code.co_flags & _TAKES_WORDS and code.co_varnames[last] == "words":

@@ -226,7 +226,7 @@ def check_newest(
         _fail_shapes(where, f"q must be of shape {fits}", q=given)
     rows = q.shape[:3]
     shape = (*rows, dim_v) if heads_first else (batch, rows[2], rows[1], dim_v)
-    scale = _scale_of(where, scale, dim)
+    scale = dim**-0.5 if scale is None else _scale_of(where, scale, dim)  # as in check: dim is at least 1
     left: int | None = None
     right: int | None = 0
     if causal is not True or window is not None:

@@ -14,7 +14,8 @@ from qkv_fast import reference, spotlight
 
 PER_QUERY = ("largest", "entropy", "top_keys")
 RAGGED = (*PER_QUERY, "received")
-ALL = (*RAGGED, "weights", "pooled")
+OF_CACHES = (*RAGGED, "weights")  # which caches have as methods
+ALL = (*OF_CACHES, "pooled")
 _SIZES = st.sampled_from([1, 2, 7, 40, 256, 2000])
 _CELLS = st.fixed_dictionaries(dict(shape=st.tuples(_SIZES, _SIZES), reduce=st.sampled_from(["mean", "max"])))
 
@@ -64,11 +65,11 @@ def check(name, q, k, *, threads=None, queries=None, shape=(256, 256), reduce="m
     if name == "pooled":
         named = {"shape": shape, "reduce": reduce}
     got = ask(name, q, k, num_threads=threads, **named, **options)
-    hold(got, name, q, k, queries=queries, **options)
+    hold(got, name, q, k, queries=queries, shape=shape, reduce=reduce, **options)
     return got
 
 
-def hold(got, name, q, k, *, queries=None, **options):
+def hold(got, name, q, k, *, queries=None, shape=(256, 256), reduce="mean", **options):
     """Hold an answer to the rule."""
     dtype, eps = arithmetic(q.dtype), np.finfo(arithmetic(q.dtype)).eps
     products, scores, p, lse = reference.spotlight._matrices(name, q, k, options)

@@ -46,16 +46,12 @@ class Tokens(NamedTuple):
     most: int
 
 
-class Held(NamedTuple):
-    """What of a cache a call is about."""
-
-    form: Form
-    tokens: Tokens
-    # find(where, left, queries, join): the keys from `left` (None: all) before the first query on, `queries` being how
-    # many there are, one number or one per sequence. With `join` their positions do not matter.
-    find: Callable[[str, int | None, Any, bool], Keys]
-    limit: int | None = None  # tokens before its own that a query of a ring sees, at most,
-    keep: int = 0  # and first ones that it sees beyond them
+# What of a cache a call is about: its form, its tokens, how their keys are found, how many tokens before its own a
+# query of a ring sees at most, and how many first ones beyond them. find(where, left, queries, join) gives the keys
+# from `left` (None: all) before the first query on, `queries` being how many there are, one number or one per sequence;
+# with `join` their positions do not matter.
+Find = Callable[[str, int | None, Any, bool], Keys]
+Held = tuple[Form, Tokens, Find, int | None, int]
 
 
 def check_tokens(
@@ -96,13 +92,12 @@ def check_counts(where: str, lengths: Any, batch: int, most: int, of: str) -> Ar
 
 
 def _newest(
-    where: str, held: Held, dim_v: int, q: Any, lengths: Any, mask: Any, bias: Any, causal: Any, window: Any,
-    alibi_slopes: Any, sinks: Any, softcap: Any, scale: Any, layout: str, num_threads: int | None,
-    words: dict[str, Any],
+    where: str, form: Form, tokens: Tokens, limit: int | None, dim_v: int, q: Any, lengths: Any, mask: Any, bias: Any,
+    causal: Any, window: Any, alibi_slopes: Any, sinks: Any, softcap: Any, scale: Any, layout: str,
+    num_threads: int | None, words: dict[str, Any],
 ) -> tuple[Problem, Any]:  # fmt: skip
     """The problem of the queries of the newest tokens, but for where keys lie; and how many queries each sequence has,
     one number or one each."""
-    form, tokens, limit = held.form, held.tokens, held.limit
     p = _problem.check_newest(
         where, q, len(tokens.lengths), form.kv_heads, form.dim, dim_v, form.dtype, form.stored, tokens.most, mask, bias,
         causal, window, alibi_slopes, sinks, softcap, scale, layout, num_threads, words,
@@ -117,18 +112,18 @@ def _newest(
     if lengths is not None:
         queries = check_counts(where, lengths, len(tokens.lengths), len_q, "queries")
         p.offsets = tokens.lengths - queries
-    positions = p.left is not None or p.right is not None or alibi_slopes is not None
-    if tokens.least < len_q and positions and np.any(short := (tokens.lengths > 0) & (tokens.lengths < queries)):
-        at = int(np.argmax(short))
-        many = np.broadcast_to(queries, len(tokens.lengths))[at]
-        given = f"{many} queries, of which sequence {at} has {tokens.lengths[at]} tokens"
-        raise ValueError(f"{where}: the queries are the newest tokens: append these first ({given})")
+    if tokens.least < len_q and (p.left is not None or p.right is not None or alibi_slopes is not None):
+        if np.any(short := (tokens.lengths > 0) & (tokens.lengths < queries)):
+            at = int(np.argmax(short))
+            many = np.broadcast_to(queries, len(tokens.lengths))[at]
+            given = f"{many} queries, of which sequence {at} has {tokens.lengths[at]} tokens"
+            raise ValueError(f"{where}: the queries are the newest tokens: append these first ({given})")
     return p, queries
 
 
-def _beyond(p: Problem, held: Held) -> int:
+def _beyond(p: Problem, tokens: Tokens, keep: int) -> int:
     """First tokens that every query sees and that may lie before its window."""
-    return min(held.keep, held.tokens.most) if p.left is not None and held.tokens.most - 1 > p.left else 0
+    return min(keep, tokens.most) if p.left is not None and tokens.most - 1 > p.left else 0
 
 
 def _spans(p: Problem, tokens: Tokens, queries: Any) -> Array:
@@ -148,15 +143,16 @@ def _place(p: Problem, keys: Keys, tokens: Tokens) -> None:
 
 def ask_newest(where: str, held: Held, q: Any, lengths: Any, *arguments: Any) -> Problem:
     """The problem of a question; `arguments` are the others of _newest."""
-    p, queries = _newest(where, held, 0, q, lengths, *arguments)
+    form, tokens, find, limit, keep = held
+    p, queries = _newest(where, form, tokens, limit, 0, q, lengths, *arguments)
     p.heads_first, p.shape = True, (*p.rows, 0)
-    keys = held.find(where, p.left, queries, False)
+    keys = find(where, p.left, queries, False)
     p.k, p.v = keys.k, keys.k[..., :0]
-    if kept := _beyond(p, held):
+    if kept := _beyond(p, tokens, keep):
         p.extras = (p.extras or Extras())._replace(kept=kept)
     if lengths is not None:
-        p.extras = (p.extras or Extras())._replace(spans=_spans(p, held.tokens, queries))
-    _place(p, keys, held.tokens)
+        p.extras = (p.extras or Extras())._replace(spans=_spans(p, tokens, queries))
+    _place(p, keys, tokens)
     return p
 
 
@@ -180,20 +176,20 @@ def attend_newest(
     words: dict[str, Any],
 ) -> Any:
     """Attention of the queries of the newest tokens over the cache."""
-    form, tokens = held.form, held.tokens
+    form, tokens, find, limit, keep = held
     batch, longest = len(tokens.lengths), tokens.most
     p, queries = _newest(
-        where, held, form.dim_v, q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale, layout,
-        num_threads, words,
+        where, form, tokens, limit, form.dim_v, q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap,
+        scale, layout, num_threads, words,
     )  # fmt: skip
     len_q = p.rows[2]
     result = p.empty() if out is None else _check_out(out, p.shape, p.number, where)
     view = target = result if p.heads_first else result.swapaxes(1, 2)
     p.heads_first = True
     wide = _arithmetic(p.number)
-    apart = _beyond(p, held)
+    apart = _beyond(p, tokens, keep) if keep else 0
     join = apart > 0 and len_q == 1 and (lengths is mask is bias is alibi_slopes is None)
-    keys = held.find(where, p.left, queries, join)
+    keys = find(where, p.left, queries, join)
     p.k, p.v = keys.k, keys.v
     if keys.seen is not None:
         tokens = Tokens(keys.seen, 0, int(keys.seen.max()))

@@ -515,7 +515,7 @@ class PagedKVCache(PagedQuestions):
         lengths = [self._lengths[s] for s in chosen]
         tables = [self._pages[s] for s in chosen]
         tokens = Tokens(np.array(lengths, np.int64), min(lengths), max(lengths))
-        return Held(self._form, tokens, lambda *_: self._find(tables))
+        return self._form, tokens, lambda *_: self._find(tables), None, 0
 
     def _find(self, tables: list[list[int]]) -> Keys:
         last = self._last

@@ -84,7 +84,8 @@ class Ring(NamedTuple):
         keep, size = self
         gaps = np.maximum(lengths - 1 - left - keep, 0)
         table = []
+        (k_sequence, k_row), (v_sequence, v_row) = steps
         for b, gap in enumerate((gaps % size).tolist()):
             for row, first, n in ((0, 0, keep), (keep + gap, keep, size - gap), (keep, keep + size - gap, gap)):
-                table.append((*(b * sequence + row * step for sequence, step in steps), first, n))
+                table.append((b * k_sequence + row * k_row, b * v_sequence + row * v_row, first, n))
         return np.array(table, np.int64), np.arange(0, len(table) + 1, 3), lengths - gaps

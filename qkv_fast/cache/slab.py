@@ -457,7 +457,7 @@ class KVCache(Questions):
     def _held(self) -> Held:
         _, _, reach, keep, form = self._geometry
         tokens = Tokens(self._lengths, self._least, self._most)
-        return Held(form, tokens, self._find, None if reach < 0 else reach, keep)
+        return form, tokens, self._find, None if reach < 0 else reach, keep
 
     def _find(self, where: str, left: int | None, queries: Any, join: bool) -> Keys:
         if self._geometry.window < 0:

@@ -11,7 +11,7 @@ Memory starts as NaN, which must never show.
 import numpy as np
 import pytest
 from _quantised import QUANTISED, as_stored
-from _questions import ALL, hold
+from _questions import OF_CACHES, hold
 from _util import ALL_TYPES, compare, normal, same_bits
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -184,7 +184,7 @@ class Slab(RuleBasedStateMachine):
             m.check((out[b, :, :n], lse[b, :, :n]), q[b, :, :n], lengths is None, self.keep, self.window, **options)
             assert not out[b, :, n:].any()
 
-    @rule(data=st.data(), name=st.sampled_from(ALL))
+    @rule(data=st.data(), name=st.sampled_from(OF_CACHES))
     def ask(self, data, name):
         heads = self.heads * self.group
         q, lengths, counts = draw_queries(data, [len(m) for m in self.model], heads, self.kind)
@@ -289,7 +289,7 @@ class Pages(RuleBasedStateMachine):
             m.check((out[b, :, :n], lse[b, :, :n]), q[b, :, :n], lengths is None, **options)
 
     @precondition(lambda self: self.model)
-    @rule(data=st.data(), name=st.sampled_from(ALL))
+    @rule(data=st.data(), name=st.sampled_from(OF_CACHES))
     def ask(self, data, name):
         chosen = data.draw(st.lists(st.sampled_from(sorted(self.model)), min_size=1, max_size=4))
         models, heads = [self.model[s] for s in chosen], self.HEADS * self.GROUP

@@ -6,14 +6,14 @@ import itertools
 import numpy as np
 import pytest
 from _quantised import QUANTISED, as_stored
-from _questions import ALL, ask, hold
+from _questions import OF_CACHES, ask, hold
 from _util import ALL_TYPES, no_change, normal, same_bits
 
 from qkv_fast import KVCache, PagedKVCache
 from qkv_fast._runtime import fail_allocation, trim
 
 pytestmark = pytest.mark.usefixtures("isa")
-questions = pytest.mark.parametrize("name", ALL)
+questions = pytest.mark.parametrize("name", OF_CACHES)
 TYPES = (*ALL_TYPES, *QUANTISED)
 KINDS = ("slab", "file", "ring", "kept", "pages")
 WINDOW, KEEP, TURN = 90, 5, 40  # of rings, and tokens that are appended at a time
@@ -280,7 +280,7 @@ def test_a_question_changes_nothing(kind, tmp_path):
     cache, asked = filled(kind, k, [200, 120], "int8", tmp_path)
     before = asked("attend", q)
     with no_change(cache._k, cache._v, q):
-        for name in ALL:
+        for name in OF_CACHES:
             asked(name, q)
     same_bits(asked("attend", q), before)
 
