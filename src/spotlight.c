@@ -40,8 +40,9 @@ static void begin_lists(const qkv_query_tile *t, const qkv_panel *x)
         set_element(t->problem, list.score, i, -INFINITY);
 }
 
-/* What weights are taken with, as it is given: those of a row are l 2^(c (S - m)). A row that sees nothing counts for nothing, and
- * so do lanes without one. Of a row with NaN m is NaN, and the factor 1: sums are multiplied by it, also that of hidden keys, 0. */
+/* What weights are taken with, as it is given: those of a row are l 2^(c (S - m)). A row that sees nothing counts for nothing,
+ * and so do lanes without one. Of a row with NaN m is NaN, and the factor 1: it multiplies the sum of hidden keys, too, which is
+ * 0. */
 static void take_normalisers(const qkv_query_tile *t, const qkv_panel *x)
 {
     const qkv_problem *p = t->problem;
