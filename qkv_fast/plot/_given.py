@@ -56,12 +56,12 @@ def axes(where: str, tokens: Any, len_q: int, len_k: int) -> tuple[list[str], li
 def target(where: str, path: Any) -> Path:
     """Where a file can be written."""
     try:
-        path = Path(path)
+        file = Path(path)
     except TypeError:
         raise TypeError(f"{where}: path must be a path, got {path!r}") from None
-    if not path.parent.is_dir() or path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+    if not file.parent.is_dir() or file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
         raise ValueError(f"{where}: no file can be written at path={str(path)!r}")
-    return path
+    return file
 
 
 def visible(len_q: int, len_k: int, shape: tuple[int, int], options: dict[str, Any]) -> Array:

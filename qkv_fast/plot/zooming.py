@@ -229,7 +229,7 @@ def _error(q: _Rows, k: _Rows, bias: Array | None, lse: Array, call: _Call, heav
     shift = abs(call.scale) * (q.errors * (longest + error) + q.lengths * error)
     # The core's own sums are of float32, and so is the log-sum-exp.
     shift += 2.0**-22 * (abs(call.scale) * q.lengths * longest + np.abs(lse))
-    if bias is not None:
+    if bias is not None and call.bias is not None:
         finite = np.isfinite(call.bias)
         if not np.array_equal(finite, np.isfinite(bias)):
             return math.inf
