@@ -15,7 +15,7 @@ Array = npt.NDArray[Any]
 
 def head(where: str, q: Any, k: Any) -> tuple[Array, Array]:
     """q (Lq, D) and k (Lk, D) of one head; their elements are checked by who computes with them."""
-    q, k = np.asarray(q), np.asarray(k)
+    q, k = np.asanyarray(q), np.asanyarray(k)  # masked arrays and matrices stay what attention refuses
     if not q.ndim == k.ndim == 2:
         raise ValueError(
             f"{where}: one head is shown, q (Lq, D) and k (Lk, D), such as q[0, h] and k[0, h // (Hq // Hkv)] of "
@@ -74,7 +74,7 @@ def visible(len_q: int, len_k: int, shape: tuple[int, int], options: dict[str, A
     bias = options.get("bias")
     if bias is not None:
         seen = np.asarray(bias) > -np.inf
-        limits["mask"] = seen if limits.get("mask") is None else limits["mask"] & seen
+        limits["mask"] = seen if limits.get("mask") is None else np.asarray(limits["mask"]) & seen
     q, k = np.zeros((len_q, 1), np.float32), np.zeros((len_k, 1), np.float32)
     found: Array = qkv_fast.spotlight.pooled(q, k, shape, reduce="max", **limits) > 0
     return found

@@ -123,7 +123,7 @@ def zoom(
     q, k = _given.head(where, q, k)
     shown = _given.axes(where, tokens, len(q), len(k))
     path = _given.target(where, path)
-    mask, bias = (None if x is None else np.atleast_2d(np.asarray(x)) for x in (mask, bias))
+    mask, bias = (None if x is None else np.atleast_2d(x) for x in (mask, bias))
     for name, x in (("mask", mask), ("bias", bias)):
         if x is not None and x.size > _DENSE:
             raise ValueError(f"{where}: {name} has {x.size} elements, more than 4096² (positions and segments may do)")
@@ -199,7 +199,7 @@ def _rows(x: Array, count: int, kind: type) -> _Rows:
     finite = np.isfinite(x).all(-1) & (np.arange(len(x)) < count)
     x[~finite] = 0
     _, exponents = np.frexp(np.abs(x).max(-1, initial=0))
-    factors = np.ldexp(1.0, exponents)
+    factors = np.ldexp(1.0, exponents - 1)  # the largest element becomes 1 to 2
     values = (x / factors[:, None]).astype(kind)
     lengths, errors = (np.linalg.norm(rows, axis=-1) for rows in (x, values * factors[:, None] - x))
     return _Rows(values, np.where(finite, factors, np.nan), lengths, errors)

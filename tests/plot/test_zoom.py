@@ -302,6 +302,7 @@ def test_values(tmp_path, given, message):
         ({"tokens": [1, 2, 3, 4, 5]}, r"tokens must be strings, got 1 at 0"),
         ({"q": np.ones((5, 16), int)}, r"q must be"),
         ({"mask": np.ones((5, 6), np.float32)}, r"mask"),
+        ({"q": np.ma.masked_equal(HEAD[0], 0)}, r"q is a masked array"),
     ],
 )
 def test_kinds(tmp_path, given, message):
