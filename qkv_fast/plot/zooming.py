@@ -110,7 +110,7 @@ def zoom(
     A weight that the page reads is within 2e-3 of what `qkv_fast.spotlight.weights` gives. So q and k are stored in
     float16 where that holds, and in float32 where it takes more digits: the heaviest keys of each query are compared,
     and the others cannot be heavier than these. Where even float32 does not do (scores of thousands with close
-    rivals), it is a ValueError. 32768 tokens of 64 elements make about 15 MB, or 27 MB.
+    rivals), it is a ValueError. 32768 tokens of 64 elements make about 14 MB, or 26 MB.
 
     Examples
     --------
