@@ -13,12 +13,14 @@ import pytest
 from _examples import need_model
 
 import qkv_fast
+import qkv_fast.plot
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 FUNCTIONS = {name: getattr(qkv_fast, name) for name in qkv_fast.__all__ if callable(getattr(qkv_fast, name))}
 for name in ("KVCache", "PagedKVCache"):
     FUNCTIONS |= {f"{name}.{key}": getattr(FUNCTIONS[name], key) for key in dir(FUNCTIONS[name]) if key[0] != "_"}
-for name in ("spotlight", "reference", "reference.spotlight"):
+FUNCTIONS["plot.LitText.save"] = qkv_fast.plot.LitText.save
+for name in ("spotlight", "plot", "reference", "reference.spotlight"):
     public = [(key, thing) for key, thing in vars(operator.attrgetter(name)(qkv_fast)).items() if key[0] != "_"]
     FUNCTIONS |= {f"{name}.{key}": thing for key, thing in public if inspect.isfunction(thing)}
 

@@ -67,7 +67,7 @@ IMPORTS = {
     "docs/*.py": PUBLIC,
     "qkv_fast/integrations/threadpoolctl.py": f"{PUBLIC} _threadpoolctl",
     "qkv_fast/integrations/*.py": PUBLIC,
-    "qkv_fast/plot.py": PUBLIC,
+    "qkv_fast/plot/*.py": PUBLIC,
     "qkv_fast/_help.py": "",
     "qkv_fast/__init__.py": "*",
     "qkv_fast/__main__.py": PUBLIC,

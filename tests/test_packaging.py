@@ -89,7 +89,7 @@ def test_wheel_has_the_package_only(wheel):
         names = set(archive.namelist())
     about = {name for name in names if name.startswith(f"qkv_fast-{qkv_fast.__version__}.dist-info/")}
     binary = {name for name in names if name.startswith("qkv_fast/_core.") and name.endswith((".so", ".pyd"))}
-    modules = {name for name in sources("qkv_fast") if name.endswith((".py", ".pyi", "/py.typed"))}
+    modules = {name for name in sources("qkv_fast") if name.endswith((".py", ".pyi", ".html", "/py.typed"))}
     modules |= {f"qkv_fast/{name}" for name in sources("bench") if name.endswith(".py")}
     assert len(binary) == 1
     assert names - about == modules | binary
