@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from minilm import load
 
-from qkv_fast import spotlight
+from qkv_fast import plot, spotlight
 
 KNOWN = Path(__file__).parent / "data" / "pronouns.txt"
 PRONOUNS = {"he", "him", "his", "she", "her", "hers", "it", "its", "they", "them", "their", "theirs"}
@@ -147,7 +147,7 @@ thead th {{ position: sticky; top: 0; background: Canvas }}
 tr.first > * {{ border-top: 1px solid GrayText }}
 </style>
 <h1>{title}</h1>
-<p>{sentence}</p>
+{picture}
 <p>By layer {layer}, head {head}: <b>{answer}</b>. {trial}</p>
 <div><table>
 <caption>Percent of the attention of “{pronoun}”, per layer and head</caption>
@@ -158,8 +158,8 @@ tr.first > * {{ border-top: 1px solid GrayText }}
 """
 
 
-def page(sentence, words, at, weights, trial):
-    """One HTML page: what each head gives each word."""
+def page(words, at, weights, trial):
+    """One HTML page: the sentence lit by the chosen head, and what each head gives each word."""
     layer, head = trial.head
     rows = []
     for i, j in np.ndindex(weights.shape[:2]):
@@ -170,7 +170,7 @@ def page(sentence, words, at, weights, trial):
         rows.append(f'<tr class="{kind}"><th>{i + 1}</th><th>{j + 1}</th>{cells}</tr>')
     return PAGE.format(
         title=f"Who is “{escape(words[at])}”?",
-        sentence=escape(sentence),
+        picture=plot.spotlight(words, weights[layer, head], query=at)._repr_html_(),
         layer=layer + 1,
         head=head + 1,
         answer=escape(answer(words, at, weights[layer, head]) or "no other word"),
@@ -196,7 +196,7 @@ def main():
     trial = Trial(model)
     if options.html is not None:
         try:
-            Path(options.html).write_text(page(sentence, words, at, weights, trial), encoding="utf-8", newline="\n")
+            Path(options.html).write_text(page(words, at, weights, trial), encoding="utf-8", newline="\n")
         except OSError as error:
             parser.error(f"cannot write {options.html}: {error.strerror}")
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?" for it

@@ -171,8 +171,8 @@ def check_page(page, words, weights, trial):
 
 def test_page_shows_words_not_markup(model, trial):
     words, at, weights = who_is_it.attended(model, "<b>it</b> & “she” slept.")
-    page = who_is_it.page("<b>it</b> & “she” slept.", words, at, weights, trial)
-    assert "<p>&lt;b&gt;it&lt;/b&gt; &amp; “she” slept.</p>" in page
+    page = who_is_it.page(words, at, weights, trial)
+    assert "<b>it" not in page and "&lt;" in page
     assert Cells(page).rows[0] == ["layer", "head", *words]
 
 
