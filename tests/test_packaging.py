@@ -5,15 +5,19 @@ QKV_FAST_DIST names a folder with one of each; without it they are built here: a
 
 import email
 import os
+import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import zipfile
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,10 +26,12 @@ from _util import once
 import qkv_fast
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-ROOT_FILES = {"CHANGELOG.md", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"}
-FOLDERS = ("src", "qkv_fast", "bench", "tests", "docs", "examples")
+ROOT_FILES = {"CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "README.md", "SECURITY.md"}
+ROOT_FILES |= {"pyproject.toml", "setup.py"}
+FOLDERS = ("src", "qkv_fast", "bench", "tests", "docs", "examples", "scripts")
 BUILT = {".so", ".pyd", ".o", ".obj", ".pyc"}
-WHEEL_BYTES = 1_500_000
+release = SimpleNamespace(**runpy.run_path(str(CHECKOUT / "scripts" / "check_release.py")))
+WORKFLOWS = sorted((CHECKOUT / ".github" / "workflows").glob("*.yml"))
 
 
 def sources(folder):
@@ -84,7 +90,7 @@ def test_sdist_has_every_source(sdist):
 
 @pytest.mark.full
 def test_wheel_has_the_package_only(wheel):
-    assert wheel.stat().st_size <= WHEEL_BYTES
+    assert wheel.stat().st_size <= release.WHEEL_BYTES
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     about = {name for name in names if name.startswith(f"qkv_fast-{qkv_fast.__version__}.dist-info/")}
@@ -113,6 +119,92 @@ def test_metadata(wheel):
     assert always == ["numpy>=2.0"]
     assert about["Requires-Python"] == ">=3.11" and about["License-Expression"] == "BSD-3-Clause"
     assert about["Version"] == metadata.version("qkv-fast") == qkv_fast.__version__
+
+
+def archives(folder, *wheels):
+    """A folder with an sdist and wheels of version 1.2.0: {name: names in it}."""
+    (folder / "qkv_fast-1.2.0.tar.gz").touch()
+    for name, members in wheels:
+        with zipfile.ZipFile(folder / name, "w") as archive:
+            for member in members:
+                archive.writestr(member, b"")
+    return sorted(folder.iterdir())
+
+
+GOOD = ("qkv_fast-1.2.0-cp312-cp312-win_amd64.whl", ["qkv_fast/__init__.py", "qkv_fast/_core.cp312-win_amd64.pyd"])
+
+
+def test_a_release_is_what_its_archives_say(tmp_path):
+    assert release.archive_faults(archives(tmp_path, GOOD), "1.2.0") == []
+    found = release.archive_faults(archives(tmp_path, GOOD), "1.3.0")
+    assert len(found) == 2 and "sdist of 1.3.0" in found[0] and "not of version 1.3.0" in found[1]
+
+
+def test_a_release_has_wheels():
+    assert release.archive_faults([Path("qkv_fast-1.2.0.tar.gz")], "1.2.0") == ["no wheel"]
+
+
+def test_a_release_carries_no_library_but_the_extension(tmp_path):
+    name, members = GOOD
+    for extra in ("qkv_fast.libs/libgomp-1.so.1", "qkv_fast/.dylibs/libomp.dylib", "qkv_fast.libs/msvcp140.dll"):
+        (fault,) = release.archive_faults(archives(tmp_path, (name, [*members, extra])), "1.2.0")
+        assert extra in fault
+
+
+def test_a_release_has_small_wheels(tmp_path):
+    files = archives(tmp_path, GOOD)
+    with open(tmp_path / GOOD[0], "ab") as file:
+        file.truncate(release.WHEEL_BYTES)
+    assert release.archive_faults(files, "1.2.0") == []
+    with open(tmp_path / GOOD[0], "ab") as file:
+        file.truncate(release.WHEEL_BYTES + 1)
+    (fault,) = release.archive_faults(files, "1.2.0")
+    assert "1500001 bytes" in fault
+
+
+@pytest.mark.parametrize(
+    "section, tagged, fault",
+    [
+        ("1.2.0 (2026-11-29)\n\n- A thing.\n\n## 1.1.0 (2026-01-01)\n", True, ""),
+        ("1.2.0 (unreleased)\n\n- A thing.\n", False, ""),
+        ("1.2.0 (unreleased)\n\n- A thing.\n", True, "no date"),
+        ("1.1.0 (2026-01-01)\n\n- A thing.\n", True, "not 1.2.0's"),
+        ("1.2.0 (2026-11-29)\n\n## 1.1.0 (2026-01-01)\n\n- A thing.\n", True, "no entry"),
+        ("1.2.0\n\n- A thing.\n", True, "not 1.2.0's"),
+    ],
+)
+def test_a_release_is_in_the_changelog(section, tagged, fault):
+    found = release.changelog_faults(f"# Changelog\n\n## {section}", "1.2.0", tagged)
+    assert (fault in found[0]) if fault else found == []
+
+
+def test_the_changelog_has_this_version():
+    assert release.version(CHECKOUT) == qkv_fast.__version__
+    text = (CHECKOUT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert release.changelog_faults(text, qkv_fast.__version__, tagged=False) == []
+
+
+@pytest.mark.skipif(not WORKFLOWS, reason="the sdist has no workflows")
+def test_workflows_run_actions_of_a_commit_and_may_do_nothing_unasked():
+    for path in WORKFLOWS:
+        text = path.read_text(encoding="utf-8")
+        assert "\npermissions: {}\n" in text, path.name
+        used = re.findall(r"uses: *(\S+)(.*)", text)
+        assert used, path.name
+        for action, comment in used:
+            assert re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", action), action
+            assert re.fullmatch(r" # v\d+\.\d+\.\d+", comment), action
+
+
+def test_wheels_are_built_for_every_python_that_is_promised():
+    """Those that the classifiers name, and free-threaded ones from the first that NumPy supports as such."""
+    with open(CHECKOUT / "pyproject.toml", "rb") as file:
+        project = tomllib.load(file)
+    classifiers = project["project"]["classifiers"]
+    named = re.findall(r"Python :: 3\.(\d+)", "\n".join(classifiers))
+    (built,) = re.fullmatch(r"cp3\{(.+)\}-\*", project["tool"]["cibuildwheel"]["build"]).groups()
+    assert [n for n in built.split(",") if not n.endswith("t")] == named
+    assert {n.rstrip("t") for n in built.split(",") if n.endswith("t")} <= set(named)
 
 
 def test_source_folder_says_that_it_is_not_the_package(tmp_path):
