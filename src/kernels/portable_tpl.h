@@ -106,6 +106,7 @@ static inline P(vec) P(widen_f16)(const void *p) { return P(widen)(p, 10, 15); }
 static inline P(vec) P(widen_bf16)(const void *p) { return P(widen)(p, 7, 127); }
 
 static inline P(vec) P(max)(P(vec) x, P(vec) y) { return P(select)(P(less)(y, x), x, y); }
+static inline P(vec) P(maxnum)(P(vec) x, P(vec) y) { return P(max)(x, y); }
 static inline P(vec) P(min)(P(vec) x, P(vec) y) { return P(select)(P(less)(x, y), x, y); }
 
 static inline P(vec) P(power)(P(vec) t)
