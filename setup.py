@@ -93,6 +93,14 @@ PATHS = (
         probe=AARCH64 + "float32x4_t f(float32x4_t a);\n"
         "float32x4_t f(float32x4_t a) { return vfmaq_laneq_f32(a, a, a, 3); }\n",
     ),
+    CpuPath(
+        "neonbf16",
+        target="aarch64",
+        flags=("-march=armv8.2-a+bf16",),
+        optional=("-fno-schedule-insns",),
+        probe=AARCH64 + "float32x4_t f(float32x4_t a, bfloat16x8_t b);\n"
+        "float32x4_t f(float32x4_t a, bfloat16x8_t b) { return vbfdotq_laneq_f32(a, b, b, 3); }\n",
+    ),
 )
 
 # The core computes what it says: no value-changing optimisation, and no link-time one, which would carry code

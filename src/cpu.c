@@ -143,7 +143,7 @@ uint32_t qkv_built_needs(int path) { return path >= 0 && path < BUILT ? built[pa
 const char *qkv_feature_name(int bit)
 {
     static const char *const names[] = {"avx2", "fma", "avx512 (f, vl, dq, bw, cd)", "avx512bf16", "f16c",
-                                        "fast avx512bf16 (amd)", "streams (zen 3, zen 4)", "bf16"};   /* as QKV_CPU_... */
+                                        "fast avx512bf16 (amd)", "streams (zen 3, zen 4)", "bf16 (arm)"};   /* as QKV_CPU_... */
     return bit >= 0 && (size_t)bit < sizeof names / sizeof names[0] ? names[bit] : NULL;
 }
 

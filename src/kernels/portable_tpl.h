@@ -54,7 +54,15 @@ static inline void P(store_part)(P(real) *p, P(vec) x, int n)
         p[i] = all[i];
 }
 
-static inline P(vec) P(set1)(P(real) a) { return a - (P(vec)){0}; }
+/* Not by an operator: where float is evaluated as double (s390x), that does not mix with a vector of float. */
+static inline P(vec) P(set1)(P(real) a)
+{
+    P(real) all[P(width)];
+    for (int i = 0; i < P(width); i++)
+        all[i] = a;
+    return P(load)(all);
+}
+
 static inline P(vec) P(add)(P(vec) x, P(vec) y) { return x + y; }
 static inline P(vec) P(sub)(P(vec) x, P(vec) y) { return x - y; }
 static inline P(vec) P(mul)(P(vec) x, P(vec) y) { return x * y; }

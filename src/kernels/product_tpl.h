@@ -56,6 +56,8 @@ static void X(multiply)(const qkv_product_tile *t)
         X(product_vectors)(1, t);
     else if (t->columns <= 2 * W)
         X(product_vectors)(2, t);
+    else if (LANE_VECTORS > 3 && t->columns <= 3 * W)
+        X(product_vectors)(3, t);
     else
         X(product_vectors)(LANE_VECTORS, t);
 }
