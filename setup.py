@@ -24,7 +24,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, OptionError
 from setuptools.modified import newer_group
 
-# A program that every compiler builds; its object says what it is for. Of compilers that build for two at once it says both.
+# Every compiler builds this, and its object says what for: one that builds for two targets at once says both.
 TARGETS = """
 const char qkv_target[] =
 #if defined(__x86_64__) || defined(_M_X64)
@@ -41,7 +41,7 @@ AARCH64 = "#include <arm_neon.h>\n"
 
 @dataclass(frozen=True)
 class CpuPath:
-    """src/kernels/<name>.c: the target and the flags it needs, those it gets if the compiler knows them, and its probe."""
+    """src/kernels/<name>.c: its target, the flags it needs, those it gets if the compiler knows them, its probe."""
 
     name: str
     target: str = ""

@@ -1,8 +1,8 @@
 /* One tile of attention: O, m, l <- merge(O, m, l, Q K^T, V). S is never stored beyond the tile.
  *
  * Every product here is one form: C[i][lane] = sum over t of A[i * row + t * step] (a scalar, broadcast from where it
- * lies) times B[t][lane] (contiguous). Scores are S^T = K Q^T with rows of keys; values are O^T += V^T P^T with rows of
- * output columns. A block of rows times nv vectors stays in registers while t runs.
+ * lies, or an element of a vector) times B[t][lane] (contiguous). Scores are S^T = K Q^T with rows of keys; values are
+ * O^T += V^T P^T with rows of output columns. A block of rows times nv vectors stays in registers while t runs.
  *
  * The values of a tile are summed from zero and then added to alpha * O: over long sequences that keeps the error near
  * that of a pairwise sum, and alpha (1 unless the maximum moved) costs nothing there.
@@ -54,8 +54,8 @@ static QKV_INLINE void X(fetch_lines)(qkv_ahead *ahead, const int n)
 }
 
 #if LANE_MADS
-/* As many of n terms as are groups of LANE_TERMS, which it returns: A is loaded as vectors, of terms of a row if `along`, else of
- * rows. Of more rows than LANE_ROWS those of one vector of lanes, so that B stays in registers from some rows to the next. */
+/* Adds groups of LANE_TERMS terms of n, and returns how many terms these are: A is loaded as vectors, of terms of a row if
+ * `along`, else of rows, and of terms in no more rows than LANE_ROWS at a time. */
 #define LANE_TERMS 4
 #define LANE_ROWS 4
 static QKV_INLINE int X(lane_terms)(const int nr, const int nv, const int along, const REAL *a, ptrdiff_t stride,

@@ -1,4 +1,5 @@
 /* The portable path: no intrinsics, whatever the baseline of the target is. 16-byte vectors fit every one of them. */
+#include <float.h>
 #include <stdint.h>
 #include <string.h>
 

@@ -54,7 +54,9 @@ static inline void P(store_part)(P(real) *p, P(vec) x, int n)
         p[i] = all[i];
 }
 
-/* Not by an operator: where float is evaluated as double (s390x), that does not mix with a vector of float. */
+#if FLT_EVAL_METHOD == 0
+static inline P(vec) P(set1)(P(real) a) { return a - (P(vec)){0}; }
+#else                                 /* a counts as double, which does not mix with a vector of float (s390x) */
 static inline P(vec) P(set1)(P(real) a)
 {
     P(real) all[P(width)];
@@ -62,6 +64,7 @@ static inline P(vec) P(set1)(P(real) a)
         all[i] = a;
     return P(load)(all);
 }
+#endif
 
 static inline P(vec) P(add)(P(vec) x, P(vec) y) { return x + y; }
 static inline P(vec) P(sub)(P(vec) x, P(vec) y) { return x - y; }
