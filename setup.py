@@ -11,6 +11,7 @@ it an error to leave one of these out (releases set it). CC, CFLAGS and LDFLAGS 
 
 import copy
 import os
+import re
 import shutil
 import sys
 import zlib
@@ -24,19 +25,27 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, OptionError
 from setuptools.modified import newer_group
 
-X86_64 = """
-#if !defined(__x86_64__) && !defined(_M_X64)
-#error "the target is not x86-64"
+# Every compiler builds this, and its object says what for: one that builds for two targets at once says both.
+TARGETS = """
+const char qkv_target[] =
+#if defined(__x86_64__) || defined(_M_X64)
+    "qkv-target-x86_64";
+#elif (defined(__aarch64__) && !defined(__ARM_BIG_ENDIAN)) || defined(_M_ARM64)
+    "qkv-target-aarch64";
+#else
+    "qkv-target-other";
 #endif
-#include <immintrin.h>
 """
+X86_64 = "#include <immintrin.h>\n"
+AARCH64 = "#include <arm_neon.h>\n"
 
 
 @dataclass(frozen=True)
 class CpuPath:
-    """src/kernels/<name>.c: the flags it needs, those it gets if the compiler knows them, and its probe."""
+    """src/kernels/<name>.c: its target, the flags it needs, those it gets if the compiler knows them, its probe."""
 
     name: str
+    target: str = ""
     flags: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     probe: str = ""
@@ -57,12 +66,14 @@ PATHS = (
     CpuPath("portable"),
     CpuPath(
         "avx2",
+        target="x86_64",
         flags=AVX2,
         probe=X86_64 + "__m256d f(__m256d a);\n"
         "__m256d f(__m256d a) { return _mm256_fmadd_pd(a, _mm256_permute4x64_pd(a, 1), a); }\n",
     ),
     CpuPath(
         "avx512",
+        target="x86_64",
         flags=AVX512,
         optional=("-mprefer-vector-width=512",),
         probe=X86_64 + "__m512 f(__m512 a, __mmask16 m);\n"
@@ -70,10 +81,26 @@ PATHS = (
     ),
     CpuPath(
         "avx512bf16",
+        target="x86_64",
         flags=(*AVX512, "-mavx512bf16"),
         optional=("-mprefer-vector-width=512",),
         probe=X86_64 + "__m512 f(__m512 a, __m512bh b, float c);\n"  # some clang cannot take a broadcast for pairs
         "__m512 f(__m512 a, __m512bh b, float c) { return _mm512_dpbf16_ps(a, b, (__m512bh)_mm512_set1_ps(c)); }\n",
+    ),
+    CpuPath(
+        "neon",
+        target="aarch64",
+        optional=("-fno-schedule-insns",),  # gcc would begin more loads than registers hold
+        probe=AARCH64 + "float32x4_t f(float32x4_t a);\n"
+        "float32x4_t f(float32x4_t a) { return vfmaq_laneq_f32(a, a, a, 3); }\n",
+    ),
+    CpuPath(
+        "neonbf16",
+        target="aarch64",
+        flags=("-march=armv8.2-a+bf16",),
+        optional=("-fno-schedule-insns",),
+        probe=AARCH64 + "float32x4_t f(float32x4_t a, bfloat16x8_t b);\n"
+        "float32x4_t f(float32x4_t a, bfloat16x8_t b) { return vbfdotq_laneq_f32(a, b, b, 3); }\n",
     ),
 )
 
@@ -149,16 +176,26 @@ class Core:
             )
         return target
 
-    def path_flags(self, path: CpuPath) -> list[str] | None:
-        """The flags that this compiler takes for `path`, or None if it cannot build it for its target."""
+    def targets(self) -> set[str]:
+        """What this compiler builds for: asked first, since a probe for another target would print its errors."""
+        source = Path(self.build_dir, "probe_target.c")
+        source.parent.mkdir(parents=True, exist_ok=True)
+        source.write_text(TARGETS)
+        (built,) = self.compiler.compile([str(source)], self.build_dir, extra_postargs=self.flags)
+        found = re.findall(rb"qkv-target-(\w+)", Path(built).read_bytes())
+        return {name.decode() for name in found}
+
+    def path_flags(self, path: CpuPath, targets: set[str]) -> list[str] | None:
+        """The flags that this compiler takes for `path`, or None if it cannot build it for its targets."""
         if not path.probe:
             return list(path.flags)
+        if targets != {path.target}:
+            return None
         # Neither cl nor mingw's gcc builds SIMD paths: the first takes any intrinsic under any flags, so that
         # a probe says nothing, and the second does not align the stack for 32-byte spills.
         if self.style == "cl" or self.compiler.compiler_type in ("mingw32", "cygwin"):
             return None
         probe = Path(self.build_dir, f"probe_{path.name}.c")
-        probe.parent.mkdir(parents=True, exist_ok=True)
         probe.write_text(path.probe)
         for flags in dict.fromkeys([path.flags + path.optional, path.flags]):
             try:
@@ -173,7 +210,8 @@ class Core:
         kernels = {file.as_posix() for file in Path("src/kernels").glob("*.c")}
         if strangers := kernels - {path.source for path in PATHS}:
             raise OptionError(f"setup.py: no entry in PATHS for {', '.join(sorted(strangers))}")
-        found = {path: flags for path in PATHS if (flags := self.path_flags(path)) is not None}
+        targets = self.targets()
+        found = {path: flags for path in PATHS if (flags := self.path_flags(path, targets)) is not None}
         names = [path.name for path in found]
         print(f"qkv_fast: this compiler builds the CPU paths {', '.join(names)}")
         required = os.environ.get("QKV_FAST_REQUIRE_PATHS", "").split()

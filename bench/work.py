@@ -74,7 +74,7 @@ def limited_by(case: Case) -> str:
         return "copy"
     if case.stream or useful < TINY_FLOPS:
         return "read" if case.stream else "calls"
-    pairs = case.dtype == case.kv_type == "bfloat16" and (case.isa or qkv_fast.isa()) == "avx512bf16"
+    pairs = case.dtype == case.kv_type == "bfloat16" and (case.isa or qkv_fast.isa()).endswith("bf16")
     return "float32" if case.dtype in HALVES and not pairs else case.dtype
 
 

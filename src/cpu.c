@@ -9,7 +9,7 @@
 
 #include "qkv.h"
 
-extern const qkv_isa qkv_avx512bf16, qkv_avx512, qkv_avx2, qkv_portable;
+extern const qkv_isa qkv_avx512bf16, qkv_avx512, qkv_avx2, qkv_neonbf16, qkv_neon, qkv_portable;
 
 static const qkv_isa *const built[] = {                /* best first */
 #ifdef QKV_HAVE_AVX512BF16
@@ -20,6 +20,12 @@ static const qkv_isa *const built[] = {                /* best first */
 #endif
 #ifdef QKV_HAVE_AVX2
     &qkv_avx2,
+#endif
+#ifdef QKV_HAVE_NEONBF16
+    &qkv_neonbf16,
+#endif
+#ifdef QKV_HAVE_NEON
+    &qkv_neon,
 #endif
     &qkv_portable,
 };
@@ -82,6 +88,29 @@ static uint32_t detect(void)
     return have;
 }
 
+#elif defined(__aarch64__) || defined(_M_ARM64)
+
+#if defined(_WIN32)
+#include <windows.h>
+static int has_bf16(void) { return IsProcessorFeaturePresent(68); }      /* PF_ARM_V86_BF16_INSTRUCTIONS_AVAILABLE */
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
+static int has_bf16(void)
+{
+    int has = 0;
+    size_t size = sizeof has;
+    return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, NULL, 0) == 0 && has;
+}
+#elif defined(__linux__)
+#include <sys/auxv.h>
+static int has_bf16(void) { return (getauxval(AT_HWCAP2) >> 14 & 1) != 0; }         /* HWCAP2_BF16 */
+#else
+static int has_bf16(void) { return 0; }
+#endif
+
+/* The rest is every such CPU's. */
+static uint32_t detect(void) { return has_bf16() ? QKV_CPU_BF16 : 0; }
+
 #else
 static uint32_t detect(void) { return 0; }
 #endif
@@ -114,7 +143,7 @@ uint32_t qkv_built_needs(int path) { return path >= 0 && path < BUILT ? built[pa
 const char *qkv_feature_name(int bit)
 {
     static const char *const names[] = {"avx2", "fma", "avx512 (f, vl, dq, bw, cd)", "avx512bf16", "f16c",
-                                        "fast avx512bf16 (amd)", "streams (zen 3, zen 4)"};   /* as QKV_CPU_... */
+                                        "fast avx512bf16 (amd)", "streams (zen 3, zen 4)", "bf16 (arm)"};   /* as QKV_CPU_... */
     return bit >= 0 && (size_t)bit < sizeof names / sizeof names[0] ? names[bit] : NULL;
 }
 

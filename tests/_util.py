@@ -39,7 +39,7 @@ def arithmetic(dtype):
 
 
 def multiplies_pairs(q, k, v):
-    return qkv_fast.isa() == "avx512bf16" and q.dtype == k.dtype == v.dtype == "bfloat16"
+    return qkv_fast.isa().endswith("bf16") and q.dtype == k.dtype == v.dtype == "bfloat16"
 
 
 def are_few(q, k, v):
@@ -142,7 +142,8 @@ def compare(got, inputs, product=general_product, **options):
     q, _, v = inputs
     dtype = np.dtype(q.dtype.type)
     eps = np.finfo(arithmetic(dtype)).eps
-    v = np.asarray(v, arithmetic(dtype))
+    with np.errstate(invalid="ignore"):  # rows that nothing was written to may hold signalling NaN
+        v = np.asarray(v, arithmetic(dtype))
     rounding = 0.0
     if u := unit(dtype):
         rounding = u * np.abs(exact[0]) + float(ml_dtypes.finfo(dtype).smallest_subnormal) / 2

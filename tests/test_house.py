@@ -51,7 +51,7 @@ SYSTEM = {
     "qkv.h": CONTRACT,
     "kernels/kernels.h": CONTRACT,
     "kernels/*.c": f"{C11} immintrin.h arm_neon.h",
-    "cpu.c": f"{C11} cpuid.h intrin.h",
+    "cpu.c": f"{C11} cpuid.h intrin.h sys/auxv.h sys/sysctl.h windows.h",
     "system.h": f"{C11} pthread.h sched.h signal.h unistd.h process.h windows.h",
     "affinity.[ch]": f"{C11} pthread.h sched.h",
     "*": C11,

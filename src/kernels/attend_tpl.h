@@ -1,8 +1,8 @@
 /* One tile of attention: O, m, l <- merge(O, m, l, Q K^T, V). S is never stored beyond the tile.
  *
  * Every product here is one form: C[i][lane] = sum over t of A[i * row + t * step] (a scalar, broadcast from where it
- * lies) times B[t][lane] (contiguous). Scores are S^T = K Q^T with rows of keys; values are O^T += V^T P^T with rows of
- * output columns. A block of rows times nv vectors stays in registers while t runs.
+ * lies, or an element of a vector) times B[t][lane] (contiguous). Scores are S^T = K Q^T with rows of keys; values are
+ * O^T += V^T P^T with rows of output columns. A block of rows times nv vectors stays in registers while t runs.
  *
  * The values of a tile are summed from zero and then added to alpha * O: over long sequences that keeps the error near
  * that of a pairwise sum, and alpha (1 unless the maximum moved) costs nothing there.
@@ -20,7 +20,8 @@
 /* Calls what has the number of vectors as a constant. Each step of a tile is a function of its own around such a call: inlined
  * where it is used, its loop would share registers with all that is around, and its sums or pointers would live on the stack. */
 #define BY_VECTORS(function, nv, ...) \
-    ((nv) == 1 ? function(1, __VA_ARGS__) : (nv) == 2 ? function(2, __VA_ARGS__) : function(LANE_VECTORS, __VA_ARGS__))
+    ((nv) == 1 ? function(1, __VA_ARGS__) : (nv) == 2 ? function(2, __VA_ARGS__) \
+     : LANE_VECTORS > 3 && (nv) == 3 ? function(3, __VA_ARGS__) : function(LANE_VECTORS, __VA_ARGS__))
 
 #if PAIR == 1
 static inline VEC X(mad)(VEC x, VEC y, VEC z) { return X(fma)(x, y, z); }
@@ -52,11 +53,57 @@ static QKV_INLINE void X(fetch_lines)(qkv_ahead *ahead, const int n)
     }
 }
 
-/* nr rows of C, all of it in registers: nr and nv are compile-time constants wherever this is inlined. Lines are asked for a
+#if LANE_MADS
+/* Adds groups of LANE_TERMS terms of n, and returns how many terms these are: A is loaded as vectors, of terms of a row if
+ * `along`, else of rows, and of terms in no more rows than LANE_ROWS at a time. */
+#define LANE_TERMS 4
+#define LANE_ROWS 4
+static QKV_INLINE int X(lane_terms)(const int nr, const int nv, const int along, const REAL *a, ptrdiff_t stride,
+                                    const REAL *b, int n, VEC c[MOST_ROWS][LANE_VECTORS])
+{
+    const int rows = along && nr > LANE_ROWS ? LANE_ROWS : nr, of_terms = along ? rows : 0, of_rows = along ? 0 : rows;
+    int t = 0;
+    for (; t + LANE_TERMS <= n; t += LANE_TERMS, a += LANE_TERMS * (along ? 1 : stride), b += LANE_TERMS * LANES) {
+        QKV_UNROLL
+        for (int i = 0; i < nr; i += rows) {
+            VEC x[LANE_VECTORS], y[MOST_ROWS][LANE_TERMS];
+            QKV_UNROLL
+            for (int r = 0; r < of_terms; r++) {
+                QKV_UNROLL
+                for (int e = 0; e < LANE_TERMS; e += W)
+                    y[r][e] = X(loadu)(a + (i + r) * stride + e);
+            }
+            QKV_UNROLL
+            for (int e = 0; e < LANE_TERMS; e++) {
+                QKV_UNROLL
+                for (int r = 0; r < of_rows; r += W)
+                    y[r][e] = X(loadu)(a + e * stride + r);
+                QKV_UNROLL
+                for (int j = 0; j < nv; j++)
+                    x[j] = X(load)(b + e * LANES + j * W);
+                QKV_UNROLL
+                for (int r = 0; r < rows; r++) {
+                    QKV_UNROLL
+                    for (int j = 0; j < nv; j++)
+                        c[i + r][j] = along ? X(mad_lane)(y[r][e / W * W], e % W, x[j], c[i + r][j])
+                                            : X(mad_lane)(y[r / W * W][e], r % W, x[j], c[i + r][j]);
+                }
+            }
+        }
+    }
+    return t;
+}
+#undef LANE_ROWS
+#undef LANE_TERMS
+#endif
+
+/* nr rows of C, all of it in registers: nr, nv and `along`, whether A has unit stride along terms (else along rows), are
+ * compile-time constants wherever this is inlined. Lines are asked for a
  * few at a time, as many as A has been read: more than the CPU has buffers for would hold up the products. */
-static QKV_INLINE void X(product)(const int nr, const int nv, const REAL *a, ptrdiff_t row, ptrdiff_t step,
+static QKV_INLINE void X(product)(const int nr, const int nv, const int along, const REAL *a, ptrdiff_t stride,
                                   const REAL *b, int n, qkv_ahead *ahead, VEC c[MOST_ROWS][LANE_VECTORS])
 {
+    const ptrdiff_t row = along ? stride : 1, step = along ? 1 : stride;
     const int piece = ahead ? QKV_LINE / (int)sizeof(REAL) : n;
     QKV_UNROLL
     for (int i = 0; i < nr; i++) {
@@ -65,7 +112,13 @@ static QKV_INLINE void X(product)(const int nr, const int nv, const REAL *a, ptr
             c[i][j] = X(set1)(0);
     }
     for (; n > 0; n -= piece) {
-        const int terms = n < piece ? n : piece;
+        int terms = n < piece ? n : piece;
+#if LANE_MADS
+        const int done = along || nr % W == 0 ? X(lane_terms)(nr, nv, along, a, stride, b, terms, c) : 0;
+        a += done * step;
+        b += (ptrdiff_t)done * LANES;
+        terms -= done;
+#endif
         QKV_UNROLL_2
         for (int t = 0; t < terms; t++, a += step, b += LANES) {
             VEC x[LANE_VECTORS];
@@ -123,7 +176,7 @@ static QKV_INLINE void X(score_rows)(const int nr, const int nv, const qkv_tile 
 {
     VEC c[MOST_ROWS][LANE_VECTORS];
     REAL *s = (REAL *)t->s + (ptrdiff_t)i * LANES;
-    X(product)(nr, nv, (const REAL *)t->k + i * t->k_row + e, t->k_row, 1, (const REAL *)t->q + (ptrdiff_t)e * LANES,
+    X(product)(nr, nv, 1, (const REAL *)t->k + i * t->k_row + e, t->k_row, (const REAL *)t->q + (ptrdiff_t)e * LANES,
                t->d - e < QKV_TERMS ? t->d - e : QKV_TERMS, t->ahead, c);
     QKV_UNROLL
     for (int r = 0; r < nr; r++) {
@@ -154,7 +207,7 @@ static QKV_INLINE void X(top_vectors)(const int nv, const qkv_tile *t, int first
     for (int i = first; i < last; i++) {
         QKV_UNROLL
         for (int j = 0; j < nv; j++)
-            m[j] = X(max)(X(load)((const REAL *)t->s + (ptrdiff_t)i * LANES + j * W), m[j]);
+            m[j] = X(maxnum)(X(load)((const REAL *)t->s + (ptrdiff_t)i * LANES + j * W), m[j]);
     }
     QKV_UNROLL
     for (int j = 0; j < nv; j++)
@@ -170,7 +223,7 @@ static QKV_NOINLINE void X(top_rows)(int nv, const qkv_tile *t, int first, int l
 static QKV_INLINE void X(value_rows)(const int nr, const int nv, const qkv_tile *t, int i, const REAL *alpha)
 {
     VEC c[MOST_ROWS][LANE_VECTORS];
-    X(product)(nr, nv, (const REAL *)t->v + i, 1, t->v_row, t->s, (t->nk + PAIR - 1) / PAIR, t->ahead, c);
+    X(product)(nr, nv, 0, (const REAL *)t->v + i, t->v_row, t->s, (t->nk + PAIR - 1) / PAIR, t->ahead, c);
     REAL *o = (REAL *)t->o + (ptrdiff_t)i * LANES;
     QKV_UNROLL
     for (int j = 0; j < nv; j++) {
@@ -316,7 +369,7 @@ static QKV_INLINE void X(raise_maxima)(const int nv, const int weighed, const qk
     VEC none = X(set1)(-(REAL)INFINITY), zero = X(set1)(0), one = X(set1)(1);
     X(factor) c = X(factor_of)(t->c);
     for (int j = 0; j < nv * W; j += W) {
-        VEC m = X(load)((REAL *)t->m + j), top = X(max)(X(load)(lanes->top + j), m);
+        VEC m = X(load)((REAL *)t->m + j), top = X(maxnum)(X(load)(lanes->top + j), m);
         VEC limit = X(select)(X(equal)(m, none), none, X(set1)(P_LIMIT));
         VEC sum = weighed ? X(load)(lanes->sum + j) : X(exp2_one)(c, X(sub)(top, m));
         top = X(select)(X(beyond)(sum, limit), top, m);
@@ -461,7 +514,7 @@ static void X(merge)(void *o, void *m, void *l, const void *o2, const void *m2, 
     X(factor) c = X(factor_of)(scale);
     for (int j = 0; j < nv * W; j += W) {
         VEC ma = X(load)((REAL *)m + j), mb = X(load)((const REAL *)m2 + j);
-        VEC top = X(max)(ma, mb);
+        VEC top = X(maxnum)(ma, mb);
         /* Equal maxima have weight 1, infinite ones too: the difference would be NaN. */
         VEC wa = X(select)(X(equal)(ma, top), one, X(exp2_one)(c, X(sub)(ma, top)));
         VEC wb = X(select)(X(equal)(mb, top), one, X(exp2_one)(c, X(sub)(mb, top)));

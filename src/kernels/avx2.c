@@ -75,6 +75,7 @@ static inline vec_f32 div_f32(vec_f32 x, vec_f32 y) { return _mm256_div_ps(x, y)
 static inline vec_f32 fma_f32(vec_f32 x, vec_f32 y, vec_f32 z) { return _mm256_fmadd_ps(x, y, z); }
 static inline vec_f32 min_f32(vec_f32 x, vec_f32 y) { return _mm256_min_ps(x, y); }
 static inline vec_f32 max_f32(vec_f32 x, vec_f32 y) { return _mm256_max_ps(x, y); }
+static inline vec_f32 maxnum_f32(vec_f32 x, vec_f32 y) { return _mm256_max_ps(x, y); }
 static inline mask_f32 less_f32(vec_f32 x, vec_f32 y) { return _mm256_cmp_ps(x, y, _CMP_LT_OQ); }
 static inline mask_f32 equal_f32(vec_f32 x, vec_f32 y) { return _mm256_cmp_ps(x, y, _CMP_EQ_OQ); }
 static inline mask_f32 beyond_f32(vec_f32 x, vec_f32 y) { return _mm256_cmp_ps(x, y, _CMP_NLE_UQ); }
@@ -134,6 +135,8 @@ static inline vec_f32 sum_each_f32(vec_f32 x[8])
 #define LANE_VECTORS 3
 #define ROW_TILE 4
 #define ROW_TILE_1 8
+#define LANE_MADS 0
+#define SUMS 8
 #define PAIR 1
 #define NARROWS 1
 #define WIDENS 1
@@ -183,6 +186,7 @@ static inline vec_f64 div_f64(vec_f64 x, vec_f64 y) { return _mm256_div_pd(x, y)
 static inline vec_f64 fma_f64(vec_f64 x, vec_f64 y, vec_f64 z) { return _mm256_fmadd_pd(x, y, z); }
 static inline vec_f64 min_f64(vec_f64 x, vec_f64 y) { return _mm256_min_pd(x, y); }
 static inline vec_f64 max_f64(vec_f64 x, vec_f64 y) { return _mm256_max_pd(x, y); }
+static inline vec_f64 maxnum_f64(vec_f64 x, vec_f64 y) { return _mm256_max_pd(x, y); }
 static inline mask_f64 less_f64(vec_f64 x, vec_f64 y) { return _mm256_cmp_pd(x, y, _CMP_LT_OQ); }
 static inline mask_f64 equal_f64(vec_f64 x, vec_f64 y) { return _mm256_cmp_pd(x, y, _CMP_EQ_OQ); }
 static inline mask_f64 beyond_f64(vec_f64 x, vec_f64 y) { return _mm256_cmp_pd(x, y, _CMP_NLE_UQ); }
@@ -217,6 +221,8 @@ static inline vec_f64 sum_each_f64(vec_f64 x[4])
 #define LANE_VECTORS 3
 #define ROW_TILE 4
 #define ROW_TILE_1 8
+#define LANE_MADS 0
+#define SUMS 8
 #define PAIR 1
 #define NARROWS 0
 #define WIDENS 0

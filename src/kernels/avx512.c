@@ -30,6 +30,8 @@ static inline vec_f32 widen_i4_f32(const void *p, int at, const char *scale)
 #define LANE_VECTORS 3
 #define ROW_TILE 8
 #define ROW_TILE_1 8
+#define LANE_MADS 0
+#define SUMS 16
 #define PAIR 1
 #define NARROWS 1
 #define WIDENS 1
@@ -73,6 +75,7 @@ static inline vec_f64 div_f64(vec_f64 x, vec_f64 y) { return _mm512_div_pd(x, y)
 static inline vec_f64 fma_f64(vec_f64 x, vec_f64 y, vec_f64 z) { return _mm512_fmadd_pd(x, y, z); }
 static inline vec_f64 min_f64(vec_f64 x, vec_f64 y) { return _mm512_min_pd(x, y); }
 static inline vec_f64 max_f64(vec_f64 x, vec_f64 y) { return _mm512_max_pd(x, y); }
+static inline vec_f64 maxnum_f64(vec_f64 x, vec_f64 y) { return _mm512_max_pd(x, y); }
 static inline mask_f64 less_f64(vec_f64 x, vec_f64 y) { return _mm512_cmp_pd_mask(x, y, _CMP_LT_OQ); }
 static inline mask_f64 equal_f64(vec_f64 x, vec_f64 y) { return _mm512_cmp_pd_mask(x, y, _CMP_EQ_OQ); }
 static inline mask_f64 beyond_f64(vec_f64 x, vec_f64 y) { return _mm512_cmp_pd_mask(x, y, _CMP_NLE_UQ); }
@@ -127,6 +130,8 @@ static inline vec_f64 sum_each_f64(vec_f64 x[8])
 #define LANE_VECTORS 3
 #define ROW_TILE 8
 #define ROW_TILE_1 8
+#define LANE_MADS 0
+#define SUMS 16
 #define PAIR 1
 #define NARROWS 0
 #define WIDENS 0

@@ -44,6 +44,7 @@ static inline vec_f32 div_f32(vec_f32 x, vec_f32 y) { return _mm512_div_ps(x, y)
 static inline vec_f32 fma_f32(vec_f32 x, vec_f32 y, vec_f32 z) { return _mm512_fmadd_ps(x, y, z); }
 static inline vec_f32 min_f32(vec_f32 x, vec_f32 y) { return _mm512_min_ps(x, y); }
 static inline vec_f32 max_f32(vec_f32 x, vec_f32 y) { return _mm512_max_ps(x, y); }
+static inline vec_f32 maxnum_f32(vec_f32 x, vec_f32 y) { return _mm512_max_ps(x, y); }
 static inline mask_f32 less_f32(vec_f32 x, vec_f32 y) { return _mm512_cmp_ps_mask(x, y, _CMP_LT_OQ); }
 static inline mask_f32 equal_f32(vec_f32 x, vec_f32 y) { return _mm512_cmp_ps_mask(x, y, _CMP_EQ_OQ); }
 static inline mask_f32 beyond_f32(vec_f32 x, vec_f32 y) { return _mm512_cmp_ps_mask(x, y, _CMP_NLE_UQ); }

@@ -69,6 +69,8 @@ static inline vec_f32 unzip_f32(vec_f32 x, vec_f32 y, int at)
 #define LANE_VECTORS 3
 #define ROW_TILE 8
 #define ROW_TILE_1 8
+#define LANE_MADS 0
+#define SUMS 16
 #define PAIR 2
 #define NARROWS 1
 #define WIDENS 0

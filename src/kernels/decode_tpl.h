@@ -15,9 +15,6 @@
  * that are seen begin or end, or on the pieces in which K and V are handed over.
  */
 
-/* Sums that are held in registers: some rows times some keys, or times some vectors of columns. */
-#define SUMS (2 * ROW_TILE)
-
 /* Keys whose values, or weights, are summed from zero before they are added to those of the others. */
 #define PART 32
 
@@ -137,10 +134,10 @@ static REAL X(decode_top)(const REAL *s, int begin, int end)
     VEC m[2] = {X(set1)(-(REAL)INFINITY), X(set1)(-(REAL)INFINITY)};
     QKV_ALIGN REAL lane[W];
     for (int i = begin; i < end; i += 2 * W) {
-        m[0] = X(max)(X(load)(s + i), m[0]);
-        m[1] = X(max)(X(load)(s + i + W), m[1]);
+        m[0] = X(maxnum)(X(load)(s + i), m[0]);
+        m[1] = X(maxnum)(X(load)(s + i + W), m[1]);
     }
-    X(store)(lane, X(max)(m[0], m[1]));
+    X(store)(lane, X(maxnum)(m[0], m[1]));
     for (int half = W / 2; half > 0; half /= 2)
         for (int j = 0; j < half; j++)
             lane[j] = lane[j + half] > lane[j] ? lane[j + half] : lane[j];
@@ -277,7 +274,7 @@ static void X(decode_merge)(const qkv_stack *t, const void *o2, const void *m2, 
     for (int r = 0; r < t->rows; r++) {
         REAL *m = (REAL *)t->m + r, *l = (REAL *)t->l + r, *o = (REAL *)t->o + r * t->o_row;
         const REAL *from = (const REAL *)o2 + r * t->o_row;
-        VEC ma = X(set1)(*m), mb = X(set1)(((const REAL *)m2)[r]), top = X(max)(ma, mb);
+        VEC ma = X(set1)(*m), mb = X(set1)(((const REAL *)m2)[r]), top = X(maxnum)(ma, mb);
         /* Equal maxima have weight 1, infinite ones too: the difference would be NaN. */
         VEC wa = X(select)(X(equal)(ma, top), one, X(exp2_one)(c, X(sub)(ma, top)));
         VEC wb = X(select)(X(equal)(mb, top), one, X(exp2_one)(c, X(sub)(mb, top)));
@@ -320,4 +317,3 @@ static int X(decode_finish)(void *const *rows, const qkv_stack *t)
 #undef AHEAD_MORE
 #undef AHEAD_ONE
 #undef PART
-#undef SUMS

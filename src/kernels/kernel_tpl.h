@@ -2,15 +2,18 @@
  *
  * Parameters, defined by the file that includes this one:
  *   T              suffix of the type: f32, f64; every name below ends in _##T
- *   LANE_VECTORS   vectors in a panel row (3)
- *   ROW_TILE       keys, or output columns, that the product holds in registers at a time
+ *   LANE_VECTORS   vectors in a panel row: up to 4
+ *   ROW_TILE       keys, or output columns, that the product holds in registers at a time: even, and strips of 32 keys are whole
+ *                  tiles
  *   ROW_TILE_1     the same where only one vector is at work: a multiple of ROW_TILE, with enough sums to hide the latency
+ *   LANE_MADS      1 where a multiply-add takes one factor from an element of a vector: A is then loaded as vectors; else 0
+ *   SUMS           sums that few rows hold in registers: a multiple of 4 and of w
  *   PAIR           elements that one multiplication takes: 2 where it adds the products of pairs of 16 bits, else 1
  *   NARROWS        1 where 16-bit types are computed in this one, else 0
  *   WIDENS         1 where few rows of narrower types are widened as they are loaded, which is a kind of code for each
  *   HALVES_AHEAD   if WIDENS or PAIR is 2: bytes between what some rows read of K and V in 16 bits and what is fetched
  *   HALVES_SHARED  if WIDENS: 1 where two rows share a read of V in 16 bits, for which there are registers, else 0
- *   EXP2_STEPS     fractions of an exponent that power can look up: 8, or 1 where looking up is slow
+ *   EXP2_STEPS     fractions of an exponent that power can look up: 8, or 1 where looking up is slow; no other has a polynomial
  *
  * Primitives, static inline functions of that file (w is the number of elements in a vector):
  *   real, vec, mask          the element, the vector, the result of a comparison (types)
@@ -18,12 +21,14 @@
  *   load(p) store(p, x)      aligned to a vector
  *   loadu(p) storeu(p, x)    any alignment
  *   stream(p, x) fence()     aligned, past the caches where the CPU can; visible to other threads after the fence
- *   load_part(p, n) store_part(p, x, n)      the first n <= w elements, any alignment; nothing past them is touched
- *   seen(p, n)               comparison: which of the first n <= w bytes at p are not 0; not those past them
+ *   load_part(p, n) store_part(p, x, n)      the first n elements, 0 <= n <= w, any alignment; nothing past them is touched, and
+ *                            what is loaded has 0 behind them
+ *   seen(p, n)               comparison: which of the first n bytes at p, 0 <= n <= w, are not 0; false past them, which are not read
  *   widen_f16(p) widen_bf16(p)           w elements of 16 bits, any alignment, subnormal ones too
  *   widen_i8(p)              w signed bytes; if WIDENS
- *   widen_i4(p, at, scale)   w elements from number `at`, a multiple of w, of a group of int4 (qkv.h), times the bfloat16 at
- *                            `scale`, which two bytes of its row are before; if WIDENS
+ *   widen_i4(p, at, scale)   w elements from number `at`, a multiple of w, of the 32 of a group of int4 whose 16 bytes are at p:
+ *                            byte j holds n of element j in its low half and of element j + 16 in its high one, and an element
+ *                            is n - 8 times the bfloat16 at `scale`, which two bytes of its row are before; if WIDENS
  *   narrow_f16(p, x) narrow_bf16(p, x)   back, rounded to nearest even; if NARROWS
  * and where PAIR is 2 (a pair is as large as a real; its first element is the low half):
  *   mad(x, y, z)             z + both products of the pairs x and y
@@ -37,7 +42,10 @@
  *   turn(a, x)               x with the sign of a
  * and in any case:
  *   set1(a)  add sub mul div(x, y)  fma(x, y, z) = x * y + z
- *   min max(x, y)            y where either is NaN
+ *   mad_lane(x, i, y, z)     z + y times element i of x, or, where PAIR is 2, z + both products of the pairs y and pair i of x; i
+ *                            is known once loops are unrolled; if LANE_MADS
+ *   min max(x, y)            NaN where y is NaN; x is not
+ *   maxnum(x, y)             y where x is NaN; y is not
  *   less(x, y)  equal(x, y)  beyond(x, y) = !(x <= y)      comparisons; select(mask, x, y) = mask ? x : y; any(mask)
  *   power(t)                 2^n, where t is n + 1.5 * 2^mantissa / EXP2_STEPS in its own rounding: n, a multiple of
  *                            1 / EXP2_STEPS, lies in t's low bits. 0 at the lowest exponent, infinity past the highest
@@ -62,6 +70,12 @@
 #define ROWS(nv) ((nv) == 1 ? ROW_TILE_1 : ROW_TILE)
 #define MOST_ROWS (ROW_TILE > ROW_TILE_1 ? ROW_TILE : ROW_TILE_1)
 #define REAL_LARGEST ((REAL)(sizeof(REAL) == 4 ? FLT_MAX : DBL_MAX))
+
+_Static_assert(LANE_VECTORS >= 1 && LANE_VECTORS <= 4, "BY_VECTORS knows no more");
+_Static_assert(ROW_TILE % 2 == 0 && 32 % ROW_TILE == 0, "half a tile is a tile, and a strip is whole tiles");
+_Static_assert(ROW_TILE_1 % ROW_TILE == 0, "what is left of the tiles of one vector is whole tiles");
+_Static_assert(SUMS % 4 == 0 && SUMS % W == 0, "few rows share their sums by fours, and vectors of them are summed together");
+_Static_assert(EXP2_STEPS == 1 || EXP2_STEPS == 8, "exp2_poly.h has no other polynomials");
 
 #include "exp2_tpl.h"
 #include "adjust_tpl.h"
@@ -114,6 +128,8 @@ static const qkv_kernels X(kernels) = KERNELS;
 #undef WIDENS
 #undef NARROWS
 #undef PAIR
+#undef SUMS
+#undef LANE_MADS
 #undef ROW_TILE_1
 #undef ROW_TILE
 #undef LANE_VECTORS

@@ -256,5 +256,6 @@ typedef struct {
 
 enum { QKV_CPU_AVX2 = 1, QKV_CPU_FMA = 2, QKV_CPU_AVX512 = 4 };      /* AVX512 is F, VL, DQ, BW and CD together */
 enum { QKV_CPU_AVX512BF16 = 8, QKV_CPU_F16C = 16, QKV_CPU_FAST_PAIRS = 32, QKV_CPU_STREAMS = 64 };
+enum { QKV_CPU_BF16 = 128 };          /* of Arm */
 
 #endif

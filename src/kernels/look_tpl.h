@@ -17,7 +17,7 @@ static QKV_INLINE void X(largest_vectors)(const int nv, const qkv_tile *t, int f
         QKV_UNROLL
         for (int j = 0; j < nv; j++) {
             VEC s = X(load)((const REAL *)t->s + (ptrdiff_t)i * LANES + j * W);
-            m[j] = X(max)(s, m[j]);   /* m where either is NaN */
+            m[j] = X(maxnum)(s, m[j]);
             nan[j] = X(select)(X(equal)(s, s), nan[j], s);
         }
     }
@@ -153,7 +153,7 @@ static void X(look_heaviest)(const qkv_tile *t, const qkv_heaviest *list)
         for (int j = 0; j < t->nv * W; j += W) {
             if (X(any)(X(less)(X(load)(least + j), X(load)(top + j))))
                 X(keep_rows)(t, i, end, j, list);
-            X(store)(lanes.top + j, X(max)(X(load)(top + j), X(load)(lanes.top + j)));
+            X(store)(lanes.top + j, X(maxnum)(X(load)(top + j), X(load)(lanes.top + j)));
         }
     }
     X(raise_maxima)(t->nv, 0, t, &lanes);

@@ -1,4 +1,5 @@
 /* The portable path: no intrinsics, whatever the baseline of the target is. 16-byte vectors fit every one of them. */
+#include <float.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -53,6 +54,8 @@ static inline void narrow_bf16_f32(void *p, vec_f32 x) { narrow_by(bf16_of, p, x
 #define LANE_VECTORS 3
 #define ROW_TILE 4
 #define ROW_TILE_1 4
+#define LANE_MADS 0
+#define SUMS 8
 #define PAIR 1
 #define NARROWS 1
 #define WIDENS 0
@@ -68,6 +71,8 @@ static inline void narrow_bf16_f32(void *p, vec_f32 x) { narrow_by(bf16_of, p, x
 #define LANE_VECTORS 3
 #define ROW_TILE 4
 #define ROW_TILE_1 4
+#define LANE_MADS 0
+#define SUMS 8
 #define PAIR 1
 #define NARROWS 0
 #define WIDENS 0

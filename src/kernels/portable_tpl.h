@@ -54,7 +54,18 @@ static inline void P(store_part)(P(real) *p, P(vec) x, int n)
         p[i] = all[i];
 }
 
+#if FLT_EVAL_METHOD == 0
 static inline P(vec) P(set1)(P(real) a) { return a - (P(vec)){0}; }
+#else                                 /* a counts as double, which does not mix with a vector of float (s390x) */
+static inline P(vec) P(set1)(P(real) a)
+{
+    P(real) all[P(width)];
+    for (int i = 0; i < P(width); i++)
+        all[i] = a;
+    return P(load)(all);
+}
+#endif
+
 static inline P(vec) P(add)(P(vec) x, P(vec) y) { return x + y; }
 static inline P(vec) P(sub)(P(vec) x, P(vec) y) { return x - y; }
 static inline P(vec) P(mul)(P(vec) x, P(vec) y) { return x * y; }
@@ -106,6 +117,7 @@ static inline P(vec) P(widen_f16)(const void *p) { return P(widen)(p, 10, 15); }
 static inline P(vec) P(widen_bf16)(const void *p) { return P(widen)(p, 7, 127); }
 
 static inline P(vec) P(max)(P(vec) x, P(vec) y) { return P(select)(P(less)(y, x), x, y); }
+static inline P(vec) P(maxnum)(P(vec) x, P(vec) y) { return P(max)(x, y); }
 static inline P(vec) P(min)(P(vec) x, P(vec) y) { return P(select)(P(less)(x, y), x, y); }
 
 static inline P(vec) P(power)(P(vec) t)

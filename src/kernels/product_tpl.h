@@ -13,7 +13,7 @@ static QKV_INLINE void X(product_rows)(const int nr, const int nv, const qkv_pro
         for (int j = 0; j < t->columns; j += 64 / (int)sizeof(REAL))
             QKV_PREFETCH_WRITE(to + r * t->c_row + j);
     VEC c[MOST_ROWS][LANE_VECTORS];
-    X(product)(nr, nv, (const REAL *)t->a + i * t->a_row + e, t->a_row, 1, (const REAL *)t->b + (ptrdiff_t)e * LANES, n,
+    X(product)(nr, nv, 1, (const REAL *)t->a + i * t->a_row + e, t->a_row, (const REAL *)t->b + (ptrdiff_t)e * LANES, n,
                NULL, c);
     VEC factor = X(set1)((REAL)t->factor);
     const int add = t->add | (e > 0), part = t->columns - (nv - 1) * W;
@@ -56,6 +56,8 @@ static void X(multiply)(const qkv_product_tile *t)
         X(product_vectors)(1, t);
     else if (t->columns <= 2 * W)
         X(product_vectors)(2, t);
+    else if (LANE_VECTORS > 3 && t->columns <= 3 * W)
+        X(product_vectors)(3, t);
     else
         X(product_vectors)(LANE_VECTORS, t);
 }

@@ -71,13 +71,13 @@ static REAL X(row_max)(const REAL *x, int64_t n)
     for (; i + 4 * W <= n; i += 4 * W) {
         QKV_UNROLL
         for (int j = 0; j < 4; j++)
-            m[j] = X(max)(X(loadu)(x + i + j * W), m[j]);
+            m[j] = X(maxnum)(X(loadu)(x + i + j * W), m[j]);
     }
     for (; i + W <= n; i += W)
-        m[0] = X(max)(X(loadu)(x + i), m[0]);
+        m[0] = X(maxnum)(X(loadu)(x + i), m[0]);
     if (i < n)
-        m[1] = X(max)(X(load_tail)(x + i, (int)(n - i)), m[1]);
-    X(store)(lane, X(max)(X(max)(m[0], m[1]), X(max)(m[2], m[3])));
+        m[1] = X(maxnum)(X(load_tail)(x + i, (int)(n - i)), m[1]);
+    X(store)(lane, X(maxnum)(X(maxnum)(m[0], m[1]), X(maxnum)(m[2], m[3])));
     for (int j = 1; j < W; j++)
         lane[0] = lane[j] > lane[0] ? lane[j] : lane[0];
     return lane[0];
@@ -196,7 +196,7 @@ static QKV_INLINE void X(take_vectors)(const int nv, REAL *e, int64_t width, con
     for (int64_t i = 0; i < rows; i++, x += x_row, e += width) {
         EACH {
             VEC v = n ? X(load_tail)(x, n) : X(loadu)(x + j * W);
-            m[j] = X(max)(v, m[j]);
+            m[j] = X(maxnum)(v, m[j]);
             X(store)(e + j * W, v);
         }
     }

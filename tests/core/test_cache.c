@@ -13,8 +13,10 @@ static double allowed(qkv_type type, qkv_type stored, const void *x, int64_t row
 {
     int64_t first = stored == QKV_I8 ? 0 : e / 32 * 32, end = stored == QKV_I8 || first + 32 > dim ? dim : first + 32;
     double most = 0;
-    for (int64_t i = first; i < end; i++)
-        most = fmax(most, fabs(load(type, x, row + i * step)));
+    for (int64_t i = first; i < end; i++) {             /* fmax here is an internal error of gcc 12 for aarch64 */
+        double size = fabs(load(type, x, row + i * step));
+        most = size > most ? size : most;
+    }
     return stored == QKV_I8 ? most / 254 * (1 + 0x1p-15) : most / 8 * (1 + 1.0 / 128);
 }
 

@@ -16,7 +16,7 @@ NAMES = qkv_fast.available_isas()
 def test_names():
     """Best first; portable is everywhere and last."""
     assert isinstance(NAMES, tuple) and len(set(NAMES)) == len(NAMES) and NAMES[-1] == "portable"
-    known = ("avx512bf16", "avx512", "avx2", "portable")
+    known = ("avx512bf16", "avx512", "avx2", "neonbf16", "neon", "portable")
     assert tuple(name for name in known if name in NAMES) == NAMES
     assert qkv_fast.isa() in NAMES
 
@@ -64,7 +64,7 @@ def test_unknown_name_is_an_import_error(name):
 
 def test_unavailable_name_is_an_import_error():
     """A path of another kind of CPU, or one that this CPU lacks."""
-    for name in {"avx512", "avx2", "neon"} - set(NAMES):
+    for name in {"avx512", "avx2", "neonbf16", "neon"} - set(NAMES):
         done = child("import qkv_fast", QKV_FAST_ISA=name)
         assert done.returncode == 1 and "ImportError" in done.stderr and "portable" in done.stderr
 
