@@ -41,8 +41,7 @@ static void begin_lists(const qkv_query_tile *t, const qkv_panel *x)
 }
 
 /* What weights are taken with, as it is given: those of a row are l 2^(c (S - m)). A row that sees nothing counts for nothing,
- * and so do lanes without one. Of a row with NaN m is NaN, and the factor 1: it multiplies the sum of hidden keys, too, which is
- * 0. */
+ * and so do lanes without one. Of a row with NaN m is NaN, and the factor 1: it also multiplies the 0 of hidden keys. */
 static void take_normalisers(const qkv_query_tile *t, const qkv_panel *x)
 {
     const qkv_problem *p = t->problem;
@@ -270,13 +269,16 @@ void qkv_count_cells(const qkv_query_tile *t, qkv_range columns)
     if (t->any.lo < t->any.hi)
         seen = (qkv_range){qkv_cell_of(t->any.lo, p->len_k, p->answer_n) - columns.lo,
                            qkv_cell_of(t->any.hi - 1, p->len_k, p->answer_n) - columns.lo + 1};
-    for (int64_t query = t->rows.lo; query < t->rows.hi; query++) {
+    for (int64_t query = t->rows.lo, end, last; query < t->rows.hi; query = last) {
         const qkv_panel *x = &t->panel[(query - t->rows.lo) / kernels->lanes];
         int64_t lane = query - x->row;
-        const char *part = x->state + (seen.lo * t->plan->parts * kernels->lanes + lane) * kernels->size;
+        const char *factors = qkv_state_l(t->plan, x->state);
+        end = qkv_cell_first(row + 1, p->len_q, p->answer_rows);
+        last = qkv_min(end, x->row + x->n);
         (p->question == QKV_MEANS ? kernels->pour_sums : kernels->pour_maxima)(
-            cell + seen.lo, seen.hi - seen.lo, part, t->plan->parts, element(p, qkv_state_l(t->plan, x->state), lane));
-        if (query + 1 == qkv_cell_first(row + 1, p->len_q, p->answer_rows))
+            cell + seen.lo, seen.hi - seen.lo, x->state + (seen.lo * t->plan->parts * kernels->lanes + lane) * kernels->size,
+            t->plan->parts, factors + lane * kernels->size, (int)(last - query));
+        if (last == end)
             write_cells(t, columns, row++);
     }
 }

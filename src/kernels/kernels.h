@@ -185,9 +185,10 @@ typedef struct {
     void (*look_sums)(const qkv_tile *tile, const qkv_parts *parts);
     void (*look_maxima)(const qkv_tile *tile, const qkv_parts *parts);
 
-    /* cell[i] += the sum of factor * (P of a lane, n parts from i * n on); or of the largest, the maximum, NaN if one is. */
-    void (*pour_sums)(double *cell, int64_t cells, const void *part, int64_t n, double factor);
-    void (*pour_maxima)(double *cell, int64_t cells, const void *part, int64_t n, double factor);
+    /* What a cell has of some lanes whose n parts each begin at part i * n, times the factor of each lane: added to cell[i], lane
+     * after lane; or the largest of them and cell[i], NaN if one is. */
+    void (*pour_sums)(double *cell, int64_t cells, const void *part, int64_t n, const void *factor, int lanes);
+    void (*pour_maxima)(double *cell, int64_t cells, const void *part, int64_t n, const void *factor, int lanes);
 
     void (*reset)(void *o, void *m, void *l, int nv, int dv);
 

@@ -339,23 +339,33 @@ static void X(look_maxima)(const qkv_tile *t, const qkv_parts *parts)
     X(look_parts)(1, t, parts);
 }
 
-static void X(pour_sums)(double *cell, int64_t cells, const void *part, int64_t n, double factor)
+static void X(pour_sums)(double *cell, int64_t cells, const void *part, int64_t n, const void *factor, int lanes)
 {
-    const REAL *p = part;
-    for (int64_t i = 0; i < cells; i++) {
-        for (int64_t j = 0; j < n; j++, p += LANES)
-            cell[i] += factor * (double)*p;
+    const REAL *p = part, *f = factor;
+    for (int64_t i = 0; i < cells; i++, p += n * LANES) {
+        double sum = cell[i];
+        for (int lane = 0; lane < lanes; lane++) {
+            for (int64_t j = 0; j < n; j++)
+                sum += (double)f[lane] * (double)p[j * LANES + lane];
+        }
+        cell[i] = sum;
     }
 }
 
-static void X(pour_maxima)(double *cell, int64_t cells, const void *part, int64_t n, double factor)
+static void X(pour_maxima)(double *cell, int64_t cells, const void *part, int64_t n, const void *factor, int lanes)
 {
-    const REAL *p = part;
-    for (int64_t i = 0; i < cells; i++) {
-        for (int64_t j = 0; j < n; j++, p += LANES) {
-            double x = factor * (double)*p;
-            cell[i] = x <= cell[i] || cell[i] != cell[i] ? cell[i] : x;
+    const REAL *p = part, *f = factor;
+    for (int64_t i = 0; i < cells; i++, p += n * LANES) {
+        double top = cell[i];
+        int nan = isnan(top);
+        for (int lane = 0; lane < lanes; lane++) {
+            for (int64_t j = 0; j < n; j++) {
+                double x = (double)f[lane] * (double)p[j * LANES + lane];
+                nan |= isnan(x);
+                top = x > top ? x : top;
+            }
         }
+        cell[i] = nan ? NAN : top;
     }
 }
 
