@@ -212,7 +212,7 @@ CASES: tuple[Case, ...] = (
 
 SUITES: tuple[str, ...] = (
     *("foundation", "quick", "prefill", "decode", "small", "masks", "stages", "half", "memory", "scaling"),
-    *("surroundings", "spotlight", "all"),
+    *("surroundings", "data", "spotlight", "all"),
 )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import qkv_fast
 
 from .. import _runtime
-from . import limits, machine, spotlight, surroundings, work
+from . import data, limits, machine, spotlight, surroundings, work
 from .cases import CASES, Case, case
 from .measured import Measured, Property, child, ratio
 from .method import Local, Summary, interleave, rotate
@@ -200,28 +200,6 @@ def measure_scaling(seconds: float, threads: tuple[int, ...]) -> Iterator[Measur
         yield Measured(f"2 threads, {name}", found.median, "x", 1.9, more=True, spread=found.spread, note=note)
 
 
-def measure_subnormal(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]:
-    """Inputs full of subnormal numbers, or weights that decay into them, against normal ones."""
-    usual = case("1x8x1024", 64)
-    q, k, v = work.inputs(usual)
-    tiny = np.float32(1e-40)
-    steep_q, decaying_k = np.zeros_like(q), np.zeros_like(k)
-    steep_q[..., 0] = 8.0  # the scale is 1/8, so a score is the key's first element
-    decaying_k[..., 1:, 0] = np.linspace(-80.0, -104.0, usual.kv_len - 1)  # exp: 2**-115 down to 2**-150
-    variants = {
-        "weights": (steep_q, decaying_k, v),
-        "values": (q, k, v * tiny),
-        "queries and keys": (q * tiny, k * tiny, v),
-    }
-    for name, arrays in variants.items():
-        found = ratio(
-            lambda a=arrays: qkv_fast.attention(*a, num_threads=1),
-            lambda: qkv_fast.attention(q, k, v, num_threads=1),
-            seconds / len(variants),
-        )
-        yield Measured(f"subnormal {name}, {usual.name}", found.median, "x", 1.2, spread=found.spread)
-
-
 ACROSS = (((8, 2048, 2048), 1), ((4096, 4096), 0), ((12, 512, 512), 1))  # (shape, axis), as long as the last axis
 
 
@@ -296,7 +274,6 @@ PROPERTIES: tuple[Property, ...] = (
     Property("cache-calls", ("decode",), measure_cache_calls),
     Property("documents", ("masks",), measure_documents),
     Property("ragged", ("masks",), measure_ragged),
-    Property("subnormal", ("foundation", "prefill"), measure_subnormal),
     Property("softmax-axis", ("stages",), measure_softmax_axis),
     Property("explain", ("stages",), measure_explain),
     Property("fork-join", ("foundation", "small"), measure_fork_join),
@@ -305,6 +282,8 @@ PROPERTIES: tuple[Property, ...] = (
     Property("after-product", ("surroundings",), surroundings.measure_after_product, everywhere=True),
     Property("gaps", ("surroundings",), surroundings.measure_gaps, everywhere=True),
     Property("block", ("surroundings",), surroundings.measure_block),
+    Property("data", ("data",), data.measure_attention, everywhere=True),
+    Property("data-stages", ("data",), data.measure_stages, everywhere=True),
     Property("over-attention", ("spotlight",), spotlight.measure_over_attention, everywhere=True),
     Property("last-rows", ("spotlight",), spotlight.measure_rows, everywhere=True),
     Property("beyond-result", ("spotlight",), spotlight.measure_memory, everywhere=True),

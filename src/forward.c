@@ -198,6 +198,7 @@ static void attend_block(const qkv_query_tile *t, const qkv_panel *x, pass_rows 
         .o = x->state, .m = qkv_state_m(plan, x->state), .l = qkv_state_l(plan, x->state), .c = plan->c,
         .d = (int)plan->terms, .dv = (int)p->dim_v, .nv = x->nv, .ahead = ahead,
         .careful = careful || p->question,              /* no second look at a question */
+        .peaked = t->peaked,
     };
     qkv_kind kind = qkv_cut(&x->limits[0], &first, &last);
     if (kind == QKV_SKIP) {
@@ -561,7 +562,7 @@ static int take_shared(qkv_call *job, int slot, char **block)
 qkv_status qkv_run_plan(const qkv_problem *p, const qkv_plan *plan)
 {
     char *scratch[QKV_MAX_THREADS] = {0}, *shared = NULL;
-    qkv_call job = {.problem = p, .plan = plan, .scratch = scratch, .stop = {p->interrupted, p->interrupted_arg, 0, 0}};
+    qkv_call job = {.problem = p, .plan = plan, .scratch = scratch, .stop = qkv_stop_if(p->interrupted, p->interrupted_arg)};
     int workers = qkv_pool_acquire((int)qkv_min(plan->threads, QKV_MAX_THREADS), plan->small);
     qkv_status status = QKV_NO_MEMORY;
     for (int i = 0; i < workers; i++) {

@@ -131,6 +131,7 @@ static void lay_out_scratch(const qkv_problem *p, qkv_plan *plan)
     TAKE(at_k, plan->copy_k || p->n_runs > 1 ? (size_t)(plan->pass * plan->copy_row_k) * size : 0);
     TAKE(at_v, plan->copy_v || p->n_runs > 1 ? (size_t)(plan->pass / pair * plan->copy_row_v) * size : 0);
     TAKE(at_tile, plan->direct_q && plan->direct_out ? 0 : lanes * (dim > dim_v ? dim : dim_v) * size);
+    TAKE(at_peaked, sizeof(int));
     TAKE(at_lanes, plan->adjust ? panels * lanes * QKV_LANE_BYTES : 0);
     TAKE(at_pointers, plan->adjust ? 2 * lanes * sizeof(void *) : 0);
     TAKE(at_bias, p->bias && !plan->direct_bias ? lanes * (size_t)plan->block * size : 0);

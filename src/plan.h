@@ -71,7 +71,7 @@ typedef struct {
 
     /* Scratch of one worker: byte offsets from its beginning. */
     size_t state_bytes;               /* O, m, l of one panel, or what a question keeps, m and l */
-    size_t at_panels, at_limits, at_rows, at_q, at_state, at_total, at_s, at_k, at_v, at_tile;
+    size_t at_panels, at_limits, at_rows, at_q, at_state, at_total, at_s, at_k, at_v, at_tile, at_peaked;
     size_t at_lanes, at_pointers, at_bias, at_mask;     /* what elements.c needs */
     size_t at_sums;                   /* (range, vector); of cells: (range) doubles, */
     size_t at_bounds;                 /* and the keys where their parts begin (range * parts + 1) */

@@ -43,8 +43,7 @@ static qkv_status run_stage(stage *job, qkv_task task, int64_t tasks, int thread
         counters_of(job, taken)->tiles_copied = 0;
     }
     if (taken == workers) {
-        job->stop.check = interrupted;
-        job->stop.arg = arg;
+        job->stop = qkv_stop_if(interrupted, arg);
         int stopped = qkv_pool_run(workers, tasks, task, job, interrupted ? qkv_ask_to_stop : NULL, &job->stop);
         status = stopped || job->stop.stop ? QKV_INTERRUPTED : QKV_OK;
         for (int i = 0; i < workers && counters; i++)

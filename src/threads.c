@@ -22,7 +22,6 @@
 #endif
 #include "threads.h"
 
-#include <fenv.h>
 #include <stdatomic.h>
 
 #include "affinity.h"
@@ -86,7 +85,6 @@ struct pool_state {
     qkv_task function;                /* written by the caller while the gate is shut, read only after joining */
     void *context;
     int64_t tasks;
-    fenv_t mode;                      /* the caller's rounding and subnormal modes: results depend on no worker's own */
 
     mutex lock;
     condition wake, done;
@@ -168,12 +166,12 @@ static void work(worker *w)
 {
     pool_state *pool = w->pool;
     qkv_affinity_begin(&w->affinity);
+    qkv_set_task_mode();
     uint64_t gate = atomic_load(&pool->gate);
     while (!(gate & STOP)) {
         if (gate & OPEN && joined_of(gate) < wanted_of(gate)) {
             if (!atomic_compare_exchange_weak(&pool->gate, &gate, gate + 1))
                 continue;             /* gate has been read again */
-            fesetenv(&pool->mode);
             atomic_store(&w->working, 1);
             draw_tasks(pool, joined_of(gate) + 1);
             atomic_store(&w->working, 0);
@@ -309,11 +307,19 @@ static int check_in_time(double *last, int (*check)(void *), void *arg)
     return check(arg);
 }
 
+qkv_stop qkv_stop_if(int (*check)(void *), void *arg)
+{
+    return (qkv_stop){.check = check, .arg = arg, .mode = qkv_get_mode()};
+}
+
 int qkv_ask_to_stop(void *arg)
 {
     qkv_stop *stop = arg;
+    qkv_float_mode mode = qkv_get_mode();
+    qkv_set_mode(stop->mode);         /* the check may run anything */
     if (!atomic_load(&stop->stop) && stop->check && stop->check(stop->arg))
         atomic_store(&stop->stop, 1);
+    qkv_set_mode(mode);
     return atomic_load(&stop->stop);
 }
 
@@ -329,15 +335,18 @@ static int draw_and_check(_Atomic int64_t *next, int64_t tasks, qkv_task functio
                           int (*check)(void *), void *arg)
 {
     int64_t task;
+    int stopped = 0;
     double last = 0;
-    while ((task = atomic_fetch_add_explicit(next, 1, memory_order_relaxed)) < tasks) {
+    qkv_float_mode mode = qkv_get_mode();
+    qkv_set_task_mode();
+    while (!stopped && (task = atomic_fetch_add_explicit(next, 1, memory_order_relaxed)) < tasks) {
         function(context, task, 0);
-        if (task + 1 < tasks && check_in_time(&last, check, arg)) {
-            atomic_store(next, tasks);
-            return 1;
-        }
+        stopped = task + 1 < tasks && check_in_time(&last, check, arg);
     }
-    return 0;
+    if (stopped)
+        atomic_store(next, tasks);
+    qkv_set_mode(mode);
+    return stopped;
 }
 
 /* 1 as soon as all who joined have finished, 0 if that takes more than `seconds`. */
@@ -446,7 +455,6 @@ int qkv_pool_run(int n, int64_t tasks, qkv_task function, void *context, int (*c
     pool->function = function;
     pool->context = context;
     pool->tasks = tasks;
-    fegetenv(&pool->mode);
     atomic_store(&pool->core, qkv_core());
     atomic_store(&pool->finished, 0);
     atomic_store(&pool->next, 0);

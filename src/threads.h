@@ -6,13 +6,15 @@
  *
  * The pool starts threads when they are first needed and keeps them. The caller is worker 0. Tasks are handed out one
  * by one in order. A call from inside a task, or while another thread holds the pool, is granted one worker and runs in
- * its own thread.
+ * its own thread. Tasks run in the mode of float_mode.h, and the caller's is back when qkv_pool_run returns.
  */
 #ifndef QKV_THREADS_H
 #define QKV_THREADS_H
 
 #include <stdatomic.h>
 #include <stdint.h>
+
+#include "float_mode.h"
 
 typedef void (*qkv_task)(void *context, int64_t task, int worker);      /* 0 <= worker < n */
 
@@ -30,7 +32,11 @@ typedef struct {
     void *arg;
     double asked;                     /* when worker 0 last asked within a task */
     atomic_int stop;                  /* the answer was yes */
+    qkv_float_mode mode;              /* the caller's, in which `check` runs */
 } qkv_stop;
+
+/* That of a call whose caller this is. */
+qkv_stop qkv_stop_if(int (*check)(void *), void *arg);
 
 /* Worker 0 asks if it is time, the others look whether it was told to stop. */
 int qkv_must_stop(qkv_stop *stop, int worker);

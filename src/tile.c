@@ -99,8 +99,9 @@ void qkv_open_tile(qkv_query_tile *t, const qkv_problem *p, const qkv_plan *plan
     *t = (qkv_query_tile){
         .problem = p, .plan = plan, .sequence = sequence, .head = head, .rows = rows, .keys = keys,
         .panels = (int)((rows.hi - rows.lo + lanes - 1) / lanes),
-        .scratch = scratch, .counters = counters,
+        .peaked = (int *)(scratch + plan->at_peaked), .scratch = scratch, .counters = counters,
     };
+    *t->peaked = 0;
     t->elements = (qkv_elements){
         .problem = p, .plan = plan, .sequence = sequence, .head = head, .block = plan->block, .summary = summary,
         .bias_rows = (const void **)(scratch + plan->at_pointers),

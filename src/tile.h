@@ -28,6 +28,7 @@ typedef struct {
     int panels;
     qkv_range any;                    /* keys that some row sees */
     int64_t first;                    /* of the keys, or of the columns of cells, whose sums over queries lie in scratch */
+    int *peaked;                      /* what its panels tell each other: see qkv_tile */
     char *scratch;
     qkv_counters *counters;
     qkv_elements elements;

@@ -24,8 +24,9 @@ HEADERS = {
     "cpu.[ch]": "qkv.h kernels/kernels.h",
     "memory.[ch]": "qkv.h",
     "mask.h": "qkv.h",
-    "threads.[ch]": "qkv.h memory.h affinity.h system.h",
+    "threads.[ch]": "qkv.h memory.h affinity.h system.h float_mode.h",
     "system.h": "",
+    "float_mode.h": "",
     "affinity.[ch]": "",
     "types.h": "qkv.h kernels/kernels.h",
     "rows.h": "qkv.h",
@@ -54,6 +55,7 @@ SYSTEM = {
     "cpu.c": f"{C11} cpuid.h intrin.h sys/auxv.h sys/sysctl.h windows.h",
     "system.h": f"{C11} pthread.h sched.h signal.h unistd.h process.h windows.h",
     "affinity.[ch]": f"{C11} pthread.h sched.h",
+    "float_mode.h": f"{C11} xmmintrin.h",
     "*": C11,
 }
 

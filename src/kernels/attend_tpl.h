@@ -8,9 +8,10 @@
  * that of a pairwise sum, and alpha (1 unless the maximum moved) costs nothing there.
  */
 
-/* Weights of a tile may sum to this before a lane needs a new maximum: far from overflow for any number of keys, and
- * rarely reached. */
-#define P_LIMIT 8192
+/* A weight may be 2^P_LIMIT before its lane needs a new maximum: far from overflow for any number of keys, and S - m keeps the
+ * digits of S. So no lane needs one while its weights in a tile sum to no more than P_SAFE, whatever the rounding. */
+#define P_LIMIT 9
+#define P_SAFE 256
 
 /* Keys scored before their weights are taken: the call is shared, and their scores are still in L1. Weights are summed
  * strip by strip: equal ones would all be rounded the same way in one long sum. Strips begin at multiples of this in the
@@ -362,17 +363,14 @@ static QKV_INLINE void X(score)(const int nv, const int weigh, const int careful
     }
 }
 
-/* New maxima for the lanes that have none or whose weights sum to more than P_LIMIT (or to NaN); of weights that have not
- * been taken yet, for those whose largest would be more than that. */
-static QKV_INLINE void X(raise_maxima)(const int nv, const int weighed, const qkv_tile *t, X(lanes) *lanes)
+/* New maxima for the lanes that have none, and for those whose largest weight would be beyond the limit. */
+static QKV_INLINE void X(raise_maxima)(const int nv, const qkv_tile *t, X(lanes) *lanes)
 {
-    VEC none = X(set1)(-(REAL)INFINITY), zero = X(set1)(0), one = X(set1)(1);
+    VEC none = X(set1)(-(REAL)INFINITY), zero = X(set1)(0), one = X(set1)(1), most = X(set1)((REAL)(P_LIMIT / t->c));
     X(factor) c = X(factor_of)(t->c);
     for (int j = 0; j < nv * W; j += W) {
         VEC m = X(load)((REAL *)t->m + j), top = X(maxnum)(X(load)(lanes->top + j), m);
-        VEC limit = X(select)(X(equal)(m, none), none, X(set1)(P_LIMIT));
-        VEC sum = weighed ? X(load)(lanes->sum + j) : X(exp2_one)(c, X(sub)(top, m));
-        top = X(select)(X(beyond)(sum, limit), top, m);
+        top = X(select)(X(beyond)(X(sub)(top, m), most), top, m);               /* NaN where both are infinite */
         X(store)((REAL *)t->m + j, top);
         X(store)(lanes->sum + j, zero);
         /* Equal maxima may be infinite, and their difference NaN. */
@@ -381,63 +379,43 @@ static QKV_INLINE void X(raise_maxima)(const int nv, const int weighed, const qk
     }
 }
 
-/* The lanes that have seen nothing yet take this tile's maximum; a sum of up to QKV_KEYS weights of 1 stays below P_LIMIT. */
-static QKV_INLINE void X(begin_maxima)(const int nv, const qkv_tile *t, X(lanes) *lanes)
-{
-    VEC none = X(set1)(-(REAL)INFINITY), zero = X(set1)(0);
-    for (int j = 0; j < nv * W; j += W) {
-        VEC m = X(load)((REAL *)t->m + j);
-        m = X(select)(X(equal)(m, none), X(load)(lanes->top + j), m);
-        X(store)((REAL *)t->m + j, m);
-        X(store)(lanes->shift + j, X(select)(X(equal)(m, none), zero, m));
-    }
-}
-
-static QKV_INLINE int X(sums_are_small)(const int nv, const X(lanes) *lanes)
+static QKV_INLINE int X(sums_are_safe)(const int nv, const X(lanes) *lanes)
 {
     int large = 0;
     for (int j = 0; j < nv * W; j += W)
-        large |= X(any)(X(beyond)(X(load)(lanes->sum + j), X(set1)(P_LIMIT)));
+        large |= X(any)(X(beyond)(X(load)(lanes->sum + j), X(set1)(P_SAFE)));
     return !large;
 }
 
 /* S and P of a tile, and the state's m and l.
  *
- * Most tiles need no new maximum, so the weights are first computed with the one there is, or, where lanes have none yet, with
- * that of their scores here. A lane whose weights then sum to more than P_LIMIT gets a new maximum, and the tile is scored
- * again. The decision is a lane's own: neighbours never change its bits. With ALiBi maxima grow from tile to tile, so there
- * they come first. */
+ * Most tiles need no new maximum, so the weights are first taken with the one there is. Where these may be too large, the tile is
+ * scored again, and the lanes that need it get a new maximum. Then the scores are peaked, so from there on maxima come first, as
+ * they do where a lane has none yet, and with ALiBi, which lets them grow from tile to tile. Either way a lane's maximum is the
+ * same: neighbours never change its bits. */
 static QKV_INLINE void X(weigh)(const int nv, const int careful, const qkv_tile *t, X(lanes) *lanes)
 {
     X(limits) limits;
     X(find_limits)(t, &limits);
     VEC none = X(set1)(-(REAL)INFINITY), zero = X(set1)(0), one = X(set1)(1);
-    const int weighed = !t->changes.slope;
-    int fresh = 0, done = 0;
+    int first = t->changes.slope || *t->peaked;
     for (int j = 0; j < nv * W; j += W) {
         VEC m = X(load)((const REAL *)t->m + j);
-        fresh |= X(any)(X(equal)(m, none));
+        first |= X(any)(X(equal)(m, none));
         X(store)(lanes->shift + j, m);
         X(store)(lanes->sum + j, zero);
         X(store)(lanes->top + j, none);
         X(store)(lanes->alpha + j, one);
     }
-    int begun = !weighed;             /* all lanes have a maximum, or get one that is right */
-    if (weighed && !fresh) {
+    if (!first) {
         X(score)(nv, 1, careful, t, &limits, lanes);
-        done = X(sums_are_small)(nv, lanes);
-        begun = 1;
+        first = *t->peaked = !X(sums_are_safe)(nv, lanes);
     }
-    while (!done) {
+    if (first) {
         X(score)(nv, 0, careful, t, &limits, lanes);
-        if (begun)
-            X(raise_maxima)(nv, weighed, t, lanes);
-        else
-            X(begin_maxima)(nv, t, lanes);
+        X(raise_maxima)(nv, t, lanes);
         for (int i = 0, end; i < t->nk; i = end)
             X(weigh_rows)(nv, careful, t, i, end = X(strip_end)(t, i), lanes->shift, lanes->sum);
-        done = begun || X(sums_are_small)(nv, lanes);
-        begun = 1;
     }
     for (int j = 0; j < nv * W; j += W) {
         REAL *l = (REAL *)t->l + j;

@@ -71,6 +71,7 @@ typedef struct {
                                        * a tile is cut */
     qkv_ahead *ahead;                 /* NULL: nothing */
     int careful;                      /* take nothing from V where the lane's key is excluded, even NaN; nv is 1 to attend */
+    int *peaked;                      /* becomes 1 where weights had to be taken twice, for want of a maximum: it comes first then */
     qkv_changes changes;              /* per lane, for the nk keys */
 } qkv_tile;
 

@@ -92,7 +92,7 @@ static void X(look_entropy)(const qkv_tile *t)
         X(store)(moment + j, zero);
     }
     X(score)(t->nv, 0, 0, t, &limits, &lanes);
-    X(raise_maxima)(t->nv, 0, t, &lanes);
+    X(raise_maxima)(t->nv, t, &lanes);
     for (int i = 0, end; i < t->nk; i = end)
         X(moment_rows)(t->nv, t, i, end = X(strip_end)(t, i), lanes.shift, lanes.sum, moment);
     for (int j = 0; j < t->nv * W; j += W) {
@@ -156,7 +156,7 @@ static void X(look_heaviest)(const qkv_tile *t, const qkv_heaviest *list)
             X(store)(lanes.top + j, X(maxnum)(X(load)(top + j), X(load)(lanes.top + j)));
         }
     }
-    X(raise_maxima)(t->nv, 0, t, &lanes);
+    X(raise_maxima)(t->nv, t, &lanes);
     for (int i = 0, end; i < t->nk; i = end)
         X(weigh_rows)(t->nv, 0, t, i, end = X(strip_end)(t, i), lanes.shift, lanes.sum);
     for (int j = 0; j < t->nv * W; j += W) {
@@ -371,4 +371,5 @@ static void X(pour_maxima)(double *cell, int64_t cells, const void *part, int64_
 
 #undef BY_VECTORS
 #undef STRIP
+#undef P_SAFE
 #undef P_LIMIT
