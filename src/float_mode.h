@@ -1,7 +1,7 @@
 /* How a thread rounds, and what it makes of subnormal numbers.
  *
  * Tasks run in a mode of their own: to nearest, and with subnormal float32 and float64 as 0 where the CPU has that, in and out.
- * Products of such numbers take some CPUs 100 times as long. It also makes bits the same whatever mode the caller is in, which
+ * Products of such numbers take some CPUs 100 times as long. It also makes bits the same whatever the caller makes of them, which
  * other libraries set per thread. What converts float16 has no such mode.
  */
 #ifndef QKV_FLOAT_MODE_H
