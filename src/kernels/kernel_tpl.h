@@ -74,6 +74,7 @@
 _Static_assert(LANE_VECTORS >= 1 && LANE_VECTORS <= 4, "BY_VECTORS knows no more");
 _Static_assert(ROW_TILE % 2 == 0 && 32 % ROW_TILE == 0, "half a tile is a tile, and a strip is whole tiles");
 _Static_assert(ROW_TILE_1 % ROW_TILE == 0, "what is left of the tiles of one vector is whole tiles");
+_Static_assert(!LANE_MADS || 4 % W == 0, "four terms or rows of A are whole vectors");
 _Static_assert(SUMS % 4 == 0 && SUMS % W == 0, "few rows share their sums by fours, and vectors of them are summed together");
 _Static_assert(EXP2_STEPS == 1 || EXP2_STEPS == 8, "exp2_poly.h has no other polynomials");
 

@@ -7,7 +7,8 @@ enum { width_f32 = 4 };
 
 static inline vec_f32 load_f32(const float *p) { return vld1q_f32(p); }
 static inline void store_f32(float *p, vec_f32 x) { vst1q_f32(p, x); }
-static inline vec_f32 loadu_f32(const float *p) { return vld1q_f32(p); }
+/* Pairs may lie at any even address, and vld1q_f32 is for those of floats. */
+static inline vec_f32 loadu_f32(const void *p) { return vreinterpretq_f32_u8(vld1q_u8(p)); }
 static inline void storeu_f32(float *p, vec_f32 x) { vst1q_f32(p, x); }
 static inline void stream_f32(float *p, vec_f32 x) { vst1q_f32(p, x); }
 static inline void fence_f32(void) {}
