@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import inspect
+import json
 import operator
 import re
 import runpy
@@ -87,6 +88,28 @@ def test_the_picture_is_that_of_its_script(monkeypatch):
     monkeypatch.setattr("sys.path", sys.path.copy())
     script = runpy.run_path(str(CHECKOUT / "docs" / "spotlight.py"))
     assert script["picture"]() == (CHECKOUT / "docs" / "spotlight.svg").read_text(encoding="utf-8")
+
+
+def test_the_page_of_speed_is_that_of_its_runs():
+    script = runpy.run_path(str(CHECKOUT / "docs" / "speed.py"))
+    runs = json.loads((CHECKOUT / "docs" / "speed.json").read_text(encoding="utf-8"))
+    assert script["page"](runs) == (CHECKOUT / "docs" / "speed.md").read_text(encoding="utf-8")
+    again = {**runs[0], "rows": {}, "time": "9999-01-01"}
+    assert script["add"](runs, again) == [*runs[1:], again]
+    other = {**again, "cpu": "another"}
+    assert script["add"](runs, other) == [*runs, other]
+
+
+def test_the_page_of_speed_takes_what_the_benchmark_saves():
+    script = runpy.run_path(str(CHECKOUT / "docs" / "speed.py"))
+    machine = dict.fromkeys(script["KEPT"], "x")
+    row = {"case": {"name": "a"}, "threads": 2, "error": "", "median_seconds": 0.02, "share_of_limit": 0.5}
+    rows = [row | {"limited_by": "float32"}, row | {"error": "no memory"}]
+    run = script["reduce"]({"interrupted": False, "machine": machine | {"governor": "y"}, "rows": rows})
+    assert run == machine | {"rows": {"a, 2 thr": [0.02, 0.5, "float32"]}}
+    assert "| a, 2 thr | 20 ms (50%) |" in script["page"]([run])
+    with pytest.raises(ValueError, match="interrupted"):
+        script["reduce"]({"interrupted": True})
 
 
 LINKING = ["README.md", "examples/README.md", *sorted(f"docs/{path.name}" for path in GUIDE.parent.glob("*.md"))]
