@@ -78,7 +78,7 @@ OBSTACLES = {
 PLAN = object()                                 # as counters: see forward
 QUESTIONS = {
     "largest": QKV_LARGEST, "entropy": QKV_ENTROPY, "top_keys": QKV_TOP_KEYS, "normalisers": QKV_NORMALISERS,
-    "received": QKV_RECEIVED, "weights": QKV_WEIGHTS,
+    "received": QKV_RECEIVED, "weights": QKV_WEIGHTS, "influence": QKV_INFLUENCE, "moved": QKV_MOVED,
 }
 
 
@@ -308,7 +308,7 @@ def forward(Problem call not None, cnp.ndarray out not None, cnp.ndarray lse, in
     returns what would be done, as a dict of qkv_report.
 
     Of another `question`, one of QUESTIONS, the contiguous `answer`, `keys` and `normalisers` are what qkv.h says, and so are
-    `lse` and `first_key`; `out` has the leading axes of the result."""
+    `lse` and `first_key`; `out` has the leading axes of the result, and is read where qkv.h says so."""
     cdef cnp.ndarray q = call.q, k = call.k, v = call.v
     cdef bint heads_first = call.heads_first
     if k is None or v is None:

@@ -31,6 +31,8 @@ cdef extern from "qkv.h" nogil:
         QKV_NORMALISERS
         QKV_RECEIVED
         QKV_WEIGHTS
+        QKV_INFLUENCE
+        QKV_MOVED
 
     ctypedef struct qkv_strides:
         int64_t axis[64]

@@ -33,6 +33,8 @@ typedef struct {
     double q_factor, score_factor, rest;
     double c;                         /* log2(e) * rest, within the type */
     double softcap;                   /* within the type */
+    int by_key;                       /* sums over queries are asked for: tasks are ranges of keys */
+    int values;                       /* tiles weigh V: attention, or attention without some keys */
     int adjust;                       /* scores need a step between K Q^T and softmax */
     int masked;                       /* by element: a mask, or segments in any order */
 
@@ -73,6 +75,7 @@ typedef struct {
     size_t at_panels, at_limits, at_rows, at_q, at_state, at_total, at_s, at_k, at_v, at_tile;
     size_t at_lanes, at_pointers, at_bias, at_mask;     /* what elements.c needs */
     size_t at_sums;                   /* (range, vector) */
+    size_t at_sizes, at_products, at_centre;            /* (range), (block, lanes), (dim_v): of INFLUENCE */
     int64_t copy_row_k, copy_row_v;   /* elements per row of copied K and V */
     size_t scratch_bytes;
     size_t partial_bytes;             /* all partial states of a split problem */

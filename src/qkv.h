@@ -44,8 +44,15 @@ typedef enum {
  *                log-sum-exp says less where scores are large
  *   RECEIVED     (axes..., heads_q, len_k): sums of weights over queries, whose log-sum-exp or normalisers are given
  *   WEIGHTS      (axes..., heads_q, len_q, n): weights of the keys from answer_first on, likewise; what is hidden is left alone
+ *   INFLUENCE    (axes..., heads_q, len_k): sums over queries of (p / (1 - p) |o - v|)^2, likewise; out is read. But where a key has
+ *                more than half the weight of a query, which one does at most: that goes to answer_keys (axes..., heads_q, len_q),
+ *                which hold -1 before
+ *   MOVED        (axes..., heads_q, len_q): the square of how far out lies from what it is without the key in answer_keys. Where
+ *                that is -1 it is left alone
  * Axes are those of lse in ragged batches as well: (heads_q, all rows), (heads_q, all keys). */
-typedef enum { QKV_VALUES, QKV_LARGEST, QKV_ENTROPY, QKV_TOP_KEYS, QKV_NORMALISERS, QKV_RECEIVED, QKV_WEIGHTS } qkv_question;
+typedef enum {
+    QKV_VALUES, QKV_LARGEST, QKV_ENTROPY, QKV_TOP_KEYS, QKV_NORMALISERS, QKV_RECEIVED, QKV_WEIGHTS, QKV_INFLUENCE, QKV_MOVED
+} qkv_question;
 
 /* Byte strides of a (batch axes..., head, row, dim) view. A broadcast axis has stride 0. */
 typedef struct {
@@ -85,7 +92,7 @@ typedef struct {
 
     const char *q;                    /* (axes..., heads_q, len_q, dim) */
     char *out;                        /* (axes..., heads_q, len_q, dim_v); overlaps no input */
-    void *lse;                        /* (axes..., heads_q, len_q), contiguous, or NULL; of RECEIVED and WEIGHTS it is read, else written */
+    void *lse;                        /* (axes..., heads_q, len_q), contiguous, or NULL; of questions about weights it is read, else written */
     qkv_strides q_at, k_at, v_at, out_at;
 
     /* Keys of sequence b: runs[run_of[b]] ... runs[run_of[b + 1] - 1] in order of position, without gaps. With
@@ -122,13 +129,13 @@ typedef struct {
      * k_ids those from k_starts[b]. Its keys are the length_b of its runs, len_k being the most. */
     const int64_t *q_starts, *k_starts;
 
-    /* Of a question other than VALUES: dim_v is 0, and out and V are not looked at. */
+    /* Of a question other than VALUES, INFLUENCE and MOVED: dim_v is 0, and out and V are not looked at. */
     qkv_question question;
-    void *answer;
-    int64_t *answer_keys;             /* of TOP_KEYS */
+    void *answer;                     /* of VALUES: that of NORMALISERS as well, or NULL; then no pairs are multiplied */
+    int64_t *answer_keys;             /* of TOP_KEYS, INFLUENCE and MOVED */
     int64_t answer_n;                 /* of TOP_KEYS and WEIGHTS; at least 1 */
     int64_t answer_first;             /* of WEIGHTS */
-    const void *normalisers;          /* of RECEIVED and WEIGHTS, if lse is NULL: the answer of that name, of the same problem */
+    const void *normalisers;          /* of questions about weights, if lse is NULL: the answer of that name, of the same problem */
 
     int threads;                      /* at most this many */
     int isa;                          /* index into the available CPU paths */

@@ -3,11 +3,17 @@
  *
  * Sums over queries are kept for a range of keys, (range, vector): each element has the queries of its lane, and the queries
  * come in order. m and l of each row are then what makes weights of its scores.
+ *
+ * How far outputs move without a key takes a second product, of values and outputs. Both are taken from a centre, and their
+ * distance is |o|^2 - 2 o v + |v|^2. The centre is a mean of some outputs, which know nothing of hidden values.
  */
 #include "spotlight.h"
 
 #include <math.h>
+#include <stdatomic.h>
 #include <string.h>
+
+enum { CENTRE_ROWS = 64 };            /* outputs that the centre is the mean of, at most */
 
 static double element(const qkv_problem *p, const void *x, int64_t i)
 {
@@ -56,6 +62,31 @@ static void take_normalisers(const qkv_query_tile *t, const qkv_panel *x)
     }
 }
 
+/* Rows of a state behind O: the squares of the outputs' lengths, and keys with more than half the weight. */
+static char *row_of_state(const qkv_query_tile *t, char *state, int i)
+{
+    return state + (t->problem->dim_v + i) * (int64_t)qkv_lanes_bytes(t->plan);
+}
+
+static void begin_influence(const qkv_query_tile *t, const qkv_panel *x)
+{
+    const qkv_problem *p = t->problem;
+    const qkv_plan *plan = t->plan;
+    qkv_pack_outputs(t, x, x->state, -2);
+    plan->kernels->centre_outputs(x->state, t->scratch + plan->at_centre, row_of_state(t, x->state, 0), x->nv, (int)p->dim_v);
+    memset(row_of_state(t, x->state, 1), 0xff, qkv_lanes_bytes(plan));
+}
+
+/* The key that a lane has met with more than half its weight, or -1. */
+static int64_t heavy_of(const qkv_query_tile *t, const qkv_panel *x, int lane)
+{
+    const char *keys = row_of_state(t, x->state, 1);
+    if (t->problem->type == QKV_F64)
+        return ((const int64_t *)keys)[lane];
+    uint32_t key = ((const uint32_t *)keys)[lane];
+    return key == UINT32_MAX ? -1 : (int64_t)key;
+}
+
 void qkv_begin_answer(const qkv_query_tile *t)
 {
     const qkv_plan *plan = t->plan;
@@ -65,8 +96,10 @@ void qkv_begin_answer(const qkv_query_tile *t)
                              t->problem->question == QKV_ENTROPY);
         if (t->problem->question == QKV_TOP_KEYS)
             begin_lists(t, x);
-        if (t->problem->question == QKV_RECEIVED || t->problem->question == QKV_WEIGHTS)
+        if (plan->by_key || t->problem->question == QKV_WEIGHTS)
             take_normalisers(t, x);
+        if (t->problem->question == QKV_INFLUENCE)
+            begin_influence(t, x);
     }
 }
 
@@ -84,13 +117,28 @@ static qkv_weights rows_of(const qkv_query_tile *t, const qkv_panel *x, int lane
     return to;
 }
 
+/* The values of the keys from `key` on. */
+static qkv_influence values_of(const qkv_query_tile *t, int64_t key, char *sums)
+{
+    const qkv_plan *plan = t->plan;
+    int64_t size = plan->kernels->size, at = key - t->first;
+    return (qkv_influence){
+        .v = t->scratch + plan->at_v + at * plan->copy_row_v * size, .v_row = (ptrdiff_t)plan->copy_row_v,
+        .v_size = t->scratch + plan->at_sizes + at * size, .not_finite = t->not_finite, .first = key,
+        .t = t->scratch + plan->at_products, .sums = sums,
+    };
+}
+
 void qkv_ask(const qkv_query_tile *t, const qkv_panel *x, int lane, int64_t key, const qkv_tile *tile)
 {
     const qkv_kernels *kernels = t->plan->kernels;
+    char *sums = t->scratch + t->plan->at_sums + (key - t->first) * kernels->vector * kernels->size;
     qkv_heaviest list;
     qkv_weights to;
+    qkv_influence of;
     switch (t->problem->question) {
     case QKV_VALUES:
+    case QKV_MOVED:
         break;
     case QKV_LARGEST:
         kernels->look_largest(tile);
@@ -111,7 +159,11 @@ void qkv_ask(const qkv_query_tile *t, const qkv_panel *x, int lane, int64_t key,
         kernels->look_weights(tile, &to);
         break;
     case QKV_RECEIVED:
-        kernels->look_received(tile, t->scratch + t->plan->at_sums + (key - t->first) * kernels->vector * kernels->size);
+        kernels->look_received(tile, sums);
+        break;
+    case QKV_INFLUENCE:
+        of = values_of(t, key, sums);
+        kernels->look_influence(tile, &of);
         break;
     }
 }
@@ -202,5 +254,90 @@ void qkv_write_sums(const qkv_problem *p, const qkv_plan *plan, int64_t sequence
         for (int j = 0; j < w; j++)
             sum += element(p, sums, (i - keys.lo) * w + j);
         set_element(p, p->answer, first + i, sum);
+    }
+}
+
+/* The mean of some outputs of the tile's head, of those that are finite and not all 0, which say nothing of values. */
+static void find_centre(const qkv_query_tile *t)
+{
+    const qkv_problem *p = t->problem;
+    char *centre = t->scratch + t->plan->at_centre;
+    int64_t queries = qkv_queries(p, t->sequence), step = (queries + CENTRE_ROWS - 1) / CENTRE_ROWS;
+    int rows = 0;
+    for (int64_t d = 0; d < p->dim_v; d++)
+        set_element(p, centre, d, 0);
+    for (int64_t i = 0; i < queries; i += step) {
+        qkv_row r = {i, 0, 1};
+        const void *o = qkv_output_row(t, &r);
+        double sum = 0;
+        for (int64_t d = 0; d < p->dim_v; d++)
+            sum += fabs(element(p, o, d));
+        if (sum == 0 || !isfinite(sum))
+            continue;
+        rows++;
+        for (int64_t d = 0; d < p->dim_v; d++)
+            set_element(p, centre, d, element(p, centre, d) + (element(p, o, d) - element(p, centre, d)) / rows);
+    }
+}
+
+int qkv_centre_values(const qkv_query_tile *t, qkv_range keys)
+{
+    const qkv_plan *plan = t->plan;
+    int64_t size = plan->kernels->size;
+    find_centre(t);
+    return plan->kernels->centre_values(t->scratch + plan->at_v + keys.lo * plan->copy_row_v * size, (ptrdiff_t)plan->copy_row_v,
+                                        t->scratch + plan->at_centre, t->scratch + plan->at_sizes + keys.lo * size,
+                                        (int)(keys.hi - keys.lo), (int)t->problem->dim_v);
+}
+
+void qkv_write_heavy(const qkv_query_tile *t)
+{
+    const qkv_problem *p = t->problem;
+    for (int i = 0; i < t->panels; i++) {
+        const qkv_panel *x = &t->panel[i];
+        qkv_row r = qkv_first_row(t, x);
+        for (int j = 0; j < x->n; j++, qkv_next_row(&r)) {
+            int64_t key = heavy_of(t, x, j);
+            if (key < 0)
+                continue;
+            /* A log-sum-exp that is not theirs may make several keys heavy, in several tasks: the last one counts. */
+            _Atomic int64_t *to = (_Atomic int64_t *)p->answer_keys + qkv_result_index(p, t->plan, t->sequence, t->head, &r);
+            int64_t was = atomic_load_explicit(to, memory_order_relaxed);
+            while (was < key && !atomic_compare_exchange_weak(to, &was, key))
+                continue;
+        }
+    }
+}
+
+int qkv_has_heavy(const qkv_problem *p, const qkv_plan *plan, int64_t sequence, int64_t head, int64_t tile)
+{
+    int64_t rows = plan->tile_panels * plan->kernels->lanes;
+    int64_t last = qkv_min((tile + 1) * rows, qkv_queries(p, sequence) * plan->group);
+    qkv_row r = qkv_row_of(tile * rows, plan->group);
+    for (int64_t i = tile * rows; i < last; i++, qkv_next_row(&r))
+        if (p->answer_keys[qkv_result_index(p, plan, sequence, head, &r)] >= 0)
+            return 1;
+    return 0;
+}
+
+void qkv_write_moved(const qkv_query_tile *t)
+{
+    const qkv_problem *p = t->problem;
+    for (int i = 0; i < t->panels; i++) {
+        const qkv_panel *x = &t->panel[i];
+        void *const *without = qkv_finish_rows(t, x);
+        qkv_row r = qkv_first_row(t, x);
+        for (int j = 0; j < x->n; j++, qkv_next_row(&r)) {
+            int64_t at = qkv_result_index(p, t->plan, t->sequence, t->head, &r);
+            if (p->answer_keys[at] < 0)
+                continue;
+            const void *o = qkv_output_row(t, &r);
+            double sum = 0;
+            for (int64_t d = 0; d < p->dim_v; d++) {
+                double moved = element(p, o, d) - element(p, without[j], d);
+                sum += moved * moved;
+            }
+            set_element(p, p->answer, at, sum);
+        }
     }
 }

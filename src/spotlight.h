@@ -13,6 +13,15 @@ void qkv_ask(const qkv_query_tile *tile, const qkv_panel *panel, int lane, int64
 /* Writes what was asked of the tile's rows. */
 void qkv_write_answer(const qkv_query_tile *tile);
 
+/* Of INFLUENCE: the values of keys, counted from the tile's first, less the centre that they and the outputs of this head have from
+ * here on; returns whether they are finite. The keys that rows have met with more than half their weight. */
+int qkv_centre_values(const qkv_query_tile *tile, qkv_range keys);
+void qkv_write_heavy(const qkv_query_tile *tile);
+
+/* Of MOVED: whether rows of a tile have such a key; how far these rows move, from their totals without it. */
+int qkv_has_heavy(const qkv_problem *problem, const qkv_plan *plan, int64_t sequence, int64_t head, int64_t tile);
+void qkv_write_moved(const qkv_query_tile *tile);
+
 /* Sums over queries of a range of keys: none yet, and written. */
 void qkv_begin_sums(const qkv_plan *plan, char *scratch);
 void qkv_write_sums(const qkv_problem *problem, const qkv_plan *plan, int64_t sequence, int64_t head, qkv_range keys,

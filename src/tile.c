@@ -31,16 +31,29 @@ static void lay_out_panels(qkv_query_tile *t, int64_t first)
     }
 }
 
+/* What a row sees of the keys on a side of the one that it goes without. */
+static qkv_range on_side(const qkv_query_tile *t, const qkv_row *r, qkv_range keys)
+{
+    int64_t without = t->problem->answer_keys[qkv_result_index(t->problem, t->plan, t->sequence, t->head, r)];
+    if (without < 0)
+        return (qkv_range){0, 0};
+    if (t->side == QKV_BEFORE)
+        keys.hi = qkv_min(keys.hi, without);
+    else
+        keys.lo = qkv_max(keys.lo, without + 1);
+    return keys.lo < keys.hi ? keys : (qkv_range){0, 0};
+}
+
 static void find_limits(qkv_query_tile *t)
 {
     const qkv_problem *p = t->problem;
     int w = t->plan->kernels->vector;
-    int same = qkv_all_alike(p);
+    int same = qkv_all_alike(p) && t->side == QKV_ALL;
     t->any = qkv_no_limits().any;
     for (int i = 0; i < t->panels; i++) {
         const qkv_panel *x = &t->panel[i];
         qkv_row r = qkv_first_row(t, x);
-        qkv_range keys = qkv_visible(p, t->sequence, r.position);
+        qkv_range keys = qkv_visible(p, t->sequence, r.position), seen = keys;
         for (int j = 0; j <= x->nv; j++)
             x->limits[j] = qkv_no_limits();
         for (int j = 0; same && j <= x->nv; j++)
@@ -51,9 +64,10 @@ static void find_limits(qkv_query_tile *t)
                 qkv_next_row(&r);
                 keys = r.head ? keys : qkv_visible(p, t->sequence, r.position);
             }
-            x->rows[j] = keys;
-            qkv_add_row(&x->limits[1 + j / w], keys);
-            qkv_add_row(&x->limits[0], keys);
+            seen = t->side == QKV_ALL ? keys : on_side(t, &r, keys);
+            x->rows[j] = seen;
+            qkv_add_row(&x->limits[1 + j / w], seen);
+            qkv_add_row(&x->limits[0], seen);
         }
         t->any.lo = qkv_min(t->any.lo, x->limits[0].any.lo);
         t->any.hi = qkv_max(t->any.hi, x->limits[0].any.hi);
@@ -81,6 +95,35 @@ static void pack_queries(const qkv_query_tile *t)
         }
         plan->kernels->pack(x->q, rows, x->n, (int)plan->terms, plan->q_factor);
     }
+}
+
+/* A row of out where the kernels can read it: in place, or a copy that `room` has room for. */
+static const void *output_row(const qkv_query_tile *t, const qkv_row *r, char *room)
+{
+    const qkv_problem *p = t->problem;
+    const qkv_plan *plan = t->plan;
+    char *from = p->out + t->out_offset + qkv_row_offset(r, &p->out_at);
+    if (plan->direct_out)
+        return from;
+    qkv_rows one = {from, 0, (ptrdiff_t)p->out_at.dim, p->out_type, p->swapped_out};
+    plan->kernels->gather(room, 0, &one, 1, (int)p->dim_v);
+    return room;
+}
+
+const void *qkv_output_row(const qkv_query_tile *t, const qkv_row *r)
+{
+    size_t row_bytes = (size_t)t->problem->dim_v * (size_t)t->plan->kernels->size;
+    return output_row(t, r, t->scratch + t->plan->at_tile + (size_t)t->plan->kernels->lanes * row_bytes);
+}
+
+void qkv_pack_outputs(const qkv_query_tile *t, const qkv_panel *x, char *to, double factor)
+{
+    const void **rows = (const void **)(t->scratch + t->plan->at_rows);
+    size_t row_bytes = (size_t)t->problem->dim_v * (size_t)t->plan->kernels->size;
+    qkv_row r = qkv_first_row(t, x);
+    for (int j = 0; j < x->n; j++, qkv_next_row(&r))
+        rows[j] = output_row(t, &r, t->scratch + t->plan->at_tile + (size_t)j * row_bytes);
+    t->plan->kernels->pack(to, rows, x->n, (int)t->problem->dim_v, factor);
 }
 
 void qkv_open_tile(qkv_query_tile *t, const qkv_problem *p, const qkv_plan *plan, int64_t sequence, int64_t head,
@@ -111,6 +154,12 @@ void qkv_open_tile(qkv_query_tile *t, const qkv_problem *p, const qkv_plan *plan
                        scratch + plan->at_lanes + i * lanes * QKV_LANE_BYTES);
     }
     pack_queries(t);
+}
+
+void qkv_take_side(qkv_query_tile *t, qkv_side side)
+{
+    t->side = side;
+    find_limits(t);
 }
 
 /* A sink as a maximum of the kernels: in units of what is left of the scale, and within the type. */
@@ -174,8 +223,29 @@ void qkv_write_lse(const qkv_problem *p, const qkv_plan *plan, int64_t sequence,
     }
 }
 
+void qkv_write_normalisers(const qkv_problem *p, const qkv_plan *plan, int64_t sequence, int64_t head, int64_t row, int64_t n,
+                           const void *m, const void *l)
+{
+    qkv_row r = qkv_row_of(row, plan->group);
+    for (int64_t j = 0; j < n; j++, qkv_next_row(&r)) {
+        int64_t at = 2 * qkv_result_index(p, plan, sequence, head, &r);
+        int wide = p->type == QKV_F64;
+        double sum = wide ? ((const double *)l)[j] : ((const float *)l)[j], factor = sum == 0 ? 0 : 1 / sum;
+        double top = wide ? ((const double *)m)[j] : ((const float *)m)[j];
+        if (isnan(sum))
+            top = sum;                                  /* else a row that sees NaN alone would seem to see nothing */
+        if (wide) {
+            ((double *)p->answer)[at] = top;
+            ((double *)p->answer)[at + 1] = factor;
+        } else {
+            ((float *)p->answer)[at] = (float)top;
+            ((float *)p->answer)[at + 1] = (float)factor;
+        }
+    }
+}
+
 /* Where the rows of O are written: in place if the kernels can, else in scratch. */
-static void **output_rows(const qkv_query_tile *t, const qkv_panel *x)
+static void **output_rows(const qkv_query_tile *t, const qkv_panel *x, int direct)
 {
     const qkv_problem *p = t->problem;
     const qkv_plan *plan = t->plan;
@@ -184,15 +254,21 @@ static void **output_rows(const qkv_query_tile *t, const qkv_panel *x)
     size_t row_bytes = (size_t)p->dim_v * (size_t)plan->kernels->size;
     qkv_row r = qkv_first_row(t, x);
     for (int j = 0; j < x->n; j++, qkv_next_row(&r))
-        rows[j] = plan->direct_out ? p->out + t->out_offset + qkv_row_offset(&r, &p->out_at)
-                                   : copies + (size_t)j * row_bytes;
+        rows[j] = direct ? p->out + t->out_offset + qkv_row_offset(&r, &p->out_at) : copies + (size_t)j * row_bytes;
+    return rows;
+}
+
+void *const *qkv_finish_rows(const qkv_query_tile *t, const qkv_panel *x)
+{
+    void **rows = output_rows(t, x, 0);
+    t->plan->kernels->finish(rows, x->total, qkv_state_l(t->plan, x->total), x->n, (int)t->problem->dim_v);
     return rows;
 }
 
 void qkv_expect_writing(const qkv_query_tile *t, const qkv_panel *x)
 {
     if (t->plan->direct_out)
-        t->plan->kernels->expect(output_rows(t, x), x->n, (int)t->problem->dim_v);
+        t->plan->kernels->expect(output_rows(t, x, 1), x->n, (int)t->problem->dim_v);
 }
 
 void qkv_write_tile(const qkv_query_tile *t)
@@ -201,7 +277,7 @@ void qkv_write_tile(const qkv_query_tile *t)
     const qkv_plan *plan = t->plan;
     for (int i = 0; i < t->panels; i++) {
         const qkv_panel *x = &t->panel[i];
-        void **rows = output_rows(t, x);
+        void **rows = output_rows(t, x, plan->direct_out);
         plan->kernels->finish(rows, x->total, qkv_state_l(plan, x->total), x->n, (int)p->dim_v);
         qkv_row r = qkv_first_row(t, x);
         for (int j = 0; j < x->n && !plan->direct_out; j++, qkv_next_row(&r)) {
@@ -212,5 +288,8 @@ void qkv_write_tile(const qkv_query_tile *t)
         if (p->lse)
             qkv_write_lse(p, plan, t->sequence, t->head, x->row, x->n, qkv_state_m(plan, x->total),
                           qkv_state_l(plan, x->total));
+        if (p->answer)
+            qkv_write_normalisers(p, plan, t->sequence, t->head, x->row, x->n, qkv_state_m(plan, x->total),
+                                  qkv_state_l(plan, x->total));
     }
 }

@@ -17,6 +17,9 @@ typedef struct {
     qkv_lanes lanes;                  /* filled if scores are adjusted */
 } qkv_panel;
 
+/* The keys of rows, or those on one side of a key that is left out; a row without such a key then has none. */
+typedef enum { QKV_ALL, QKV_BEFORE, QKV_BEHIND } qkv_side;
+
 typedef struct {
     const qkv_problem *problem;
     const qkv_plan *plan;
@@ -27,6 +30,8 @@ typedef struct {
     int panels;
     qkv_range any;                    /* keys that some row sees */
     int64_t first;                    /* of the keys whose sums over queries lie in scratch */
+    int not_finite;                   /* their values, as far as they are squared */
+    qkv_side side;                    /* of the keys that are left out */
     char *scratch;
     qkv_counters *counters;
     qkv_elements elements;
@@ -41,6 +46,18 @@ static inline qkv_row qkv_first_row(const qkv_query_tile *t, const qkv_panel *x)
 void qkv_open_tile(qkv_query_tile *tile, const qkv_problem *problem, const qkv_plan *plan, int64_t sequence, int64_t head,
                    int64_t index, const uint8_t *summary, char *scratch, qkv_counters *counters);
 
+/* From here on the rows see the keys on this side of answer_keys. */
+void qkv_take_side(qkv_query_tile *tile, qkv_side side);
+
+/* O^T <- factor * rows of out, (dim_v, lanes). */
+void qkv_pack_outputs(const qkv_query_tile *tile, const qkv_panel *panel, char *to, double factor);
+
+/* A row of out, where it lies or in scratch. */
+const void *qkv_output_row(const qkv_query_tile *tile, const qkv_row *row);
+
+/* Rows of the totals, O / l, in scratch. */
+void *const *qkv_finish_rows(const qkv_query_tile *tile, const qkv_panel *panel);
+
 /* Sets the state of a panel to that of no keys but the sinks. */
 void qkv_begin_state(const qkv_query_tile *tile, const qkv_panel *panel, char *state);
 
@@ -54,6 +71,10 @@ int64_t qkv_result_index(const qkv_problem *problem, const qkv_plan *plan, int64
 /* Writes the log-sum-exp of n rows of a key head with these m and l. */
 void qkv_write_lse(const qkv_problem *problem, const qkv_plan *plan, int64_t sequence, int64_t head, int64_t row, int64_t n,
                    const void *m, const void *l);
+
+/* Writes what makes weights of their scores, likewise. */
+void qkv_write_normalisers(const qkv_problem *problem, const qkv_plan *plan, int64_t sequence, int64_t head, int64_t row, int64_t n,
+                           const void *m, const void *l);
 
 /* Tells the memory that O of this panel is written soon. */
 void qkv_expect_writing(const qkv_query_tile *tile, const qkv_panel *panel);

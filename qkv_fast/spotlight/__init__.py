@@ -1,7 +1,8 @@
 """Where attention falls, without the matrix of weights: questions that take attention's arguments."""
 
+from .influence import influence
 from .keys import received
 from .matrix import weights
 from .queries import entropy, largest, top_keys
 
-__all__ = ["entropy", "largest", "received", "top_keys", "weights"]
+__all__ = ["entropy", "influence", "largest", "received", "top_keys", "weights"]

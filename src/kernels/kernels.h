@@ -87,6 +87,20 @@ typedef struct {
     int first;
 } qkv_weights;
 
+/* A little more than half: two such weights of a row are more than rounding explains. */
+#define QKV_HEAVY 0.5078125
+
+/* Of values and outputs less a centre of their own: how far they lie apart is then not lost in where they lie. */
+typedef struct {
+    const void *v;                    /* (nk, dv), unit stride along dv */
+    ptrdiff_t v_row;                  /* elements */
+    const void *v_size;               /* (nk): squares of their lengths */
+    int not_finite;                   /* some of them, also of keys that nobody sees */
+    int64_t first;                    /* the tile's first key */
+    void *t;                          /* (nk, lanes), scratch */
+    void *sums;                       /* (nk, vector) */
+} qkv_influence;
+
 /* Few rows that share their keys, against one chunk of them: here a lane is an element of the head dimension. All pointers
  * are to the table's element type and aligned to a vector, and so are rows. A position is that of a key in the chunk. */
 typedef struct {
@@ -166,13 +180,22 @@ typedef struct {
      *   heaviest     m, l, and the list
      *   normalisers  m and l
      *   received     sums (nk, vector) += l P, with the m and l that are given, lane after lane of an element's
-     *   weights      rows <- l P, likewise */
+     *   weights      rows <- l P, likewise
+     *   influence    sums += (w |o - v|)^2 with w = l P / (1 - l P), likewise, but where l P is above QKV_HEAVY: that key's
+     *                number goes where keys do. Where l is 0 a lane counts for nothing. o is (dv + 2, lanes): -2 times the
+     *                outputs, the squares of their lengths, and keys as in qkv_heaviest */
     void (*look_largest)(const qkv_tile *tile);
     void (*look_entropy)(const qkv_tile *tile);
     void (*look_heaviest)(const qkv_tile *tile, const qkv_heaviest *list);
     void (*look_normalisers)(const qkv_tile *tile);
     void (*look_received)(const qkv_tile *tile, void *sums);
     void (*look_weights)(const qkv_tile *tile, const qkv_weights *to);
+    void (*look_influence)(const qkv_tile *tile, const qkv_influence *of);
+
+    /* n rows of values less their centre (d), and the squares of their lengths: returns whether all of these are finite. -2 times
+     * the outputs of nv vectors of lanes, (d, lanes), the same. */
+    int (*centre_values)(void *values, ptrdiff_t row, const void *centre, void *sizes, int n, int d);
+    void (*centre_outputs)(void *outputs, const void *centre, void *sizes, int nv, int d);
 
     void (*reset)(void *o, void *m, void *l, int nv, int dv);
 

@@ -33,7 +33,8 @@ elif "STAGE" == "scores":
 elif "STAGE" == "weighted_values":
     call = lambda: qkv_fast.weighted_values(np.broadcast_to(np.float32(1), (HEADS, LQ, LK)), k, num_threads=THREADS)
 elif "STAGE" in qkv_fast.spotlight.__all__:
-    call = lambda: qkv_fast.spotlight.STAGE(q, k, num_threads=THREADS)
+    arrays = (q, k, k) if "STAGE" == "influence" else (q, k)
+    call = lambda: qkv_fast.spotlight.STAGE(*arrays, num_threads=THREADS)
 else:
     call = lambda: qkv_fast.attention(q, k, k, num_threads=THREADS)
 waited = []
