@@ -428,6 +428,50 @@ static void answer_moved(qkv_call *job, int worker, qkv_query_tile *t)
         qkv_write_moved(t);
 }
 
+/* The chosen panels' state of one group, from its runs of keys. */
+static int attend_group(qkv_call *job, int worker, qkv_query_tile *t, const qkv_members *run, const qkv_members *end, uint64_t chosen,
+                        int careful)
+{
+    qkv_begin_group(t, chosen);
+    for (; run < end; run++) {
+        qkv_take_range(t, (qkv_range){run->first, run->last});
+        if (!merge_chunks(job, worker, t, chosen, careful))
+            return 0;
+    }
+    return 1;
+}
+
+/* How far a part of the queries of a head move without each group: all groups in order, the heaviest of each row kept apart. */
+static void answer_groups(qkv_call *job, int64_t task, int worker)
+{
+    const qkv_problem *p = job->problem;
+    const qkv_plan *plan = job->plan;
+    int64_t sequence = task / QKV_PARTS / plan->heads, head = task / QKV_PARTS % plan->heads, part = task % QKV_PARTS;
+    int64_t tiles = qkv_tiles_of(p, plan, sequence), each = (tiles + QKV_PARTS - 1) / QKV_PARTS;
+    const qkv_members *first = p->members + (p->members_of ? p->members_of[sequence] : 0);
+    const qkv_members *last = p->members + (p->members_of ? p->members_of[sequence + 1] : p->n_members);
+    double *sums = (double *)p->answer + task * p->answer_n;
+    for (int64_t tile = part * each; tile < qkv_min(tiles, (part + 1) * each); tile++) {
+        qkv_query_tile t;
+        qkv_open_tile(&t, p, plan, sequence, head, tile, job->summary, job->scratch[worker] + sizeof(qkv_counters),
+                      (qkv_counters *)job->scratch[worker]);
+        qkv_begin_groups(&t);
+        for (const qkv_members *run = first, *end; run < last; run = end) {
+            for (end = run + 1; end < last && end->group == run->group;)
+                end++;
+            if (!attend_group(job, worker, &t, run, end, ~(uint64_t)0, 0))
+                return;
+            uint64_t again = to_repeat(&t);
+            if (again && !attend_group(job, worker, &t, run, end, again, 1))
+                return;
+            qkv_settle_group(&t, run->group, sums);
+            if (qkv_must_stop(&job->stop, worker))
+                return;
+        }
+        qkv_end_groups(&t, sums);
+    }
+}
+
 /* The values of a range of keys, as far as some query can see them, less their centre; returns whether they are finite. */
 static int prepare_values(const qkv_query_tile *t, qkv_range keys)
 {
@@ -508,6 +552,10 @@ static void run_task(void *context, int64_t task, int worker)
     counters->tasks++;
     if (plan->by_key) {
         answer_keys(job, task, worker);
+        return;
+    }
+    if (job->problem->question == QKV_GROUPS) {
+        answer_groups(job, task, worker);
         return;
     }
     place at = find_tile(job, base);

@@ -114,7 +114,7 @@ static void plan_summary(const qkv_problem *p, qkv_plan *plan)
 
 static int reads_out(const qkv_problem *p)
 {
-    return p->question == QKV_INFLUENCE || p->question == QKV_MOVED;
+    return p->question == QKV_INFLUENCE || p->question == QKV_MOVED || p->question == QKV_GROUPS;
 }
 
 static void lay_out_scratch(const qkv_problem *p, qkv_plan *plan)
@@ -145,6 +145,11 @@ static void lay_out_scratch(const qkv_problem *p, qkv_plan *plan)
     TAKE(at_sizes, p->question == QKV_INFLUENCE ? (size_t)plan->range * size : 0);
     TAKE(at_products, p->question == QKV_INFLUENCE ? (size_t)plan->block * lanes * size : 0);
     TAKE(at_centre, p->question == QKV_INFLUENCE ? dim_v * size : 0);
+    size_t grouped = p->question == QKV_GROUPS ? panels : 0;
+    TAKE(at_best, grouped * plan->state_bytes);
+    TAKE(at_rest, grouped * plan->state_bytes);
+    TAKE(at_outputs, grouped * dim_v * lanes * size);
+    TAKE(at_shares, grouped * lanes * QKV_SHARE_BYTES);
 #undef TAKE
     plan->scratch_bytes = plan->decode || at < plan->few.scratch_bytes ? plan->few.scratch_bytes : at;
 }
@@ -311,8 +316,8 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
         if (!multiply(plan->sequences, p->axes[i], &plan->sequences))
             return QKV_OVERFLOW;
     plan->by_key = p->question == QKV_RECEIVED || p->question == QKV_INFLUENCE;
-    plan->values = p->question == QKV_VALUES || p->question == QKV_MOVED;
-    plan->heads = plan->by_key ? p->heads_q : p->heads_kv;
+    plan->values = p->question == QKV_VALUES || p->question == QKV_MOVED || p->question == QKV_GROUPS;
+    plan->heads = plan->by_key || p->question == QKV_GROUPS ? p->heads_q : p->heads_kv;
     plan->group = plan->heads ? p->heads_q / plan->heads : 0;
     plan->sharing = p->heads_kv ? plan->heads / p->heads_kv : 0;
     if (!multiply(p->len_q, plan->group, &plan->rows))
@@ -329,8 +334,8 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     plan->chunk = CHUNK;
     find_reach(p, plan);
     /* A sink is merged even with a single chunk: how many there are must not show in a sequence that has only one. So is what lies
-     * before and behind a key. */
-    plan->merges = (!p->question && (p->len_k > CHUNK || p->sinks)) || p->question == QKV_MOVED;
+     * before and behind a key, and what belongs to a group. */
+    plan->merges = p->question ? plan->values : p->len_k > CHUNK || p->sinks;
     choose_copies(p, plan);
     plan->copy_row_k = p->dim + COPY_PAD;
     plan->copy_row_v = p->dim_v + COPY_PAD;
@@ -373,6 +378,11 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     }
     if (plan->by_key && !plan_ranges(p, plan))
         return QKV_OVERFLOW;
+    if (p->question == QKV_GROUPS) {  /* by what each query head has alone: it is in this order that its queries are summed */
+        int64_t fits = qkv_max(1, STATE_BYTES / (3 * panel_bytes));
+        plan->tile_panels = qkv_max(1, qkv_min(qkv_min(TILE_PANELS, fits), ceil_div(panels, QKV_PARTS)));
+        plan->tasks = plan->sequences * plan->heads * QKV_PARTS;
+    }
     double bytes = 0, dims = (double)(p->dim + p->dim_v);               /* of K and V */
     if (plan->decode && dims > 0)
         bytes = flops / (2 * dims * (double)plan->rows)

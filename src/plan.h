@@ -6,6 +6,7 @@
 #include "qkv.h"
 
 enum { QKV_PANEL_BYTES = 128 };       /* room for a qkv_panel of tile.h */
+enum { QKV_SHARE_BYTES = 48 };        /* room for a qkv_share of spotlight.c */
 enum { QKV_LANE_BYTES = 48 };         /* room for what a lane has in qkv_lanes of elements.h */
 
 /* Few rows: all those of a sequence and key head are a tile of their own kind (decode.c), and a chunk is its block. */
@@ -76,6 +77,7 @@ typedef struct {
     size_t at_lanes, at_pointers, at_bias, at_mask;     /* what elements.c needs */
     size_t at_sums;                   /* (range, vector) */
     size_t at_sizes, at_products, at_centre;            /* (range), (block, lanes), (dim_v): of INFLUENCE */
+    size_t at_best, at_rest, at_outputs, at_shares;     /* of GROUPS: two states, O^T and (lanes) of qkv_share, for every panel */
     int64_t copy_row_k, copy_row_v;   /* elements per row of copied K and V */
     size_t scratch_bytes;
     size_t partial_bytes;             /* all partial states of a split problem */

@@ -43,8 +43,16 @@ static void begin_lists(const qkv_query_tile *t, const qkv_panel *x)
         set_element(t->problem, list.score, i, -INFINITY);
 }
 
-/* What weights are taken with, as it is given: those of a row are l 2^(c (S - m)). A row that sees nothing counts for nothing, and
- * so do lanes without one. */
+/* What weights of a row are taken with, as it is given: they are factor * 2^(c (S - m)). */
+static double normaliser_of(const qkv_query_tile *t, const qkv_row *r, double *factor)
+{
+    const qkv_problem *p = t->problem;
+    int64_t at = qkv_result_index(p, t->plan, t->sequence, t->head, r);
+    *factor = p->lse ? 1 : element(p, p->normalisers, 2 * at + 1);
+    return p->lse ? element(p, p->lse, at) / t->plan->rest : element(p, p->normalisers, 2 * at);
+}
+
+/* Those of a panel, into m and l. A row that sees nothing counts for nothing, and so do lanes without one. */
 static void take_normalisers(const qkv_query_tile *t, const qkv_panel *x)
 {
     const qkv_problem *p = t->problem;
@@ -52,9 +60,7 @@ static void take_normalisers(const qkv_query_tile *t, const qkv_panel *x)
     for (int j = 0; j < x->nv * t->plan->kernels->vector; j++) {
         double m = -INFINITY, factor = 1;
         if (j < x->n) {
-            int64_t at = qkv_result_index(p, t->plan, t->sequence, t->head, &r);
-            m = p->lse ? element(p, p->lse, at) / t->plan->rest : element(p, p->normalisers, 2 * at);
-            factor = p->lse ? 1 : element(p, p->normalisers, 2 * at + 1);
+            m = normaliser_of(t, &r, &factor);
             qkv_next_row(&r);
         }
         set_element(p, qkv_state_m(t->plan, x->state), j, m == -INFINITY ? INFINITY : m);
@@ -139,6 +145,7 @@ void qkv_ask(const qkv_query_tile *t, const qkv_panel *x, int lane, int64_t key,
     switch (t->problem->question) {
     case QKV_VALUES:
     case QKV_MOVED:
+    case QKV_GROUPS:
         break;
     case QKV_LARGEST:
         kernels->look_largest(tile);
@@ -338,6 +345,131 @@ void qkv_write_moved(const qkv_query_tile *t)
                 sum += moved * moved;
             }
             set_element(p, p->answer, at, sum);
+        }
+    }
+}
+
+/* Of a row: its heaviest group so far and the weight of that; the group that is less, and is merged with the rest; what makes weights
+ * of its scores. */
+typedef struct {
+    int64_t group, lesser;
+    double weight, lesser_weight, m, factor;
+} qkv_share;
+
+_Static_assert(sizeof(qkv_share) <= QKV_SHARE_BYTES, "shares overlap in scratch");
+
+static char *group_state(const qkv_query_tile *t, size_t at, int panel)
+{
+    return t->scratch + at + (size_t)panel * t->plan->state_bytes;
+}
+
+static qkv_share *shares_of(const qkv_query_tile *t, int panel)
+{
+    return (qkv_share *)(t->scratch + t->plan->at_shares) + (size_t)panel * (size_t)t->plan->kernels->lanes;
+}
+
+static void empty_state(const qkv_query_tile *t, int panel, char *state)
+{
+    const qkv_plan *plan = t->plan;
+    plan->kernels->reset(state, qkv_state_m(plan, state), qkv_state_l(plan, state), t->panel[panel].nv, (int)t->problem->dim_v);
+}
+
+/* Squares of the distances of a panel's outputs from what a state says: element j is that of lane j. */
+static const void *distances(const qkv_query_tile *t, int panel, char *state)
+{
+    const qkv_plan *plan = t->plan;
+    char *squares = t->scratch + plan->at_s, *outputs = t->scratch + plan->at_outputs;
+    size_t bytes = (size_t)t->problem->dim_v * qkv_lanes_bytes(plan);
+    plan->kernels->distance(squares, outputs + (size_t)panel * bytes, state, qkv_state_l(plan, state), t->panel[panel].nv,
+                            (int)t->problem->dim_v);
+    return squares;
+}
+
+void qkv_begin_groups(const qkv_query_tile *t)
+{
+    const qkv_plan *plan = t->plan;
+    size_t bytes = (size_t)t->problem->dim_v * qkv_lanes_bytes(plan);
+    for (int i = 0; i < t->panels; i++) {
+        const qkv_panel *x = &t->panel[i];
+        qkv_share *share = shares_of(t, i);
+        qkv_row r = qkv_first_row(t, x);
+        qkv_pack_outputs(t, x, t->scratch + plan->at_outputs + (size_t)i * bytes, 1);
+        qkv_begin_state(t, x, group_state(t, plan->at_rest, i));
+        empty_state(t, i, group_state(t, plan->at_best, i));
+        for (int j = 0; j < x->n; j++, qkv_next_row(&r)) {
+            share[j] = (qkv_share){.group = -1};
+            share[j].m = normaliser_of(t, &r, &share[j].factor);
+        }
+    }
+}
+
+void qkv_begin_group(const qkv_query_tile *t, uint64_t chosen)
+{
+    for (int i = 0; i < t->panels; i++)
+        if (chosen >> i & 1)
+            empty_state(t, i, t->panel[i].total);
+}
+
+/* Lane j of two states, the other way round. */
+static void exchange(const qkv_query_tile *t, char *a, char *b, int j)
+{
+    size_t size = (size_t)t->plan->kernels->size, row = qkv_lanes_bytes(t->plan);
+    char *m = qkv_state_m(t->plan, a), kept[sizeof(double)];
+    for (int64_t e = 0; e < t->problem->dim_v + 2; e++) {
+        size_t at = (size_t)j * size + (e < t->problem->dim_v ? (size_t)e * row : (size_t)(m - a) + (size_t)(e - t->problem->dim_v) * row);
+        memcpy(kept, a + at, size);
+        memcpy(a + at, b + at, size);
+        memcpy(b + at, kept, size);
+    }
+}
+
+void qkv_settle_group(const qkv_query_tile *t, int64_t group, double *sums)
+{
+    const qkv_problem *p = t->problem;
+    const qkv_plan *plan = t->plan;
+    for (int i = 0; i < t->panels; i++) {
+        const qkv_panel *x = &t->panel[i];
+        char *own = x->total, *best = group_state(t, plan->at_best, i), *rest = group_state(t, plan->at_rest, i);
+        qkv_share *share = shares_of(t, i);
+        for (int j = 0; j < x->n; j++) {
+            double m = element(p, qkv_state_m(plan, own), j), l = element(p, qkv_state_l(plan, own), j);
+            /* Equal maxima may be infinite, and their difference NaN. */
+            double part = m == share[j].m ? 1 : exp((m - share[j].m) * plan->rest);
+            double weight = l == 0 ? 0 : l * part * share[j].factor;
+            share[j].lesser = l == 0 ? -1 : group;
+            share[j].lesser_weight = weight;
+            if (group >= 0 && l != 0 && (share[j].group < 0 || weight > share[j].weight)) {
+                share[j].lesser = share[j].group;
+                share[j].lesser_weight = share[j].weight;
+                share[j].group = group;
+                share[j].weight = weight;
+                exchange(t, own, best, j);
+            }
+        }
+        const void *apart = distances(t, i, own);
+        for (int j = 0; j < x->n; j++) {
+            double w = share[j].lesser_weight / (1 - share[j].lesser_weight);
+            if (share[j].lesser >= 0)
+                sums[share[j].lesser] += w * w * element(p, apart, j);
+        }
+        plan->kernels->merge(rest, qkv_state_m(plan, rest), qkv_state_l(plan, rest), own, qkv_state_m(plan, own),
+                             qkv_state_l(plan, own), x->nv, (int)p->dim_v, plan->c);
+    }
+}
+
+void qkv_end_groups(const qkv_query_tile *t, double *sums)
+{
+    const qkv_problem *p = t->problem;
+    for (int i = 0; i < t->panels; i++) {
+        const qkv_panel *x = &t->panel[i];
+        const qkv_share *share = shares_of(t, i);
+        for (int whole = 0; whole < 2; whole++) {       /* groups that have more than half: all others are the output without */
+            const void *apart = distances(t, i, group_state(t, whole ? t->plan->at_rest : t->plan->at_best, i));
+            for (int j = 0; j < x->n; j++) {
+                double w = whole ? 1 : share[j].weight / (1 - share[j].weight);
+                if (share[j].group >= 0 && (share[j].weight > 0.5) == whole)
+                    sums[share[j].group] += w * w * element(p, apart, j);
+            }
         }
     }
 }

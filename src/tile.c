@@ -31,17 +31,19 @@ static void lay_out_panels(qkv_query_tile *t, int64_t first)
     }
 }
 
+static qkv_range within(qkv_range keys, qkv_range only)
+{
+    qkv_range both = {qkv_max(keys.lo, only.lo), qkv_min(keys.hi, only.hi)};
+    return both.lo < both.hi ? both : (qkv_range){0, 0};
+}
+
 /* What a row sees of the keys on a side of the one that it goes without. */
 static qkv_range on_side(const qkv_query_tile *t, const qkv_row *r, qkv_range keys)
 {
     int64_t without = t->problem->answer_keys[qkv_result_index(t->problem, t->plan, t->sequence, t->head, r)];
     if (without < 0)
         return (qkv_range){0, 0};
-    if (t->side == QKV_BEFORE)
-        keys.hi = qkv_min(keys.hi, without);
-    else
-        keys.lo = qkv_max(keys.lo, without + 1);
-    return keys.lo < keys.hi ? keys : (qkv_range){0, 0};
+    return within(keys, t->side == QKV_BEFORE ? (qkv_range){0, without} : (qkv_range){without + 1, INT64_MAX});
 }
 
 static void find_limits(qkv_query_tile *t)
@@ -53,18 +55,18 @@ static void find_limits(qkv_query_tile *t)
     for (int i = 0; i < t->panels; i++) {
         const qkv_panel *x = &t->panel[i];
         qkv_row r = qkv_first_row(t, x);
-        qkv_range keys = qkv_visible(p, t->sequence, r.position), seen = keys;
+        qkv_range keys = qkv_visible(p, t->sequence, r.position), seen = within(keys, t->only);
         for (int j = 0; j <= x->nv; j++)
             x->limits[j] = qkv_no_limits();
         for (int j = 0; same && j <= x->nv; j++)
-            qkv_add_row(&x->limits[j], keys);
+            qkv_add_row(&x->limits[j], seen);
         for (int j = 0; !same && j < x->nv * w; j++) {
             /* Lanes without a row repeat the last one, in Q as well. */
             if (j > 0 && j < x->n) {
                 qkv_next_row(&r);
                 keys = r.head ? keys : qkv_visible(p, t->sequence, r.position);
             }
-            seen = t->side == QKV_ALL ? keys : on_side(t, &r, keys);
+            seen = t->side == QKV_ALL ? within(keys, t->only) : on_side(t, &r, keys);
             x->rows[j] = seen;
             qkv_add_row(&x->limits[1 + j / w], seen);
             qkv_add_row(&x->limits[0], seen);
@@ -134,7 +136,7 @@ void qkv_open_tile(qkv_query_tile *t, const qkv_problem *p, const qkv_plan *plan
     *t = (qkv_query_tile){
         .problem = p, .plan = plan, .sequence = sequence, .head = head, .rows = rows,
         .panels = (int)qkv_min(plan->tile_panels, panels - first_panel),
-        .scratch = scratch, .counters = counters,
+        .scratch = scratch, .counters = counters, .only = {0, INT64_MAX},
     };
     t->elements = (qkv_elements){
         .problem = p, .plan = plan, .sequence = sequence, .head = head, .block = plan->block, .summary = summary,
@@ -154,6 +156,12 @@ void qkv_open_tile(qkv_query_tile *t, const qkv_problem *p, const qkv_plan *plan
                        scratch + plan->at_lanes + i * lanes * QKV_LANE_BYTES);
     }
     pack_queries(t);
+}
+
+void qkv_take_range(qkv_query_tile *t, qkv_range keys)
+{
+    t->only = keys;
+    find_limits(t);
 }
 
 void qkv_take_side(qkv_query_tile *t, qkv_side side)

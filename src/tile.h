@@ -32,6 +32,7 @@ typedef struct {
     int64_t first;                    /* of the keys whose sums over queries lie in scratch */
     int not_finite;                   /* their values, as far as they are squared */
     qkv_side side;                    /* of the keys that are left out */
+    qkv_range only;                   /* the keys that are looked at */
     char *scratch;
     qkv_counters *counters;
     qkv_elements elements;
@@ -48,6 +49,9 @@ void qkv_open_tile(qkv_query_tile *tile, const qkv_problem *problem, const qkv_p
 
 /* From here on the rows see the keys on this side of answer_keys. */
 void qkv_take_side(qkv_query_tile *tile, qkv_side side);
+
+/* From here on the rows see no other keys than these. */
+void qkv_take_range(qkv_query_tile *tile, qkv_range keys);
 
 /* O^T <- factor * rows of out, (dim_v, lanes). */
 void qkv_pack_outputs(const qkv_query_tile *tile, const qkv_panel *panel, char *to, double factor);

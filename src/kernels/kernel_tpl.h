@@ -85,7 +85,7 @@
     .look_largest = X(look_largest), .look_entropy = X(look_entropy), .look_heaviest = X(look_heaviest), \
     .look_normalisers = X(look_normalisers), .look_received = X(look_received), \
     .look_weights = X(look_weights), .look_influence = X(look_influence), \
-    .centre_values = X(centre_values), .centre_outputs = X(centre_outputs), \
+    .centre_values = X(centre_values), .centre_outputs = X(centre_outputs), .distance = X(distance), \
     .pack = X(pack), .expect = X(expect), .finish = X(finish), .finite = X(finite), \
     .gather = X(gather), .scatter = X(scatter), .gather_terms = X(gather_terms), .gather_values = X(gather_values), \
     .widens = WIDENS, \

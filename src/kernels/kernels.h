@@ -197,6 +197,9 @@ typedef struct {
     int (*centre_values)(void *values, ptrdiff_t row, const void *centre, void *sizes, int n, int d);
     void (*centre_outputs)(void *outputs, const void *centre, void *sizes, int nv, int d);
 
+    /* squares (lanes) <- |a - O / l|^2 (0 for O / l where l = 0); a is (dv, lanes). */
+    void (*distance)(void *squares, const void *a, const void *o, const void *l, int nv, int dv);
+
     void (*reset)(void *o, void *m, void *l, int nv, int dv);
 
     /* The state of the keys in `o m l`, followed by that of the keys in `o2 m2 l2`. */

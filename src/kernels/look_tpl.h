@@ -406,6 +406,21 @@ static void X(look_influence)(const qkv_tile *t, const qkv_influence *of)
     }
 }
 
+static void X(distance)(void *squares, const void *a, const void *o, const void *l, int nv, int dv)
+{
+    VEC zero = X(set1)(0);
+    for (int j = 0; j < nv * W; j += W) {
+        VEC sum = X(load)((const REAL *)l + j), square = zero;
+        VEC inverse = X(select)(X(equal)(sum, zero), zero, X(div)(X(set1)(1), sum));
+        for (int e = 0; e < dv; e++) {
+            ptrdiff_t at = (ptrdiff_t)e * LANES + j;
+            VEC x = X(sub)(X(load)((const REAL *)a + at), X(mul)(X(load)((const REAL *)o + at), inverse));
+            square = X(fma)(x, x, square);
+        }
+        X(store)((REAL *)squares + j, square);
+    }
+}
+
 #undef BY_VECTORS
 #undef STRIP
 #undef P_LIMIT

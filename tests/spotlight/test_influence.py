@@ -126,3 +126,73 @@ def test_other_lse():
     lse = np.full(3, -1, "f4")
     got = spotlight.influence(q, k, v, lse=lse, output=np.full((3, 1), 2, "f4"))
     assert got.shape == (2,) and np.isfinite(got).all()
+
+
+@given(case=CASES, threads=st.integers(1, 4), data=st.data())
+def test_groups(case, threads, data):
+    """Documents, scattered ones, some empty, keys of none: by the error rule, and the same bits with poison."""
+    arrays, options = case.arrays(), case.options()
+    groups = case.rng.integers(-1, data.draw(st.sampled_from([0, 1, 2, 5, 40])), case.lengths[1])
+    if data.draw(st.booleans()):
+        groups = np.sort(groups)
+    got = check(*arrays, groups=groups, num_threads=threads, **options)
+    assert got.shape[-1] == groups.max() + 1
+    hidden = poisoned(case, arrays, visible(case, options))
+    same_bits(spotlight.influence(*hidden, groups=groups, num_threads=5 - threads, **options), got)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("deviation", [1, 20, 300])
+def test_groups_hidden_by_a_mask(dtype, deviation):
+    q, k, v = qkv(7, dtype, heads=(4, 2), lengths=(60, 1300), dims=(16, 8))
+    q *= q.dtype.type(deviation)
+    groups = np.repeat([2, -1, 0, 1, 2, 4], [300, 50, 7, 800, 100, 43])
+    seen = np.random.default_rng(1).random((60, 1300)) < 0.6
+    for options in ({}, dict(causal=True, q_offset=0), dict(mask=seen, sinks=np.arange(4.0)), dict(window=(3, 0))):
+        got = check(q, k, v, groups=groups, **options).astype("f8")
+        whole = reference.attention(q, k, v, **options)
+        for g in range(5):
+            without = options | dict(mask=options.get("mask", True) & (groups != g))
+            exact = np.sqrt(((whole - reference.attention(q, k, v, **without)) ** 2).sum(axis=(-2, -1)))
+            # As for keys.
+            eps = np.finfo(dtype).eps * 8 * deviation * 8 * np.abs(whole).max(initial=1) * np.sqrt(60)
+            np.testing.assert_allclose(got[:, g], exact, rtol=0, atol=4 * eps)
+
+
+def test_groups_of_one_key_are_keys():
+    q, k, v = qkv(8, batch=(2,), heads=(4, 2), lengths=(70, 150))
+    for options in ({}, dict(causal=True, alibi_slopes=[0.5, 1, 2, 0])):
+        keys = spotlight.influence(q, k, v, **options)
+        got = spotlight.influence(q, k, v, groups=np.arange(150)[::-1], **options)
+        np.testing.assert_allclose(got[..., ::-1], keys, rtol=2e-5, atol=1e-5)
+
+
+def test_groups_of_packed_sequences():
+    """All sequences together: squares of each alone add up."""
+    cu_q, cu_k = [0, 3, 3, 73], [0, 9, 14, 1314]
+    q, k, v = (x[0].swapaxes(0, 1) for x in qkv(9, batch=(1,), heads=(4, 2), lengths=(1314, 1314)))
+    q, groups = q[:73], np.random.default_rng(9).integers(-1, 3, 1314)
+    got = spotlight.influence(q, k, v, groups=groups, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, causal=True)
+    squares = np.zeros((4, 3))
+    for b in range(3):
+        rows, keys = slice(*cu_q[b : b + 2]), slice(*cu_k[b : b + 2])
+        own = spotlight.influence(q[rows], k[keys], v[keys], groups=groups[keys], causal=True, layout="blhd")
+        squares[:, : own.shape[1]] += own.astype("f8") ** 2
+    np.testing.assert_allclose(got, np.sqrt(squares), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "error, words, groups",
+    [
+        (TypeError, "groups must be integers, got float64", np.zeros(9)),
+        (TypeError, "groups must be integers, got bool", np.zeros(9, bool)),
+        (ValueError, r"groups must have the shape \(9,\), .* got \(2, 9\)", np.zeros((2, 9), int)),
+        (ValueError, r"groups must have the shape \(9,\), .* got \(8,\)", np.zeros(8, int)),
+        (ValueError, "groups must be -1 .*, got -2", np.full(9, -2)),
+        (OverflowError, "groups are too many", np.full(9, 2**63 - 1)),
+    ],
+)
+def test_groups_that_are_none(error, words, groups):
+    q, k, v = qkv(0, batch=(2,), heads=(4, 2), lengths=(5, 9))
+    with pytest.raises(error, match=f"^spotlight.influence: {words}"):
+        spotlight.influence(q, k, v, groups=groups)
