@@ -22,6 +22,7 @@
 #include "types.h"
 
 enum { MAX_VECTOR = 64 };             /* elements of a vector */
+enum { MAX_LANES = 4 * MAX_VECTOR };  /* and of a panel's row */
 
 /* The keys [first, last) of one pass, and their K and V. */
 typedef struct {
@@ -158,6 +159,14 @@ static void attend_keys(const qkv_query_tile *t, const qkv_panel *x, int lane, p
     tile->v = kv->v + (first - kv->first) / kernels->pair * kv->v_row * (int64_t)kernels->size;
     tile->nk = (int)(last - first);
     tile->skew = (int)(first - block_first);
+    int32_t without[MAX_LANES];
+    if (t->problem->question == QKV_MOVED) {
+        for (int j = 0; j < tile->nv * kernels->vector; j++) {
+            int64_t key = x->without[lane + j];
+            without[j] = first <= key && key < last ? (int32_t)(key - first) : -1;
+        }
+        tile->without = without;
+    }
     if (t->plan->values)
         kernels->attend(tile);
     else
@@ -406,25 +415,13 @@ static void answer_queries(qkv_call *job, int worker, const qkv_query_tile *t)
     qkv_write_answer(t);
 }
 
-/* The chosen panels' `total`, each row without the key that answer_keys have for it. */
-static int attend_without(qkv_call *job, int worker, qkv_query_tile *t, uint64_t chosen, int careful)
+/* How far rows move without a key of theirs; most have all. */
+static void answer_moved(qkv_call *job, int worker, const qkv_query_tile *t)
 {
-    begin_totals(t, chosen);
-    for (qkv_side side = QKV_BEFORE; side <= QKV_BEHIND; side++) {
-        qkv_take_side(t, side);
-        if (!merge_chunks(job, worker, t, chosen, careful))
-            return 0;
-    }
-    return 1;
-}
-
-/* How far rows move without a key of theirs; most have none. */
-static void answer_moved(qkv_call *job, int worker, qkv_query_tile *t)
-{
-    if (!attend_without(job, worker, t, ~(uint64_t)0, 0))
+    if (!attend_tile(job, worker, t, ~(uint64_t)0, 0))
         return;
     uint64_t again = to_repeat(t);
-    if (!again || attend_without(job, worker, t, again, 1))
+    if (!again || attend_tile(job, worker, t, again, 1))
         qkv_write_moved(t);
 }
 

@@ -145,6 +145,7 @@ static void lay_out_scratch(const qkv_problem *p, qkv_plan *plan)
     TAKE(at_sizes, p->question == QKV_INFLUENCE ? (size_t)plan->range * size : 0);
     TAKE(at_products, p->question == QKV_INFLUENCE ? (size_t)plan->block * lanes * size : 0);
     TAKE(at_centre, p->question == QKV_INFLUENCE ? dim_v * size : 0);
+    TAKE(at_without, p->question == QKV_MOVED ? panels * lanes * sizeof(int64_t) : 0);
     size_t grouped = p->question == QKV_GROUPS ? panels : 0;
     TAKE(at_best, grouped * plan->state_bytes);
     TAKE(at_rest, grouped * plan->state_bytes);
@@ -333,9 +334,9 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     plan->block = BLOCK;
     plan->chunk = CHUNK;
     find_reach(p, plan);
-    /* A sink is merged even with a single chunk: how many there are must not show in a sequence that has only one. So is what lies
-     * before and behind a key, and what belongs to a group. */
-    plan->merges = p->question ? plan->values : p->len_k > CHUNK || p->sinks;
+    /* A sink is merged even with a single chunk: how many there are must not show in a sequence that has only one. So is
+     * what belongs to a group. */
+    plan->merges = plan->values && (p->len_k > CHUNK || p->sinks || p->question == QKV_GROUPS);
     choose_copies(p, plan);
     plan->copy_row_k = p->dim + COPY_PAD;
     plan->copy_row_v = p->dim_v + COPY_PAD;

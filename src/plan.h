@@ -77,6 +77,7 @@ typedef struct {
     size_t at_lanes, at_pointers, at_bias, at_mask;     /* what elements.c needs */
     size_t at_sums;                   /* (range, vector) */
     size_t at_sizes, at_products, at_centre;            /* (range), (block, lanes), (dim_v): of INFLUENCE */
+    size_t at_without;                /* (panels, lanes) of keys: of MOVED */
     size_t at_best, at_rest, at_outputs, at_shares;     /* of GROUPS: two states, O^T and (lanes) of qkv_share, for every panel */
     int64_t copy_row_k, copy_row_v;   /* elements per row of copied K and V */
     size_t scratch_bytes;

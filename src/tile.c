@@ -27,6 +27,7 @@ static void lay_out_panels(qkv_query_tile *t, int64_t first)
         x->state = t->scratch + plan->at_state + (size_t)i * plan->state_bytes;
         x->total = plan->merges ? t->scratch + plan->at_total + (size_t)i * plan->state_bytes : x->state;
         x->limits = (qkv_limits *)limits;
+        x->without = (int64_t *)(t->scratch + plan->at_without) + i * (int64_t)lanes;
         x->rows = (qkv_range *)(limits + (vectors + 1) * sizeof(qkv_limits));
     }
 }
@@ -37,20 +38,36 @@ static qkv_range within(qkv_range keys, qkv_range only)
     return both.lo < both.hi ? both : (qkv_range){0, 0};
 }
 
-/* What a row sees of the keys on a side of the one that it goes without. */
-static qkv_range on_side(const qkv_query_tile *t, const qkv_row *r, qkv_range keys)
+/* The keys that rows go without. Whole vectors of rows that have all of theirs see none: nothing is asked of them. */
+static void take_without(const qkv_query_tile *t)
 {
-    int64_t without = t->problem->answer_keys[qkv_result_index(t->problem, t->plan, t->sequence, t->head, r)];
-    if (without < 0)
-        return (qkv_range){0, 0};
-    return within(keys, t->side == QKV_BEFORE ? (qkv_range){0, without} : (qkv_range){without + 1, INT64_MAX});
+    int w = t->plan->kernels->vector;
+    for (int i = 0; i < t->panels; i++) {
+        const qkv_panel *x = &t->panel[i];
+        qkv_row r = qkv_first_row(t, x);
+        int skipped = 0, all = 0;
+        for (int j = 0; j < x->nv * w; j++) {
+            x->without[j] = -1;
+            if (j < x->n) {
+                x->without[j] = t->problem->answer_keys[qkv_result_index(t->problem, t->plan, t->sequence, t->head, &r)];
+                qkv_next_row(&r);
+            }
+            all = (j % w ? all : 0) | (x->without[j] >= 0);
+            if (j % w == w - 1 && !all) {
+                x->limits[1 + j / w] = (qkv_limits){{INT64_MAX, 0}, {0, 0}};
+                skipped = 1;
+            }
+        }
+        if (skipped)
+            x->limits[0].all = (qkv_range){0, 0};       /* so that panels are looked at vector by vector */
+    }
 }
 
 static void find_limits(qkv_query_tile *t)
 {
     const qkv_problem *p = t->problem;
     int w = t->plan->kernels->vector;
-    int same = qkv_all_alike(p) && t->side == QKV_ALL;
+    int same = qkv_all_alike(p);
     t->any = qkv_no_limits().any;
     for (int i = 0; i < t->panels; i++) {
         const qkv_panel *x = &t->panel[i];
@@ -66,7 +83,7 @@ static void find_limits(qkv_query_tile *t)
                 qkv_next_row(&r);
                 keys = r.head ? keys : qkv_visible(p, t->sequence, r.position);
             }
-            seen = t->side == QKV_ALL ? within(keys, t->only) : on_side(t, &r, keys);
+            seen = within(keys, t->only);
             x->rows[j] = seen;
             qkv_add_row(&x->limits[1 + j / w], seen);
             qkv_add_row(&x->limits[0], seen);
@@ -150,6 +167,8 @@ void qkv_open_tile(qkv_query_tile *t, const qkv_problem *p, const qkv_plan *plan
     t->v_offset = head / plan->sharing * p->v_at.head + (p->run_of ? 0 : qkv_sequence_offset(p, &p->v_at, sequence));
     lay_out_panels(t, first_panel);
     find_limits(t);
+    if (p->question == QKV_MOVED)
+        take_without(t);
     for (int i = 0; plan->adjust && i < t->panels; i++) {
         qkv_panel *x = &t->panel[i];
         qkv_open_lanes(&t->elements, &x->lanes, x->row, x->n, x->nv * plan->kernels->vector,
@@ -161,12 +180,6 @@ void qkv_open_tile(qkv_query_tile *t, const qkv_problem *p, const qkv_plan *plan
 void qkv_take_range(qkv_query_tile *t, qkv_range keys)
 {
     t->only = keys;
-    find_limits(t);
-}
-
-void qkv_take_side(qkv_query_tile *t, qkv_side side)
-{
-    t->side = side;
     find_limits(t);
 }
 

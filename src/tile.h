@@ -14,11 +14,9 @@ typedef struct {
     char *q, *state, *total;          /* Q^T; the state of one chunk; that of all so far */
     qkv_range *rows;                  /* (lanes): keys that each sees; not filled where all see the same */
     qkv_limits *limits;               /* of the whole panel, then of each vector */
+    int64_t *without;                 /* (lanes): of MOVED, the key that each row goes without, or -1 */
     qkv_lanes lanes;                  /* filled if scores are adjusted */
 } qkv_panel;
-
-/* The keys of rows, or those on one side of a key that is left out; a row without such a key then has none. */
-typedef enum { QKV_ALL, QKV_BEFORE, QKV_BEHIND } qkv_side;
 
 typedef struct {
     const qkv_problem *problem;
@@ -31,7 +29,6 @@ typedef struct {
     qkv_range any;                    /* keys that some row sees */
     int64_t first;                    /* of the keys whose sums over queries lie in scratch */
     int not_finite;                   /* their values, as far as they are squared */
-    qkv_side side;                    /* of the keys that are left out */
     qkv_range only;                   /* the keys that are looked at */
     char *scratch;
     qkv_counters *counters;
@@ -46,9 +43,6 @@ static inline qkv_row qkv_first_row(const qkv_query_tile *t, const qkv_panel *x)
 /* Lays out tile number `index` of a key head in scratch, finds its limits and packs its queries. */
 void qkv_open_tile(qkv_query_tile *tile, const qkv_problem *problem, const qkv_plan *plan, int64_t sequence, int64_t head,
                    int64_t index, const uint8_t *summary, char *scratch, qkv_counters *counters);
-
-/* From here on the rows see the keys on this side of answer_keys. */
-void qkv_take_side(qkv_query_tile *tile, qkv_side side);
 
 /* From here on the rows see no other keys than these. */
 void qkv_take_range(qkv_query_tile *tile, qkv_range keys);

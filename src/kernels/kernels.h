@@ -65,6 +65,7 @@ typedef struct {
     void *s;                          /* (nk, lanes), scratch */
     void *o, *m, *l;                  /* (dv, lanes), (lanes), (lanes): the state that is updated */
     const int32_t *lo, *hi;           /* (lanes): lane j sees the keys lo[j] <= i < hi[j] of the tile; NULL: all */
+    const int32_t *without;           /* (lanes): a key that lane j does not see, or -1; NULL: there are none */
     double c;                         /* log2(e) * what of the scale is neither in Q^T nor in score_factor; positive */
     int nk, d, dv, nv;                /* nk <= QKV_KEYS */
     int skew;                         /* keys of the block before the first, even with pairs: sums do not depend on where
