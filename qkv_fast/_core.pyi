@@ -8,6 +8,7 @@ _Array = np.ndarray[Any, Any]
 COUNTERS: tuple[str, ...]
 MAX_DIM: int
 MAX_THREADS: int
+PARTS: int
 OBSTACLES: dict[int, str]
 PLAN: object
 QUESTIONS: dict[str, int]
@@ -67,6 +68,8 @@ def forward(
     keys: _Array | None = None,
     normalisers: _Array | None = None,
     first_key: int = 0,
+    members: _Array | None = None,
+    members_of: _Array | None = None,
 ) -> dict[str, Any] | None: ...
 def product(
     a: _Array,

@@ -70,6 +70,7 @@ COUNTERS = ("tiles_full", "tiles_partial", "tiles_skipped", "tiles_copied", "pan
             "threads")
 MAX_DIM = QKV_MAX_DIM
 MAX_THREADS = QKV_MAX_THREADS
+PARTS = QKV_PARTS
 OBSTACLES = {
     QKV_WIDENED: "a type narrower than that of the arithmetic", QKV_SWAPPED: "swapped bytes",
     QKV_STRIDED: "rows whose elements are not adjacent", QKV_UNALIGNED: "addresses that are not aligned",
@@ -79,6 +80,7 @@ PLAN = object()                                 # as counters: see forward
 QUESTIONS = {
     "largest": QKV_LARGEST, "entropy": QKV_ENTROPY, "top_keys": QKV_TOP_KEYS, "normalisers": QKV_NORMALISERS,
     "received": QKV_RECEIVED, "weights": QKV_WEIGHTS, "means": QKV_MEANS, "maxima": QKV_MAXIMA,
+    "influence": QKV_INFLUENCE, "moved": QKV_MOVED, "groups": QKV_GROUPS,
 }
 
 
@@ -304,12 +306,13 @@ cpdef cnp.ndarray empty(str where, tuple shape, int number):
 
 
 def forward(Problem call not None, cnp.ndarray out not None, cnp.ndarray lse, int question=QKV_VALUES,
-            cnp.ndarray answer=None, cnp.ndarray keys=None, cnp.ndarray normalisers=None, int64_t first_key=0):
+            cnp.ndarray answer=None, cnp.ndarray keys=None, cnp.ndarray normalisers=None, int64_t first_key=0,
+            cnp.ndarray members=None, cnp.ndarray members_of=None):
     """Attention into `out`, and into the contiguous `lse` unless it is None. With PLAN for counters nothing is computed: it
     returns what would be done, as a dict of qkv_report.
 
     Of another `question`, one of QUESTIONS, the contiguous `answer`, `keys` and `normalisers` are what qkv.h says, and so are
-    `lse` and `first_key`; `out` has the leading axes of the result."""
+    `lse`, `first_key`, `members` (n, 3) and `members_of`; `out` has the leading axes of the result, and is read where qkv.h says so."""
     cdef cnp.ndarray q = call.q, k = call.k, v = call.v
     cdef bint heads_first = call.heads_first
     if k is None or v is None:
@@ -378,6 +381,9 @@ def forward(Problem call not None, cnp.ndarray out not None, cnp.ndarray lse, in
     p.answer_rows = 0 if answer is None else length_of(answer, 2)
     p.answer_first = first_key
     p.normalisers = NULL if normalisers is None else cnp.PyArray_DATA(normalisers)
+    p.members = <const qkv_members *>integers_of(members)
+    p.members_of = integers_of(members_of)
+    p.n_members = 0 if members is None else cnp.PyArray_DIM(members, 0)
     p.threads = call.threads
     p.isa = call.isa
     p.counters = NULL

@@ -8,6 +8,7 @@ cdef extern from "qkv.h" nogil:
         QKV_MAX_DIM
         QKV_MAX_THREADS
         QKV_OPEN
+        QKV_PARTS
 
     ctypedef enum qkv_type:
         QKV_F32
@@ -33,6 +34,9 @@ cdef extern from "qkv.h" nogil:
         QKV_WEIGHTS
         QKV_MEANS
         QKV_MAXIMA
+        QKV_INFLUENCE
+        QKV_MOVED
+        QKV_GROUPS
 
     ctypedef struct qkv_strides:
         int64_t axis[64]
@@ -42,6 +46,9 @@ cdef extern from "qkv.h" nogil:
         const char *k
         const char *v
         int64_t first, count
+
+    ctypedef struct qkv_members:
+        int64_t group, first, last
 
     ctypedef struct qkv_counters:
         int64_t tiles_full
@@ -93,6 +100,9 @@ cdef extern from "qkv.h" nogil:
         int64_t answer_rows
         int64_t answer_first
         const void *normalisers
+        const qkv_members *members
+        const int64_t *members_of
+        int64_t n_members
         int threads
         int isa
         qkv_counters *counters

@@ -358,6 +358,8 @@ static int write_rows(few *t)
     }
     if (p->lse)
         qkv_write_lse(p, plan, t->sequence, t->head, 0, t->count, t->stack.m, t->stack.l);
+    if (p->answer)
+        qkv_write_normalisers(p, plan, t->sequence, t->head, 0, t->count, t->stack.m, t->stack.l);
     return finite;
 }
 

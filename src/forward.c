@@ -22,6 +22,7 @@
 #include "types.h"
 
 enum { MAX_VECTOR = 64 };             /* elements of a vector */
+enum { MAX_LANES = 4 * MAX_VECTOR };  /* and of a panel's row */
 
 /* The keys [first, last) of one pass, and their K and V. */
 typedef struct {
@@ -59,8 +60,8 @@ static const char *row_of(const qkv_run *r, int values, int64_t key, const qkv_s
     return (values ? r->v : r->k) + (key - r->first) * at->row;
 }
 
-/* K or V of a pass: where they lie if one run holds them all as the kernels want them, else a copy. */
-static const char *fetch(const qkv_query_tile *t, const pass_rows *kv, int values, ptrdiff_t *row)
+/* K or V of a pass, in scratch from `copy` on. */
+static void copy_rows(const qkv_query_tile *t, const pass_rows *kv, int values, char *copy)
 {
     const qkv_problem *p = t->problem;
     const qkv_plan *plan = t->plan;
@@ -69,14 +70,8 @@ static const char *fetch(const qkv_query_tile *t, const pass_rows *kv, int value
     int64_t offset = values ? t->v_offset : t->k_offset;
     int64_t d = values ? p->dim_v : p->dim, copy_row = values ? plan->copy_row_v : plan->copy_row_k;
     const qkv_run *r = kv->run;
-    int must_copy = values ? plan->copy_v : plan->copy_k;
-    if (!must_copy && last <= r->first + r->count) {
-        *row = (ptrdiff_t)(at->row / plan->kernels->size);
-        return row_of(r, values, first, at) + offset;
-    }
-    t->counters->tiles_copied++;
-    char *copy = t->scratch + (values ? plan->at_v : plan->at_k);
     int pair = values ? plan->kernels->pair : 1;
+    t->counters->tiles_copied++;
     for (int64_t key = first, n; key < last; key += n) {
         r = run_with(r, key);
         int64_t end = qkv_min(last, r->first + r->count);
@@ -92,7 +87,20 @@ static const char *fetch(const qkv_query_tile *t, const pass_rows *kv, int value
         }
         (values ? plan->kernels->gather_values : plan->kernels->gather_terms)(to, copy_row, &from, (int)n, (int)d);
     }
-    *row = (ptrdiff_t)copy_row;
+}
+
+/* K or V of a pass: where they lie if one run holds them all as the kernels want them, else a copy. */
+static const char *fetch(const qkv_query_tile *t, const pass_rows *kv, int values, ptrdiff_t *row)
+{
+    const qkv_plan *plan = t->plan;
+    const qkv_strides *at = values ? &t->problem->v_at : &t->problem->k_at;
+    if (!(values ? plan->copy_v : plan->copy_k) && kv->last <= kv->run->first + kv->run->count) {
+        *row = (ptrdiff_t)(at->row / plan->kernels->size);
+        return row_of(kv->run, values, kv->first, at) + (values ? t->v_offset : t->k_offset);
+    }
+    char *copy = t->scratch + (values ? plan->at_v : plan->at_k);
+    copy_rows(t, kv, values, copy);
+    *row = (ptrdiff_t)(values ? plan->copy_row_v : plan->copy_row_k);
     return copy;
 }
 
@@ -101,7 +109,7 @@ static void need(const qkv_query_tile *t, pass_rows *kv)
 {
     if (!kv->k) {
         kv->k = fetch(t, kv, 0, &kv->k_row);
-        kv->v = t->problem->question ? kv->k : fetch(t, kv, 1, &kv->v_row);
+        kv->v = t->plan->values ? fetch(t, kv, 1, &kv->v_row) : kv->k;
     }
 }
 
@@ -132,7 +140,7 @@ static qkv_ahead *look_ahead(const qkv_query_tile *t, pass_rows *kv, int64_t fir
     kv->ahead = (qkv_ahead){.rate = begun ? 1 : 2};
     if (!begun)
         n = add_span(t, kv, n, 0, first + soon, last);
-    if (!t->problem->question)
+    if (t->plan->values)
         n = add_span(t, kv, n, 1, first, last);
     add_span(t, kv, n, 0, last, qkv_min(last + plan->block, end));
     return &kv->ahead;
@@ -151,10 +159,18 @@ static void attend_keys(const qkv_query_tile *t, const qkv_panel *x, int lane, p
     tile->v = kv->v + (first - kv->first) / kernels->pair * kv->v_row * (int64_t)kernels->size;
     tile->nk = (int)(last - first);
     tile->skew = (int)(first - block_first);
-    if (t->problem->question)
-        qkv_ask(t, x, lane, first, tile);
-    else
+    int32_t without[MAX_LANES];
+    if (t->problem->question == QKV_MOVED) {
+        for (int j = 0; j < tile->nv * kernels->vector; j++) {
+            int64_t key = x->without[lane + j];
+            without[j] = first <= key && key < last ? (int32_t)(key - first) : -1;
+        }
+        tile->without = without;
+    }
+    if (t->plan->values)
         kernels->attend(tile);
+    else
+        qkv_ask(t, x, lane, first, tile);
 }
 
 /* A whole panel whose rows all see the keys [first, last) as far as positions say; 0 if the mask leaves vectors out. */
@@ -197,7 +213,7 @@ static void attend_block(const qkv_query_tile *t, const qkv_panel *x, pass_rows 
         .q = x->q, .s = t->scratch + plan->at_s,
         .o = x->state, .m = qkv_state_m(plan, x->state), .l = qkv_state_l(plan, x->state), .c = plan->c,
         .d = (int)plan->terms, .dv = (int)p->dim_v, .nv = x->nv, .ahead = ahead,
-        .careful = careful || p->question,              /* no second look at a question */
+        .careful = careful || !plan->values,            /* no second look at a question about scores */
         .peaked = t->peaked,
     };
     qkv_kind kind = qkv_cut(&x->limits[0], &first, &last);
@@ -293,17 +309,18 @@ static void attend_chunk(const qkv_query_tile *t, int64_t chunk, uint64_t chosen
     walk_keys(t, chunk * plan->chunk, (chunk + 1) * plan->chunk, chosen, careful);
 }
 
-/* All chunks of the chosen panels into `total`. Returns 0 if the call is given up before the last. */
-static int attend_tile(qkv_call *job, int worker, const qkv_query_tile *t, uint64_t chosen, int careful)
+/* The totals of the chosen panels before the first key. */
+static void begin_totals(const qkv_query_tile *t, uint64_t chosen)
 {
-    const qkv_plan *plan = t->plan;
-    if (!plan->merges) {
-        attend_chunk(t, 0, chosen, careful);
-        return 1;
-    }
     for (int i = 0; i < t->panels; i++)
         if (chosen >> i & 1)
             qkv_begin_state(t, &t->panel[i], t->panel[i].total);
+}
+
+/* All chunks of the chosen panels merged into `total`. Returns 0 if the call is given up before the last. */
+static int merge_chunks(qkv_call *job, int worker, const qkv_query_tile *t, uint64_t chosen, int careful)
+{
+    const qkv_plan *plan = t->plan;
     if (t->any.lo >= t->any.hi)
         return 1;
     int64_t first = t->any.lo / plan->chunk, last = (t->any.hi - 1) / plan->chunk;
@@ -316,6 +333,17 @@ static int attend_tile(qkv_call *job, int worker, const qkv_query_tile *t, uint6
             return 0;
     }
     return 1;
+}
+
+/* The chosen panels' `total`. Returns 0 if the call is given up. */
+static int attend_tile(qkv_call *job, int worker, const qkv_query_tile *t, uint64_t chosen, int careful)
+{
+    if (!t->plan->merges) {
+        attend_chunk(t, 0, chosen, careful);
+        return 1;
+    }
+    begin_totals(t, chosen);
+    return merge_chunks(job, worker, t, chosen, careful);
 }
 
 /* The panels whose result is not finite. */
@@ -331,13 +359,19 @@ static uint64_t not_finite(const qkv_query_tile *t)
     return found;
 }
 
-/* With `total` of every panel computed on the assumption that V is finite: check that, and write. Where a result is not
- * finite, a hidden NaN may have met a weight of 0, so those panels run again and take nothing from excluded keys. */
-static void conclude(qkv_call *job, int worker, const qkv_query_tile *t)
+/* With `total` of every panel computed on the assumption that V is finite: the panels that run again and take nothing from
+ * excluded keys. Their result is not finite, so a hidden NaN may have met a weight of 0. */
+static uint64_t to_repeat(const qkv_query_tile *t)
 {
     uint64_t again = not_finite(t);
     for (uint64_t bits = again; bits; bits &= bits - 1)
         t->counters->panels_careful++;
+    return again;
+}
+
+static void conclude(qkv_call *job, int worker, const qkv_query_tile *t)
+{
+    uint64_t again = to_repeat(t);
     if (!again || attend_tile(job, worker, t, again, 1))
         qkv_write_tile(t);
 }
@@ -401,6 +435,72 @@ static qkv_range task_range(int64_t index, int64_t size, int64_t n)
     return (qkv_range){index * size, qkv_min((index + 1) * size, n)};
 }
 
+/* How far rows move without a key of theirs; most have all. */
+static void answer_moved(qkv_call *job, int worker, const qkv_query_tile *t)
+{
+    if (!attend_tile(job, worker, t, ~(uint64_t)0, 0))
+        return;
+    uint64_t again = to_repeat(t);
+    if (!again || attend_tile(job, worker, t, again, 1))
+        qkv_write_moved(t);
+}
+
+/* The chosen panels' state of one group, from its runs of keys. */
+static int attend_group(qkv_call *job, int worker, qkv_query_tile *t, const qkv_members *run, const qkv_members *end, uint64_t chosen,
+                        int careful)
+{
+    qkv_begin_group(t, chosen);
+    for (; run < end; run++) {
+        qkv_take_range(t, (qkv_range){run->first, run->last});
+        if (!merge_chunks(job, worker, t, chosen, careful))
+            return 0;
+    }
+    return 1;
+}
+
+/* How far a part of the queries of a head move without each group: all groups in order, the heaviest of each row kept apart. */
+static void answer_groups(qkv_call *job, int64_t task, int worker)
+{
+    const qkv_problem *p = job->problem;
+    const qkv_plan *plan = job->plan;
+    int64_t sequence = task / QKV_PARTS / plan->heads, head = task / QKV_PARTS % plan->heads, part = task % QKV_PARTS;
+    int64_t tiles = qkv_tiles_of(p, plan, sequence), each = (tiles + QKV_PARTS - 1) / QKV_PARTS;
+    const qkv_members *first = p->members + (p->members_of ? p->members_of[sequence] : 0);
+    const qkv_members *last = p->members + (p->members_of ? p->members_of[sequence + 1] : p->n_members);
+    double *sums = (double *)p->answer + task * p->answer_n;
+    for (int64_t tile = part * each; tile < qkv_min(tiles, (part + 1) * each); tile++) {
+        qkv_query_tile t;
+        qkv_open_tile(&t, p, plan, sequence, head, qkv_tile_rows(p, plan, sequence, tile), (qkv_range){0, p->len_k}, job->summary,
+                      job->scratch[worker] + sizeof(qkv_counters), (qkv_counters *)job->scratch[worker]);
+        qkv_begin_groups(&t);
+        for (const qkv_members *run = first, *end; run < last; run = end) {
+            for (end = run + 1; end < last && end->group == run->group;)
+                end++;
+            if (!attend_group(job, worker, &t, run, end, ~(uint64_t)0, 0))
+                return;
+            uint64_t again = to_repeat(&t);
+            if (again && !attend_group(job, worker, &t, run, end, again, 1))
+                return;
+            qkv_settle_group(&t, run->group, sums);
+            if (qkv_must_stop(&job->stop, worker))
+                return;
+        }
+        qkv_end_groups(&t, sums);
+    }
+}
+
+/* The values of a range of keys, as far as some query can see them, less their centre; returns whether they are finite. */
+static int prepare_values(const qkv_query_tile *t, qkv_range keys)
+{
+    const qkv_problem *p = t->problem;
+    const qkv_plan *plan = t->plan;
+    qkv_range seen = qkv_reach(p, t->sequence, 0, qkv_queries(p, t->sequence) - 1);
+    pass_rows kv = {.first = qkv_max(keys.lo, seen.lo), .last = qkv_min(keys.hi, seen.hi)};
+    kv.run = run_with(p->runs + (p->run_of ? p->run_of[t->sequence] : 0), kv.first);
+    copy_rows(t, &kv, 1, t->scratch + plan->at_v + (kv.first - keys.lo) * plan->copy_row_v * plan->kernels->size);
+    return qkv_centre_values(t, (qkv_range){kv.first - keys.lo, kv.last - keys.lo});
+}
+
 /* The answer to what is asked of each key of a range: all queries of a head in order. */
 static void answer_keys(qkv_call *job, int64_t task, int worker)
 {
@@ -410,6 +510,7 @@ static void answer_keys(qkv_call *job, int64_t task, int worker)
     char *scratch = job->scratch[worker] + sizeof(qkv_counters);
     qkv_range keys = task_range(task % plan->ranges, plan->range, p->len_k);
     int64_t tiles = qkv_tiles_of(p, plan, sequence);
+    int prepared = p->question != QKV_INFLUENCE, finite = 1;
     qkv_begin_sums(plan, scratch);
     for (int64_t tile = 0; tile < tiles; tile++) {
         qkv_range rows = qkv_tile_rows(p, plan, sequence, tile), seen = qkv_reach(p, sequence, rows.lo, rows.hi - 1);
@@ -418,8 +519,16 @@ static void answer_keys(qkv_call *job, int64_t task, int worker)
         qkv_query_tile t;
         qkv_open_tile(&t, p, plan, sequence, head, rows, keys, job->summary, scratch, (qkv_counters *)job->scratch[worker]);
         t.first = keys.lo;
+        if (!prepared)
+            finite = prepare_values(&t, keys);
+        prepared = 1;
+        t.not_finite = !finite;
         qkv_begin_answer(&t);
-        if (!ask_keys(job, worker, &t, keys) || qkv_must_stop(&job->stop, worker))
+        if (!ask_keys(job, worker, &t, keys))
+            return;
+        if (p->question == QKV_INFLUENCE)
+            qkv_write_heavy(&t);
+        if (qkv_must_stop(&job->stop, worker))
             return;
     }
     qkv_write_sums(p, plan, sequence, head, keys, scratch);
@@ -488,7 +597,7 @@ static void run_task(void *context, int64_t task, int worker)
     if (atomic_load_explicit(&job->stop.stop, memory_order_relaxed))
         return;
     counters->tasks++;
-    if (job->problem->question == QKV_RECEIVED) {
+    if (plan->by_key) {
         answer_keys(job, task, worker);
         return;
     }
@@ -496,15 +605,23 @@ static void run_task(void *context, int64_t task, int worker)
         answer_cells(job, task, worker);
         return;
     }
+    if (job->problem->question == QKV_GROUPS) {
+        answer_groups(job, task, worker);
+        return;
+    }
     place at = find_tile(job, base);
     if (qkv_has_few(job->problem, plan, at.sequence)) {
         qkv_decode(job, worker, at.sequence, at.head, base, chunk);
         return;
     }
+    if (job->problem->question == QKV_MOVED && !qkv_has_heavy(job->problem, plan, at.sequence, at.head, at.tile))
+        return;
     qkv_query_tile t;
     qkv_open_tile(&t, job->problem, plan, at.sequence, at.head, qkv_tile_rows(job->problem, plan, at.sequence, at.tile),
                   (qkv_range){0, job->problem->len_k}, job->summary, job->scratch[worker] + sizeof(qkv_counters), counters);
-    if (job->problem->question)
+    if (job->problem->question == QKV_MOVED)
+        answer_moved(job, worker, &t);
+    else if (job->problem->question)
         answer_queries(job, worker, &t);
     else if (plan->split)
         attend_split(job, worker, &t, base, chunk);
@@ -596,7 +713,7 @@ qkv_status qkv_forward(const qkv_problem *p)
 {
     qkv_plan plan;
     qkv_status status = qkv_make_plan(p, &plan);
-    if (status != QKV_OK || plan.tasks == 0 || (p->dim_v == 0 && !p->lse && !p->question))
+    if (status != QKV_OK || plan.tasks == 0 || (p->dim_v == 0 && !p->lse && !p->answer))
         return status;
     return qkv_run_plan(p, &plan);
 }

@@ -113,6 +113,11 @@ static void plan_summary(const qkv_problem *p, qkv_plan *plan)
     }
 }
 
+static int reads_out(const qkv_problem *p)
+{
+    return p->question == QKV_INFLUENCE || p->question == QKV_MOVED || p->question == QKV_GROUPS;
+}
+
 static void lay_out_scratch(const qkv_problem *p, qkv_plan *plan)
 {
     size_t size = (size_t)plan->kernels->size, lanes = (size_t)plan->kernels->lanes;
@@ -129,8 +134,10 @@ static void lay_out_scratch(const qkv_problem *p, qkv_plan *plan)
     TAKE(at_total, plan->merges ? panels * plan->state_bytes : 0);
     TAKE(at_s, (size_t)plan->block * lanes * size);
     TAKE(at_k, plan->copy_k || p->n_runs > 1 ? (size_t)(plan->pass * plan->copy_row_k) * size : 0);
-    TAKE(at_v, plan->copy_v || p->n_runs > 1 ? (size_t)(plan->pass / pair * plan->copy_row_v) * size : 0);
-    TAKE(at_tile, plan->direct_q && plan->direct_out ? 0 : lanes * (dim > dim_v ? dim : dim_v) * size);
+    int64_t copied_v = p->question == QKV_INFLUENCE ? plan->range : plan->copy_v || p->n_runs > 1 ? plan->pass / pair : 0;
+    TAKE(at_v, (size_t)(copied_v * plan->copy_row_v) * size);
+    /* Who reads O has a row more for it. */
+    TAKE(at_tile, plan->direct_q && plan->direct_out && !reads_out(p) ? 0 : (lanes + 1) * (dim > dim_v ? dim : dim_v) * size);
     TAKE(at_peaked, sizeof(int));
     TAKE(at_lanes, plan->adjust ? panels * lanes * QKV_LANE_BYTES : 0);
     TAKE(at_pointers, plan->adjust ? 2 * lanes * sizeof(void *) : 0);
@@ -138,6 +145,15 @@ static void lay_out_scratch(const qkv_problem *p, qkv_plan *plan)
     TAKE(at_mask, plan->masked && !plan->direct_mask ? lanes * (size_t)plan->block : 0);
     TAKE(at_sums, (size_t)plan->range * (qkv_asks_cells(p) ? sizeof(double) : (size_t)plan->kernels->vector * size));
     TAKE(at_bounds, qkv_asks_cells(p) ? (size_t)(plan->range * plan->parts + 1) * sizeof(int64_t) : 0);
+    TAKE(at_sizes, p->question == QKV_INFLUENCE ? (size_t)plan->range * size : 0);
+    TAKE(at_products, p->question == QKV_INFLUENCE ? (size_t)plan->block * lanes * size : 0);
+    TAKE(at_centre, p->question == QKV_INFLUENCE ? dim_v * size : 0);
+    TAKE(at_without, p->question == QKV_MOVED ? panels * lanes * sizeof(int64_t) : 0);
+    size_t grouped = p->question == QKV_GROUPS ? panels : 0;
+    TAKE(at_best, grouped * plan->state_bytes);
+    TAKE(at_rest, grouped * plan->state_bytes);
+    TAKE(at_outputs, grouped * dim_v * lanes * size);
+    TAKE(at_shares, grouped * lanes * QKV_SHARE_BYTES);
 #undef TAKE
     plan->scratch_bytes = plan->decode || at < plan->few.scratch_bytes ? plan->few.scratch_bytes : at;
 }
@@ -172,7 +188,8 @@ int qkv_has_few(const qkv_problem *p, const qkv_plan *plan, int64_t sequence)
 /* Pairs are multiplied where Q, K and V hold them, and what goes into Q is its sign alone. */
 static int multiplies_pairs(const qkv_problem *p, const qkv_plan *plan)
 {
-    return !p->question && qkv_isa_at(p->isa)->pairs && p->type == QKV_BF16 && p->kv_type == QKV_BF16 && fabs(plan->q_factor) == 1;
+    int halves = p->type == QKV_BF16 && p->kv_type == QKV_BF16;
+    return !p->question && !p->answer && qkv_isa_at(p->isa)->pairs && halves && fabs(plan->q_factor) == 1;
 }
 
 /* For tiles of few rows, where there may be some: `rows` at most. */
@@ -281,6 +298,8 @@ static int64_t answer_lane_bytes(const qkv_problem *p, const qkv_plan *plan)
         return kernels->size;
     if (p->question == QKV_TOP_KEYS)  /* no more keys than there are */
         return 2 * qkv_max(1, qkv_min(p->answer_n, p->len_k)) * kernels->size;
+    if (p->question == QKV_INFLUENCE) /* the square of an output's length, and a key */
+        return 2 * kernels->size;
     return 0;
 }
 
@@ -323,7 +342,9 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     for (int i = 0; i < p->n_axes; i++)
         if (!multiply(plan->sequences, p->axes[i], &plan->sequences))
             return QKV_OVERFLOW;
-    plan->heads = p->question == QKV_RECEIVED || qkv_asks_cells(p) ? p->heads_q : p->heads_kv;
+    plan->by_key = p->question == QKV_RECEIVED || p->question == QKV_INFLUENCE;
+    plan->values = p->question == QKV_VALUES || p->question == QKV_MOVED || p->question == QKV_GROUPS;
+    plan->heads = plan->by_key || p->question == QKV_GROUPS || qkv_asks_cells(p) ? p->heads_q : p->heads_kv;
     plan->group = plan->heads ? p->heads_q / plan->heads : 0;
     plan->sharing = p->heads_kv ? plan->heads / p->heads_kv : 0;
     if (!multiply(p->len_q, plan->group, &plan->rows))
@@ -332,7 +353,8 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     if (qkv_asks_cells(p) && !plan_columns(p, plan))
         return QKV_OVERFLOW;
     int64_t lane_bytes;
-    if (p->question == QKV_TOP_KEYS && kernels->size == sizeof(uint32_t) && p->len_k >= UINT32_MAX)
+    int numbered = p->question == QKV_TOP_KEYS || p->question == QKV_INFLUENCE;
+    if (numbered && kernels->size == sizeof(uint32_t) && p->len_k >= UINT32_MAX)
         return QKV_OVERFLOW;          /* keys are numbered in as many bits */
     if (!multiply(answer_lane_bytes(p, plan) + (p->dim_v + 2) * kernels->size, kernels->lanes, &lane_bytes))
         return QKV_OVERFLOW;
@@ -340,8 +362,9 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     plan->block = BLOCK;
     plan->chunk = CHUNK;
     find_reach(p, plan);
-    /* A sink is merged even with a single chunk: how many there are must not show in a sequence that has only one. */
-    plan->merges = !p->question && (p->len_k > CHUNK || p->sinks);
+    /* A sink is merged even with a single chunk: how many there are must not show in a sequence that has only one. So is
+     * what belongs to a group. */
+    plan->merges = plan->values && (p->len_k > CHUNK || p->sinks || p->question == QKV_GROUPS);
     choose_copies(p, plan);
     plan->copy_row_k = p->dim + COPY_PAD;
     plan->copy_row_v = p->dim_v + COPY_PAD;
@@ -363,7 +386,7 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     int64_t panels = ceil_div(plan->rows, kernels->lanes), base;
     double flops;
     int64_t panel_bytes = (plan->terms + 2 * p->dim_v + 4) * kernels->lanes * kernels->size;
-    if (p->question)
+    if (!plan->values)
         panel_bytes = plan->terms * kernels->lanes * kernels->size + (int64_t)plan->state_bytes;
     int64_t most = qkv_min(TILE_PANELS, qkv_max(1, (copies ? COPY_STATE_BYTES : STATE_BYTES) / panel_bytes));
     if (!count_work(p, plan, &base, &flops))
@@ -382,8 +405,13 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
         for (int64_t b = 0; b < plan->sequences; b++)
             plan->tasks += plan->heads * qkv_tiles_of(p, plan, b);
     }
-    if ((p->question == QKV_RECEIVED && !plan_ranges(p, plan)) || (qkv_asks_cells(p) && !plan_cells(p, plan)))
+    if ((plan->by_key && !plan_ranges(p, plan)) || (qkv_asks_cells(p) && !plan_cells(p, plan)))
         return QKV_OVERFLOW;
+    if (p->question == QKV_GROUPS) {  /* by what each query head has alone: it is in this order that its queries are summed */
+        int64_t fits = qkv_max(1, STATE_BYTES / (3 * panel_bytes));
+        plan->tile_panels = qkv_max(1, qkv_min(qkv_min(TILE_PANELS, fits), ceil_div(panels, QKV_PARTS)));
+        plan->tasks = plan->sequences * plan->heads * QKV_PARTS;
+    }
     double bytes = 0, dims = (double)(p->dim + p->dim_v);               /* of K and V */
     if (plan->decode && dims > 0)
         bytes = flops / (2 * dims * (double)plan->rows)

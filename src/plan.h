@@ -6,6 +6,7 @@
 #include "qkv.h"
 
 enum { QKV_PANEL_BYTES = 128 };       /* room for a qkv_panel of tile.h */
+enum { QKV_SHARE_BYTES = 48 };        /* room for a qkv_share of spotlight.c */
 enum { QKV_LANE_BYTES = 48 };         /* room for what a lane has in qkv_lanes of elements.h */
 
 /* Few rows: all those of a sequence and key head are a tile of their own kind (decode.c), and a chunk is its block. */
@@ -33,6 +34,8 @@ typedef struct {
     double q_factor, score_factor, rest;
     double c;                         /* log2(e) * rest, within the type */
     double softcap;                   /* within the type */
+    int by_key;                       /* sums over queries are asked for: tasks are ranges of keys */
+    int values;                       /* tiles weigh V: attention, or attention without some keys */
     int adjust;                       /* scores need a step between K Q^T and softmax */
     int masked;                       /* by element: a mask, or segments in any order */
 
@@ -75,6 +78,9 @@ typedef struct {
     size_t at_lanes, at_pointers, at_bias, at_mask;     /* what elements.c needs */
     size_t at_sums;                   /* (range, vector); of cells: (range) doubles, */
     size_t at_bounds;                 /* and the keys where their parts begin (range * parts + 1) */
+    size_t at_sizes, at_products, at_centre;            /* (range), (block, lanes), (dim_v): of INFLUENCE */
+    size_t at_without;                /* (panels, lanes) of keys: of MOVED */
+    size_t at_best, at_rest, at_outputs, at_shares;     /* of GROUPS: two states, O^T and (lanes) of qkv_share, for every panel */
     int64_t copy_row_k, copy_row_v;   /* elements per row of copied K and V */
     size_t scratch_bytes;
     size_t partial_bytes;             /* all partial states of a split problem */

@@ -17,6 +17,7 @@ enum { QKV_MAX_AXES = 64 };           /* leading axes of a batch: NumPy's own li
 enum { QKV_MAX_DIM = 1024 };          /* largest head dimension */
 enum { QKV_MAX_THREADS = 1024 };      /* most threads of a call */
 enum { QKV_OPEN = -1 };               /* a window side without a limit */
+enum { QKV_PARTS = 4 };               /* that the queries of a head are summed in, where tasks need not be many */
 
 /* How elements are stored. What is computed from fewer bits than 32 is computed in float32.
  *
@@ -48,9 +49,18 @@ typedef enum {
  *                the queries r len_q / rows to (r + 1) len_q / rows, and so it is with columns and keys; rows <= len_q and
  *                n <= len_k. Cells that no query sees may be left alone
  *   MAXIMA       the same with the largest weight of each
+ *   INFLUENCE    (axes..., heads_q, len_k): sums over queries of (p / (1 - p) |o - v|)^2, likewise; out is read. But where a key has
+ *                more than half the weight of a query, which one does at most: that goes to answer_keys (axes..., heads_q, len_q),
+ *                which hold -1 before
+ *   MOVED        (axes..., heads_q, len_q): the square of how far out lies from what it is without the key in answer_keys. Where
+ *                that is -1 it is left alone
+ *   GROUPS       double (sequences, heads_q, QKV_PARTS, groups): sums over parts of the queries of the square of how far they move
+ *                without a group of keys; 0 before. Given are lse or normalisers, and out
  * Axes are those of lse in ragged batches as well: (heads_q, all rows), (heads_q, all keys). */
-typedef enum { QKV_VALUES, QKV_LARGEST, QKV_ENTROPY, QKV_TOP_KEYS, QKV_NORMALISERS, QKV_RECEIVED, QKV_WEIGHTS,
-               QKV_MEANS, QKV_MAXIMA } qkv_question;
+typedef enum {
+    QKV_VALUES, QKV_LARGEST, QKV_ENTROPY, QKV_TOP_KEYS, QKV_NORMALISERS, QKV_RECEIVED, QKV_WEIGHTS, QKV_MEANS, QKV_MAXIMA,
+    QKV_INFLUENCE, QKV_MOVED, QKV_GROUPS
+} qkv_question;
 
 /* Byte strides of a (batch axes..., head, row, dim) view. A broadcast axis has stride 0. */
 typedef struct {
@@ -63,6 +73,11 @@ typedef struct {
     const char *k, *v;                /* (axes..., heads_kv, count, dim) and (..., dim_v) */
     int64_t first, count;
 } qkv_run;
+
+/* Keys [first, last) that belong to a group, or to none: -1. */
+typedef struct {
+    int64_t group, first, last;
+} qkv_members;
 
 /* What a call did; filled (added to) only when the problem carries one. */
 typedef struct {
@@ -90,7 +105,7 @@ typedef struct {
 
     const char *q;                    /* (axes..., heads_q, len_q, dim) */
     char *out;                        /* (axes..., heads_q, len_q, dim_v); overlaps no input */
-    void *lse;                        /* (axes..., heads_q, len_q), contiguous, or NULL; from RECEIVED on it is read, else written */
+    void *lse;                        /* (axes..., heads_q, len_q), contiguous, or NULL; of questions about weights it is read, else written */
     qkv_strides q_at, k_at, v_at, out_at;
 
     /* Keys of sequence b: runs[run_of[b]] ... runs[run_of[b + 1] - 1] in order of position, without gaps. With
@@ -130,14 +145,20 @@ typedef struct {
      * k_ids those from k_starts[b]. Its keys are the length_b of its runs, len_k being the most. */
     const int64_t *q_starts, *k_starts;
 
-    /* Of a question other than VALUES: dim_v is 0, and out and V are not looked at. */
+    /* Of a question other than VALUES, INFLUENCE, MOVED and GROUPS: dim_v is 0, and out and V are not looked at. */
     qkv_question question;
-    void *answer;
-    int64_t *answer_keys;             /* of TOP_KEYS */
-    int64_t answer_n;                 /* of TOP_KEYS and WEIGHTS, at least 1; of MEANS and MAXIMA */
+    void *answer;                     /* of VALUES: that of NORMALISERS as well, or NULL; then no pairs are multiplied */
+    int64_t *answer_keys;             /* of TOP_KEYS, INFLUENCE and MOVED */
+    int64_t answer_n;                 /* of TOP_KEYS, WEIGHTS and GROUPS, at least 1; of MEANS and MAXIMA */
     int64_t answer_rows;              /* of MEANS and MAXIMA */
     int64_t answer_first;             /* of WEIGHTS */
-    const void *normalisers;          /* from RECEIVED on, if lse is NULL: the answer of that name, of the same problem */
+    const void *normalisers;          /* of questions about weights, if lse is NULL: the answer of that name, of the same problem */
+
+    /* Of GROUPS: each key of a sequence once, groups in rising order, -1 first: members[members_of[b]] .. members[members_of[b + 1]]
+     * for sequence b, or, with members_of NULL, all n_members for each. */
+    const qkv_members *members;
+    const int64_t *members_of;
+    int64_t n_members;
 
     int threads;                      /* at most this many */
     int isa;                          /* index into the available CPU paths */

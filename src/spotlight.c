@@ -6,11 +6,16 @@
  *
  * A map in cells is made of sums, or maxima, over parts of columns, (parts, lanes), of one tile after the other. Each query is
  * then counted in its row of cells, which is kept in double precision until it is whole: one row, as queries come in order.
+ * How far outputs move without a key takes a second product, of values and outputs. Both are taken from a centre, and their
+ * distance is |o|^2 - 2 o v + |v|^2. The centre is a mean of some outputs, which know nothing of hidden values.
  */
 #include "spotlight.h"
 
 #include <math.h>
+#include <stdatomic.h>
 #include <string.h>
+
+enum { CENTRE_ROWS = 64 };            /* outputs that the centre is the mean of, at most */
 
 static double element(const qkv_problem *p, const void *x, int64_t i)
 {
@@ -40,8 +45,17 @@ static void begin_lists(const qkv_query_tile *t, const qkv_panel *x)
         set_element(t->problem, list.score, i, -INFINITY);
 }
 
-/* What weights are taken with, as it is given: those of a row are l 2^(c (S - m)). A row that sees nothing counts for nothing,
- * and so do lanes without one. Of a row with NaN m is NaN, and the factor 1: it also multiplies the 0 of hidden keys. */
+/* What weights of a row are taken with, as it is given: they are factor * 2^(c (S - m)). */
+static double normaliser_of(const qkv_query_tile *t, const qkv_row *r, double *factor)
+{
+    const qkv_problem *p = t->problem;
+    int64_t at = qkv_result_index(p, t->plan, t->sequence, t->head, r);
+    *factor = p->lse ? 1 : element(p, p->normalisers, 2 * at + 1);
+    return p->lse ? element(p, p->lse, at) / t->plan->rest : element(p, p->normalisers, 2 * at);
+}
+
+/* Those of a panel, into m and l. A row that sees nothing counts for nothing, and so do lanes
+ * without one. Of a row with NaN m is NaN, and the factor 1: it also multiplies the 0 of hidden keys. */
 static void take_normalisers(const qkv_query_tile *t, const qkv_panel *x)
 {
     const qkv_problem *p = t->problem;
@@ -49,9 +63,7 @@ static void take_normalisers(const qkv_query_tile *t, const qkv_panel *x)
     for (int j = 0; j < x->nv * t->plan->kernels->vector; j++) {
         double m = -INFINITY, factor = 1;
         if (j < x->n) {
-            int64_t at = qkv_result_index(p, t->plan, t->sequence, t->head, &r);
-            m = p->lse ? element(p, p->lse, at) / t->plan->rest : element(p, p->normalisers, 2 * at);
-            factor = p->lse ? 1 : element(p, p->normalisers, 2 * at + 1);
+            m = normaliser_of(t, &r, &factor);
             if (m != -INFINITY && isnan(factor)) {
                 m = factor;
                 factor = 1;
@@ -63,6 +75,31 @@ static void take_normalisers(const qkv_query_tile *t, const qkv_panel *x)
     }
 }
 
+/* Rows of a state behind O: the squares of the outputs' lengths, and keys with more than half the weight. */
+static char *row_of_state(const qkv_query_tile *t, char *state, int i)
+{
+    return state + (t->problem->dim_v + i) * (int64_t)qkv_lanes_bytes(t->plan);
+}
+
+static void begin_influence(const qkv_query_tile *t, const qkv_panel *x)
+{
+    const qkv_problem *p = t->problem;
+    const qkv_plan *plan = t->plan;
+    qkv_pack_outputs(t, x, x->state, -2);
+    plan->kernels->centre_outputs(x->state, t->scratch + plan->at_centre, row_of_state(t, x->state, 0), x->nv, (int)p->dim_v);
+    memset(row_of_state(t, x->state, 1), 0xff, qkv_lanes_bytes(plan));
+}
+
+/* The key that a lane has met with more than half its weight, or -1. */
+static int64_t heavy_of(const qkv_query_tile *t, const qkv_panel *x, int lane)
+{
+    const char *keys = row_of_state(t, x->state, 1);
+    if (t->problem->type == QKV_F64)
+        return ((const int64_t *)keys)[lane];
+    uint32_t key = ((const uint32_t *)keys)[lane];
+    return key == UINT32_MAX ? -1 : (int64_t)key;
+}
+
 void qkv_begin_answer(const qkv_query_tile *t)
 {
     const qkv_plan *plan = t->plan;
@@ -72,8 +109,10 @@ void qkv_begin_answer(const qkv_query_tile *t)
         plan->kernels->reset(x->state, qkv_state_m(plan, x->state), qkv_state_l(plan, x->state), x->nv, rows);
         if (t->problem->question == QKV_TOP_KEYS)
             begin_lists(t, x);
-        if (t->problem->question >= QKV_RECEIVED)
+        if (plan->by_key || t->problem->question == QKV_WEIGHTS || qkv_asks_cells(t->problem))
             take_normalisers(t, x);
+        if (t->problem->question == QKV_INFLUENCE)
+            begin_influence(t, x);
     }
 }
 
@@ -109,14 +148,30 @@ static qkv_parts parts_of(const qkv_query_tile *t, const qkv_panel *x, int lane,
     };
 }
 
+/* The values of the keys from `key` on. */
+static qkv_influence values_of(const qkv_query_tile *t, int64_t key, char *sums)
+{
+    const qkv_plan *plan = t->plan;
+    int64_t size = plan->kernels->size, at = key - t->first;
+    return (qkv_influence){
+        .v = t->scratch + plan->at_v + at * plan->copy_row_v * size, .v_row = (ptrdiff_t)plan->copy_row_v,
+        .v_size = t->scratch + plan->at_sizes + at * size, .not_finite = t->not_finite, .first = key,
+        .t = t->scratch + plan->at_products, .sums = sums,
+    };
+}
+
 void qkv_ask(const qkv_query_tile *t, const qkv_panel *x, int lane, int64_t key, const qkv_tile *tile)
 {
     const qkv_kernels *kernels = t->plan->kernels;
+    char *sums = t->scratch + t->plan->at_sums + (key - t->first) * kernels->vector * kernels->size;
     qkv_heaviest list;
     qkv_weights to;
     qkv_parts parts;
+    qkv_influence of;
     switch (t->problem->question) {
     case QKV_VALUES:
+    case QKV_MOVED:
+    case QKV_GROUPS:
         break;
     case QKV_LARGEST:
         kernels->look_largest(tile);
@@ -142,7 +197,11 @@ void qkv_ask(const qkv_query_tile *t, const qkv_panel *x, int lane, int64_t key,
         (t->problem->question == QKV_MEANS ? kernels->look_sums : kernels->look_maxima)(tile, &parts);
         break;
     case QKV_RECEIVED:
-        kernels->look_received(tile, t->scratch + t->plan->at_sums + (key - t->first) * kernels->vector * kernels->size);
+        kernels->look_received(tile, sums);
+        break;
+    case QKV_INFLUENCE:
+        of = values_of(t, key, sums);
+        kernels->look_influence(tile, &of);
         break;
     }
 }
@@ -280,5 +339,215 @@ void qkv_count_cells(const qkv_query_tile *t, qkv_range columns)
             t->plan->parts, factors + lane * kernels->size, (int)(last - query));
         if (last == end)
             write_cells(t, columns, row++);
+    }
+}
+
+/* The mean of some outputs of the tile's head, of those that are finite and not all 0, which say nothing of values. */
+static void find_centre(const qkv_query_tile *t)
+{
+    const qkv_problem *p = t->problem;
+    char *centre = t->scratch + t->plan->at_centre;
+    int64_t queries = qkv_queries(p, t->sequence), step = (queries + CENTRE_ROWS - 1) / CENTRE_ROWS;
+    int rows = 0;
+    for (int64_t d = 0; d < p->dim_v; d++)
+        set_element(p, centre, d, 0);
+    for (int64_t i = 0; i < queries; i += step) {
+        qkv_row r = {i, 0, 1};
+        const void *o = qkv_output_row(t, &r);
+        double sum = 0;
+        for (int64_t d = 0; d < p->dim_v; d++)
+            sum += fabs(element(p, o, d));
+        if (sum == 0 || !isfinite(sum))
+            continue;
+        rows++;
+        for (int64_t d = 0; d < p->dim_v; d++)
+            set_element(p, centre, d, element(p, centre, d) + (element(p, o, d) - element(p, centre, d)) / rows);
+    }
+}
+
+int qkv_centre_values(const qkv_query_tile *t, qkv_range keys)
+{
+    const qkv_plan *plan = t->plan;
+    int64_t size = plan->kernels->size;
+    find_centre(t);
+    return plan->kernels->centre_values(t->scratch + plan->at_v + keys.lo * plan->copy_row_v * size, (ptrdiff_t)plan->copy_row_v,
+                                        t->scratch + plan->at_centre, t->scratch + plan->at_sizes + keys.lo * size,
+                                        (int)(keys.hi - keys.lo), (int)t->problem->dim_v);
+}
+
+void qkv_write_heavy(const qkv_query_tile *t)
+{
+    const qkv_problem *p = t->problem;
+    for (int i = 0; i < t->panels; i++) {
+        const qkv_panel *x = &t->panel[i];
+        qkv_row r = qkv_first_row(t, x);
+        for (int j = 0; j < x->n; j++, qkv_next_row(&r)) {
+            int64_t key = heavy_of(t, x, j);
+            if (key < 0)
+                continue;
+            /* A log-sum-exp that is not theirs may make several keys heavy, in several tasks: the last one counts. */
+            _Atomic int64_t *to = (_Atomic int64_t *)p->answer_keys + qkv_result_index(p, t->plan, t->sequence, t->head, &r);
+            int64_t was = atomic_load_explicit(to, memory_order_relaxed);
+            while (was < key && !atomic_compare_exchange_weak(to, &was, key))
+                continue;
+        }
+    }
+}
+
+int qkv_has_heavy(const qkv_problem *p, const qkv_plan *plan, int64_t sequence, int64_t head, int64_t tile)
+{
+    int64_t rows = plan->tile_panels * plan->kernels->lanes;
+    int64_t last = qkv_min((tile + 1) * rows, qkv_queries(p, sequence) * plan->group);
+    qkv_row r = qkv_row_of(tile * rows, plan->group);
+    for (int64_t i = tile * rows; i < last; i++, qkv_next_row(&r))
+        if (p->answer_keys[qkv_result_index(p, plan, sequence, head, &r)] >= 0)
+            return 1;
+    return 0;
+}
+
+void qkv_write_moved(const qkv_query_tile *t)
+{
+    const qkv_problem *p = t->problem;
+    for (int i = 0; i < t->panels; i++) {
+        const qkv_panel *x = &t->panel[i];
+        void *const *without = qkv_finish_rows(t, x);
+        qkv_row r = qkv_first_row(t, x);
+        for (int j = 0; j < x->n; j++, qkv_next_row(&r)) {
+            int64_t at = qkv_result_index(p, t->plan, t->sequence, t->head, &r);
+            if (p->answer_keys[at] < 0)
+                continue;
+            const void *o = qkv_output_row(t, &r);
+            double sum = 0;
+            for (int64_t d = 0; d < p->dim_v; d++) {
+                double moved = element(p, o, d) - element(p, without[j], d);
+                sum += moved * moved;
+            }
+            set_element(p, p->answer, at, sum);
+        }
+    }
+}
+
+/* Of a row: its heaviest group so far and the weight of that; the group that is less, and is merged with the rest; what makes weights
+ * of its scores. */
+typedef struct {
+    int64_t group, lesser;
+    double weight, lesser_weight, m, factor;
+} qkv_share;
+
+_Static_assert(sizeof(qkv_share) <= QKV_SHARE_BYTES, "shares overlap in scratch");
+
+static char *group_state(const qkv_query_tile *t, size_t at, int panel)
+{
+    return t->scratch + at + (size_t)panel * t->plan->state_bytes;
+}
+
+static qkv_share *shares_of(const qkv_query_tile *t, int panel)
+{
+    return (qkv_share *)(t->scratch + t->plan->at_shares) + (size_t)panel * (size_t)t->plan->kernels->lanes;
+}
+
+static void empty_state(const qkv_query_tile *t, int panel, char *state)
+{
+    const qkv_plan *plan = t->plan;
+    plan->kernels->reset(state, qkv_state_m(plan, state), qkv_state_l(plan, state), t->panel[panel].nv, (int)t->problem->dim_v);
+}
+
+/* Squares of the distances of a panel's outputs from what a state says: element j is that of lane j. */
+static const void *distances(const qkv_query_tile *t, int panel, char *state)
+{
+    const qkv_plan *plan = t->plan;
+    char *squares = t->scratch + plan->at_s, *outputs = t->scratch + plan->at_outputs;
+    size_t bytes = (size_t)t->problem->dim_v * qkv_lanes_bytes(plan);
+    plan->kernels->distance(squares, outputs + (size_t)panel * bytes, state, qkv_state_l(plan, state), t->panel[panel].nv,
+                            (int)t->problem->dim_v);
+    return squares;
+}
+
+void qkv_begin_groups(const qkv_query_tile *t)
+{
+    const qkv_plan *plan = t->plan;
+    size_t bytes = (size_t)t->problem->dim_v * qkv_lanes_bytes(plan);
+    for (int i = 0; i < t->panels; i++) {
+        const qkv_panel *x = &t->panel[i];
+        qkv_share *share = shares_of(t, i);
+        qkv_row r = qkv_first_row(t, x);
+        qkv_pack_outputs(t, x, t->scratch + plan->at_outputs + (size_t)i * bytes, 1);
+        qkv_begin_state(t, x, group_state(t, plan->at_rest, i));
+        empty_state(t, i, group_state(t, plan->at_best, i));
+        for (int j = 0; j < x->n; j++, qkv_next_row(&r)) {
+            share[j] = (qkv_share){.group = -1};
+            share[j].m = normaliser_of(t, &r, &share[j].factor);
+        }
+    }
+}
+
+void qkv_begin_group(const qkv_query_tile *t, uint64_t chosen)
+{
+    for (int i = 0; i < t->panels; i++)
+        if (chosen >> i & 1)
+            empty_state(t, i, t->panel[i].total);
+}
+
+/* Lane j of two states, the other way round. */
+static void exchange(const qkv_query_tile *t, char *a, char *b, int j)
+{
+    size_t size = (size_t)t->plan->kernels->size, row = qkv_lanes_bytes(t->plan);
+    char *m = qkv_state_m(t->plan, a), kept[sizeof(double)];
+    for (int64_t e = 0; e < t->problem->dim_v + 2; e++) {
+        size_t at = (size_t)j * size + (e < t->problem->dim_v ? (size_t)e * row : (size_t)(m - a) + (size_t)(e - t->problem->dim_v) * row);
+        memcpy(kept, a + at, size);
+        memcpy(a + at, b + at, size);
+        memcpy(b + at, kept, size);
+    }
+}
+
+void qkv_settle_group(const qkv_query_tile *t, int64_t group, double *sums)
+{
+    const qkv_problem *p = t->problem;
+    const qkv_plan *plan = t->plan;
+    for (int i = 0; i < t->panels; i++) {
+        const qkv_panel *x = &t->panel[i];
+        char *own = x->total, *best = group_state(t, plan->at_best, i), *rest = group_state(t, plan->at_rest, i);
+        qkv_share *share = shares_of(t, i);
+        for (int j = 0; j < x->n; j++) {
+            double m = element(p, qkv_state_m(plan, own), j), l = element(p, qkv_state_l(plan, own), j);
+            /* Equal maxima may be infinite, and their difference NaN. */
+            double part = m == share[j].m ? 1 : exp((m - share[j].m) * plan->rest);
+            double weight = l == 0 ? 0 : l * part * share[j].factor;
+            share[j].lesser = l == 0 ? -1 : group;
+            share[j].lesser_weight = weight;
+            if (group >= 0 && l != 0 && (share[j].group < 0 || weight > share[j].weight)) {
+                share[j].lesser = share[j].group;
+                share[j].lesser_weight = share[j].weight;
+                share[j].group = group;
+                share[j].weight = weight;
+                exchange(t, own, best, j);
+            }
+        }
+        const void *apart = distances(t, i, own);
+        for (int j = 0; j < x->n; j++) {
+            double w = share[j].lesser_weight / (1 - share[j].lesser_weight);
+            if (share[j].lesser >= 0)
+                sums[share[j].lesser] += w * w * element(p, apart, j);
+        }
+        plan->kernels->merge(rest, qkv_state_m(plan, rest), qkv_state_l(plan, rest), own, qkv_state_m(plan, own),
+                             qkv_state_l(plan, own), x->nv, (int)p->dim_v, plan->c);
+    }
+}
+
+void qkv_end_groups(const qkv_query_tile *t, double *sums)
+{
+    const qkv_problem *p = t->problem;
+    for (int i = 0; i < t->panels; i++) {
+        const qkv_panel *x = &t->panel[i];
+        const qkv_share *share = shares_of(t, i);
+        for (int whole = 0; whole < 2; whole++) {       /* groups that have more than half: all others are the output without */
+            const void *apart = distances(t, i, group_state(t, whole ? t->plan->at_rest : t->plan->at_best, i));
+            for (int j = 0; j < x->n; j++) {
+                double w = whole ? 1 : share[j].weight / (1 - share[j].weight);
+                if (share[j].group >= 0 && (share[j].weight > 0.5) == whole)
+                    sums[share[j].group] += w * w * element(p, apart, j);
+            }
+        }
     }
 }

@@ -27,6 +27,7 @@ static void lay_out_panels(qkv_query_tile *t)
         x->state = t->scratch + plan->at_state + (size_t)i * plan->state_bytes;
         x->total = plan->merges ? t->scratch + plan->at_total + (size_t)i * plan->state_bytes : x->state;
         x->limits = (qkv_limits *)limits;
+        x->without = (int64_t *)(t->scratch + plan->at_without) + i * (int64_t)lanes;
         x->rows = (qkv_range *)(limits + (vectors + 1) * sizeof(qkv_limits));
     }
 }
@@ -38,6 +39,31 @@ static qkv_range visible(const qkv_query_tile *t, int64_t position, int kept)
     keys.lo = qkv_max(keys.lo, t->keys.lo);
     keys.hi = qkv_max(keys.lo, qkv_min(keys.hi, t->keys.hi));
     return keys;
+}
+
+/* The keys that rows go without. Whole vectors of rows that have all of theirs see none: nothing is asked of them. */
+static void take_without(const qkv_query_tile *t)
+{
+    int w = t->plan->kernels->vector;
+    for (int i = 0; i < t->panels; i++) {
+        const qkv_panel *x = &t->panel[i];
+        qkv_row r = qkv_first_row(t, x);
+        int skipped = 0, all = 0;
+        for (int j = 0; j < x->nv * w; j++) {
+            x->without[j] = -1;
+            if (j < x->n) {
+                x->without[j] = t->problem->answer_keys[qkv_result_index(t->problem, t->plan, t->sequence, t->head, &r)];
+                qkv_next_row(&r);
+            }
+            all = (j % w ? all : 0) | (x->without[j] >= 0);
+            if (j % w == w - 1 && !all) {
+                x->limits[1 + j / w] = (qkv_limits){{INT64_MAX, 0}, {0, 0}};
+                skipped = 1;
+            }
+        }
+        if (skipped)
+            x->limits[0].all = (qkv_range){0, 0};       /* so that panels are looked at vector by vector */
+    }
 }
 
 void qkv_find_limits(qkv_query_tile *t, int kept)
@@ -92,6 +118,35 @@ static void pack_queries(const qkv_query_tile *t)
     }
 }
 
+/* A row of out where the kernels can read it: in place, or a copy that `room` has room for. */
+static const void *output_row(const qkv_query_tile *t, const qkv_row *r, char *room)
+{
+    const qkv_problem *p = t->problem;
+    const qkv_plan *plan = t->plan;
+    char *from = p->out + t->out_offset + qkv_row_offset(r, &p->out_at);
+    if (plan->direct_out)
+        return from;
+    qkv_rows one = {from, 0, (ptrdiff_t)p->out_at.dim, p->out_type, p->swapped_out};
+    plan->kernels->gather(room, 0, &one, 1, (int)p->dim_v);
+    return room;
+}
+
+const void *qkv_output_row(const qkv_query_tile *t, const qkv_row *r)
+{
+    size_t row_bytes = (size_t)t->problem->dim_v * (size_t)t->plan->kernels->size;
+    return output_row(t, r, t->scratch + t->plan->at_tile + (size_t)t->plan->kernels->lanes * row_bytes);
+}
+
+void qkv_pack_outputs(const qkv_query_tile *t, const qkv_panel *x, char *to, double factor)
+{
+    const void **rows = (const void **)(t->scratch + t->plan->at_rows);
+    size_t row_bytes = (size_t)t->problem->dim_v * (size_t)t->plan->kernels->size;
+    qkv_row r = qkv_first_row(t, x);
+    for (int j = 0; j < x->n; j++, qkv_next_row(&r))
+        rows[j] = output_row(t, &r, t->scratch + t->plan->at_tile + (size_t)j * row_bytes);
+    t->plan->kernels->pack(to, rows, x->n, (int)t->problem->dim_v, factor);
+}
+
 void qkv_open_tile(qkv_query_tile *t, const qkv_problem *p, const qkv_plan *plan, int64_t sequence, int64_t head,
                    qkv_range rows, qkv_range keys, const uint8_t *summary, char *scratch, qkv_counters *counters)
 {
@@ -114,12 +169,20 @@ void qkv_open_tile(qkv_query_tile *t, const qkv_problem *p, const qkv_plan *plan
     t->v_offset = head / plan->sharing * p->v_at.head + (p->run_of ? 0 : qkv_sequence_offset(p, &p->v_at, sequence));
     lay_out_panels(t);
     qkv_find_limits(t, 0);
+    if (p->question == QKV_MOVED)
+        take_without(t);
     for (int i = 0; plan->adjust && i < t->panels; i++) {
         qkv_panel *x = &t->panel[i];
         qkv_open_lanes(&t->elements, &x->lanes, x->row, x->n, x->nv * plan->kernels->vector,
                        scratch + plan->at_lanes + i * lanes * QKV_LANE_BYTES);
     }
     pack_queries(t);
+}
+
+void qkv_take_range(qkv_query_tile *t, qkv_range keys)
+{
+    t->keys = keys;
+    qkv_find_limits(t, 0);
 }
 
 /* A sink as a maximum of the kernels: in units of what is left of the scale, and within the type. */
@@ -183,8 +246,29 @@ void qkv_write_lse(const qkv_problem *p, const qkv_plan *plan, int64_t sequence,
     }
 }
 
+void qkv_write_normalisers(const qkv_problem *p, const qkv_plan *plan, int64_t sequence, int64_t head, int64_t row, int64_t n,
+                           const void *m, const void *l)
+{
+    qkv_row r = qkv_row_of(row, plan->group);
+    for (int64_t j = 0; j < n; j++, qkv_next_row(&r)) {
+        int64_t at = 2 * qkv_result_index(p, plan, sequence, head, &r);
+        int wide = p->type == QKV_F64;
+        double sum = wide ? ((const double *)l)[j] : ((const float *)l)[j], factor = sum == 0 ? 0 : 1 / sum;
+        double top = wide ? ((const double *)m)[j] : ((const float *)m)[j];
+        if (isnan(sum))
+            top = sum;                                  /* else a row that sees NaN alone would seem to see nothing */
+        if (wide) {
+            ((double *)p->answer)[at] = top;
+            ((double *)p->answer)[at + 1] = factor;
+        } else {
+            ((float *)p->answer)[at] = (float)top;
+            ((float *)p->answer)[at + 1] = (float)factor;
+        }
+    }
+}
+
 /* Where the rows of O are written: in place if the kernels can, else in scratch. */
-static void **output_rows(const qkv_query_tile *t, const qkv_panel *x)
+static void **output_rows(const qkv_query_tile *t, const qkv_panel *x, int direct)
 {
     const qkv_problem *p = t->problem;
     const qkv_plan *plan = t->plan;
@@ -193,15 +277,21 @@ static void **output_rows(const qkv_query_tile *t, const qkv_panel *x)
     size_t row_bytes = (size_t)p->dim_v * (size_t)plan->kernels->size;
     qkv_row r = qkv_first_row(t, x);
     for (int j = 0; j < x->n; j++, qkv_next_row(&r))
-        rows[j] = plan->direct_out ? p->out + t->out_offset + qkv_row_offset(&r, &p->out_at)
-                                   : copies + (size_t)j * row_bytes;
+        rows[j] = direct ? p->out + t->out_offset + qkv_row_offset(&r, &p->out_at) : copies + (size_t)j * row_bytes;
+    return rows;
+}
+
+void *const *qkv_finish_rows(const qkv_query_tile *t, const qkv_panel *x)
+{
+    void **rows = output_rows(t, x, 0);
+    t->plan->kernels->finish(rows, x->total, qkv_state_l(t->plan, x->total), x->n, (int)t->problem->dim_v);
     return rows;
 }
 
 void qkv_expect_writing(const qkv_query_tile *t, const qkv_panel *x)
 {
     if (t->plan->direct_out)
-        t->plan->kernels->expect(output_rows(t, x), x->n, (int)t->problem->dim_v);
+        t->plan->kernels->expect(output_rows(t, x, 1), x->n, (int)t->problem->dim_v);
 }
 
 void qkv_write_tile(const qkv_query_tile *t)
@@ -210,7 +300,7 @@ void qkv_write_tile(const qkv_query_tile *t)
     const qkv_plan *plan = t->plan;
     for (int i = 0; i < t->panels; i++) {
         const qkv_panel *x = &t->panel[i];
-        void **rows = output_rows(t, x);
+        void **rows = output_rows(t, x, plan->direct_out);
         plan->kernels->finish(rows, x->total, qkv_state_l(plan, x->total), x->n, (int)p->dim_v);
         qkv_row r = qkv_first_row(t, x);
         for (int j = 0; j < x->n && !plan->direct_out; j++, qkv_next_row(&r)) {
@@ -221,5 +311,8 @@ void qkv_write_tile(const qkv_query_tile *t)
         if (p->lse)
             qkv_write_lse(p, plan, t->sequence, t->head, x->row, x->n, qkv_state_m(plan, x->total),
                           qkv_state_l(plan, x->total));
+        if (p->answer)
+            qkv_write_normalisers(p, plan, t->sequence, t->head, x->row, x->n, qkv_state_m(plan, x->total),
+                                  qkv_state_l(plan, x->total));
     }
 }

@@ -14,6 +14,7 @@ typedef struct {
     char *q, *state, *total;          /* Q^T; the state of one chunk; that of all so far */
     qkv_range *rows;                  /* (lanes): keys that each sees; not filled where all see the same */
     qkv_limits *limits;               /* of the whole panel, then of each vector */
+    int64_t *without;                 /* (lanes): of MOVED, the key that each row goes without, or -1 */
     qkv_lanes lanes;                  /* filled if scores are adjusted */
 } qkv_panel;
 
@@ -29,6 +30,7 @@ typedef struct {
     qkv_range any;                    /* keys that some row sees */
     int64_t first;                    /* of the keys, or of the columns of cells, whose sums over queries lie in scratch */
     int *peaked;                      /* what its panels tell each other: see qkv_tile */
+    int not_finite;                   /* their values, as far as they are squared */
     char *scratch;
     qkv_counters *counters;
     qkv_elements elements;
@@ -54,6 +56,18 @@ static inline qkv_range qkv_tile_rows(const qkv_problem *p, const qkv_plan *plan
 /* What the rows see: of the keys that no window hides, or of all others, as qkv_open_tile has it. */
 void qkv_find_limits(qkv_query_tile *tile, int kept);
 
+/* From here on the rows see no other keys than these. */
+void qkv_take_range(qkv_query_tile *tile, qkv_range keys);
+
+/* O^T <- factor * rows of out, (dim_v, lanes). */
+void qkv_pack_outputs(const qkv_query_tile *tile, const qkv_panel *panel, char *to, double factor);
+
+/* A row of out, where it lies or in scratch. */
+const void *qkv_output_row(const qkv_query_tile *tile, const qkv_row *row);
+
+/* Rows of the totals, O / l, in scratch. */
+void *const *qkv_finish_rows(const qkv_query_tile *tile, const qkv_panel *panel);
+
 /* Sets the state of a panel to that of no keys but the sinks. */
 void qkv_begin_state(const qkv_query_tile *tile, const qkv_panel *panel, char *state);
 
@@ -67,6 +81,10 @@ int64_t qkv_result_index(const qkv_problem *problem, const qkv_plan *plan, int64
 /* Writes the log-sum-exp of n rows of a key head with these m and l. */
 void qkv_write_lse(const qkv_problem *problem, const qkv_plan *plan, int64_t sequence, int64_t head, int64_t row, int64_t n,
                    const void *m, const void *l);
+
+/* Writes what makes weights of their scores, likewise. */
+void qkv_write_normalisers(const qkv_problem *problem, const qkv_plan *plan, int64_t sequence, int64_t head, int64_t row, int64_t n,
+                           const void *m, const void *l);
 
 /* Tells the memory that O of this panel is written soon. */
 void qkv_expect_writing(const qkv_query_tile *tile, const qkv_panel *panel);

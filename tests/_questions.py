@@ -3,6 +3,8 @@
 The rule is attention's (_util.py) with what an answer is measured by in place of max|v|: 1 for weights, so a key's sum
 of them has 4 eps for each query; the largest score for scores; 1 + max|s - m| for entropies, which are weights times
 that. A cell of a map is held to the rule of a weight, whether it is their mean or their maximum.
+`influence` is held to it by squares: 4 eps of those of values and outputs, less a centre, that its differences
+are made of. Unless they are given, its values are the keys.
 """
 
 import numpy as np
@@ -13,9 +15,10 @@ import qkv_fast
 from qkv_fast import reference, spotlight
 
 PER_QUERY = ("largest", "entropy", "top_keys")
-RAGGED = (*PER_QUERY, "received")
-OF_CACHES = (*RAGGED, "weights")  # which caches have as methods
-ALL = (*OF_CACHES, "pooled")
+PER_KEY = ("received", "influence")
+RAGGED = (*PER_QUERY, *PER_KEY)
+OF_CACHES = (*PER_QUERY, "received", "weights")  # which caches have as methods
+ALL = (*RAGGED, "weights", "pooled")
 _SIZES = st.sampled_from([1, 2, 7, 40, 256, 2000])
 _CELLS = st.fixed_dictionaries(dict(shape=st.tuples(_SIZES, _SIZES), reduce=st.sampled_from(["mean", "max"])))
 
@@ -25,8 +28,16 @@ def own_arguments(name):
     return _CELLS if name == "pooled" else st.just({})
 
 
-def ask(name, q, k, **options):
-    return getattr(spotlight, name)(q, k, **options)
+def arrays_of(name, q, k, v=None):
+    return (q, k, k if v is None else v) if name == "influence" else (q, k)
+
+
+def ask(name, q, k, v=None, **options):
+    return getattr(spotlight, name)(*arrays_of(name, q, k, v), **options)
+
+
+def exactly(name, q, k, v=None, **options):
+    return getattr(reference.spotlight, name)(*arrays_of(name, q, k, v), **options)
 
 
 def plain_weights(q, k, **options):
@@ -65,6 +76,9 @@ def check(name, q, k, *, threads=None, queries=None, shape=(256, 256), reduce="m
     if name == "pooled":
         named = {"shape": shape, "reduce": reduce}
     got = ask(name, q, k, num_threads=threads, **named, **options)
+    if name == "influence":
+        check_influence(got, q, k, k, **options)
+        return got
     hold(got, name, q, k, queries=queries, shape=shape, reduce=reduce, **options)
     return got
 
@@ -126,6 +140,70 @@ def check_top(got, q, k, options, dtype, eps, scores, p, usual_p, lse):
     assert np.abs(theirs - best).max(initial=0, where=finite) <= most
     own = np.take_along_axis(p, np.maximum(keys, 0), -1)
     assert np.abs(own - weights).max(initial=0, where=there) <= bound(usual_p, p, 1, eps)
+
+
+def moves(p, v, out, groups):
+    """Of each query and key, or group: its weight; how far the output lies from the mean of its values, squared, and
+    how far both lie from the mean of all values, which is returned as well."""
+    v = np.where(np.isfinite(v), v, 0).astype(p.dtype)
+    v = np.repeat(v, out.shape[-3] // v.shape[-3], axis=-3) if out.ndim > 2 else v
+    centre = v.mean(axis=-2, keepdims=True, dtype=p.dtype)
+    shares, apart, size = p, np.zeros_like(p), np.zeros_like(p)
+    if groups is not None:
+        members = [groups == g for g in range(groups.max(initial=-1) + 1)]
+        shares, apart, size = np.zeros((3, *p.shape[:-1], len(members)), p.dtype)
+        for g, inside in enumerate(members):
+            shares[..., g] = p[..., inside].sum(axis=-1)
+            share = np.where(shares[..., g] == 0, p.dtype.type(1), shares[..., g])[..., None]
+            mean = p[..., inside] @ v[..., inside, :] / share
+            apart[..., g] = ((out - mean) ** 2).sum(axis=-1)
+            size[..., g] = ((out - centre) ** 2 + (mean - centre) ** 2).sum(axis=-1)
+    for d in range(v.shape[-1] if groups is None else 0):
+        o, x, c = out[..., d, None], v[..., None, :, d], centre[..., d, None]
+        apart += (o - x) ** 2
+        size += (o - c) ** 2 + (x - c) ** 2
+    return shares, apart, size, centre
+
+
+def influence_squares(attend, p, q, k, v, groups, options):
+    """By differences, and by attention once more where a key or group has more than half; and what they are made of."""
+    out = attend(q, k, v, **options)
+    shares, apart, size, centre = moves(p, v, out, groups)
+    factor = (shares / (1 - shares)) ** 2
+    squares, size = factor * apart, factor * size
+    if not shares.size:
+        return squares.sum(axis=-2), size.sum(axis=-2)
+    most = shares.argmax(axis=-1)[..., None]
+    numbers = np.arange(k.shape[-2]) if groups is None else groups
+    heavy = np.take_along_axis(shares, most, -1) > 0.5
+    seen = (numbers != most) & np.broadcast_to(options.get("mask", True), p.shape)
+    without = attend(q, k, v, **(options | dict(mask=seen)))
+    for x, redone in (
+        (squares, ((out - without) ** 2).sum(axis=-1, keepdims=True)),
+        (size, ((out - centre) ** 2 + (without - centre) ** 2).sum(axis=-1, keepdims=True)),
+    ):
+        np.put_along_axis(x, most, np.where(heavy, redone, np.take_along_axis(x, most, -1)), -1)
+    return squares.sum(axis=-2), size.sum(axis=-2)
+
+
+def check_influence(got, q, k, v, groups=None, **options):
+    """By its squares."""
+    dtype, eps = arithmetic(q.dtype), np.finfo(arithmetic(q.dtype)).eps
+    exact = exactly("influence", q, k, v, groups=groups, **options)
+    p = reference.spotlight._matrices("influence", q, k, options)[2]
+    with np.errstate(all="ignore"):
+        usual, _ = influence_squares(
+            lambda *a, **o: plain(*a, **o)[0], plain_weights(q, k, **options), q, k, v, groups, options
+        )
+        size = influence_squares(reference.attention, p, q, k, v, groups, options)[1]
+        both = np.isfinite(usual) & np.isfinite(exact)
+        error = np.abs(usual.astype(exact.dtype) - exact**2).max(initial=0, where=both)
+    assert got.shape == exact.shape and got.dtype == dtype, (got.shape, exact.shape, got.dtype)
+    finite = np.isfinite(exact)
+    np.testing.assert_array_equal(got[~finite].astype(exact.dtype), exact[~finite])
+    most = 2 * error + 4 * eps * size
+    wrong = finite & ~(np.abs(got.astype(exact.dtype) ** 2 - exact**2) <= most)
+    assert not wrong.any(), f"{got[wrong][:3]} for {exact[wrong][:3]}, squares within {most[wrong][:3]}"
 
 
 def lse_of(q, k, **options):

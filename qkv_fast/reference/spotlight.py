@@ -237,3 +237,68 @@ def _pool(p: Any, shape: Any, reduce: str) -> Any:
         cells = (range(c * n // count, (c + 1) * n // count) for c in range(count))
         p = np.stack([of_cell(np.take(p, cell, axis), axis) for cell in cells], axis) if count else p
     return p
+
+
+def influence(q: Any, k: Any, v: Any, *, groups: Any = None, **options: Any) -> Any:
+    """How far the output of attention would move if a key, or a group of keys, were hidden.
+
+    Parameters
+    ----------
+    q, k, v : array_like
+        As in `qkv_fast.spotlight.influence`.
+    groups : array_like of int, shape (Lk,), optional
+        The group of each key, from 0 on, or -1 for none; by default each key is one.
+    **options
+        Its other arguments.
+
+    Returns
+    -------
+    ndarray, shape (..., Hq, Lk) or (..., Hq, groups)
+        Of the type that `reference.attention` returns for q.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `reference.attention`.
+
+    Examples
+    --------
+    >>> from qkv_fast import reference
+    >>> reference.spotlight.influence([[0.0]], [[1.0], [1.0]], [[3.0], [4.0]]).astype("float64")
+    array([0.5, 0.5])
+    """
+    if unknown := set(options) - set(_NAMES):
+        raise TypeError(f"reference.spotlight.influence() got an unexpected keyword argument {min(unknown)!r}")
+    options = {"causal": False, "layout": "bhld"} | options
+    arguments: list[Any] = [options.get(name) for name in _NAMES]
+    given, _, v, _, scores, sinks = _scored("reference.spotlight.influence", q, k, v, *arguments)
+    seen = reached = scores != -np.inf
+    with np.errstate(all="ignore"):
+        p = _softmax(scores, sinks)[0]
+        out = _weigh(p, v, seen)
+        if groups is None:
+            groups, shares = np.arange(scores.shape[-1]), p
+            apart = np.zeros_like(p)
+            for d in range(v.shape[-1]):
+                apart += (out[..., d, np.newaxis] - v[..., np.newaxis, :, d]) ** 2
+        else:
+            groups = np.asarray(groups)
+            members = [groups == g for g in range(groups.max(initial=-1) + 1)]
+            shares, apart = np.zeros((2, *p.shape[:-1], len(members)), p.dtype)
+            reached = np.zeros(shares.shape, bool)
+            for g, inside in enumerate(members):
+                shares[..., g] = p[..., inside].sum(axis=-1)
+                mean = _weigh(p[..., inside], v[..., inside, :], seen[..., inside]) / shares[..., g, np.newaxis]
+                apart[..., g] = np.sum((out - np.where(shares[..., g, np.newaxis] == 0, 0, mean)) ** 2, axis=-1)
+                reached[..., g] = seen[..., inside].any(axis=-1)
+        moved = (shares / (1 - shares)) ** 2 * apart
+        if shares.shape[-1]:
+            # 1 - p says little where one has nearly all the weight: such queries attend without it.
+            most = np.argmax(np.where(np.isnan(shares), 0, shares), axis=-1)[..., np.newaxis]
+            others = np.where(groups == most, -np.inf, scores)
+            without = np.sum((out - _weigh(_softmax(others, sinks)[0], v, others != -np.inf)) ** 2, axis=-1)
+            spread = np.take_along_axis(shares, most, -1) <= 0.5
+            kept = np.where(spread, np.take_along_axis(moved, most, -1), without[..., np.newaxis])
+            np.put_along_axis(moved, most, kept, -1)
+        found = np.sqrt(np.sum(np.where(reached, moved, 0), axis=-2))
+    return found[0] if given.ndim == 2 else found

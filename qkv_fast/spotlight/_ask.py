@@ -1,4 +1,4 @@
-"""What the questions share: a problem without values, a log-sum-exp, given or computed, and the core's answer."""
+"""What the questions share: a problem, mostly without values, what attention computes for it, and the core's answer."""
 
 from typing import Any
 
@@ -12,11 +12,12 @@ from .._core import Problem
 def check(
     where: str, q: Any, k: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, mask: Any, bias: Any, causal: Any, window: Any,
     q_offset: Any, kv_lengths: Any, segments: Any, alibi_slopes: Any, sinks: Any, softcap: Any, scale: Any, layout: Any,
-    num_threads: Any, words: dict[str, Any],
+    num_threads: Any, words: dict[str, Any], v: Any = None,
 ) -> Problem:  # fmt: skip
-    """The problem of arrays, or of packed sequences; its values have no elements."""
-    k = _as_array("k", k, where)
-    v = k[..., :0] if k.ndim else k
+    """The problem of arrays, or of packed sequences; unless they are given, its values have no elements."""
+    if v is None:
+        k = _as_array("k", k, where)
+        v = k[..., :0] if k.ndim else k
     if cu_seqlens_q is None and cu_seqlens_k is None:
         p = _problem.check(
             where, q, k, v, mask, bias, causal, window, q_offset, kv_lengths, segments, alibi_slopes, sinks, softcap,
@@ -44,11 +45,12 @@ def key_count(p: Problem) -> int:
 
 def answer(
     p: Problem, question: str, shape: tuple[int, ...], *, lse: Array | None = None, keys: Array | None = None,
-    normalisers: Array | None = None, first_key: int = 0,
+    normalisers: Array | None = None, first_key: int = 0, out: Array | None = None,
 ) -> Array:  # fmt: skip
     """What the core says, an array of this shape."""
     result = np.zeros(shape, result_type(p))  # weights of hidden keys are not written
-    _core.forward(p, p.empty(), lse, _core.QUESTIONS[question], result, keys, normalisers, first_key)
+    number = _core.QUESTIONS[question]
+    _core.forward(p, p.empty() if out is None else out, lse, number, result, keys, normalisers, first_key)
     return result
 
 
@@ -70,3 +72,25 @@ def check_lse(p: Problem, lse: Any) -> Array:
     if given.shape != p.rows:
         raise ValueError(f"{p.where}: lse must have the shape {p.rows}, got lse.shape={given.shape}")
     return np.ascontiguousarray(given, expected)
+
+
+def check_output(p: Problem, output: Any) -> Array:
+    """The output of attention for this problem; any strides."""
+    given = _as_array("output", output, p.where)
+    own, wide = _TYPES[p.number], result_type(p)
+    if given.dtype.num not in (own.num, wide.num):
+        known = f"{own}" if own == wide else f"{own} or {wide}"
+        known += f", as attention returns it for {p.q.dtype}"
+        raise TypeError(f"{p.where}: output must be {known}, got {given.dtype}")
+    if given.shape != p.shape:
+        raise ValueError(f"{p.where}: output must have the shape {p.shape}, got output.shape={given.shape}")
+    return given
+
+
+def attended(p: Problem) -> tuple[Array, Array]:
+    """The output of attention, not rounded to 16 bits, and what makes weights of its scores: in one pass."""
+    wide = result_type(p)
+    out = _core.empty(p.where, p.shape, wide.num)
+    normalisers = _core.empty(p.where, (*p.rows, 2), wide.num)
+    _core.forward(p, out, None, 0, normalisers)
+    return out, normalisers

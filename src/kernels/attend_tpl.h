@@ -196,6 +196,9 @@ static QKV_INLINE void X(settle_rows)(const qkv_tile *t, int first, int last, co
         X(exclude_rows)(t, first, last < limits->first ? last : limits->first, limits);
     if (limits->last < last)
         X(exclude_rows)(t, first > limits->last ? first : limits->last, last, limits);
+    for (int j = 0; t->without && j < t->nv * W; j++)
+        if (first <= t->without[j] && t->without[j] < last)
+            ((REAL *)t->s)[(ptrdiff_t)t->without[j] * LANES + j] = -(REAL)INFINITY;
 }
 
 /* The maximum of rows first .. last of S^T in each lane, into top. */

@@ -65,6 +65,7 @@ typedef struct {
     void *s;                          /* (nk, lanes), scratch */
     void *o, *m, *l;                  /* (dv, lanes), (lanes), (lanes): the state that is updated */
     const int32_t *lo, *hi;           /* (lanes): lane j sees the keys lo[j] <= i < hi[j] of the tile; NULL: all */
+    const int32_t *without;           /* (lanes): a key that lane j does not see, or -1; NULL: there are none */
     double c;                         /* log2(e) * what of the scale is neither in Q^T nor in score_factor; positive */
     int nk, d, dv, nv;                /* nk <= QKV_KEYS */
     int skew;                         /* keys of the block before the first, even with pairs: sums do not depend on where
@@ -94,6 +95,20 @@ typedef struct {
     const int64_t *bound;             /* (parts + 1): the first key of each, and that behind the last; `first` is in the first part */
     int64_t first;                    /* the tile's first key */
 } qkv_parts;
+
+/* A little more than half: two such weights of a row are more than rounding explains. */
+#define QKV_HEAVY 0.5078125
+
+/* Of values and outputs less a centre of their own: how far they lie apart is then not lost in where they lie. */
+typedef struct {
+    const void *v;                    /* (nk, dv), unit stride along dv */
+    ptrdiff_t v_row;                  /* elements */
+    const void *v_size;               /* (nk): squares of their lengths */
+    int not_finite;                   /* some of them, also of keys that nobody sees */
+    int64_t first;                    /* the tile's first key */
+    void *t;                          /* (nk, lanes), scratch */
+    void *sums;                       /* (nk, vector) */
+} qkv_influence;
 
 /* Few rows that share their keys, against one chunk of them: here a lane is an element of the head dimension. All pointers
  * are to the table's element type and aligned to a vector, and so are rows. A position is that of a key in the chunk. */
@@ -176,7 +191,10 @@ typedef struct {
      *   received     sums (nk, vector) += l P, with the m and l that are given, lane after lane of an element's
      *   weights      rows <- l P, likewise
      *   sums         parts += P with the m that is given, 0 where a key is excluded; NaN if m is, and a key visible
-     *   maxima       parts <- max(parts, P), likewise */
+     *   maxima       parts <- max(parts, P), likewise
+     *   influence    sums += (w |o - v|)^2 with w = l P / (1 - l P), likewise, but where l P is above QKV_HEAVY: that key's
+     *                number goes where keys do. Where l is 0 a lane counts for nothing. o is (dv + 2, lanes): -2 times the
+     *                outputs, the squares of their lengths, and keys as in qkv_heaviest */
     void (*look_largest)(const qkv_tile *tile);
     void (*look_entropy)(const qkv_tile *tile);
     void (*look_heaviest)(const qkv_tile *tile, const qkv_heaviest *list);
@@ -190,6 +208,16 @@ typedef struct {
      * after lane; or the largest of them and cell[i], NaN if one is. */
     void (*pour_sums)(double *cell, int64_t cells, const void *part, int64_t n, const void *factor, int lanes);
     void (*pour_maxima)(double *cell, int64_t cells, const void *part, int64_t n, const void *factor, int lanes);
+
+    void (*look_influence)(const qkv_tile *tile, const qkv_influence *of);
+
+    /* n rows of values less their centre (d), and the squares of their lengths: returns whether all of these are finite. -2 times
+     * the outputs of nv vectors of lanes, (d, lanes), the same. */
+    int (*centre_values)(void *values, ptrdiff_t row, const void *centre, void *sizes, int n, int d);
+    void (*centre_outputs)(void *outputs, const void *centre, void *sizes, int nv, int d);
+
+    /* squares (lanes) <- |a - O / l|^2 (0 for O / l where l = 0); a is (dv, lanes). */
+    void (*distance)(void *squares, const void *a, const void *o, const void *l, int nv, int dv);
 
     void (*reset)(void *o, void *m, void *l, int nv, int dv);
 

@@ -369,6 +369,154 @@ static void X(pour_maxima)(double *cell, int64_t cells, const void *part, int64_
     }
 }
 
+static int X(centre_values)(void *values, ptrdiff_t row, const void *centre, void *sizes, int n, int d)
+{
+    int finite = 1;
+    for (int i = 0; i < n; i++) {
+        REAL *v = (REAL *)values + i * row, parts[W], size = 0;
+        const REAL *c = centre;
+        VEC squares = X(set1)(0);
+        int e = 0;
+        for (; e + W <= d; e += W) {
+            VEC x = X(sub)(X(loadu)(v + e), X(loadu)(c + e));
+            X(storeu)(v + e, x);
+            squares = X(fma)(x, x, squares);
+        }
+        X(storeu)(parts, squares);
+        for (int j = 0; j < W; j++)
+            size += parts[j];
+        for (; e < d; e++) {
+            v[e] -= c[e];
+            size += v[e] * v[e];
+        }
+        ((REAL *)sizes)[i] = size;
+        finite &= size - size == 0;
+    }
+    return finite;
+}
+
+static void X(centre_outputs)(void *outputs, const void *centre, void *sizes, int nv, int d)
+{
+    for (int j = 0; j < nv * W; j += W) {
+        VEC squares = X(set1)(0);
+        for (int e = 0; e < d; e++) {
+            REAL *o = (REAL *)outputs + (ptrdiff_t)e * LANES + j;
+            VEC x = X(add)(X(load)(o), X(set1)(2 * ((const REAL *)centre)[e]));
+            X(store)(o, x);
+            squares = X(fma)(x, x, squares);
+        }
+        X(store)((REAL *)sizes + j, X(mul)(X(set1)((REAL)0.25), squares));
+    }
+}
+
+/* What rows first .. last of S^T make of the outputs, added to the sums of their keys; their rows of -2 V O^T are the first of t.
+ * With `some` there may be heavy ones, or numbers that are not finite, which count where a key is visible. */
+static QKV_INLINE void X(influence_vectors)(const int nv, const int some, const qkv_tile *t, int first, int last,
+                                            const qkv_influence *of)
+{
+    const VEC none = X(set1)(-(REAL)INFINITY), zero = X(set1)(0), one = X(set1)(1);
+    REAL *size = (REAL *)t->o + (ptrdiff_t)t->dv * LANES, *keys = size + LANES;
+    X(factor) c = X(factor_of)(t->c);
+    VEC m[LANE_VECTORS], l[LANE_VECTORS], o[LANE_VECTORS];
+    QKV_UNROLL
+    for (int j = 0; j < nv; j++) {
+        m[j] = X(load)((const REAL *)t->m + j * W);
+        l[j] = X(load)((const REAL *)t->l + j * W);
+        o[j] = X(load)(size + j * W);
+    }
+    for (int i = first; i < last; i++) {
+        const REAL *s = (const REAL *)t->s + (ptrdiff_t)i * LANES;
+        const REAL *product = (const REAL *)of->t + (ptrdiff_t)(i - first) * LANES;
+        REAL *sums = (REAL *)of->sums + (ptrdiff_t)i * W;
+        VEC v = X(set1)(((const REAL *)of->v_size)[i]), sum = X(load)(sums), p[LANE_VECTORS];
+        QKV_UNROLL
+        for (int j = 0; j < nv; j++)
+            p[j] = X(sub)(X(load)(s + j * W), m[j]);
+        X(exp2)(nv, c, p);
+        QKV_UNROLL
+        for (int j = 0; j < nv; j++) {
+            VEC weight = X(mul)(l[j], p[j]), w = X(div)(weight, X(sub)(one, weight));
+            VEC apart = X(max)(zero, X(add)(X(load)(product + j * W), X(add)(o[j], v)));      /* NaN stays */
+            VEC moved = X(mul)(X(mul)(w, w), apart);
+            if (some) {
+                VEC score = X(load)(s + j * W);
+                moved = X(select)(X(equal)(score, none), zero, moved);
+                moved = X(select)(X(equal)(l[j], zero), zero, moved);
+                X(mask) heavy = X(less)(X(set1)((REAL)QKV_HEAVY), weight);
+                if (X(any)(heavy)) {
+                    VEC key = X(set1)(X(key_bits)(of->first + i));
+                    X(store)(keys + j * W, X(select)(heavy, key, X(load)(keys + j * W)));
+                    moved = X(select)(heavy, zero, moved);
+                }
+            }
+            sum = X(add)(sum, moved);
+        }
+        X(store)(sums, sum);
+    }
+}
+
+static QKV_NOINLINE void X(influence_rows)(int nv, int some, const qkv_tile *t, int first, int last, const qkv_influence *of)
+{
+    if (some)
+        BY_VECTORS(X(influence_vectors), nv, 1, t, first, last, of);
+    else
+        BY_VECTORS(X(influence_vectors), nv, 0, t, first, last, of);
+}
+
+/* Whether rows first .. last of S^T may have a heavy weight. */
+static QKV_INLINE int X(may_be_heavy)(const qkv_tile *t, int first, int last)
+{
+    QKV_ALIGN REAL top[LANES];
+    X(factor) c = X(factor_of)(t->c);
+    int found = 0;
+    for (int j = 0; j < t->nv * W; j += W)
+        X(store)(top + j, X(set1)(-(REAL)INFINITY));
+    X(top_rows)(t->nv, t, first, last, top);
+    for (int j = 0; j < t->nv * W; j += W) {
+        VEC p = X(exp2_one)(c, X(sub)(X(load)(top + j), X(load)((const REAL *)t->m + j)));
+        found |= X(any)(X(less)(X(set1)((REAL)0.5), X(mul)(X(load)((const REAL *)t->l + j), p)));
+    }
+    return found;
+}
+
+static void X(look_influence)(const qkv_tile *t, const qkv_influence *of)
+{
+    const REAL *size = (const REAL *)t->o + (ptrdiff_t)t->dv * LANES;
+    VEC infinite = X(set1)((REAL)INFINITY), zero = X(set1)(0);
+    X(limits) limits;
+    qkv_tile values = {.q = t->o, .s = of->t, .k_row = of->v_row, .d = t->dv, .nv = t->nv};
+    int not_finite = of->not_finite;
+    X(find_limits)(t, &limits);
+    for (int j = 0; j < t->nv * W; j += W) {
+        VEC m = X(load)((const REAL *)t->m + j), l = X(load)((const REAL *)t->l + j), o = X(load)(size + j);
+        /* Infinite is what lanes without a row have for m; x - x is 0 for finite x alone. */
+        not_finite |= X(any)(X(beyond)(m, infinite)) | X(any)(X(beyond)(l, infinite)) | X(any)(X(beyond)(X(sub)(o, o), zero));
+    }
+    for (int i = 0, end; i < t->nk; i = end) {
+        end = X(score_strip)(t->nv, t, i, &limits);
+        int some = not_finite || X(may_be_heavy)(t, i, end);
+        values.k = (const REAL *)of->v + i * of->v_row;
+        for (int e = 0; e == 0 || e < t->dv; e += QKV_TERMS)
+            X(score_terms)(t->nv, &values, 0, end - i, e);
+        X(influence_rows)(t->nv, some, t, i, end, of);
+    }
+}
+
+static void X(distance)(void *squares, const void *a, const void *o, const void *l, int nv, int dv)
+{
+    VEC zero = X(set1)(0);
+    for (int j = 0; j < nv * W; j += W) {
+        VEC sum = X(load)((const REAL *)l + j), square = zero;
+        VEC inverse = X(select)(X(equal)(sum, zero), zero, X(div)(X(set1)(1), sum));
+        for (int e = 0; e < dv; e++) {
+            ptrdiff_t at = (ptrdiff_t)e * LANES + j;
+            VEC x = X(sub)(X(load)((const REAL *)a + at), X(mul)(X(load)((const REAL *)o + at), inverse));
+            square = X(fma)(x, x, square);
+        }
+        X(store)((REAL *)squares + j, square);
+    }
+}
+
 #undef BY_VECTORS
 #undef STRIP
 #undef P_SAFE

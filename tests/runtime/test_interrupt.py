@@ -39,7 +39,8 @@ elif "STAGE" == "ring":
     cache.append(k[None, :, :1].repeat(LQ + LK + 5000, axis=2), k[None, :, :1].repeat(LQ + LK + 5000, axis=2))
     call = lambda: cache.received(q[None], num_threads=THREADS)
 elif "STAGE" in qkv_fast.spotlight.__all__:
-    call = lambda: qkv_fast.spotlight.STAGE(q, k, num_threads=THREADS)
+    arrays = (q, k, k) if "STAGE" == "influence" else (q, k)
+    call = lambda: qkv_fast.spotlight.STAGE(*arrays, num_threads=THREADS)
 else:
     call = lambda: qkv_fast.attention(q, k, k, num_threads=THREADS)
 waited = []

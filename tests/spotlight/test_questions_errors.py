@@ -13,7 +13,7 @@ from qkv_fast import spotlight
 from qkv_fast._runtime import fail_allocation, trim
 
 Q, K, _ = qkv(0, batch=(2,), heads=(4, 2), lengths=(5, 9))
-LSE = np.zeros((2, 4, 5), "f4")
+LSE, OUT = np.zeros((2, 4, 5), "f4"), np.zeros((2, 4, 5, 16), "f4")
 PACKED = dict(cu_seqlens_q=[0, 5], cu_seqlens_k=[0, 9])
 
 
@@ -34,6 +34,11 @@ PACKED = dict(cu_seqlens_q=[0, 5], cu_seqlens_k=[0, 9])
         ("weights", ValueError, r"keys must be in -9..8, got 9", dict(keys=[9])),
         ("weights", TypeError, "keys must be a slice or integers, got bool", dict(keys=[True])),
         ("weights", ValueError, r"lse must have the shape", dict(lse=LSE[0])),
+        ("influence", ValueError, r"lse must have the shape \(2, 4, 5\), got .*\(4, 5\)", dict(lse=LSE[0])),
+        ("influence", TypeError, "lse must be float32, .* got float64", dict(lse=LSE.astype("f8"))),
+        ("influence", ValueError, r"output must have the shape .*, got .*\(4, 5, 16\)", dict(output=OUT[0])),
+        ("influence", TypeError, "output must be float32, .* got float64", dict(output=OUT.astype("f8"))),
+        ("influence", TypeError, "output must be float32, .* got bool", dict(output=OUT > 0)),
         ("received", TypeError, "queries must be a slice of integers, got slice", dict(queries=slice(0.5))),
         ("pooled", ValueError, r"shape must be at least 1 in each axis, got \(0, 8\)", dict(shape=(0, 8))),
         ("pooled", ValueError, r"shape must be at least 1 in each axis, got \(8, -1\)", dict(shape=(8, -1))),
