@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from .attention import _scored, _softmax
+from .attention import _scored, _softmax, _weigh
 
 _NAMES = (
     "mask", "bias", "causal", "window", "q_offset", "kv_lengths", "segments", "alibi_slopes", "sinks", "softcap",
