@@ -51,7 +51,7 @@ class Question:
         return 2 * problem.heads * problem.visible_pairs() * problem.dim
 
     def bytes(self, problem: Problem) -> int:
-        looked_at = self.shapes(problem)[:2]
+        looked_at = self.asked_of(self.shapes(problem))
         return sum(map(math.prod, looked_at)) * element(problem.dtype).itemsize + self.result_bytes(problem)
 
     def options(self) -> dict[str, Any]:
@@ -69,7 +69,8 @@ class Question:
         asked_of = self.asked_of(arrays)
         return lambda: function(*asked_of, **options)
 
-    def asked_of(self, arrays: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
+    def asked_of(self, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What of q, k and v it is given."""
         return arrays[:2]
 
     def head_first(self, problem: Problem, answer: Any) -> np.ndarray:
@@ -136,11 +137,8 @@ class Pooled(Question):
         return self.defined(problem, one, first, last, shape=(rows.stop - rows.start, across))
 
 
-@dataclass(frozen=True)
 class OfKeys(Question):
-    """A number about each key: the sum over queries of what each contributes, or the root of the sum of squares."""
-
-    power: int = 1
+    """A number about each key: the sum over queries of what each contributes."""
 
     def result(self, problem: Problem) -> tuple[int, ...]:
         return problem.batch, problem.heads, problem.kv_len
@@ -152,11 +150,34 @@ class OfKeys(Question):
         one = tuple(a[:, -1:] for a in arrays)
         starts = range(0, problem.q_len, BAND)
         parts = (self.defined(problem, one, first, min(first + BAND, problem.q_len)) for first in starts)
-        total = sum(part.astype(np.float64) ** self.power for part in parts) ** (1 / self.power)
-        return total[:, :, rows, np.newaxis]
+        return sum(part.astype(np.float64) for part in parts)[:, :, rows, np.newaxis]
+
+
+class Influence(OfKeys):
+    """The one question about values, whose work is attention's. Its formula, for some keys: the definition takes every
+    element of every value from the output of every query."""
+
+    flops = staticmethod(Attention.flops)
+
+    def asked_of(self, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+        return arrays
+
+    def exact(self, problem: Problem, arrays: tuple[np.ndarray, ...], rows: slice) -> np.ndarray:
+        one, total = tuple(a[:, -1:] for a in arrays), 0
+        value = one[2][:, :, np.newaxis, rows]
+        for first in range(0, problem.q_len, BAND):
+            last = min(first + BAND, problem.q_len)
+            p = Question("weights").defined(problem, one, first, last, keys=rows)
+            output = Attention.exact(problem, one, slice(first, last))[:, :, :, np.newaxis]
+            with np.errstate(all="ignore"):
+                moved = p / (1 - p) * np.linalg.norm(output - value, axis=-1)
+            moved = np.where(p == 1, np.linalg.norm(output, axis=-1), moved)  # the only key that the query sees
+            total = total + (moved.astype(np.float64) ** 2).sum(axis=-2)
+        return np.sqrt(total)[..., np.newaxis]
 
 
 # Scores of standard normal inputs stay below 8 and entropies below 10; the weights of many keys are small.
+# Influence of a key that few others share a query with goes up to some dozens.
 QUESTIONS: dict[str, Question] = {
     "received": OfKeys("received"),
     "received+lse": OfKeys("received", saved=("lse",)),
@@ -165,5 +186,6 @@ QUESTIONS: dict[str, Question] = {
     "top_keys": TopKeys("top_keys"),
     "entropy": Question("entropy", largest=10.0),
     "largest": Question("largest", largest=8.0),
+    "influence+lse+output": Influence("influence", saved=("lse", "output"), largest=10.0),
     "weights": Weights("weights", largest=1 / 16),
 }

@@ -36,6 +36,7 @@ OVER_ATTENTION = {
     "top_keys": (0.95, 0.70),
     "entropy": (0.80, 0.60),
     "largest": (0.80, 0.60),
+    "influence+lse+output": (1.30, 1.10),
 }
 OF_ANY_LENGTH = ("received", "pooled", "top_keys", "entropy", "largest")
 MEMORY = 32.0  # MB beyond the result, at most
