@@ -18,6 +18,7 @@ import numpy as np
 
 import qkv_fast
 
+from .._help import documented
 from . import _given
 from ._given import Array
 
@@ -52,6 +53,7 @@ class _Call(NamedTuple):
     bias: Array | None  # (1 or Lq, 1 or Lk)
 
 
+@documented
 def zoom(
     q: Any,
     k: Any,
@@ -88,10 +90,20 @@ def zoom(
         What stands at the axes, for both, or (of queries, of keys).
     title : str, optional
         Of the page.
-    mask, bias : array_like, optional
-        As in `qkv_fast.attention`, of at most 4096² elements; numbers that hardly repeat fill a page at 3000².
-    causal, window, q_offset, kv_lengths, segments, alibi_slopes, sinks, softcap, scale, num_threads : optional
-        As in `qkv_fast.attention`.
+    <mask>
+        Here of at most 4096² elements.
+    <bias>
+        Here of at most 4096² elements; numbers that hardly repeat fill a page at 3000².
+    <causal>
+    <window>
+    <q_offset>
+    <kv_lengths>
+    <segments>
+    <alibi_slopes>
+    <sinks>
+    <softcap>
+    <scale>
+    <num_threads>
 
     Raises
     ------

@@ -230,7 +230,7 @@ def pooled(q: Any, k: Any, shape: Any = (256, 256), reduce: str = "mean", **opti
 
 
 def _pool(p: Any, shape: Any, reduce: str) -> Any:
-    of_cell = {"mean": np.mean, "max": np.max}[reduce]
+    of_cell: Any = {"mean": np.mean, "max": np.max}[reduce]
     for axis, most in zip((-2, -1), shape, strict=True):
         n = p.shape[axis]
         count = min(most, n)

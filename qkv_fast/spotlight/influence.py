@@ -182,8 +182,8 @@ def _of_groups(
     if sums.size:
         number = _core.QUESTIONS["groups"]
         _core.forward(p, output, lse, number, sums, None, normalisers, 0, members, members_of)
-    sums = sums.sum(axis=-2)
-    return sums if members_of is None else sums.sum(axis=0)
+    total_sums: Array = sums.sum(axis=-2)
+    return total_sums if members_of is None else np.asarray(total_sums.sum(axis=0))
 
 
 def _squares(p: Problem, lse: Array | None, output: Array, normalisers: Array | None) -> tuple[Array, Array]:
