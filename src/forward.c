@@ -546,7 +546,7 @@ static void answer_cells(qkv_call *job, int64_t task, int worker)
     qkv_range queries = {qkv_cell_first(rows.lo, p->len_q, p->answer_rows), qkv_cell_first(rows.hi, p->len_q, p->answer_rows)};
     qkv_range keys = {qkv_cell_first(columns.lo, p->len_k, p->answer_n), qkv_cell_first(columns.hi, p->len_k, p->answer_n)};
     qkv_range seen = qkv_reach(p, head / plan->heads, queries.lo, queries.hi - 1);
-    if (seen.lo >= keys.hi || seen.hi <= keys.lo)
+    if ((seen.lo >= keys.hi && p->kept <= keys.lo) || seen.hi <= keys.lo)
         return;
     qkv_begin_cells(p, plan, columns, scratch);
     int64_t most = plan->tile_panels * plan->kernels->lanes;

@@ -325,7 +325,9 @@ void qkv_count_cells(const qkv_query_tile *t, qkv_range columns)
     double *cell = (double *)(t->scratch + t->plan->at_sums);
     int64_t row = qkv_cell_of(t->rows.lo, p->len_q, p->answer_rows);
     qkv_range seen = {0, 0};          /* of the task's columns */
-    if (t->any.lo < t->any.hi)
+    if (p->kept)                      /* the limits at hand are those of other keys */
+        seen.hi = columns.hi - columns.lo;
+    else if (t->any.lo < t->any.hi)
         seen = (qkv_range){qkv_cell_of(t->any.lo, p->len_k, p->answer_n) - columns.lo,
                            qkv_cell_of(t->any.hi - 1, p->len_k, p->answer_n) - columns.lo + 1};
     for (int64_t query = t->rows.lo, end, last; query < t->rows.hi; query = last) {

@@ -47,7 +47,7 @@ static void test_rows(int isa, qkv_type type, qkv_type stored, int64_t heads, in
 
 int main(void)
 {
-    for (int isa = 0; qkv_isa_name(isa); isa++)
+    for (int isa = 0; tested_path(isa); isa++)
         for (qkv_type type = QKV_F32; type <= QKV_F64; type++)
             for (qkv_type stored = QKV_I8; stored <= QKV_I4; stored++) {
                 for (int64_t dim = 1; dim <= 130; dim++)

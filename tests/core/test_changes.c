@@ -183,7 +183,7 @@ static void test_ragged(int isa, qkv_type type)
 
 int main(void)
 {
-    for (int isa = 0; qkv_isa_name(isa); isa++)
+    for (int isa = 0; tested_path(isa); isa++)
         for (qkv_type type = QKV_F32; type <= QKV_F64; type++) {
             test_random(isa, type);
             test_few(isa, type);

@@ -272,7 +272,7 @@ static void test_overflow(void)
 
 int main(void)
 {
-    for (int isa = 0; qkv_isa_name(isa); isa++)
+    for (int isa = 0; tested_path(isa); isa++)
         for (qkv_type type = QKV_F32; type <= QKV_F64; type++) {
             test_random(isa, type);
             test_tails(isa, type);

@@ -64,7 +64,7 @@ static void check_halves(int isa, qkv_type type, int64_t heads, int64_t group, i
 
 int main(void)
 {
-    for (int isa = 0; qkv_isa_name(isa); isa++)
+    for (int isa = 0; tested_path(isa); isa++)
         for (qkv_type type = QKV_F16; type <= QKV_BF16; type++) {
             for (int i = 0; i < 60; i++)
                 check_halves(isa, type, between(1, 2), between(1, 3), between(0, 70), between(0, 200), between(0, 70),

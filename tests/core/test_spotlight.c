@@ -174,10 +174,10 @@ static void test_failing_allocations(int isa, qkv_type type)
 
 int main(void)
 {
-    for (int isa = 0; qkv_isa_name(isa); isa++)
+    for (int isa = 0; tested_path(isa); isa++)
         for (int type = QKV_F32; type <= QKV_F64; type++)
             test_failing_allocations(isa, (qkv_type)type);
-    for (int isa = 0; qkv_isa_name(isa); isa++)
+    for (int isa = 0; tested_path(isa); isa++)
         for (int type = QKV_F32; type <= QKV_F64; type++)
             for (int i = 0; i < 60; i++) {
                 int64_t len_k = i % 10 == 0 ? between(1000, 2500) : between(0, 200);
