@@ -171,14 +171,16 @@ static int64_t all_parts(const qkv_problem *p, const qkv_plan *plan)
     return p->answer_n * plan->parts;
 }
 
-/* The parts of the panel's lanes from a lane on, for keys from `key` on. */
-static qkv_parts parts_of(const qkv_query_tile *t, const qkv_panel *x, int lane, int64_t key)
+/* The parts of the panel's lanes from a lane on, for n keys from `key` on: of whole row tiles, so some may lie outside. */
+static qkv_parts parts_of(const qkv_query_tile *t, const qkv_panel *x, int lane, int64_t key, int n)
 {
     const qkv_kernels *kernels = t->plan->kernels;
-    int64_t part = qkv_cell_of(key, t->problem->len_k, all_parts(t->problem, t->plan)) - t->first * t->plan->parts;
+    int64_t begin = qkv_max(key, t->keys.lo), end = qkv_min(key + n, t->keys.hi);
+    int64_t part = qkv_cell_of(begin, t->problem->len_k, all_parts(t->problem, t->plan)) - t->first * t->plan->parts;
     return (qkv_parts){
         .part = x->state + (part * kernels->lanes + lane) * kernels->size,
         .bound = (const int64_t *)(t->scratch + t->plan->at_bounds) + part, .first = key,
+        .begin = (int)(begin - key), .end = (int)(end - key),
     };
 }
 
@@ -228,7 +230,7 @@ void qkv_ask(const qkv_query_tile *t, const qkv_panel *x, int lane, int64_t key,
         break;
     case QKV_MEANS:
     case QKV_MAXIMA:
-        parts = parts_of(t, x, lane, key);
+        parts = parts_of(t, x, lane, key, tile->nk);
         (t->problem->question == QKV_MEANS ? kernels->look_sums : kernels->look_maxima)(tile, &parts);
         break;
     case QKV_RECEIVED:

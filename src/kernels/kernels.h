@@ -92,8 +92,9 @@ typedef struct {
 /* What is kept of the weights of keys that follow one another, part by part. */
 typedef struct {
     void *part;                       /* (parts, lanes), aligned to a vector */
-    const int64_t *bound;             /* (parts + 1): the first key of each, and that behind the last; `first` is in the first part */
+    const int64_t *bound;             /* (parts + 1): the first key of each, and that behind the last */
     int64_t first;                    /* the tile's first key */
+    int begin, end;                   /* of the tile's keys, those that count; the first of them is in the first part */
 } qkv_parts;
 
 /* A little more than half: two such weights of a row are more than rounding explains. */

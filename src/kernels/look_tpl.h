@@ -371,10 +371,11 @@ static QKV_INLINE void X(look_parts)(const int largest, const qkv_tile *t, const
         end = X(score_strip)(t->nv, t, i, &limits);
         if (nan)
             X(spread_nan)(t, i, end);
-        for (int first = i, last; first < end; first = last) {
+        int stop = end < parts->end ? end : parts->end;
+        for (int first = i > parts->begin ? i : parts->begin, last; first < stop; first = last) {
             for (; bound[1] <= parts->first + first; bound++)
                 part += LANES;
-            last = bound[1] < parts->first + end ? (int)(bound[1] - parts->first) : end;
+            last = bound[1] < parts->first + stop ? (int)(bound[1] - parts->first) : stop;
             if (largest)
                 X(maximum_rows)(t, first, last, shift, part);
             else

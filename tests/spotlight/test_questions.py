@@ -304,3 +304,18 @@ def test_rows_are_worth_the_same_bits_anywhere(name):
         part = ask(name, q[:, first:last], k)
         whole = got if name == "top_keys" else (got,)
         same_bits(part if name == "top_keys" else (part,), tuple(np.ascontiguousarray(x[:, first:last]) for x in whole))
+
+
+def test_answers_know_nothing_of_calls_before():
+    """Where a tile of queries sees little of a task's keys, or none of its first: with NaN left behind by another call."""
+    rng = np.random.default_rng(5)
+    broken = np.full((2, 4, 700, 64), np.nan, np.float32)
+    q, k, v = (rng.standard_normal((n, 8)).astype(np.float32) for n in (500, 500, 500))
+    for options in ({"causal": True}, {"window": (9, 4)}, {"window": (130, 0), "q_offset": 70}):
+        weights = spotlight.weights(q, k, **options)
+        for reduce in ("mean", "max"):
+            qkv_fast.attention(broken, broken, broken)
+            cells = spotlight.pooled(q, k, (500, 500), reduce, **options)  # each is one weight
+            np.testing.assert_allclose(cells, weights, rtol=1e-5, atol=1e-7)
+        qkv_fast.attention(broken, broken, broken)
+        assert np.isfinite(spotlight.influence(q[:67], k, v, **options)).all()
