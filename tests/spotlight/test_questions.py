@@ -307,7 +307,7 @@ def test_rows_are_worth_the_same_bits_anywhere(name):
 
 
 def test_answers_know_nothing_of_calls_before():
-    """Where a tile of queries sees little of a task's keys, or none of its first: with NaN left behind by another call."""
+    """Where a tile of queries sees little of a task's keys, or none of its first, after calls that left NaN behind."""
     rng = np.random.default_rng(5)
     broken = np.full((2, 4, 700, 64), np.nan, np.float32)
     q, k, v = (rng.standard_normal((n, 8)).astype(np.float32) for n in (500, 500, 500))
