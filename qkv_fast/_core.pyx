@@ -79,7 +79,7 @@ OBSTACLES = {
 PLAN = object()                                 # as counters: see forward
 QUESTIONS = {
     "largest": QKV_LARGEST, "entropy": QKV_ENTROPY, "top_keys": QKV_TOP_KEYS, "normalisers": QKV_NORMALISERS,
-    "received": QKV_RECEIVED, "weights": QKV_WEIGHTS, "means": QKV_MEANS, "maxima": QKV_MAXIMA,
+    "received": QKV_RECEIVED, "weights": QKV_WEIGHTS, "rows": QKV_ROWS, "means": QKV_MEANS, "maxima": QKV_MAXIMA,
     "influence": QKV_INFLUENCE, "moved": QKV_MOVED, "groups": QKV_GROUPS,
 }
 

@@ -32,6 +32,7 @@ cdef extern from "qkv.h" nogil:
         QKV_NORMALISERS
         QKV_RECEIVED
         QKV_WEIGHTS
+        QKV_ROWS
         QKV_MEANS
         QKV_MAXIMA
         QKV_INFLUENCE

@@ -45,6 +45,7 @@ typedef enum {
  *                log-sum-exp says less where scores are large
  *   RECEIVED     (axes..., heads_q, len_k): sums of weights over queries, whose log-sum-exp or normalisers are given
  *   WEIGHTS      (axes..., heads_q, len_q, n): weights of the keys from answer_first on, likewise; what is hidden is left alone
+ *   ROWS         (axes..., heads_q, len_q, len_k): weights of all keys, for which nothing is given: a walk less. 0 for what is hidden
  *   MEANS        (axes..., heads_q, rows, n): the means of weights in cells, likewise, what is hidden being 0. Row r of them has
  *                the queries r len_q / rows to (r + 1) len_q / rows, and so it is with columns and keys; rows <= len_q and
  *                n <= len_k. Cells that no query sees may be left alone
@@ -58,8 +59,8 @@ typedef enum {
  *                without a group of keys; 0 before. Given are lse or normalisers, and out
  * Axes are those of lse in ragged batches as well: (heads_q, all rows), (heads_q, all keys). */
 typedef enum {
-    QKV_VALUES, QKV_LARGEST, QKV_ENTROPY, QKV_TOP_KEYS, QKV_NORMALISERS, QKV_RECEIVED, QKV_WEIGHTS, QKV_MEANS, QKV_MAXIMA,
-    QKV_INFLUENCE, QKV_MOVED, QKV_GROUPS
+    QKV_VALUES, QKV_LARGEST, QKV_ENTROPY, QKV_TOP_KEYS, QKV_NORMALISERS, QKV_RECEIVED, QKV_WEIGHTS, QKV_ROWS,
+    QKV_MEANS, QKV_MAXIMA, QKV_INFLUENCE, QKV_MOVED, QKV_GROUPS
 } qkv_question;
 
 /* Byte strides of a (batch axes..., head, row, dim) view. A broadcast axis has stride 0. */
@@ -149,7 +150,7 @@ typedef struct {
     qkv_question question;
     void *answer;                     /* of VALUES: that of NORMALISERS as well, or NULL; then no pairs are multiplied */
     int64_t *answer_keys;             /* of TOP_KEYS, INFLUENCE and MOVED */
-    int64_t answer_n;                 /* of TOP_KEYS, WEIGHTS and GROUPS, at least 1; of MEANS and MAXIMA */
+    int64_t answer_n;                 /* of TOP_KEYS, WEIGHTS and GROUPS, at least 1; of ROWS, MEANS and MAXIMA */
     int64_t answer_rows;              /* of MEANS and MAXIMA */
     int64_t answer_first;             /* of WEIGHTS */
     const void *normalisers;          /* of questions about weights, if lse is NULL: the answer of that name, of the same problem */

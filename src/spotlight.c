@@ -54,8 +54,20 @@ static double normaliser_of(const qkv_query_tile *t, const qkv_row *r, double *f
     return p->lse ? element(p, p->lse, at) / t->plan->rest : element(p, p->normalisers, 2 * at);
 }
 
-/* Those of a panel, into m and l. A row that sees nothing counts for nothing, and so do lanes
- * without one. Of a row with NaN m is NaN, and the factor 1: it also multiplies the 0 of hidden keys. */
+/* A row that sees nothing counts for nothing. Of a row with NaN m is NaN, and the factor 1: it also multiplies the 0 of hidden
+ * keys. */
+static void make_usable(double *m, double *factor)
+{
+    if (*m == -INFINITY) {
+        *m = INFINITY;
+        *factor = 0;
+    } else if (isnan(*factor)) {
+        *m = *factor;
+        *factor = 1;
+    }
+}
+
+/* Those of a panel, into m and l. Lanes without a row count for nothing, too. */
 static void take_normalisers(const qkv_query_tile *t, const qkv_panel *x)
 {
     const qkv_problem *p = t->problem;
@@ -64,14 +76,11 @@ static void take_normalisers(const qkv_query_tile *t, const qkv_panel *x)
         double m = -INFINITY, factor = 1;
         if (j < x->n) {
             m = normaliser_of(t, &r, &factor);
-            if (m != -INFINITY && isnan(factor)) {
-                m = factor;
-                factor = 1;
-            }
             qkv_next_row(&r);
         }
-        set_element(p, qkv_state_m(t->plan, x->state), j, m == -INFINITY ? INFINITY : m);
-        set_element(p, qkv_state_l(t->plan, x->state), j, m == -INFINITY ? 0 : factor);
+        make_usable(&m, &factor);
+        set_element(p, qkv_state_m(t->plan, x->state), j, m);
+        set_element(p, qkv_state_l(t->plan, x->state), j, factor);
     }
 }
 
@@ -100,6 +109,29 @@ static int64_t heavy_of(const qkv_query_tile *t, const qkv_panel *x, int lane)
     return key == UINT32_MAX ? -1 : (int64_t)key;
 }
 
+/* A row of the answer to ROWS. */
+static void *answer_row(const qkv_query_tile *t, const qkv_row *r)
+{
+    const qkv_problem *p = t->problem;
+    return (char *)p->answer + qkv_result_index(p, t->plan, t->sequence, t->head, r) * p->answer_n * t->plan->kernels->size;
+}
+
+/* Scores of keys that no tile may have, for the rows of a panel. */
+static void begin_rows(const qkv_query_tile *t, const qkv_panel *x)
+{
+    const qkv_problem *p = t->problem;
+    qkv_range seen = t->plan->masked || p->kept ? (qkv_range){0, 0} : x->limits[0].all;
+    qkv_row r = qkv_first_row(t, x);
+    seen.lo = qkv_min(seen.lo, p->answer_n);
+    for (int j = 0; j < x->n; j++, qkv_next_row(&r)) {
+        void *row = answer_row(t, &r);
+        for (int64_t key = 0; key < seen.lo; key++)
+            set_element(p, row, key, -INFINITY);
+        for (int64_t key = qkv_max(seen.lo, seen.hi); key < p->answer_n; key++)
+            set_element(p, row, key, -INFINITY);
+    }
+}
+
 void qkv_begin_answer(const qkv_query_tile *t)
 {
     const qkv_plan *plan = t->plan;
@@ -109,6 +141,8 @@ void qkv_begin_answer(const qkv_query_tile *t)
         plan->kernels->reset(x->state, qkv_state_m(plan, x->state), qkv_state_l(plan, x->state), x->nv, rows);
         if (t->problem->question == QKV_TOP_KEYS)
             begin_lists(t, x);
+        if (t->problem->question == QKV_ROWS)
+            begin_rows(t, x);
         if (plan->by_key || t->problem->question == QKV_WEIGHTS || qkv_asks_cells(t->problem))
             take_normalisers(t, x);
         if (t->problem->question == QKV_INFLUENCE)
@@ -188,8 +222,9 @@ void qkv_ask(const qkv_query_tile *t, const qkv_panel *x, int lane, int64_t key,
         kernels->look_normalisers(tile);
         break;
     case QKV_WEIGHTS:
+    case QKV_ROWS:
         to = rows_of(t, x, lane, tile->nv, key);
-        kernels->look_weights(tile, &to);
+        (t->problem->question == QKV_WEIGHTS ? kernels->look_weights : kernels->look_rows)(tile, &to);
         break;
     case QKV_MEANS:
     case QKV_MAXIMA:
@@ -264,6 +299,9 @@ void qkv_write_answer(const qkv_query_tile *t)
             } else if (p->question == QKV_NORMALISERS) {
                 set_element(p, p->answer, 2 * at, m);
                 set_element(p, p->answer, 2 * at + 1, row.factor);
+            } else if (p->question == QKV_ROWS) {
+                make_usable(&m, &row.factor);
+                plan->kernels->weigh_row(answer_row(t, &r), p->answer_n, m, row.factor, plan->c);
             } else {
                 write_keys(t, &list, j, &row, l, at);
             }

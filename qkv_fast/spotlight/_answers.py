@@ -98,6 +98,8 @@ def _block(p: Problem, rows: Array, spans: list[Array], lse: Array | None) -> li
         return [np.zeros((*p.rows[:-1], 0, span[-1] + 1 - span[0]), _ask.result_type(p)) for span in spans]
     first, last = int(rows[0]), int(rows[-1]) + 1
     own = _select.queries(p, first, last)
+    if lse is None and [(span[0], span[-1] + 1) for span in spans] == [(0, _ask.key_count(p))]:
+        return [_ask.answer(own, "rows", (*own.rows, _ask.key_count(p)))]
     lse = None if lse is None else np.ascontiguousarray(lse[..., first:last])
     normalisers = _ask.answer(own, "normalisers", (*own.rows, 2)) if lse is None else None
     return [

@@ -48,7 +48,8 @@ def answer(
     normalisers: Array | None = None, first_key: int = 0, out: Array | None = None,
 ) -> Array:  # fmt: skip
     """What the core says, an array of this shape."""
-    result = np.zeros(shape, result_type(p))  # weights of hidden keys are not written
+    # All of rows is written; of weights not those of hidden keys.
+    result = (np.empty if question == "rows" else np.zeros)(shape, result_type(p))
     number = _core.QUESTIONS[question]
     _core.forward(p, p.empty() if out is None else out, lse, number, result, keys, normalisers, first_key)
     return result

@@ -101,7 +101,7 @@ _Static_assert(EXP2_STEPS == 1 || EXP2_STEPS == 8, "exp2_poly.h has no other pol
     .look_normalisers = X(look_normalisers), .look_received = X(look_received), \
     .look_weights = X(look_weights), .look_sums = X(look_sums), .look_maxima = X(look_maxima), \
     .pour_sums = X(pour_sums), .pour_maxima = X(pour_maxima), \
-    .look_influence = X(look_influence), \
+    .look_rows = X(look_rows), .weigh_row = X(weigh_row), .look_influence = X(look_influence), \
     .centre_values = X(centre_values), .centre_outputs = X(centre_outputs), .distance = X(distance), \
     .pack = X(pack), .expect = X(expect), .finish = X(finish), .finite = X(finite), \
     .gather = X(gather), .scatter = X(scatter), .gather_terms = X(gather_terms), .gather_values = X(gather_values), \

@@ -190,6 +190,7 @@ typedef struct {
      *   normalisers  m and l
      *   received     sums (nk, vector) += l P, with the m and l that are given, lane after lane of an element's
      *   weights      rows <- l P, likewise
+     *   rows         m and l, and rows <- S, where -inf is what a key is excluded with
      *   sums         parts += P with the m that is given, 0 where a key is excluded; NaN if m is, and a key visible
      *   maxima       parts <- max(parts, P), likewise
      *   influence    sums += (w |o - v|)^2 with w = l P / (1 - l P), likewise, but where l P is above QKV_HEAVY: that key's
@@ -201,8 +202,12 @@ typedef struct {
     void (*look_normalisers)(const qkv_tile *tile);
     void (*look_received)(const qkv_tile *tile, void *sums);
     void (*look_weights)(const qkv_tile *tile, const qkv_weights *to);
+    void (*look_rows)(const qkv_tile *tile, const qkv_weights *to);
     void (*look_sums)(const qkv_tile *tile, const qkv_parts *parts);
     void (*look_maxima)(const qkv_tile *tile, const qkv_parts *parts);
+
+    /* n scores of a row, from `rows` -> l P in place, as `weights` has it. */
+    void (*weigh_row)(void *row, int64_t n, double m, double l, double c);
 
     /* What a cell has of some lanes whose n parts each begin at part i * n, times the factor of each lane: added to cell[i], lane
      * after lane; or the largest of them and cell[i], NaN if one is. */

@@ -135,6 +135,18 @@ static QKV_NOINLINE void X(keep_rows)(const qkv_tile *t, int first, int last, in
     }
 }
 
+/* m and l of a tile whose scores are there, and whose maxima are known. */
+static QKV_INLINE void X(normalise_scores)(const qkv_tile *t, X(lanes) *lanes)
+{
+    X(raise_maxima)(t->nv, t, lanes);
+    for (int i = 0, end; i < t->nk; i = end)
+        X(weigh_rows)(t->nv, 0, t, i, end = X(strip_end)(t, i), lanes->shift, lanes->sum);
+    for (int j = 0; j < t->nv * W; j += W) {
+        REAL *l = (REAL *)t->l + j;
+        X(store)(l, X(fma)(X(load)(lanes->alpha + j), X(load)(l), X(load)(lanes->sum + j)));
+    }
+}
+
 static void X(look_heaviest)(const qkv_tile *t, const qkv_heaviest *list)
 {
     VEC none = X(set1)(-(REAL)INFINITY);
@@ -156,13 +168,7 @@ static void X(look_heaviest)(const qkv_tile *t, const qkv_heaviest *list)
             X(store)(lanes.top + j, X(maxnum)(X(load)(top + j), X(load)(lanes.top + j)));
         }
     }
-    X(raise_maxima)(t->nv, t, &lanes);
-    for (int i = 0, end; i < t->nk; i = end)
-        X(weigh_rows)(t->nv, 0, t, i, end = X(strip_end)(t, i), lanes.shift, lanes.sum);
-    for (int j = 0; j < t->nv * W; j += W) {
-        REAL *l = (REAL *)t->l + j;
-        X(store)(l, X(fma)(X(load)(lanes.alpha + j), X(load)(l), X(load)(lanes.sum + j)));
-    }
+    X(normalise_scores)(t, &lanes);
 }
 
 static QKV_INLINE void X(normalise_vectors)(const int nv, const qkv_tile *t)
@@ -226,8 +232,8 @@ static void X(look_received)(const qkv_tile *t, void *sums)
     }
 }
 
-/* l P of n <= W keys from i on and the lanes from j on, 0 where a key is excluded, to the rows of these lanes. */
-static QKV_INLINE void X(write_square)(const qkv_tile *t, int i, const int n, int j, const qkv_weights *to)
+/* S, or l P and 0 where a key is excluded, of n <= W keys from i on and the lanes from j on, to the rows of these lanes. */
+static QKV_INLINE void X(write_square)(const int weigh, const qkv_tile *t, int i, const int n, int j, const qkv_weights *to)
 {
     VEC none = X(set1)(-(REAL)INFINITY), zero = X(set1)(0), x[W];
     VEC m = X(load)((const REAL *)t->m + j), l = X(load)((const REAL *)t->l + j);
@@ -237,7 +243,7 @@ static QKV_INLINE void X(write_square)(const qkv_tile *t, int i, const int n, in
         x[r] = zero;
         if (r < n) {
             VEC s = X(load)((const REAL *)t->s + (ptrdiff_t)(i + r) * LANES + j);
-            x[r] = X(select)(X(equal)(s, none), zero, X(mul)(l, X(exp2_one)(c, X(sub)(s, m))));
+            x[r] = weigh ? X(select)(X(equal)(s, none), zero, X(mul)(l, X(exp2_one)(c, X(sub)(s, m)))) : s;
         }
     }
     X(transpose)(x);
@@ -252,15 +258,25 @@ static QKV_INLINE void X(write_square)(const qkv_tile *t, int i, const int n, in
     }
 }
 
-static QKV_NOINLINE void X(write_rows)(const qkv_tile *t, int first, int last, const qkv_weights *to)
+static QKV_INLINE void X(write_squares)(const int weigh, const qkv_tile *t, int first, int last, const qkv_weights *to)
 {
     for (int j = 0; j < t->nv * W; j += W) {
-        int i = first;
+        int i = first > to->first ? first : to->first;
         for (; i + W <= last; i += W)
-            X(write_square)(t, i, W, j, to);
+            X(write_square)(weigh, t, i, W, j, to);
         if (i < last)
-            X(write_square)(t, i, last - i, j, to);
+            X(write_square)(weigh, t, i, last - i, j, to);
     }
+}
+
+static QKV_NOINLINE void X(write_weights)(const qkv_tile *t, int first, int last, const qkv_weights *to)
+{
+    X(write_squares)(1, t, first, last, to);
+}
+
+static QKV_NOINLINE void X(write_scores)(const qkv_tile *t, int first, int last, const qkv_weights *to)
+{
+    X(write_squares)(0, t, first, last, to);
 }
 
 static void X(look_weights)(const qkv_tile *t, const qkv_weights *to)
@@ -269,7 +285,45 @@ static void X(look_weights)(const qkv_tile *t, const qkv_weights *to)
     X(find_limits)(t, &limits);
     for (int i = 0, end; i < t->nk; i = end) {
         end = X(score_strip)(t->nv, t, i, &limits);
-        X(write_rows)(t, i > to->first ? i : to->first, end, to);
+        X(write_weights)(t, i, end, to);
+    }
+}
+
+static void X(look_rows)(const qkv_tile *t, const qkv_weights *to)
+{
+    X(limits) limits;
+    X(lanes) lanes;
+    X(find_limits)(t, &limits);
+    for (int j = 0; j < t->nv * W; j += W)
+        X(store)(lanes.top + j, X(set1)(-(REAL)INFINITY));
+    for (int i = 0, end; i < t->nk; i = end) {
+        end = X(score_strip)(t->nv, t, i, &limits);
+        X(top_rows)(t->nv, t, i, end, lanes.top);
+        X(write_scores)(t, i, end, to);
+    }
+    X(normalise_scores)(t, &lanes);
+}
+
+static void X(weigh_row)(void *row, int64_t n, double m, double l, double scale)
+{
+    VEC none = X(set1)(-(REAL)INFINITY), zero = X(set1)(0), shift = X(set1)((REAL)m), factor = X(set1)((REAL)l);
+    X(factor) c = X(factor_of)(scale);
+    REAL *x = row;
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        VEC p[LANE_VECTORS];
+        QKV_UNROLL
+        for (int j = 0; j < LANE_VECTORS; j++)
+            p[j] = X(sub)(X(loadu)(x + i + j * W), shift);
+        X(exp2)(LANE_VECTORS, c, p);
+        QKV_UNROLL
+        for (int j = 0; j < LANE_VECTORS; j++)
+            X(storeu)(x + i + j * W, X(select)(X(equal)(X(loadu)(x + i + j * W), none), zero, X(mul)(factor, p[j])));
+    }
+    for (; i < n; i += W) {
+        int part = n - i < W ? (int)(n - i) : W;
+        VEC s = X(load_part)(x + i, part), p = X(mul)(factor, X(exp2_one)(c, X(sub)(s, shift)));
+        X(store_part)(x + i, X(select)(X(equal)(s, none), zero, p), part);
     }
 }
 
