@@ -175,7 +175,8 @@ static int64_t all_parts(const qkv_problem *p, const qkv_plan *plan)
 static qkv_parts parts_of(const qkv_query_tile *t, const qkv_panel *x, int lane, int64_t key)
 {
     const qkv_kernels *kernels = t->plan->kernels;
-    int64_t part = qkv_cell_of(key, t->problem->len_k, all_parts(t->problem, t->plan)) - t->first * t->plan->parts;
+    int64_t first = qkv_max(key, t->keys.lo);           /* a tile may begin with hidden keys of another task */
+    int64_t part = qkv_cell_of(first, t->problem->len_k, all_parts(t->problem, t->plan)) - t->first * t->plan->parts;
     return (qkv_parts){
         .part = x->state + (part * kernels->lanes + lane) * kernels->size,
         .bound = (const int64_t *)(t->scratch + t->plan->at_bounds) + part, .first = key,

@@ -92,7 +92,7 @@ typedef struct {
 /* What is kept of the weights of keys that follow one another, part by part. */
 typedef struct {
     void *part;                       /* (parts, lanes), aligned to a vector */
-    const int64_t *bound;             /* (parts + 1): the first key of each, and that behind the last; `first` is in the first part */
+    const int64_t *bound;             /* (parts + 1): the first key of each, and that behind the last; keys before are hidden */
     int64_t first;                    /* the tile's first key */
 } qkv_parts;
 

@@ -360,7 +360,7 @@ static QKV_INLINE void X(look_parts)(const int largest, const qkv_tile *t, const
     QKV_ALIGN REAL shift[LANES];
     const int64_t *bound = parts->bound;
     REAL *part = parts->part;
-    int nan = 0;
+    int nan = 0, begin = bound[0] > parts->first ? (int)(bound[0] - parts->first) : 0;
     X(find_limits)(t, &limits);
     for (int j = 0; j < t->nv * W; j += W) {
         VEC m = X(load)((const REAL *)t->m + j);
@@ -371,7 +371,7 @@ static QKV_INLINE void X(look_parts)(const int largest, const qkv_tile *t, const
         end = X(score_strip)(t->nv, t, i, &limits);
         if (nan)
             X(spread_nan)(t, i, end);
-        for (int first = i, last; first < end; first = last) {
+        for (int first = i > begin ? i : begin, last; first < end; first = last) {
             for (; bound[1] <= parts->first + first; bound++)
                 part += LANES;
             last = bound[1] < parts->first + end ? (int)(bound[1] - parts->first) : end;
