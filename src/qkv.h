@@ -152,7 +152,7 @@ typedef struct {
     int64_t *answer_keys;             /* of TOP_KEYS, INFLUENCE and MOVED */
     int64_t answer_n;                 /* of TOP_KEYS, WEIGHTS and GROUPS, at least 1; of ROWS, MEANS and MAXIMA */
     int64_t answer_rows;              /* of MEANS and MAXIMA */
-    int64_t answer_first;             /* of WEIGHTS */
+    int64_t answer_first;             /* of WEIGHTS; 0 for ROWS */
     const void *normalisers;          /* of questions about weights, if lse is NULL: the answer of that name, of the same problem */
 
     /* Of GROUPS: each key of a sequence once, groups in rising order, -1 first: members[members_of[b]] .. members[members_of[b + 1]]

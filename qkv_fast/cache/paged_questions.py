@@ -322,3 +322,73 @@ class PagedQuestions:
             scale, layout, num_threads, words,
         )  # fmt: skip
         return _answers.weights(p, queries, keys, lse)
+
+    @documented
+    def pooled(
+        self,
+        sequences: Sequence[int],
+        q: Any,
+        shape: tuple[int, int] = (256, 256),
+        reduce: str = "mean",
+        *,
+        lse: Any = None,
+        lengths: Any = None,
+        mask: Any = None,
+        bias: Any = None,
+        causal: bool = True,
+        window: int | tuple[int | None, int | None] | None = None,
+        alibi_slopes: Any = None,
+        sinks: Any = None,
+        softcap: float | None = None,
+        scale: float | None = None,
+        layout: str = "bhld",
+        num_threads: int | None = None,
+        **words: Never,
+    ) -> Array:
+        """The whole map of weights in cells: a picture of it at any length.
+
+        The queries are those of the newest tokens, as in `attend`; see `qkv_fast.spotlight.pooled`.
+
+        Parameters
+        ----------
+        sequences : sequence of int
+            Their numbers, at least one.
+        <newest_q>
+            Here the batch is that of `sequences`.
+        shape : (int, int), default (256, 256)
+            Rows and columns of cells, at least 1 each; no more of them are used than there are queries, and tokens of
+            the longest sequence. Row r of R holds the queries from ``r * L // R`` to before ``(r + 1) * L // R``, and
+            so with columns and tokens.
+        reduce : {"mean", "max"}, default "mean"
+            What a cell says of its weights. Those of hidden tokens are 0.
+        <lse>
+            Here that of `attend`.
+        <asked>
+
+        Returns
+        -------
+        ndarray, shape (batch, Hq, R, C)
+            float32 (float64 for float64); 0 for tokens that nobody sees.
+
+        Raises
+        ------
+        TypeError, ValueError, OverflowError, MemoryError
+            As in `attend`; also for a `shape` that is not two integers of at least 1, another `reduce`, and an `lse` of
+            another shape or type.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import qkv_fast
+        >>> pool = qkv_fast.PagedKVCache(1, 1, pages=9)
+        >>> a, tokens = pool.add(), np.zeros((1, 1, 4, 1), "float32")
+        >>> pool.append([a], tokens, tokens)
+        >>> pool.pooled([a], tokens, (2, 2))[0, 0].round(3)
+        array([[0.5  , 0.   ],
+               [0.292, 0.208]], dtype=float32)
+        """
+        p = self._ask(
+            "PagedKVCache.pooled", sequences, q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap,
+            scale, layout, num_threads, words,
+        )  # fmt: skip
+        return _answers.pooled(p, shape, reduce, lse)

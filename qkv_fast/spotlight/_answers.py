@@ -10,6 +10,7 @@ from .._core import Problem
 from . import _ask, _select
 
 _NEAR = 128  # keys of a kernel's call
+_OF_CELLS = {"mean": "means", "max": "maxima"}
 
 
 def largest(p: Problem) -> Array:
@@ -107,3 +108,32 @@ def _block(p: Problem, rows: Array, spans: list[Array], lse: Array | None) -> li
                     first_key=int(span[0]))
         for span in spans
     ]  # fmt: skip
+
+
+def pooled(p: Problem, shape: Any, reduce: Any, lse: Any) -> Array:
+    cells = _cells(p.where, shape)
+    if not isinstance(reduce, str):
+        raise TypeError(f"{p.where}: reduce must be 'mean' or 'max', got {reduce!r}")
+    if reduce not in _OF_CELLS:
+        raise ValueError(f"{p.where}: reduce must be 'mean' or 'max', got {reduce!r}")
+    if lse is not None:
+        lse = _ask.check_lse(p, lse)
+    rows, columns = min(cells[0], p.rows[-1]), min(cells[1], _ask.key_count(p))
+    normalisers = _ask.answer(p, "normalisers", (*p.rows, 2)) if lse is None else None
+    return _ask.answer(p, _OF_CELLS[reduce], (*p.rows[:-1], rows, columns), lse=lse, normalisers=normalisers)
+
+
+def _cells(where: str, shape: Any) -> tuple[int, int]:
+    wrong = f"{where}: shape must be two integers, of rows and columns, got {shape!r}"
+    try:
+        sizes = tuple(shape)
+    except TypeError:
+        raise TypeError(wrong) from None
+    if len(sizes) != 2:
+        raise ValueError(wrong)
+    rows, columns = (_index(n) if not isinstance(n, (bool, np.bool_)) else None for n in sizes)
+    if rows is None or columns is None:
+        raise TypeError(wrong)
+    if rows < 1 or columns < 1:
+        raise ValueError(f"{where}: shape must be at least 1 in each axis, got {shape!r}")
+    return rows, columns

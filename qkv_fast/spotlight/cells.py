@@ -2,13 +2,9 @@
 
 from typing import Any, Never
 
-import numpy as np
-
-from .._checks import Array, _index
+from .._checks import Array
 from .._help import documented
-from . import _ask
-
-_QUESTIONS = {"mean": "means", "max": "maxima"}
+from . import _answers, _ask
 
 
 @documented
@@ -97,29 +93,4 @@ def pooled(
         "spotlight.pooled", q, k, None, None, mask, bias, causal, window, q_offset, kv_lengths, segments,
         alibi_slopes, sinks, softcap, scale, layout, num_threads, words,
     )  # fmt: skip
-    cells = _cells(p.where, shape)
-    if not isinstance(reduce, str):
-        raise TypeError(f"{p.where}: reduce must be 'mean' or 'max', got {reduce!r}")
-    if reduce not in _QUESTIONS:
-        raise ValueError(f"{p.where}: reduce must be 'mean' or 'max', got {reduce!r}")
-    if lse is not None:
-        lse = _ask.check_lse(p, lse)
-    rows, columns = min(cells[0], p.rows[-1]), min(cells[1], _ask.key_count(p))
-    normalisers = _ask.answer(p, "normalisers", (*p.rows, 2)) if lse is None else None
-    return _ask.answer(p, _QUESTIONS[reduce], (*p.rows[:-1], rows, columns), lse=lse, normalisers=normalisers)
-
-
-def _cells(where: str, shape: Any) -> tuple[int, int]:
-    wrong = f"{where}: shape must be two integers, of rows and columns, got {shape!r}"
-    try:
-        sizes = tuple(shape)
-    except TypeError:
-        raise TypeError(wrong) from None
-    if len(sizes) != 2:
-        raise ValueError(wrong)
-    rows, columns = (_index(n) if not isinstance(n, (bool, np.bool_)) else None for n in sizes)
-    if rows is None or columns is None:
-        raise TypeError(wrong)
-    if rows < 1 or columns < 1:
-        raise ValueError(f"{where}: shape must be at least 1 in each axis, got {shape!r}")
-    return rows, columns
+    return _answers.pooled(p, shape, reduce, lse)

@@ -10,9 +10,11 @@ import sys
 import numpy as np
 import pytest
 from _fence import PAGE, Fence
+from _questions import ALL, arrays_of
 from _util import ALL_TYPES, child, pairs, qkv, same_bits
 
 import qkv_fast
+from qkv_fast import spotlight
 
 pytestmark = [
     pytest.mark.usefixtures("isa"),
@@ -132,3 +134,20 @@ def test_keys_beyond_every_window_are_not_read(fences, dtype):
     past = [_longer(fence, x, 5000) for fence, x in zip(fences[1:], views, strict=False)]
     got = qkv_fast.attention(q, *past, causal=True, q_offset=256 - 8)
     same_bits(got, qkv_fast.attention(q, k, v, causal=True))
+
+
+@dtypes
+@pytest.mark.parametrize("name", ALL)
+def test_questions(fences, dtype, name):
+    """Their arrays and what is given with them, of few rows and of several panels; results are their own."""
+    ask = getattr(spotlight, name)
+    for n, (lq, lk, d, dv) in enumerate([(1, 1, 1, 3), (5, 97, 17, 6), (50, 130, 8, 9), (34, 193, 65, 30)]):
+        arrays = qkv(n, dtype, heads=(2, 1), lengths=(lq, lk), dims=(d, dv))
+        lse = qkv_fast.attention(*arrays, causal=True, return_lse=True)[1]
+        options = [{}, dict(lse=lse)] if name in ("received", "weights", "pooled", "influence") else [{}]
+        asked = arrays_of(name, *arrays)
+        for given, place in itertools.product(options, ("at_end", "at_start")):
+            views = [fence.put(x, place) for fence, x in zip(fences, asked, strict=False)]
+            fenced = {key: fences[3].put(x, place) for key, x in given.items()}
+            got, expected = ask(*views, causal=True, **fenced), ask(*asked, causal=True, **given)
+            same_bits(got, expected)

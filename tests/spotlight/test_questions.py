@@ -295,6 +295,16 @@ def test_cells():
         np.testing.assert_allclose(four, 4 * spotlight.pooled(q, k, (7, 9), reduce, causal=True), rtol=1e-5)
 
 
+@pytest.mark.parametrize("first", [230, 246, 254])
+def test_cells_of_few_keys_where_limits_meet_a_task(first):
+    """Causal limits in the block of keys that a task of 250 columns begins in: each cell is the largest of one weight."""
+    for length in (9, 16, 48):
+        q, k, _ = qkv(13, heads=(2, 2), lengths=(length, 1500), dims=(16, 16))
+        options = dict(causal=True, q_offset=first)
+        got = spotlight.pooled(q, k, (length, 1500), "max", **options)
+        same_bits(got, spotlight.weights(q, k, **options))
+
+
 @pytest.mark.parametrize("name", [*PER_QUERY, "weights"])
 def test_rows_are_worth_the_same_bits_anywhere(name):
     """Among others or alone, in whatever panel."""

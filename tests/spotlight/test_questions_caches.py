@@ -9,7 +9,7 @@ from _quantised import QUANTISED, as_stored
 from _questions import OF_CACHES, ask, hold
 from _util import ALL_TYPES, no_change, normal, same_bits
 
-from qkv_fast import KVCache, PagedKVCache
+from qkv_fast import KVCache, PagedKVCache, reference
 from qkv_fast._runtime import fail_allocation, trim
 
 pytestmark = pytest.mark.usefixtures("isa")
@@ -154,6 +154,27 @@ def test_arguments_of_their_own(kind, tmp_path):
     np.testing.assert_array_equal((many[0] >= 0).sum(axis=-1), (whole > 0).sum(axis=-1))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int4"])
+def test_cells_are_those_of_the_weights(kind, dtype, tmp_path, monkeypatch):
+    """Of all queries and tokens of the call, also of sequences that have fewer; tokens that a ring keeps count too."""
+    for constant, n in dict(WINDOW=300, KEEP=140, TURN=200).items():
+        monkeypatch.setitem(globals(), constant, n)
+    rng = np.random.default_rng(14)
+    k, q = normal(rng, (3, 2, 1500, 16)), normal(rng, (3, 4, 40, 16), "float32" if dtype in QUANTISED else dtype)
+    _, asked = filled(kind, k, [1500, 700, 0], dtype, tmp_path)
+    bias, lse = normal(rng, (40, 1500)), asked("attend", q, lengths=[40, 9, 0], return_lse=True)[1]
+    for options in (dict(lengths=[40, 9, 0]), dict(window=100, sinks=[0, 1, 2, 3]), dict(bias=bias)):
+        p = asked("weights", q, **options).astype("f8")
+        for shape in ((256, 256), (7, 13), (1, 1500)):
+            for reduce in ("mean", "max"):
+                got = asked("pooled", q, shape, reduce, num_threads=1, **options)
+                same_bits(asked("pooled", q, shape, reduce=reduce, num_threads=3, **options), got)
+                np.testing.assert_allclose(got, reference.spotlight._pool(p, shape, reduce), rtol=1e-5, atol=1e-6)
+    got = asked("pooled", q, lse=lse, lengths=[40, 9, 0])
+    np.testing.assert_allclose(got, asked("pooled", q, lengths=[40, 9, 0]), rtol=1e-4, atol=1e-7)
+
+
 @questions
 def test_pages_with_a_common_beginning(name):
     """They are asked where they lie, also twice in one call; what follows is each sequence's own."""
@@ -227,6 +248,8 @@ OF_ONE = [
     ("top_keys", dict(n=0), ValueError, "n must be at least 1, got 0"),
     ("received", dict(lse=np.zeros((2, 4, 2), "f4")), ValueError, r"lse must have the shape \(2, 4, 1\)"),
     ("received", dict(queries=[1]), ValueError, "queries must be in -1..0, got 1"),
+    ("pooled", dict(shape=(0, 1)), ValueError, r"shape must be at least 1 in each axis, got \(0, 1\)"),
+    ("pooled", dict(lse=np.zeros((2, 4, 2), "f4")), ValueError, r"lse must have the shape \(2, 4, 1\)"),
     ("weights", dict(keys=[5]), ValueError, "keys must be in -5..4, got 5"),
     ("weights", dict(keys=[0.5]), TypeError, "keys must be a slice or integers"),
 ]
