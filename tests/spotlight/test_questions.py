@@ -297,7 +297,7 @@ def test_cells():
 
 @pytest.mark.parametrize("first", [230, 246, 254])
 def test_cells_of_few_keys_where_limits_meet_a_task(first):
-    """Causal limits in the block of keys that a task of 250 columns begins in: each cell is the largest of one weight."""
+    """Causal limits in the block of keys that a task of 250 columns begins in: a cell is the largest of one weight."""
     for length in (9, 16, 48):
         q, k, _ = qkv(13, heads=(2, 2), lengths=(length, 1500), dims=(16, 16))
         options = dict(causal=True, q_offset=first)
