@@ -496,12 +496,15 @@ static int prepare_values(const qkv_query_tile *t, qkv_range keys)
     const qkv_plan *plan = t->plan;
     qkv_range seen = qkv_reach(p, t->sequence, 0, qkv_queries(p, t->sequence) - 1);
     pass_rows kv = {.first = qkv_max(keys.lo, seen.lo), .last = qkv_min(keys.hi, seen.hi)};
-    kv.run = run_with(p->runs + (p->run_of ? p->run_of[t->sequence] : 0), kv.first);
+    kv.last = qkv_max(kv.first, kv.last);
     /* Hidden keys beside them are in the kernels' row tiles, with weights of 0. */
     int64_t size = plan->kernels->size, row = plan->copy_row_v * size, n = keys.hi - keys.lo;
     memset(t->scratch + plan->at_v, 0, (size_t)(n * row));
     memset(t->scratch + plan->at_sizes, 0, (size_t)(n * size));
-    copy_rows(t, &kv, 1, t->scratch + plan->at_v + (kv.first - keys.lo) * row);
+    if (kv.first < kv.last) {
+        kv.run = run_with(p->runs + (p->run_of ? p->run_of[t->sequence] : 0), kv.first);
+        copy_rows(t, &kv, 1, t->scratch + plan->at_v + (kv.first - keys.lo) * row);
+    }
     return qkv_centre_values(t, (qkv_range){kv.first - keys.lo, kv.last - keys.lo});
 }
 

@@ -195,9 +195,13 @@ def _squares(p: Problem, lse: Array | None, output: Array, normalisers: Array | 
 
 
 def _by_key(p: Problem, heavy: Array, moved: Array, shape: tuple[int, ...]) -> Array:
-    """float64 sums of what queries say of one key each, in their order."""
+    """float64 sums of what queries say of one key each, which are like each other: sums of leading digits are exact."""
     if p.extras is not None and p.extras.q_starts is not None:  # keys count from their sequence's first
         heavy = np.where(heavy < 0, heavy, heavy + np.repeat(p.extras.k_starts[:-1], np.diff(p.extras.q_starts)))
     rows = heavy.reshape(-1, heavy.shape[-1])
     at = np.arange(len(rows))[:, np.newaxis] * shape[-1] + rows
-    return np.bincount(at[rows >= 0], moved[heavy >= 0], math.prod(shape)).reshape(shape)
+    at, given = at[rows >= 0], np.asarray(moved[heavy >= 0], np.float64)
+    leading = np.where(np.isfinite(given), (given.view(np.int64) & -(1 << 29)).view(np.float64), given)
+    rest = np.where(np.isfinite(given), given - leading, 0)
+    sums = sum(np.bincount(at, x, math.prod(shape)) for x in (leading, rest))
+    return np.asarray(sums).reshape(shape)

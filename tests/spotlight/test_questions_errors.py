@@ -153,7 +153,8 @@ from qkv_fast import spotlight
 q, k = np.random.default_rng(0).standard_normal((2, 8, 32768, 16), dtype=np.float32)
 def ask(n):
     options = dict(queries=slice(-32, None)) if "{name}" == "weights" else dict()
-    answer = spotlight.{name}(q[:, :n], k[:, :n], causal=True, num_threads=2, **options)
+    arrays = [q[:, :n], k[:, :n], k[:, :n]][:3 if "{name}" == "influence" else 2]
+    answer = spotlight.{name}(*arrays, causal=True, num_threads=2, **options)
     return sum(x.nbytes for x in (answer if type(answer) is tuple else (answer,)))
 def size():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
