@@ -121,7 +121,7 @@ typedef struct {
     const int64_t *offset;            /* one per sequence, |offset| <= 2^60; NULL: length_b - len_q */
     const int64_t *length;            /* one per sequence, 0..len_k; NULL: len_k */
     int64_t left, right;              /* distances up to 2^61, or QKV_OPEN */
-    /* Of questions; 0 for VALUES. The first keys that `left` hides from none. Runs may leave out keys between these and the
+    /* Of questions about scores; 0 for others. The first keys that `left` hides from none. Runs may leave out keys between these and the
      * 1024 before the first that some window has. */
     int64_t kept;
     /* Segments. spans: (sequences, len_q, 2): of the keys, query i sees only lo <= j < hi; or NULL. With ids as well, only
