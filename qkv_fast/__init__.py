@@ -19,6 +19,7 @@ from . import reference, spotlight
 from ._attention import attention
 from ._config import show_config
 from ._explain import explain
+from ._grad import attention_grad
 from ._masks import alibi_slopes
 from ._merge import merge_partials
 from ._runtime import available_isas, get_num_threads, isa, num_threads, set_num_threads
@@ -35,6 +36,7 @@ __all__ = [
     "__version__",
     "alibi_slopes",
     "attention",
+    "attention_grad",
     "attention_varlen",
     "available_isas",
     "explain",

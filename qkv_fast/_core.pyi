@@ -59,6 +59,7 @@ class Problem:
     def empty(self) -> _Array: ...
 
 def empty(where: str, shape: tuple[int, ...], number: int) -> _Array: ...
+def gradient_parts(keys: int) -> int: ...
 def forward(
     call: Problem,
     out: _Array,
@@ -70,6 +71,7 @@ def forward(
     first_key: int = 0,
     members: _Array | None = None,
     members_of: _Array | None = None,
+    gradients: Any = None,
 ) -> dict[str, Any] | None: ...
 def product(
     a: _Array,

@@ -80,7 +80,7 @@ PLAN = object()                                 # as counters: see forward
 QUESTIONS = {
     "largest": QKV_LARGEST, "entropy": QKV_ENTROPY, "top_keys": QKV_TOP_KEYS, "normalisers": QKV_NORMALISERS,
     "received": QKV_RECEIVED, "weights": QKV_WEIGHTS, "rows": QKV_ROWS, "means": QKV_MEANS, "maxima": QKV_MAXIMA,
-    "influence": QKV_INFLUENCE, "moved": QKV_MOVED, "groups": QKV_GROUPS,
+    "influence": QKV_INFLUENCE, "moved": QKV_MOVED, "groups": QKV_GROUPS, "gradients": QKV_GRADIENTS,
 }
 
 
@@ -305,14 +305,43 @@ cpdef cnp.ndarray empty(str where, tuple shape, int number):
         raise OverflowError(f"{where}: a result of shape {shape} is too large for any array") from None
 
 
+def gradient_parts(int64_t keys):
+    """In how many parts the gradient of queries comes, for the keys of the longest sequence."""
+    return qkv_gradient_parts(keys)
+
+
+cdef void fill_gradients(qkv_problem *p, gradients, bint heads_first, cnp.ndarray out):
+    """Pointers into the arrays of a Gradients of _grad.py."""
+    cdef cnp.ndarray delta = gradients.delta, dq = gradients.dq, dk = gradients.dk, dv = gradients.dv
+    cdef cnp.ndarray bias = gradients.bias, slopes = gradients.slopes, one = dq[0]
+    p.delta = cnp.PyArray_DATA(delta)
+    p.dq = <char *>cnp.PyArray_DATA(dq)
+    p.dk = <char *>cnp.PyArray_DATA(dk)
+    p.dv = <char *>cnp.PyArray_DATA(dv)
+    p.dq_part = cnp.PyArray_NBYTES(one)
+    fill_strides(&p.dq_at, one, heads_first, out)
+    fill_strides(&p.dk_at, dk, heads_first, out)
+    fill_strides(&p.dv_at, dv, heads_first, out)
+    p.dbias = NULL
+    p.dbias_part = 0
+    if bias is not None:
+        p.dbias = <char *>cnp.PyArray_DATA(bias)
+        fill_logits(&p.dbias_at, bias, out, p.q_starts != NULL)
+        if gradients.bias_by_part:
+            p.dbias_part = p.dbias_at.dim
+            p.dbias_at.dim = 0
+    p.dslopes = NULL if slopes is None else <double *>cnp.PyArray_DATA(slopes)
+
+
 def forward(Problem call not None, cnp.ndarray out not None, cnp.ndarray lse, int question=QKV_VALUES,
             cnp.ndarray answer=None, cnp.ndarray keys=None, cnp.ndarray normalisers=None, int64_t first_key=0,
-            cnp.ndarray members=None, cnp.ndarray members_of=None):
+            cnp.ndarray members=None, cnp.ndarray members_of=None, gradients=None):
     """Attention into `out`, and into the contiguous `lse` unless it is None. With PLAN for counters nothing is computed: it
     returns what would be done, as a dict of qkv_report.
 
     Of another `question`, one of QUESTIONS, the contiguous `answer`, `keys` and `normalisers` are what qkv.h says, and so are
-    `lse`, `first_key`, `members` (n, 3) and `members_of`; `out` has the leading axes of the result, and is read where qkv.h says so."""
+    `lse`, `first_key`, `members` (n, 3) and `members_of`; `out` has the leading axes of the result, and is read where qkv.h says so. Of
+    "gradients" it is dO, and `gradients` are what _grad.py says."""
     cdef cnp.ndarray q = call.q, k = call.k, v = call.v
     cdef bint heads_first = call.heads_first
     if k is None or v is None:
@@ -384,6 +413,8 @@ def forward(Problem call not None, cnp.ndarray out not None, cnp.ndarray lse, in
     p.members = <const qkv_members *>integers_of(members)
     p.members_of = integers_of(members_of)
     p.n_members = 0 if members is None else cnp.PyArray_DIM(members, 0)
+    if gradients is not None:
+        fill_gradients(&p, gradients, heads_first, out)
     p.threads = call.threads
     p.isa = call.isa
     p.counters = NULL

@@ -68,6 +68,17 @@ out : ndarray, optional
     overlap an input.
 num_threads : int, optional
     Threads for this call; see `get_num_threads` for the default.
+dout : array_like, shape (..., Hq, Lq, Dv)
+    The gradient of `attention`'s result, of its shape and type, or float32 instead of 16 bits.
+given_out : array_like, shape (..., Hq, Lq, Dv)
+    That result, in q's type, or in float32 instead of 16 bits.
+given_lse : array_like, shape (..., Hq, Lq)
+    The log-sum-exp that `attention` returns beside it. Neither can be seen not to belong to these arguments but by its
+    shape and type.
+dlse : array_like, shape (..., Hq, Lq), optional
+    The gradient of the log-sum-exp, of its type; none by default.
+want : tuple of {"q", "k", "v", "bias", "sinks", "slopes"}, default ("q", "k", "v")
+    The arguments whose gradients are returned.
 cu_seqlens_q, cu_seqlens_k : array_like of int, shape (N + 1,)
     Where the sequences begin: sequence b has the queries ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]``, exclusive, and
     its keys likewise. From 0 to Tq and Tk; a sequence may be empty.
@@ -114,7 +125,8 @@ def _split(text: str) -> dict[str, list[str]]:
         if not line.startswith(" "):
             name, _, kind = line.partition(" : ")
             lines = entries[name.partition(",")[0]] = []
-            line = f"{name.rpartition('_')[2] if name.startswith('new') else name} : {kind}"
+            shown = name.rpartition("_")[2] if name.startswith(("new", "given")) else name
+            line = f"{shown} : {kind}"
         lines.append(line)
     return entries
 

@@ -200,6 +200,57 @@ def check_ragged(
     )
 
 
+def check_any(
+    where: str, q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, mask: Any, bias: Any, causal: Any,
+    window: Any, q_offset: Any, kv_lengths: Any, segments: Any, alibi_slopes: Any, sinks: Any, softcap: Any, scale: Any,
+    layout: Any, num_threads: Any, words: dict[str, Any],
+) -> Problem:  # fmt: skip
+    """The problem of arrays, or of packed sequences where the `cu_seqlens` are given."""
+    if cu_seqlens_q is None and cu_seqlens_k is None:
+        return check(
+            where, q, k, v, mask, bias, causal, window, q_offset, kv_lengths, segments, alibi_slopes, sinks, softcap,
+            scale, layout, num_threads, words,
+        )  # fmt: skip
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        raise TypeError(f"{where}: packed sequences need both cu_seqlens_q and cu_seqlens_k")
+    if layout != "bhld":
+        raise ValueError(f"{where}: packed sequences are (tokens, heads, dim) and take no layout, got {layout!r}")
+    return check_ragged(
+        where, q, k, v, cu_seqlens_q, cu_seqlens_k, mask, bias, causal, window, q_offset, kv_lengths, segments,
+        alibi_slopes, sinks, softcap, scale, num_threads, words,
+    )  # fmt: skip
+
+
+def result_type(p: Problem) -> np.dtype[Any]:
+    """That of the log-sum-exp, and of all that is computed."""
+    return _TYPES[_arithmetic(p.number)]
+
+
+def check_lse(p: Problem, lse: Any, name: str = "lse") -> Array:
+    """A log-sum-exp as attention returns it for this problem, or its gradient; contiguous."""
+    given = _as_array(name, lse, p.where)
+    expected = result_type(p)
+    if given.dtype.num != expected.num:
+        known = f"{expected}, as attention returns it for {p.q.dtype}" if name == "lse" else f"{expected}, as lse is"
+        raise TypeError(f"{p.where}: {name} must be {known}, got {given.dtype}")
+    if given.shape != p.rows:
+        raise ValueError(f"{p.where}: {name} must have the shape {p.rows}, got {name}.shape={given.shape}")
+    return np.ascontiguousarray(given, expected)
+
+
+def check_output(p: Problem, output: Any, name: str = "output") -> Array:
+    """The output of attention for this problem, or its gradient; any strides."""
+    given = _as_array(name, output, p.where)
+    own, wide = _TYPES[p.number], result_type(p)
+    if given.dtype.num not in (own.num, wide.num):
+        known = f"{own}" if own == wide else f"{own} or {wide}"
+        known += f", as attention returns it for {p.q.dtype}"
+        raise TypeError(f"{p.where}: {name} must be {known}, got {given.dtype}")
+    if given.shape != p.shape:
+        raise ValueError(f"{p.where}: {name} must have the shape {p.shape}, got {name}.shape={given.shape}")
+    return given
+
+
 def check_newest(
     where: str, q: Any, batch: int, kv_heads: int, dim: int, dim_v: int, dtype: np.dtype[Any], stored: str | None,
     longest: int, mask: Any, bias: Any, causal: Any, window: Any, alibi_slopes: Any, sinks: Any, softcap: Any,

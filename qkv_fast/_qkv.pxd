@@ -38,6 +38,7 @@ cdef extern from "qkv.h" nogil:
         QKV_INFLUENCE
         QKV_MOVED
         QKV_GROUPS
+        QKV_GRADIENTS
 
     ctypedef struct qkv_strides:
         int64_t axis[64]
@@ -104,6 +105,16 @@ cdef extern from "qkv.h" nogil:
         const qkv_members *members
         const int64_t *members_of
         int64_t n_members
+        const void *delta
+        char *dq
+        char *dk
+        char *dv
+        int64_t dq_part
+        qkv_strides dq_at, dk_at, dv_at
+        char *dbias
+        int64_t dbias_part
+        qkv_strides dbias_at
+        double *dslopes
         int threads
         int isa
         qkv_counters *counters
@@ -111,6 +122,7 @@ cdef extern from "qkv.h" nogil:
         void *interrupted_arg
 
     qkv_status qkv_forward(const qkv_problem *problem)
+    int64_t qkv_gradient_parts(int64_t len_k)
 
     enum:
         QKV_WIDENED

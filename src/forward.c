@@ -12,6 +12,7 @@
 #include <stdatomic.h>
 #include <string.h>
 
+#include "backward.h"
 #include "call.h"
 #include "decode.h"
 #include "elements.h"
@@ -29,6 +30,7 @@ typedef struct {
     int64_t first, last;
     const qkv_run *run;               /* that has the first of them */
     const char *k, *v;                /* NULL: not yet needed */
+    int careful;                      /* of gradients: they are not finite */
     ptrdiff_t k_row, v_row;           /* elements */
     qkv_ahead ahead;                  /* of the block at hand, for the first panel of the pass */
 } pass_rows;
@@ -109,7 +111,9 @@ static void need(const qkv_query_tile *t, pass_rows *kv)
 {
     if (!kv->k) {
         kv->k = fetch(t, kv, 0, &kv->k_row);
-        kv->v = t->plan->values ? fetch(t, kv, 1, &kv->v_row) : kv->k;
+        kv->v = t->plan->values || t->problem->question == QKV_GRADIENTS ? fetch(t, kv, 1, &kv->v_row) : kv->k;
+        kv->careful = t->problem->question == QKV_GRADIENTS
+            && !qkv_are_finite(t, kv->k, kv->k_row, kv->v, kv->v_row, kv->last - kv->first);
     }
 }
 
@@ -167,7 +171,9 @@ static void attend_keys(const qkv_query_tile *t, const qkv_panel *x, int lane, p
         }
         tile->without = without;
     }
-    if (t->plan->values)
+    if (t->problem->question == QKV_GRADIENTS)
+        qkv_add_gradients(t, x, lane, first, tile, kv->careful);
+    else if (t->plan->values)
         kernels->attend(tile);
     else
         qkv_ask(t, x, lane, first, tile);
@@ -408,7 +414,7 @@ static int ask_keys(qkv_call *job, int worker, qkv_query_tile *t, qkv_range keys
             qkv_find_limits(t, kept);
         int64_t lo = qkv_max(keys.lo, t->any.lo), hi = qkv_min(keys.hi, t->any.hi);
         for (int64_t first = lo / plan->block * plan->block, next; first < hi; first = next) {
-            next = qkv_min((first / plan->chunk + 1) * plan->chunk, hi);
+            next = t->problem->question == QKV_GRADIENTS ? hi : qkv_min((first / plan->chunk + 1) * plan->chunk, hi);
             walk_keys(t, first, next, ~(uint64_t)0, 0);
             if ((next < hi || kept) && qkv_must_stop(&job->stop, worker))
                 return 0;
@@ -508,19 +514,17 @@ static int prepare_values(const qkv_query_tile *t, qkv_range keys)
     return qkv_centre_values(t, (qkv_range){kv.first - keys.lo, kv.last - keys.lo});
 }
 
-/* The answer to what is asked of each key of a range: all queries of a head in order. */
-static void answer_keys(qkv_call *job, int64_t task, int worker)
+/* All queries of a head, in order, meet a range of keys. Returns 0 if the call is given up before the last. */
+static int meet_keys(qkv_call *job, int worker, int64_t sequence, int64_t head, qkv_range keys)
 {
     const qkv_problem *p = job->problem;
     const qkv_plan *plan = job->plan;
-    int64_t sequence = task / plan->ranges / plan->heads, head = task / plan->ranges % plan->heads;
     char *scratch = job->scratch[worker] + sizeof(qkv_counters);
-    qkv_range keys = task_range(task % plan->ranges, plan->range, p->len_k);
     int64_t tiles = qkv_tiles_of(p, plan, sequence);
-    int prepared = p->question != QKV_INFLUENCE, finite = 1;
-    qkv_begin_sums(plan, scratch);
+    int prepared = p->question != QKV_INFLUENCE, finite = 1, gradients = p->question == QKV_GRADIENTS;
     for (int64_t tile = 0; tile < tiles; tile++) {
-        qkv_range rows = qkv_tile_rows(p, plan, sequence, tile), seen = qkv_reach(p, sequence, rows.lo, rows.hi - 1);
+        qkv_range rows = qkv_tile_rows(p, plan, sequence, tile);
+        qkv_range seen = qkv_reach(p, sequence, rows.lo / plan->group, (rows.hi - 1) / plan->group);
         if ((seen.lo >= keys.hi && p->kept <= keys.lo) || seen.hi <= keys.lo)
             continue;
         qkv_query_tile t;
@@ -530,15 +534,51 @@ static void answer_keys(qkv_call *job, int64_t task, int worker)
             finite = prepare_values(&t, keys);
         prepared = 1;
         t.not_finite = !finite;
-        qkv_begin_answer(&t);
+        (gradients ? qkv_begin_gradients : qkv_begin_answer)(&t);
         if (!ask_keys(job, worker, &t, keys))
-            return;
+            return 0;
         if (p->question == QKV_INFLUENCE)
             qkv_write_heavy(&t);
+        if (gradients)
+            qkv_write_query_gradients(&t);
         if (qkv_must_stop(&job->stop, worker))
-            return;
+            return 0;
     }
-    qkv_write_sums(p, plan, sequence, head, keys, scratch);
+    return 1;
+}
+
+/* The answer to what is asked of each key of a range. */
+static void answer_keys(qkv_call *job, int64_t task, int worker)
+{
+    const qkv_problem *p = job->problem;
+    const qkv_plan *plan = job->plan;
+    int64_t sequence = task / plan->ranges / plan->heads, head = task / plan->ranges % plan->heads;
+    char *scratch = job->scratch[worker] + sizeof(qkv_counters);
+    qkv_range keys = task_range(task % plan->ranges, plan->range, p->len_k);
+    qkv_begin_sums(plan, scratch);
+    if (meet_keys(job, worker, sequence, head, keys))
+        qkv_write_sums(p, plan, sequence, head, keys, scratch);
+}
+
+/* The gradients of a part of the keys, range by range, and what they give to those of queries. Parts of the first keys come first:
+ * under a causal mask they are the heavy ones. */
+static void answer_gradients(qkv_call *job, int64_t task, int worker)
+{
+    const qkv_problem *p = job->problem;
+    const qkv_plan *plan = job->plan;
+    char *scratch = job->scratch[worker] + sizeof(qkv_counters);
+    int64_t all = plan->sequences * plan->heads, tasks = plan->together ? 1 : all, part = task / tasks;
+    qkv_range heads = plan->together ? (qkv_range){0, all} : (qkv_range){task % tasks, task % tasks + 1};
+    qkv_range keys = task_range(part, plan->share, p->len_k);
+    for (int64_t i = heads.lo; i < heads.hi; i++) {
+        for (int64_t first = keys.lo; first < keys.hi; first += plan->range) {
+            qkv_range some = {first, qkv_min(first + plan->range, keys.hi)};
+            qkv_begin_key_gradients(p, plan, scratch);
+            if (!meet_keys(job, worker, i / plan->heads, i % plan->heads, some))
+                return;
+            qkv_write_key_gradients(p, plan, i / plan->heads, i % plan->heads, some, scratch);
+        }
+    }
 }
 
 /* The answer to what is asked of some rows and columns of cells: the queries of these rows in order. */
@@ -606,6 +646,10 @@ static void run_task(void *context, int64_t task, int worker)
     counters->tasks++;
     if (plan->by_key) {
         answer_keys(job, task, worker);
+        return;
+    }
+    if (job->problem->question == QKV_GRADIENTS) {
+        answer_gradients(job, task, worker);
         return;
     }
     if (qkv_asks_cells(job->problem)) {

@@ -37,6 +37,9 @@ enum {
     PARTIAL_BYTES = 32 << 20,         /* most memory that a split may take */
     SUMMARY_BYTES = 8 << 20,          /* most of a mask's summary: 1 GB of mask */
     SUMMARY_ROWS = 64,                /* of a task of it: some microseconds for rows of a few thousand keys */
+    GRADIENT_PARTS = 4,               /* most partial sums of dQ */
+    GRADIENT_KEYS = 512,              /* fewest keys of one */
+    GRADIENT_BYTES = 512 << 10,       /* K, V, dK and dV that all queries of a head meet */
     COLUMNS = 256,                    /* most columns of cells in a task: what is kept of a panel is half of L2 at most */
     COLD_BYTES = 1 << 20              /* less than that of K and V is in some cache: asking for it took 3 % at 8x128, Zen 5 */
 };
@@ -115,7 +118,7 @@ static void plan_summary(const qkv_problem *p, qkv_plan *plan)
 
 static int reads_out(const qkv_problem *p)
 {
-    return p->question == QKV_INFLUENCE || p->question == QKV_MOVED || p->question == QKV_GROUPS;
+    return p->question == QKV_INFLUENCE || p->question == QKV_MOVED || p->question == QKV_GROUPS || p->question == QKV_GRADIENTS;
 }
 
 static void lay_out_scratch(const qkv_problem *p, qkv_plan *plan)
@@ -132,7 +135,8 @@ static void lay_out_scratch(const qkv_problem *p, qkv_plan *plan)
     TAKE(at_q, panels * (size_t)plan->terms * lanes * size);
     TAKE(at_state, panels * plan->state_bytes);
     TAKE(at_total, plan->merges ? panels * plan->state_bytes : 0);
-    TAKE(at_s, (size_t)plan->block * lanes * size);
+    int gradients = p->question == QKV_GRADIENTS;       /* dS and products beside S */
+    TAKE(at_s, (size_t)plan->block * lanes * size * (gradients ? 3 : 1));
     TAKE(at_k, plan->copy_k || p->n_runs > 1 ? (size_t)(plan->pass * plan->copy_row_k) * size : 0);
     int64_t copied_v = p->question == QKV_INFLUENCE ? plan->range : plan->copy_v || p->n_runs > 1 ? plan->pass / pair : 0;
     TAKE(at_v, (size_t)(copied_v * plan->copy_row_v) * size);
@@ -143,7 +147,8 @@ static void lay_out_scratch(const qkv_problem *p, qkv_plan *plan)
     TAKE(at_pointers, plan->adjust ? 2 * lanes * sizeof(void *) : 0);
     TAKE(at_bias, p->bias && !plan->direct_bias ? lanes * (size_t)plan->block * size : 0);
     TAKE(at_mask, plan->masked && !plan->direct_mask ? lanes * (size_t)plan->block : 0);
-    TAKE(at_sums, (size_t)plan->range * (qkv_asks_cells(p) ? sizeof(double) : (size_t)plan->kernels->vector * size));
+    size_t columns = gradients ? (size_t)(qkv_columns(plan, p->dim) + qkv_columns(plan, p->dim_v)) : (size_t)plan->kernels->vector;
+    TAKE(at_sums, (size_t)plan->range * (qkv_asks_cells(p) ? sizeof(double) : columns * size));
     TAKE(at_bounds, qkv_asks_cells(p) ? (size_t)(plan->range * plan->parts + 1) * sizeof(int64_t) : 0);
     TAKE(at_sizes, p->question == QKV_INFLUENCE ? (size_t)plan->range * size : 0);
     TAKE(at_products, p->question == QKV_INFLUENCE ? (size_t)plan->block * lanes * size : 0);
@@ -296,6 +301,8 @@ static int64_t answer_lane_bytes(const qkv_problem *p, const qkv_plan *plan)
         return plan->range * plan->parts * kernels->size;
     if (p->question == QKV_ENTROPY)
         return kernels->size;
+    if (p->question == QKV_GRADIENTS) /* dQ^T, delta, columns of Q and dO; dO^T where attention has O^T */
+        return (p->dim + 1 + qkv_columns(plan, p->dim) + qkv_columns(plan, p->dim_v)) * kernels->size;
     if (p->question == QKV_TOP_KEYS)  /* no more keys than there are */
         return 2 * qkv_max(1, qkv_min(p->answer_n, p->len_k)) * kernels->size;
     if (p->question == QKV_INFLUENCE) /* the square of an output's length, and a key */
@@ -311,6 +318,31 @@ static int plan_ranges(const qkv_problem *p, qkv_plan *plan)
     plan->range = qkv_max(1, qkv_min(CHUNK / BLOCK, blocks / qkv_max(1, wanted))) * BLOCK;
     plan->ranges = ceil_div(p->len_k, plan->range);
     return multiply(heads, plan->ranges, &plan->tasks);
+}
+
+/* Keys of a part of the gradient of queries. */
+static int64_t gradient_keys(int64_t len_k)
+{
+    return qkv_max(GRADIENT_KEYS, ceil_div(ceil_div(len_k, GRADIENT_PARTS), BLOCK) * BLOCK);
+}
+
+int64_t qkv_gradient_parts(int64_t len_k)
+{
+    return qkv_max(1, ceil_div(len_k, gradient_keys(len_k)));
+}
+
+/* Tasks of gradients have a part of the keys each, of one key head, or of all where these share a bias. */
+static int plan_gradients(const qkv_problem *p, qkv_plan *plan)
+{
+    int64_t heads = plan->sequences * plan->heads, bytes = 2 * (p->dim + p->dim_v) * plan->kernels->size;
+    plan->share = gradient_keys(p->len_k);
+    plan->range = qkv_min(qkv_min(plan->share, CHUNK), qkv_max(1, GRADIENT_BYTES / (bytes + 1) / BLOCK) * BLOCK);
+    plan->pass = plan->range;         /* sums over keys and queries come in an order that no tile changes: panels, then blocks */
+    plan->ranges = qkv_gradient_parts(p->len_k);
+    plan->together = p->dbias && plan->heads > 1 && !p->dbias_at.head;
+    for (int i = 0; i < p->n_axes; i++)
+        plan->together |= p->dbias && !p->dbias_at.axis[i];
+    return multiply(plan->together ? heads > 0 : heads, plan->ranges, &plan->tasks);
 }
 
 /* A map of cells: columns that a task has, and the parts of one, of up to CHUNK keys. */
@@ -405,6 +437,8 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
         for (int64_t b = 0; b < plan->sequences; b++)
             plan->tasks += plan->heads * qkv_tiles_of(p, plan, b);
     }
+    if (p->question == QKV_GRADIENTS && !plan_gradients(p, plan))
+        return QKV_OVERFLOW;
     if ((plan->by_key && !plan_ranges(p, plan)) || (qkv_asks_cells(p) && !plan_cells(p, plan)))
         return QKV_OVERFLOW;
     if (p->question == QKV_GROUPS) {  /* by what each query head has alone: it is in this order that its queries are summed */

@@ -69,6 +69,8 @@ typedef struct {
     int64_t tasks;
     int threads;
     int64_t range, ranges;            /* keys of a task that sums over queries, or columns of cells, and such tasks of a head */
+    int64_t share;                    /* of gradients: keys of a part, some ranges */
+    int together;                     /* a task has all heads of its keys, since what scores meet is theirs in common */
     int64_t cell_rows, parts;         /* of cells: rows in a task, and parts of a column, whose keys are summed apart */
     int small;                        /* worth a thread that spins, but not to wake one */
 
@@ -76,7 +78,7 @@ typedef struct {
     size_t state_bytes;               /* O, m, l of one panel, or what a question keeps, m and l */
     size_t at_panels, at_limits, at_rows, at_q, at_state, at_total, at_s, at_k, at_v, at_tile, at_peaked;
     size_t at_lanes, at_pointers, at_bias, at_mask;     /* what elements.c needs */
-    size_t at_sums;                   /* (range, vector); of cells: (range) doubles, */
+    size_t at_sums;                   /* (range, vector); of gradients (range, columns of Q and of dO); of cells: (range) doubles, */
     size_t at_bounds;                 /* and the keys where their parts begin (range * parts + 1) */
     size_t at_sizes, at_products, at_centre;            /* (range), (block, lanes), (dim_v): of INFLUENCE */
     size_t at_without;                /* (panels, lanes) of keys: of MOVED */
@@ -93,6 +95,12 @@ qkv_status qkv_make_plan(const qkv_problem *problem, qkv_plan *plan);
 static inline int qkv_asks_cells(const qkv_problem *problem)
 {
     return problem->question == QKV_MEANS || problem->question == QKV_MAXIMA;
+}
+
+/* Columns in whole panels of them, as many as lanes. */
+static inline int64_t qkv_columns(const qkv_plan *plan, int64_t dim)
+{
+    return (dim + plan->kernels->lanes - 1) / plan->kernels->lanes * plan->kernels->lanes;
 }
 
 /* Whether a sequence has few rows. */

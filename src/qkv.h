@@ -57,10 +57,11 @@ typedef enum {
  *                that is -1 it is left alone
  *   GROUPS       double (sequences, heads_q, QKV_PARTS, groups): sums over parts of the queries of the square of how far they move
  *                without a group of keys; 0 before. Given are lse or normalisers, and out
+ *   GRADIENTS    none, but dq and what follows it; out is dO, which is read
  * Axes are those of lse in ragged batches as well: (heads_q, all rows), (heads_q, all keys). */
 typedef enum {
     QKV_VALUES, QKV_LARGEST, QKV_ENTROPY, QKV_TOP_KEYS, QKV_NORMALISERS, QKV_RECEIVED, QKV_WEIGHTS, QKV_ROWS,
-    QKV_MEANS, QKV_MAXIMA, QKV_INFLUENCE, QKV_MOVED, QKV_GROUPS
+    QKV_MEANS, QKV_MAXIMA, QKV_INFLUENCE, QKV_MOVED, QKV_GROUPS, QKV_GRADIENTS
 } qkv_question;
 
 /* Byte strides of a (batch axes..., head, row, dim) view. A broadcast axis has stride 0. */
@@ -146,7 +147,7 @@ typedef struct {
      * k_ids those from k_starts[b]. Its keys are the length_b of its runs, len_k being the most. */
     const int64_t *q_starts, *k_starts;
 
-    /* Of a question other than VALUES, INFLUENCE, MOVED and GROUPS: dim_v is 0, and out and V are not looked at. */
+    /* Of a question other than VALUES, INFLUENCE, MOVED, GROUPS and GRADIENTS: dim_v is 0, and out and V are not looked at. */
     qkv_question question;
     void *answer;                     /* of VALUES: that of NORMALISERS as well, or NULL; then no pairs are multiplied */
     int64_t *answer_keys;             /* of TOP_KEYS, INFLUENCE and MOVED */
@@ -161,6 +162,21 @@ typedef struct {
     const int64_t *members_of;
     int64_t n_members;
 
+    /* Of GRADIENTS; all of the type of the arithmetic. lse is given, -inf for a query that sees nothing. What is written is added up
+     * over the query heads of a key head. Strides are those of sequences: where k has none for an axis, dk has one. */
+    const void *delta;                /* (axes..., heads_q, len_q), contiguous: the sum of dO O, less the gradient of lse; finite or
+                                       * not, it counts for nothing where lse is -inf */
+    char *dq, *dk, *dv;               /* as q, k and v, rows without gaps; dq zeros at first, qkv_gradient_parts() of it, each so many
+                                       * bytes behind the other: their sum is the gradient */
+    int64_t dq_part;
+    qkv_strides dq_at, dk_at, dv_at;
+    /* NULL, or zeros at first: gradients of what is added to scores, an axis with stride 0 being summed over; those of part n are
+     * n * dbias_part bytes further on. */
+    char *dbias;
+    int64_t dbias_part;
+    qkv_strides dbias_at;
+    double *dslopes;                  /* NULL, or (parts, sequences, heads_q) */
+
     int threads;                      /* at most this many */
     int isa;                          /* index into the available CPU paths */
 
@@ -172,6 +188,9 @@ typedef struct {
 } qkv_problem;
 
 qkv_status qkv_forward(const qkv_problem *problem);
+
+/* In how many parts, of keys, the gradient of queries comes. */
+int64_t qkv_gradient_parts(int64_t len_k);
 
 /* Why rows of an array cannot be used where they lie and go through scratch. */
 enum {

@@ -208,6 +208,7 @@ void qkv_ask(const qkv_query_tile *t, const qkv_panel *x, int lane, int64_t key,
     case QKV_VALUES:
     case QKV_MOVED:
     case QKV_GROUPS:
+    case QKV_GRADIENTS:
         break;
     case QKV_LARGEST:
         kernels->look_largest(tile);

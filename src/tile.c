@@ -95,26 +95,32 @@ void qkv_find_limits(qkv_query_tile *t, int kept)
     }
 }
 
-static void pack_queries(const qkv_query_tile *t)
+const void **qkv_query_rows(const qkv_query_tile *t, const qkv_panel *x)
 {
     const qkv_problem *p = t->problem;
     const qkv_plan *plan = t->plan;
     const void **rows = (const void **)(t->scratch + plan->at_rows);
     size_t row_bytes = (size_t)plan->terms * (size_t)plan->kernels->size;
+    qkv_row r = qkv_first_row(t, x);
+    for (int j = 0; j < x->n; j++, qkv_next_row(&r)) {
+        char *from = (char *)p->q + t->q_offset + qkv_row_offset(&r, &p->q_at);
+        rows[j] = from;
+        if (!plan->direct_q) {
+            char *copy = t->scratch + plan->at_tile + (size_t)j * row_bytes;
+            qkv_rows one = {from, 0, (ptrdiff_t)p->q_at.dim, p->type, p->swapped_q};
+            plan->kernels->gather_terms(copy, 0, &one, 1, (int)p->dim);
+            rows[j] = copy;
+        }
+    }
+    return rows;
+}
+
+static void pack_queries(const qkv_query_tile *t)
+{
+    const qkv_plan *plan = t->plan;
     for (int i = 0; i < t->panels; i++) {
         const qkv_panel *x = &t->panel[i];
-        qkv_row r = qkv_first_row(t, x);
-        for (int j = 0; j < x->n; j++, qkv_next_row(&r)) {
-            char *from = (char *)p->q + t->q_offset + qkv_row_offset(&r, &p->q_at);
-            rows[j] = from;
-            if (!plan->direct_q) {
-                char *copy = t->scratch + plan->at_tile + (size_t)j * row_bytes;
-                qkv_rows one = {from, 0, (ptrdiff_t)p->q_at.dim, p->type, p->swapped_q};
-                plan->kernels->gather_terms(copy, 0, &one, 1, (int)p->dim);
-                rows[j] = copy;
-            }
-        }
-        plan->kernels->pack(x->q, rows, x->n, (int)plan->terms, plan->q_factor);
+        plan->kernels->pack(x->q, qkv_query_rows(t, x), x->n, (int)plan->terms, plan->q_factor);
     }
 }
 
@@ -137,14 +143,19 @@ const void *qkv_output_row(const qkv_query_tile *t, const qkv_row *r)
     return output_row(t, r, t->scratch + t->plan->at_tile + (size_t)t->plan->kernels->lanes * row_bytes);
 }
 
-void qkv_pack_outputs(const qkv_query_tile *t, const qkv_panel *x, char *to, double factor)
+const void **qkv_output_rows(const qkv_query_tile *t, const qkv_panel *x)
 {
     const void **rows = (const void **)(t->scratch + t->plan->at_rows);
     size_t row_bytes = (size_t)t->problem->dim_v * (size_t)t->plan->kernels->size;
     qkv_row r = qkv_first_row(t, x);
     for (int j = 0; j < x->n; j++, qkv_next_row(&r))
         rows[j] = output_row(t, &r, t->scratch + t->plan->at_tile + (size_t)j * row_bytes);
-    t->plan->kernels->pack(to, rows, x->n, (int)t->problem->dim_v, factor);
+    return rows;
+}
+
+void qkv_pack_outputs(const qkv_query_tile *t, const qkv_panel *x, char *to, double factor)
+{
+    t->plan->kernels->pack(to, qkv_output_rows(t, x), x->n, (int)t->problem->dim_v, factor);
 }
 
 void qkv_open_tile(qkv_query_tile *t, const qkv_problem *p, const qkv_plan *plan, int64_t sequence, int64_t head,

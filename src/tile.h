@@ -11,6 +11,7 @@
 typedef struct {
     int64_t row;                      /* first row of the panel */
     int n, nv;                        /* rows, vectors that hold them */
+    int careful;                      /* of gradients: Q or dO is not finite */
     char *q, *state, *total;          /* Q^T; the state of one chunk; that of all so far */
     qkv_range *rows;                  /* (lanes): keys that each sees; not filled where all see the same */
     qkv_limits *limits;               /* of the whole panel, then of each vector */
@@ -45,6 +46,10 @@ static inline qkv_row qkv_first_row(const qkv_query_tile *t, const qkv_panel *x)
  * packs its queries. */
 void qkv_open_tile(qkv_query_tile *tile, const qkv_problem *problem, const qkv_plan *plan, int64_t sequence, int64_t head,
                    qkv_range rows, qkv_range keys, const uint8_t *summary, char *scratch, qkv_counters *counters);
+
+/* A panel's rows of Q, and of out, where the kernels can read them: in place or in scratch, until other rows are. */
+const void **qkv_query_rows(const qkv_query_tile *tile, const qkv_panel *panel);
+const void **qkv_output_rows(const qkv_query_tile *tile, const qkv_panel *panel);
 
 /* The rows of tile number `index` of a head. */
 static inline qkv_range qkv_tile_rows(const qkv_problem *p, const qkv_plan *plan, int64_t sequence, int64_t index)

@@ -80,14 +80,14 @@ def general_product(a, b):
     return (_padded(a, 64) @ wide)[..., : a.shape[-2], : b.shape[-1]]
 
 
-def plain(
+def plain_scores(
     q, k, v, *, layout="bhld", scale=None, causal=False, window=None, q_offset=None, kv_lengths=None,
     mask=None, bias=None, segments=None, alibi_slopes=None, sinks=None, softcap=None, product=general_product,
 ):  # fmt: skip
-    """Attention as NumPy code computes it in q's own type: (out, lse). It knows nothing of NaN."""
+    """In q's own type: q, k and v with heads first, k and v for each query head; scores, -inf where hidden; the tanh of
+    a cap, or None; the sinks, -inf without; and the scale."""
     q, k, v = (np.asarray(x, dtype=arithmetic(q.dtype)) for x in (q, k, v))
-    flat = q.ndim == 2
-    if flat:
+    if q.ndim == 2:
         q, k, v = q[None], k[None], v[None]
     elif layout == "blhd":
         q, k, v = (x.swapaxes(-3, -2) for x in (q, k, v))
@@ -98,9 +98,10 @@ def plain(
     visible = reference._visible(batch, *shape, causal, window, q_offset, kv_lengths, segments)
     if scale is None:
         scale = 1 / np.sqrt(q.shape[-1]) if q.shape[-1] else 1
-    s = product(q, k.swapaxes(-1, -2)) * kind(scale)
+    s, capped = product(q, k.swapaxes(-1, -2)) * kind(scale), None
     if softcap is not None:
-        s = kind(softcap) * np.tanh(s / kind(softcap))
+        capped = np.tanh(s / kind(softcap))
+        s = kind(softcap) * capped
     if alibi_slopes is not None:
         start = 0 if causal == "top-left" else q_offset
         distance = np.abs(reference._distances(batch, *shape, start, kv_lengths)).astype(kind)
@@ -110,9 +111,15 @@ def plain(
         s = s + np.clip(bias, np.finfo(kind).min, None).astype(kind)  # a wider type's least is not -inf
     if mask is not None:
         visible = visible & (np.asarray(mask) != 0)
-    s = np.where(visible, s, kind(-np.inf))
-    m = s.max(axis=-1, keepdims=True, initial=-np.inf)
     sink = kind(-np.inf) if sinks is None else np.asarray(sinks).astype(kind)[:, None, None]
+    return q, k, v, np.where(visible, s, kind(-np.inf)), capped, sink, kind(scale)
+
+
+def plain(q, k, v, *, product=general_product, **options):
+    """Attention as NumPy code computes it in q's own type: (out, lse). It knows nothing of NaN."""
+    flat, swapped = q.ndim == 2, q.ndim > 2 and options.get("layout") == "blhd"
+    q, k, v, s, _, sink, _ = plain_scores(q, k, v, product=product, **options)
+    m = s.max(axis=-1, keepdims=True, initial=-np.inf)
     m = np.maximum(m, sink)
     m[m == -np.inf] = 0
     p = np.exp(s - m)
@@ -122,7 +129,7 @@ def plain(
     lse = np.where(total == 0, q.dtype.type(-np.inf), m + np.log(total_or_1))[..., 0]
     if flat:
         return out[0], lse[0]
-    return (out.swapaxes(-3, -2) if layout == "blhd" else out), lse
+    return (out.swapaxes(-3, -2) if swapped else out), lse
 
 
 def check(q, k, v, **options):

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import _problem
 from .._checks import Array, _index
 from .._core import Problem
 from . import _ask, _select
@@ -38,11 +39,11 @@ def received(p: Problem, lse: Any, queries: Any) -> Array:
     if queries is not None and p.extras is not None and p.extras.q_starts is not None:
         raise ValueError(f"{p.where}: packed sequences take no queries, whose numbers mean one sequence")
     if lse is not None:
-        lse = _ask.check_lse(p, lse)
+        lse = _problem.check_lse(p, lse)
     if queries is None:
         return _sums(p, lse)
     chosen, times = np.unique(_select.indices(p.where, "queries", queries, p.rows[-1]), return_counts=True)
-    total = np.zeros((*p.rows[:-1], _ask.key_count(p)), _ask.result_type(p))
+    total = np.zeros((*p.rows[:-1], _ask.key_count(p)), _problem.result_type(p))
     for run in _select.runs(chosen, times):
         first, last = int(chosen[run][0]), int(chosen[run][-1]) + 1
         part = None if lse is None else np.ascontiguousarray(lse[..., first:last])
@@ -57,14 +58,14 @@ def _sums(p: Problem, lse: Array | None) -> Array:
 
 def weights(p: Problem, queries: Any, keys: Any, lse: Any) -> Array:
     if lse is not None:
-        lse = _ask.check_lse(p, lse)
+        lse = _problem.check_lse(p, lse)
     rows, at_rows = _chosen(p, "queries", queries, p.rows[-1])
     columns, at_columns = _chosen(p, "keys", keys, _ask.key_count(p))
     parts = [(rows[run], list(_spans(columns))) for run in _select.runs(rows)]
     if len(parts) == 1 and len(parts[0][1]) == 1 and columns.size == columns[-1] - columns[0] + 1:
         found = _block(p, rows, [columns], lse)[0]
     else:
-        found = np.zeros((*p.rows[:-1], rows.size, columns.size), _ask.result_type(p))
+        found = np.zeros((*p.rows[:-1], rows.size, columns.size), _problem.result_type(p))
         done = 0
         for own, spans in parts:
             to = 0
@@ -96,7 +97,7 @@ def _spans(columns: Array) -> Iterator[Array]:
 def _block(p: Problem, rows: Array, spans: list[Array], lse: Array | None) -> list[Array]:
     """The weights of rows that follow one another, from the first to the last key of each span."""
     if not rows.size:
-        return [np.zeros((*p.rows[:-1], 0, span[-1] + 1 - span[0]), _ask.result_type(p)) for span in spans]
+        return [np.zeros((*p.rows[:-1], 0, span[-1] + 1 - span[0]), _problem.result_type(p)) for span in spans]
     first, last = int(rows[0]), int(rows[-1]) + 1
     own = _select.queries(p, first, last)
     if lse is None and [(span[0], span[-1] + 1) for span in spans] == [(0, _ask.key_count(p))]:
@@ -117,7 +118,7 @@ def pooled(p: Problem, shape: Any, reduce: Any, lse: Any) -> Array:
     if reduce not in _OF_CELLS:
         raise ValueError(f"{p.where}: reduce must be 'mean' or 'max', got {reduce!r}")
     if lse is not None:
-        lse = _ask.check_lse(p, lse)
+        lse = _problem.check_lse(p, lse)
     rows, columns = min(cells[0], p.rows[-1]), min(cells[1], _ask.key_count(p))
     normalisers = _ask.answer(p, "normalisers", (*p.rows, 2)) if lse is None else None
     return _ask.answer(p, _OF_CELLS[reduce], (*p.rows[:-1], rows, columns), lse=lse, normalisers=normalisers)

@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 
 from .. import _core, _problem
-from .._checks import _TYPES, Array, _arithmetic, _as_array
+from .._checks import Array, _as_array
 from .._core import Problem
+from .._problem import result_type
 
 
 def check(
@@ -18,21 +19,10 @@ def check(
     if v is None:
         k = _as_array("k", k, where)
         v = k[..., :0] if k.ndim else k
-    if cu_seqlens_q is None and cu_seqlens_k is None:
-        p = _problem.check(
-            where, q, k, v, mask, bias, causal, window, q_offset, kv_lengths, segments, alibi_slopes, sinks, softcap,
-            scale, layout, num_threads, words,
-        )  # fmt: skip
-    else:
-        if cu_seqlens_q is None or cu_seqlens_k is None:
-            raise TypeError(f"{where}: packed sequences need both cu_seqlens_q and cu_seqlens_k")
-        if layout != "bhld":
-            raise ValueError(f"{where}: packed sequences are (tokens, heads, dim) and take no layout, got {layout!r}")
-        p = _problem.check_ragged(
-            where, q, k, v, cu_seqlens_q, cu_seqlens_k, mask, bias, causal, window, q_offset, kv_lengths, segments,
-            alibi_slopes, sinks, softcap, scale, num_threads, words,
-        )  # fmt: skip
-    return p
+    return _problem.check_any(
+        where, q, k, v, cu_seqlens_q, cu_seqlens_k, mask, bias, causal, window, q_offset, kv_lengths, segments,
+        alibi_slopes, sinks, softcap, scale, layout, num_threads, words,
+    )  # fmt: skip
 
 
 def key_count(p: Problem) -> int:
@@ -55,37 +45,8 @@ def answer(
     return result
 
 
-def result_type(p: Problem) -> np.dtype[Any]:
-    return _TYPES[_arithmetic(p.number)]
-
-
 def empty_keys(p: Problem, shape: tuple[int, ...]) -> Array:
     return _core.empty(p.where, shape, np.dtype(np.int64).num)
-
-
-def check_lse(p: Problem, lse: Any) -> Array:
-    """A log-sum-exp as attention returns it for this problem, contiguous."""
-    given = _as_array("lse", lse, p.where)
-    expected = result_type(p)
-    if given.dtype.num != expected.num:
-        known = f"{expected}, as attention returns it for {p.q.dtype}"
-        raise TypeError(f"{p.where}: lse must be {known}, got {given.dtype}")
-    if given.shape != p.rows:
-        raise ValueError(f"{p.where}: lse must have the shape {p.rows}, got lse.shape={given.shape}")
-    return np.ascontiguousarray(given, expected)
-
-
-def check_output(p: Problem, output: Any) -> Array:
-    """The output of attention for this problem; any strides."""
-    given = _as_array("output", output, p.where)
-    own, wide = _TYPES[p.number], result_type(p)
-    if given.dtype.num not in (own.num, wide.num):
-        known = f"{own}" if own == wide else f"{own} or {wide}"
-        known += f", as attention returns it for {p.q.dtype}"
-        raise TypeError(f"{p.where}: output must be {known}, got {given.dtype}")
-    if given.shape != p.shape:
-        raise ValueError(f"{p.where}: output must have the shape {p.shape}, got output.shape={given.shape}")
-    return given
 
 
 def attended(p: Problem) -> tuple[Array, Array]:

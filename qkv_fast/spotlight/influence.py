@@ -6,7 +6,7 @@ from typing import Any, Never
 
 import numpy as np
 
-from .. import _core
+from .. import _core, _problem
 from .._checks import Array, _as_array
 from .._core import Problem
 from .._help import documented
@@ -121,10 +121,10 @@ def influence(
     )  # fmt: skip
     members = None if groups is None else _members(p, groups)
     if lse is not None:
-        lse = _ask.check_lse(p, lse)
+        lse = _problem.check_lse(p, lse)
     normalisers = None
     if output is not None:
-        output = _ask.check_output(p, output)
+        output = _problem.check_output(p, output)
         if lse is None:
             normalisers = _ask.answer(p, "normalisers", (*p.rows, 2), out=output)
     else:
@@ -137,7 +137,7 @@ def influence(
             moved = _ask.answer(p, "moved", p.rows, keys=heavy, out=output)
             squares = squares + _by_key(p, heavy, moved, squares.shape)
     with np.errstate(over="ignore"):
-        return np.sqrt(squares).astype(_ask.result_type(p), copy=False)
+        return np.sqrt(squares).astype(_problem.result_type(p), copy=False)
 
 
 def _members(p: Problem, given: Any) -> tuple[int, Array, Array | None]:

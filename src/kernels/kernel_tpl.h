@@ -81,6 +81,9 @@ _Static_assert(EXP2_STEPS == 1 || EXP2_STEPS == 8, "exp2_poly.h has no other pol
 #include "exp2_tpl.h"
 #include "adjust_tpl.h"
 #include "attend_tpl.h"
+#if PAIR == 1
+#include "grad_tpl.h"
+#endif
 #include "look_tpl.h"
 #include "rows_tpl.h"
 #include "peak_tpl.h"
@@ -89,7 +92,8 @@ _Static_assert(EXP2_STEPS == 1 || EXP2_STEPS == 8, "exp2_poly.h has no other pol
 #include "product_tpl.h"
 #include "softmax_tpl.h"
 #define UNPAIRED \
-    .multiply = X(multiply), .fence = X(fence), .softmax_rows = X(softmax_rows), .softmax_columns = X(softmax_columns),
+    .multiply = X(multiply), .fence = X(fence), .softmax_rows = X(softmax_rows), .softmax_columns = X(softmax_columns), \
+    .grad_scores = X(grad_scores), .grad_values = X(grad_values), .finite_rows = X(finite_rows),
 #else
 #define UNPAIRED
 #endif

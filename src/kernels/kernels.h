@@ -111,6 +111,19 @@ typedef struct {
     void *sums;                       /* (nk, vector) */
 } qkv_influence;
 
+/* What gradients of a tile need beside the tile, whose o is dQ^T and whose m and l make P = l 2^(c (S - m)): m is +inf in a lane that
+ * sees nothing. Columns are panels of `lanes` of them: (panels, lanes, lanes), a row for each lane. */
+typedef struct {
+    const void *dout;                 /* (dv, lanes): dO^T */
+    const void *delta;                /* (lanes) */
+    void *ds;                         /* (nk, lanes), scratch */
+    void *products;                   /* the same: K Q^T, where scores are capped; or NULL */
+    const void *q_rows, *dout_rows;   /* columns of Q and of dO */
+    void *dk, *dv;                    /* (nk, dk_row) and (nk, dv_row): what is added to; rows are multiples of lanes */
+    ptrdiff_t dk_row, dv_row;
+    int careful;                      /* take nothing from rows of excluded pairs, even NaN */
+} qkv_gradients;
+
 /* Few rows that share their keys, against one chunk of them: here a lane is an element of the head dimension. All pointers
  * are to the table's element type and aligned to a vector, and so are rows. A position is that of a key in the chunk. */
 typedef struct {
@@ -269,6 +282,12 @@ typedef struct {
     int (*decode_finish)(void *const *rows, const qkv_stack *stack);
 
     /* From here up to exp2 NULL where pairs are multiplied. */
+
+    /* Gradients of a tile, in two steps: P, or -1 where a key is excluded if careful, into s, and dS = P (dP - delta), after all
+     * that is added to scores, into ds; then dQ^T, dK and dV are added to, where dS is first taken back behind the cap. */
+    void (*grad_scores)(const qkv_tile *tile, const qkv_gradients *gradients);
+    void (*grad_values)(const qkv_tile *tile, const qkv_gradients *gradients);
+    int (*finite_rows)(const void *rows, ptrdiff_t row, int64_t n, int d);      /* whether n rows hold no NaN and no infinity */
 
     void (*multiply)(const qkv_product_tile *tile);
     void (*fence)(void);              /* other threads see what was streamed */

@@ -1,0 +1,195 @@
+/* The backward pass: the walk of forward.c, whose tasks have a part of the keys of a key head, and meet all its queries range by
+ * range. A range of keys, its K, V, dK and dV, stays in L2 meanwhile; dQ of a tile is added to its part of the result behind each
+ * range. Each number is owned by one task, which adds up in a fixed order: the same bits for any number of threads.
+ *
+ * A panel keeps dQ^T (d, lanes), delta (lanes), dO^T (dv, lanes), columns of Q and of dO (columns, lanes), m and l.
+ */
+#include "backward.h"
+
+#include <math.h>
+#include <string.h>
+
+/* What lies in a panel's state beside dQ^T. */
+typedef struct { char *delta, *dout, *q_rows, *dout_rows; } parts;
+
+static parts parts_of(const qkv_query_tile *t, const qkv_panel *x)
+{
+    int64_t lanes_bytes = (int64_t)qkv_lanes_bytes(t->plan);
+    parts at;
+    at.delta = x->state + t->problem->dim * lanes_bytes;
+    at.dout = at.delta + lanes_bytes;
+    at.q_rows = at.dout + t->problem->dim_v * lanes_bytes;
+    at.dout_rows = at.q_rows + qkv_columns(t->plan, t->problem->dim) * lanes_bytes;
+    return at;
+}
+
+static double element(const qkv_problem *p, const void *x, int64_t i)
+{
+    return p->type == QKV_F64 ? ((const double *)x)[i] : (double)((const float *)x)[i];
+}
+
+static void set_element(const qkv_problem *p, void *x, int64_t i, double value)
+{
+    if (p->type == QKV_F64)
+        ((double *)x)[i] = value;
+    else
+        ((float *)x)[i] = (float)value;
+}
+
+int qkv_are_finite(const qkv_query_tile *t, const char *k, ptrdiff_t k_row, const char *v, ptrdiff_t v_row, int64_t n)
+{
+    const qkv_kernels *kernels = t->plan->kernels;
+    return kernels->finite_rows(k, k_row, n, (int)t->problem->dim) && kernels->finite_rows(v, v_row, n, (int)t->problem->dim_v);
+}
+
+/* m, l and delta of a panel's lanes. A row that sees nothing, and a lane without a row, have m = +inf. */
+static void take_rows(const qkv_query_tile *t, const qkv_panel *x, void *delta)
+{
+    const qkv_problem *p = t->problem;
+    qkv_row r = qkv_first_row(t, x);
+    for (int j = 0; j < x->nv * t->plan->kernels->vector; j++) {
+        double lse = -INFINITY, sum = 0;
+        if (j < x->n) {
+            int64_t at = qkv_result_index(p, t->plan, t->sequence, t->head, &r);
+            lse = element(p, p->lse, at) / t->plan->rest;
+            sum = element(p, p->delta, at);
+            qkv_next_row(&r);
+        }
+        int sees = lse != -INFINITY;
+        set_element(p, qkv_state_m(t->plan, x->state), j, sees ? lse == INFINITY ? NAN : lse : INFINITY);
+        set_element(p, qkv_state_l(t->plan, x->state), j, sees ? 1 : 0);
+        set_element(p, delta, j, sees ? sum : 0);
+    }
+}
+
+/* Rows of dim elements as panels of columns, and 0 where there is nothing. */
+static void lay_columns(const qkv_query_tile *t, const qkv_panel *x, const void *const *rows, int64_t dim, char *to)
+{
+    int64_t lanes = t->plan->kernels->lanes, size = t->plan->kernels->size;
+    memset(to, 0, (size_t)(qkv_columns(t->plan, dim) * lanes * size));
+    for (int64_t e = 0; e < dim; e += lanes, to += lanes * lanes * size)
+        for (int j = 0; j < x->n; j++)
+            memcpy(to + j * lanes * size, (const char *)rows[j] + e * size, (size_t)(qkv_min(lanes, dim - e) * size));
+}
+
+void qkv_begin_gradients(const qkv_query_tile *t)
+{
+    const qkv_problem *p = t->problem;
+    const qkv_plan *plan = t->plan;
+    const qkv_kernels *kernels = plan->kernels;
+    for (int i = 0; i < t->panels; i++) {
+        qkv_panel *x = &t->panel[i];
+        parts at = parts_of(t, x);
+        void *m = qkv_state_m(plan, x->state), *l = qkv_state_l(plan, x->state);
+        kernels->reset(x->state, m, l, x->nv, (int)p->dim);
+        take_rows(t, x, at.delta);
+        lay_columns(t, x, qkv_query_rows(t, x), p->dim, at.q_rows);
+        const void **rows = qkv_output_rows(t, x);
+        kernels->pack(at.dout, rows, x->n, (int)p->dim_v, 1);
+        lay_columns(t, x, rows, p->dim_v, at.dout_rows);
+        x->careful = !kernels->finite(x->q, l, x->nv, (int)p->dim) || !kernels->finite(at.dout, l, x->nv, (int)p->dim_v);
+    }
+}
+
+/* What scores met by element: dS (keys, lanes) of some rows, for the keys from `key` on, added to the gradients of bias and slopes. */
+static void add_changes(const qkv_query_tile *t, const qkv_panel *x, int lane, int64_t key, const qkv_tile *of, const void *ds)
+{
+    const qkv_problem *p = t->problem;
+    int64_t lanes = t->plan->kernels->lanes, part = t->first / t->plan->share;
+    qkv_row r = qkv_row_of(x->row + lane, t->plan->group);
+    int64_t head = t->head * t->plan->group;
+    char *bias = p->dbias;
+    if (bias)
+        bias += qkv_sequence_offset(p, &p->dbias_at, t->sequence) + head * p->dbias_at.head + part * p->dbias_part
+            + key * p->dbias_at.dim;
+    for (int64_t j = 0; j < of->nv * t->plan->kernels->vector && lane + j < x->n; j++, qkv_next_row(&r)) {
+        char *row = bias ? bias + qkv_row_offset(&r, &p->dbias_at) : NULL;
+        double distances = 0;
+        for (int64_t i = 0; i < of->nk; i++) {
+            double value = element(p, ds, i * lanes + j);
+            char *to = row ? row + i * p->dbias_at.dim : NULL;
+            if (to)
+                set_element(p, to, 0, element(p, to, 0) + value);
+            if (p->dslopes && value != 0)
+                distances += value * fabs((double)(x->lanes.position[lane + j] - key - i));
+        }
+        if (p->dslopes)
+            p->dslopes[(part * t->plan->sequences + t->sequence) * p->heads_q + head + r.head] -= distances;
+    }
+}
+
+void qkv_add_gradients(const qkv_query_tile *t, const qkv_panel *x, int lane, int64_t key, const qkv_tile *of, int careful)
+{
+    const qkv_problem *p = t->problem;
+    const qkv_plan *plan = t->plan;
+    int64_t size = plan->kernels->size, lanes = plan->kernels->lanes, shift = lane * size;
+    int64_t s_bytes = plan->block * lanes * size, dk_row = qkv_columns(plan, p->dim), dv_row = qkv_columns(plan, p->dim_v);
+    char *sums = t->scratch + plan->at_sums;
+    parts at = parts_of(t, x);
+    qkv_gradients g = {
+        .dout = at.dout + shift, .delta = at.delta + shift, .ds = (char *)of->s + s_bytes,
+        .products = plan->softcap != 0 ? (char *)of->s + 2 * s_bytes : NULL,
+        .q_rows = at.q_rows + shift * lanes, .dout_rows = at.dout_rows + shift * lanes,
+        .dk = sums + (key - t->first) * dk_row * size, .dv = sums + (plan->range * dk_row + (key - t->first) * dv_row) * size,
+        .dk_row = (ptrdiff_t)dk_row, .dv_row = (ptrdiff_t)dv_row, .careful = careful || x->careful,
+    };
+    plan->kernels->grad_scores(of, &g);
+    if (p->dbias || p->dslopes)
+        add_changes(t, x, lane, key, of, g.ds);
+    plan->kernels->grad_values(of, &g);
+}
+
+/* to += factor * from */
+static void add_row(const qkv_problem *p, void *to, const void *from, int64_t n, double factor)
+{
+    if (p->type == QKV_F64)
+        for (int64_t e = 0; e < n; e++)
+            ((double *)to)[e] += factor * ((const double *)from)[e];
+    else
+        for (int64_t e = 0; e < n; e++)
+            ((float *)to)[e] += (float)(factor * (double)((const float *)from)[e]);
+}
+
+void qkv_write_query_gradients(const qkv_query_tile *t)
+{
+    const qkv_problem *p = t->problem;
+    const qkv_plan *plan = t->plan;
+    void **rows = (void **)(t->scratch + plan->at_rows);
+    char *dq = p->dq + t->first / plan->share * p->dq_part + qkv_rows_offset(p, &p->dq_at, t->sequence)
+        + t->head * plan->group * p->dq_at.head;
+    for (int i = 0; i < t->panels; i++) {
+        const qkv_panel *x = &t->panel[i];
+        void *l = qkv_state_l(plan, x->state);
+        for (int j = 0; j < x->nv * plan->kernels->vector; j++)
+            set_element(p, l, j, 1);
+        for (int j = 0; j < x->n; j++)
+            rows[j] = t->scratch + plan->at_tile + j * p->dim * plan->kernels->size;
+        plan->kernels->finish(rows, x->state, l, x->n, (int)p->dim);
+        qkv_row r = qkv_first_row(t, x);
+        for (int j = 0; j < x->n; j++, qkv_next_row(&r))
+            add_row(p, dq + qkv_row_offset(&r, &p->dq_at), rows[j], p->dim, p->scale);
+    }
+}
+
+void qkv_begin_key_gradients(const qkv_problem *p, const qkv_plan *plan, char *scratch)
+{
+    int64_t columns = qkv_columns(plan, p->dim) + qkv_columns(plan, p->dim_v);
+    memset(scratch + plan->at_sums, 0, (size_t)(plan->range * columns * plan->kernels->size));
+}
+
+void qkv_write_key_gradients(const qkv_problem *p, const qkv_plan *plan, int64_t sequence, int64_t head, qkv_range keys,
+                             const char *scratch)
+{
+    int64_t size = plan->kernels->size, dk_row = qkv_columns(plan, p->dim) * size, dv_row = qkv_columns(plan, p->dim_v) * size;
+    int64_t before = p->k_starts ? p->k_starts[sequence] : 0, end = p->k_starts ? p->k_starts[sequence + 1] - before : p->len_k;
+    const char *dk = scratch + plan->at_sums, *dv = dk + plan->range * dk_row;
+    char *to_k = p->dk + before * p->dk_at.row + head * p->dk_at.head, *to_v = p->dv + before * p->dv_at.row + head * p->dv_at.head;
+    if (!p->k_starts) {
+        to_k += qkv_sequence_offset(p, &p->dk_at, sequence);
+        to_v += qkv_sequence_offset(p, &p->dv_at, sequence);
+    }
+    for (int64_t i = keys.lo; i < qkv_min(keys.hi, end); i++) {
+        add_row(p, to_k + i * p->dk_at.row, dk + (i - keys.lo) * dk_row, p->dim, p->scale);
+        add_row(p, to_v + i * p->dv_at.row, dv + (i - keys.lo) * dv_row, p->dim_v, 1);
+    }
+}
