@@ -1,8 +1,11 @@
 """Gradients against finite differences and the reference, and what must not show in them."""
 
+import sys
+
 import numpy as np
 import pytest
 from _compositions import CASES, FEATURES, Case, poisoned, visible
+from _fence import Fence
 from _grads import check, given_gradients, wanted
 from _patterns import PATTERNS, fits
 from _util import ALL_TYPES, normal, qkv, same_bits
@@ -11,6 +14,7 @@ from hypothesis import strategies as st
 
 import qkv_fast
 from qkv_fast import attention, attention_grad, reference
+from qkv_fast._runtime import fail_allocation, trim
 
 pytestmark = pytest.mark.usefixtures("isa")
 
@@ -224,3 +228,39 @@ def test_float32_results_of_16_bits():
     for x, y in zip(got, exact, strict=True):
         assert x.dtype == "float16"
         np.testing.assert_allclose(x.astype("f8"), y, rtol=2**-10, atol=2e-6)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="mprotect is POSIX")
+@pytest.mark.parametrize("place", ["at_end", "at_start"])
+@pytest.mark.parametrize("dtype", ALL_TYPES)
+def test_edges_of_memory(dtype, place):
+    """One byte past an array that is given ends the process."""
+    fences = [Fence(1 << 18) for _ in range(8)]
+    for n, (lq, lk, d, dv) in enumerate([(1, 1, 1, 3), (5, 97, 17, 6), (50, 130, 8, 9), (34, 193, 65, 30)]):
+        arrays = qkv(n, dtype, heads=(2, 1), lengths=(lq, lk), dims=(d, dv))
+        options = dict(bias=normal(np.random.default_rng(n), (lq, lk)), causal=True)
+        dout, out, lse, dlse = given_gradients(arrays, **options)
+        want = wanted(options)
+        expected = attention_grad(dout, *arrays, out, lse, dlse=dlse, want=want, **options)
+        given = (dout, *arrays, out, lse, dlse, options["bias"])
+        *views, dlse, bias = (fence.put(x, place) for fence, x in zip(fences, given, strict=True))
+        same_bits(attention_grad(*views, dlse=dlse, want=want, bias=bias, causal=True), expected)
+
+
+@pytest.mark.alone
+def test_without_memory():
+    """Whichever allocation fails, it says so, and the next call is right."""
+    arrays = qkv(12, heads=(2, 1), lengths=(300, 600))
+    dout, out, lse, _ = given_gradients(arrays)
+    expected = attention_grad(dout, *arrays, out, lse, num_threads=2)
+    failed, n = 0, 0
+    while failed == n:
+        trim()
+        with fail_allocation(n):
+            try:
+                attention_grad(dout, *arrays, out, lse, num_threads=2)
+            except MemoryError:
+                failed += 1
+        n += 1
+    assert failed
+    same_bits(attention_grad(dout, *arrays, out, lse, num_threads=2), expected)

@@ -26,7 +26,8 @@ def compute():
     b = qkv_fast.attention(few[0], few[1], few[1], num_threads=3)
     c = qkv_fast.spotlight.received(x, x, causal=True, num_threads=3)
     d = cache.top_keys(few[0][None], num_threads=3)
-    return b"".join(y.tobytes() for y in (a, b, c, *d))
+    e = qkv_fast.attention_grad(x, x, x, x, a, np.full(x.shape[:2], 9, "f4"), causal=True, num_threads=3)
+    return b"".join(y.tobytes() for y in (a, b, c, *d, *e))
 def fork_and_wait(expected, depth=1):
     pid = os.fork()
     if pid == 0:

@@ -32,6 +32,9 @@ elif "STAGE" == "scores":
     call = lambda: qkv_fast.scores(k.swapaxes(-1, -2)[:, :LQ], k.swapaxes(-1, -2)[:, :LQ], num_threads=THREADS)
 elif "STAGE" == "weighted_values":
     call = lambda: qkv_fast.weighted_values(np.broadcast_to(np.float32(1), (HEADS, LQ, LK)), k, num_threads=THREADS)
+elif "STAGE" == "grad":
+    lse = np.broadcast_to(np.float32(20), (HEADS, LQ))
+    call = lambda: qkv_fast.attention_grad(q, q, k, k, q, lse, num_threads=THREADS)
 elif "STAGE" == "weights":
     call = lambda: qkv_fast.spotlight.weights(q, k, keys=[0], num_threads=THREADS)
 elif "STAGE" == "ring":
@@ -101,6 +104,11 @@ def test_signals_to_a_stage(longest_wait, stage, lq, lk, threads):
 @pytest.mark.parametrize("question", ["largest", "entropy", "top_keys", "received", "weights", "pooled"])
 def test_signals_to_a_question(longest_wait, question):
     assert longest_wait(1, 48 * 40, 2**23, 2, question) < 0.2
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_signals_to_gradients(longest_wait, threads):
+    assert longest_wait(1, 2**17, 2**17, threads, "grad") < 0.2
 
 
 def test_signals_to_a_question_of_a_cache(longest_wait):
