@@ -18,7 +18,10 @@ def attention(
     causal: bool | str = False,
     window: int | tuple[int | None, int | None] | None = None,
     q_offset: Any = None,
+    q_positions: Any = None,
+    q_lengths: Any = None,
     kv_lengths: Any = None,
+    kv_starts: Any = None,
     segments: tuple[Any, Any] | None = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
@@ -45,7 +48,10 @@ def attention(
     <causal>
     <window>
     <q_offset>
+    <q_positions>
+    <q_lengths>
     <kv_lengths>
+    <kv_starts>
     <segments>
     <alibi_slopes>
     <sinks>
@@ -119,7 +125,7 @@ def attention(
     (2, 8, 100, 64)
     """
     problem = check(
-        "attention", q, k, v, mask, bias, causal, window, q_offset, kv_lengths, segments, alibi_slopes, sinks, softcap,
-        scale, layout, num_threads, words,
+        "attention", q, k, v, mask, bias, causal, window, q_offset, q_positions, q_lengths, kv_lengths, kv_starts,
+        segments, alibi_slopes, sinks, softcap, scale, layout, num_threads, words,
     )  # fmt: skip
     return attend(problem, out, return_lse)

@@ -208,6 +208,9 @@ _OTHERS = {
     "sliding_window": ("window", "window=, which does not count the query itself: W - 1"),
     "local_window_size": ("window", "window="),
     "key_value_seq_lengths": ("kv_lengths", "kv_lengths="),
+    "query_seq_lengths": ("q_lengths", "q_lengths="),
+    "cache_leftpad": ("kv_starts", "kv_starts="),
+    "position_ids": ("q_positions", "q_positions=, for causal, window and alibi_slopes; rotary positions come before"),
     "cache_seqlens": ("kv_lengths", "kv_lengths=, or a KVCache"),
     "cu_seqlens_q": ("", "an argument of attention_varlen"),
     "cu_seqlens_k": ("", "an argument of attention_varlen"),
@@ -218,7 +221,10 @@ _OTHERS = {
     "return_residual": ("return_lse", "return_lse="),
     "s_aux": ("sinks", "sinks="),
 }
-_EVERYTHING = "mask bias causal window q_offset kv_lengths segments alibi_slopes sinks softcap scale return_lse"
+_EVERYTHING = (
+    "mask bias causal window q_offset q_positions q_lengths kv_lengths kv_starts segments alibi_slopes sinks softcap "
+    "scale return_lse"
+)
 
 
 def _fail_words(where: str, words: dict[str, Any], has: str = _EVERYTHING) -> NoReturn:
@@ -234,15 +240,11 @@ def _fail_words(where: str, words: dict[str, Any], has: str = _EVERYTHING) -> No
     raise TypeError(f"{where}() got an unexpected keyword argument {name!r}{known}")
 
 
-def _check_positions(where: str, causal: Any, window: Any, q_offset: Any) -> tuple[int | None, int | None, Any]:
-    """Distances to the left and to the right of a position that keys may have, None being open; and q_offset."""
+def _check_positions(where: str, causal: Any, window: Any) -> tuple[int | None, int | None, bool]:
+    """Distances to the left and to the right of a position that keys may have, None being open; whether positions are
+    those of "top-left"."""
     causal, top_left = _check_causal(where, causal)
-    left, right = _check_window(where, window, causal)
-    if not top_left:
-        return left, right, q_offset
-    if q_offset is not None:
-        raise ValueError(f"{where}: causal='top-left' means q_offset=0; give one of the two")
-    return left, right, 0
+    return *_check_window(where, window, causal), top_left
 
 
 def _check_causal(where: str, causal: Any) -> tuple[bool, bool]:
@@ -286,6 +288,17 @@ def _index(x: Any) -> int | None:
 
 def _per_sequence(where: str, name: str, values: Any, batch: tuple[int, ...]) -> Array:
     """int64, contiguous, of the shape of the batch: one integer for all, or an array that broadcasts to it."""
+    given = _integers(where, name, values)
+    try:
+        spread = np.broadcast_to(given, batch)
+    except ValueError:
+        raise ValueError(
+            f"{where}: {name} must be one integer or one per sequence, got shape {given.shape} for the axes {batch}"
+        ) from None
+    return np.ascontiguousarray(spread)
+
+
+def _integers(where: str, name: str, values: Any) -> Array:
     given = _as_array(name, values, where)
     if given.dtype.kind not in "iu" and not (given.size == 0 and isinstance(values, (list, tuple))):
         if isinstance(values, int) and not isinstance(values, bool):
@@ -293,13 +306,7 @@ def _per_sequence(where: str, name: str, values: Any, batch: tuple[int, ...]) ->
         raise TypeError(f"{where}: {name} must be an integer or an array of integers, got {values!r}")
     if given.dtype.kind == "u" and given.size and int(given.max()) >= 2**63:
         raise OverflowError(f"{where}: {name} does not fit in 63 bits, got {values!r}")
-    try:
-        spread = np.broadcast_to(given.astype(np.int64), batch)
-    except ValueError:
-        raise ValueError(
-            f"{where}: {name} must be one integer or one per sequence, got shape {given.shape} for the axes {batch}"
-        ) from None
-    return np.ascontiguousarray(spread)
+    return given.astype(np.int64)
 
 
 def _check_offsets(where: str, q_offset: Any, batch: tuple[int, ...]) -> Array:
@@ -309,19 +316,42 @@ def _check_offsets(where: str, q_offset: Any, batch: tuple[int, ...]) -> Array:
     return offsets
 
 
+def _check_query_positions(where: str, positions: Any, batch: tuple[int, ...], len_q: Any) -> Array:
+    """int64, contiguous: (..., Lq), or one axis of all rows of packed sequences, where `len_q` has one length each."""
+    given = _integers(where, "q_positions", positions)
+    packed = isinstance(len_q, np.ndarray)
+    shape = (int(len_q.sum()),) if packed else (*batch, len_q)
+    sizes = list(zip(given.shape[::-1], shape[::-1], strict=False))  # of the last axis as it is: one of each query
+    if not 0 < given.ndim <= len(shape) or sizes[0][0] != sizes[0][1] or any(n not in (1, m) for n, m in sizes):
+        known = f"({shape[-1]},)" + ("" if packed or not batch else f" or, per sequence, {shape}")
+        raise ValueError(f"{where}: q_positions must be of shape {known}, got {given.shape}")
+    if given.size and max(-int(given.min()), int(given.max())) > _FARTHEST_OFFSET:
+        raise OverflowError(f"{where}: q_positions must be within ±2**60, got {_farthest(given)}")
+    return np.ascontiguousarray(np.broadcast_to(given, shape))
+
+
+def _farthest(x: Array) -> int:
+    return int(max(x.min(), x.max(), key=abs))
+
+
+def _check_range(where: str, name: str, numbers: Array, most: Any, what: str) -> None:
+    """Of one sequence each; `most` is one for all, or one per sequence."""
+    if np.any(wrong := (numbers < 0) | (numbers > most)):
+        least = np.broadcast_to(most, numbers.shape)[wrong].flat[0]
+        raise ValueError(f"{where}: {name} must be in 0..{least} ({what}), got {numbers[wrong].flat[0]}")
+
+
 def _check_lengths(where: str, lengths: Array, len_q: Any, len_k: Any, ambiguous: bool) -> None:
     """Of one sequence each; `len_q` and `len_k` are one for all, or one per sequence."""
     if not lengths.size:
         return
-    if np.any(wrong := (lengths < 0) | (lengths > len_k)):
-        most = np.broadcast_to(len_k, lengths.shape)[wrong].flat[0]
-        raise ValueError(f"{where}: kv_lengths must be in 0..{most} (k's length), got {lengths[wrong].flat[0]}")
+    _check_range(where, "kv_lengths", lengths, len_k, "k's length")
     if ambiguous and np.any(short := (lengths > 0) & (lengths < len_q)):
         many = np.broadcast_to(len_q, lengths.shape)[short].flat[0]
         raise ValueError(
             f"{where}: kv_lengths of {lengths[short].flat[0]} with {many} queries leaves two readings of causal, "
-            "window and alibi_slopes: padded queries? pass q_offset=0. Positions that end at the last key? pass "
-            "q_offset=kv_lengths - Lq"
+            "window and alibi_slopes: padded queries? pass q_lengths, or q_offset=0. Positions that end at the last "
+            "key? pass q_offset=kv_lengths - Lq"
         )
 
 

@@ -171,6 +171,9 @@ cdef bytearray fill_extras(qkv_problem *p, extras, cnp.ndarray out):
     """Pointers into the arrays of `extras`. Returns the runs of packed sequences, which are to be kept as long as p."""
     cdef cnp.ndarray mask = extras.mask, bias = extras.bias, starts = extras.q_starts
     cdef bytearray room = None
+    p.positions = integers_of(extras.positions)
+    p.start = integers_of(extras.starts)
+    p.queries = integers_of(extras.queries)
     p.spans = integers_of(extras.spans)
     p.q_ids = ids_of(extras.q_ids)
     p.k_ids = ids_of(extras.k_ids)
@@ -397,6 +400,7 @@ def forward(Problem call not None, cnp.ndarray out not None, cnp.ndarray lse, in
     p.right = QKV_OPEN if call.right is None else call.right
     p.kept = 0
     p.scale = call.scale
+    p.positions = p.start = p.queries = NULL
     p.spans = p.q_ids = p.k_ids = p.q_starts = p.k_starts = NULL
     p.slopes = p.sinks = NULL
     p.mask = p.bias = NULL

@@ -32,8 +32,8 @@ def explain(*call: Any, **arguments: Any) -> "Plan | StagePlan":
 
     Parameters
     ----------
-    q, k, v, mask, bias, causal, window, q_offset, kv_lengths, segments, alibi_slopes, sinks, softcap, scale, layout, \
-return_lse, out, num_threads
+    q, k, v, mask, bias, causal, window, q_offset, q_positions, q_lengths, kv_lengths, kv_starts, segments, \
+alibi_slopes, sinks, softcap, scale, layout, return_lse, out, num_threads
         What `attention` takes, with the same meaning; or another function first, and then what that takes. Elements
         of arrays are not looked at, and `out` is not written to; those of a mask and of segments decide which tiles
         there are.

@@ -43,7 +43,10 @@ def attention_grad(
     causal: bool | str = False,
     window: int | tuple[int | None, int | None] | None = None,
     q_offset: Any = None,
+    q_positions: Any = None,
+    q_lengths: Any = None,
     kv_lengths: Any = None,
+    kv_starts: Any = None,
     segments: tuple[Any, Any] | None = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
@@ -74,7 +77,10 @@ def attention_grad(
     <causal>
     <window>
     <q_offset>
+    <q_positions>
+    <q_lengths>
     <kv_lengths>
+    <kv_starts>
     <segments>
     <alibi_slopes>
     <sinks>
@@ -126,8 +132,8 @@ def attention_grad(
     """
     where = "attention_grad"
     p = _problem.check_any(
-        where, q, k, v, cu_seqlens_q, cu_seqlens_k, mask, bias, causal, window, q_offset, kv_lengths, segments,
-        alibi_slopes, sinks, softcap, scale, layout, num_threads, words,
+        where, q, k, v, cu_seqlens_q, cu_seqlens_k, mask, bias, causal, window, q_offset, q_positions, q_lengths,
+        kv_lengths, kv_starts, segments, alibi_slopes, sinks, softcap, scale, layout, num_threads, words,
     )  # fmt: skip
     given = {"q": p.q, "k": p.k, "v": p.v, "bias": bias, "sinks": sinks, "slopes": alibi_slopes}
     _check_want(where, want, given)

@@ -37,11 +37,20 @@ window : int or (left, right), optional
 q_offset : int or array_like of int, optional
     Query i sits at position ``i + q_offset``; one offset, or one per sequence. By default query i sits at
     ``i + n - Lq``, where n is the sequence's `kv_lengths` or Lk: the last query sees the last key.
+q_positions : array_like of int, shape (Lq,) or (..., Lq), optional
+    Where each query sits, instead of `q_offset`: a key's index is its own position, and `causal`, `window` and
+    `alibi_slopes` go by the two. In any order, with gaps, the same position twice; within ±2**60.
+q_lengths : int or array_like of int, optional
+    Number of queries of each sequence, 0 to Lq, as of `kv_lengths`. Those at or past it see nothing and cost nothing;
+    the others get what the sequence gives alone, to the last bit: query i sits at ``i + n - q_lengths``.
 kv_lengths : int or array_like of int, optional
     Number of keys of each sequence, 0 to Lk; one for all, or one per sequence (it broadcasts to the axes
     left of the heads). Keys and values at or past it are never read. With `causal`, `window` or
-    `alibi_slopes` and fewer keys than queries, but some, say with `q_offset` where the queries sit (0 for
-    right-padded ones): that call is a ValueError without it.
+    `alibi_slopes` and fewer keys than queries, but some, say where the queries sit: with `q_lengths` for padded
+    ones, or with `q_offset`; that call is a ValueError without.
+kv_starts : int or array_like of int, optional
+    The first key of each sequence, 0 to its number of keys, as of `kv_lengths`: those before it (left padding) are
+    never read. Positions stay: the last query sees the last key, and padded queries of a causal call see none.
 segments : (q_ids, k_ids), optional
     Integers of shapes (..., Lq) and (..., Lk), whose leading axes broadcast to those left of the heads. A
     query attends only to keys with its own id: documents packed into one sequence, for example. In any

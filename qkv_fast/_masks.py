@@ -33,6 +33,9 @@ class Extras(NamedTuple):
     longest_k: int = 0  # of runs as well
     runs: Array | None = None  # caches: (runs, 4) int64: bytes from k, bytes from v, first key, number of keys
     run_of: Array | None = None  # (sequences + 1,) int64: the first run of each sequence, and their number
+    positions: Array | None = None  # (..., queries) int64
+    queries: Array | None = None  # (...,) int64
+    starts: Array | None = None  # (...,) int64
     kept: int = 0  # questions: the first keys, that the window's left side hides from none
     stored: str | None = None  # "int8" or "int4": rows of k and v are bytes, as qkv.h has them; None: their own type
 

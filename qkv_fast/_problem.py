@@ -24,6 +24,8 @@ from ._checks import (
     _check_offsets,
     _check_out,
     _check_positions,
+    _check_query_positions,
+    _check_range,
     _check_type,
     _check_types,
     _fail_shapes,
@@ -61,9 +63,24 @@ def attend(p: Problem, out: Array | None, return_lse: bool) -> Any:
     report = _core.forward(p, target, lse)
     if report is not None:
         return Planned(p, report, target, out)
+    if p.extras is not None and p.extras.queries is not None:
+        blank(p, target, 0, axis=-2 if p.heads_first or target.ndim == 2 else -3)
+        if lse is not None:
+            sinks = p.extras.sinks
+            blank(p, lse, -np.inf if sinks is None else sinks[:, np.newaxis] if lse.ndim > 1 else sinks)
     if target is not result:
         result[...] = target
     return (result, lse) if return_lse else result
+
+
+def blank(p: Problem, x: Array, value: Any, axis: int = -1) -> None:
+    """Give the rows past `q_lengths`, which the core leaves alone, what a query has that sees nothing."""
+    if p.extras is None or p.extras.queries is None:
+        return
+    rest = (slice(None),) * (-1 - axis)
+    for at, n in np.ndenumerate(p.extras.queries.reshape(p.rows[:-2])):
+        if n < p.rows[-1]:
+            x[(*at, ..., slice(n, None), *rest)] = value
 
 
 def _like_q(p: Problem) -> Array:
@@ -81,9 +98,9 @@ def overlaps(p: Problem, out: Array) -> bool:
 
 
 def check(
-    where: str, q: Any, k: Any, v: Any, mask: Any, bias: Any, causal: Any, window: Any, q_offset: Any, kv_lengths: Any,
-    segments: Any, alibi_slopes: Any, sinks: Any, softcap: Any, scale: Any, layout: Any, num_threads: Any,
-    words: dict[str, Any],
+    where: str, q: Any, k: Any, v: Any, mask: Any, bias: Any, causal: Any, window: Any, q_offset: Any, q_positions: Any,
+    q_lengths: Any, kv_lengths: Any, kv_starts: Any, segments: Any, alibi_slopes: Any, sinks: Any, softcap: Any, scale:
+    Any, layout: Any, num_threads: Any, words: dict[str, Any],
 ) -> Problem:  # fmt: skip
     """The problem of arrays (..., heads, length, dim), in this order of axes or in that of `layout`."""
     if words:
@@ -143,16 +160,21 @@ def check(
     # The usual values first: what they skip is 0.1 us each, of 5 that the smallest call takes.
     scale = (dim**-0.5 if dim else 1.0) if scale is None else _scale_of(where, scale, dim)
     left = right = offsets = lengths = extras = None
-    if window is q_offset is kv_lengths is None and (causal is False or causal is True):
+    own: dict[str, Any] = {}
+    unusual = not (window is q_offset is q_positions is q_lengths is kv_lengths is kv_starts is None)
+    if not unusual and (causal is False or causal is True):
         right = 0 if causal else None
     else:
-        left, right, offsets, lengths = _check_limits(
-            where, causal, window, q_offset, kv_lengths, alibi_slopes is not None, batch, len_q, len_k
-        )
+        left, right, offsets, lengths, own = _check_limits(
+            where, causal, window, q_offset, q_positions, q_lengths, kv_lengths, kv_starts, alibi_slopes is not None,
+            batch, len_q, len_k,
+        )  # fmt: skip
     if not (mask is bias is segments is alibi_slopes is sinks is softcap is None):
         extras = _masks.check_extras(where, (*rows, len_k), q_heads, mask, bias, alibi_slopes, sinks, softcap)
         if segments is not None:
             extras = extras.with_segments(*_masks.check_segments(where, segments, batch, len_q, len_k))
+    if own:
+        extras = (extras or Extras())._replace(**own)
     threads, isa, counters = _runtime.current(num_threads, where)
     return Problem(
         where, q, k, v, heads_first, shape, rows, scale, left, right, offsets, lengths, extras, threads, isa, counters
@@ -160,9 +182,9 @@ def check(
 
 
 def check_ragged(
-    where: str, q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, mask: Any, bias: Any, causal: Any,
-    window: Any, q_offset: Any, kv_lengths: Any, segments: Any, alibi_slopes: Any, sinks: Any, softcap: Any, scale: Any,
-    num_threads: Any, words: dict[str, Any],
+    where: str, q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, mask: Any, bias: Any, causal: Any, window:
+    Any, q_offset: Any, q_positions: Any, kv_lengths: Any, segments: Any, alibi_slopes: Any, sinks: Any, softcap: Any,
+    scale: Any, num_threads: Any, words: dict[str, Any],
 ) -> Problem:  # fmt: skip
     """The problem of packed sequences (tokens, heads, dim)."""
     if words:
@@ -181,16 +203,17 @@ def check_ragged(
     batch = (len_q.size,)
 
     scale = _scale_of(where, scale, dim)
-    left, right, offsets, lengths = _check_limits(
-        where, causal, window, q_offset, kv_lengths, alibi_slopes is not None, batch, len_q, len_k
-    )
+    left, right, offsets, lengths, own = _check_limits(
+        where, causal, window, q_offset, q_positions, None, kv_lengths, None, alibi_slopes is not None, batch, len_q,
+        len_k,
+    )  # fmt: skip
     if lengths is None:
         lengths = len_k
     if offsets is None:
         offsets = lengths - len_q
     logits = (*batch, heads, longest_q, longest_k)
     extras = _masks.check_extras(where, logits, heads, mask, bias, alibi_slopes, sinks, softcap)
-    extras = extras._replace(q_starts=q_starts, k_starts=k_starts, longest_q=longest_q, longest_k=longest_k)
+    extras = extras._replace(q_starts=q_starts, k_starts=k_starts, longest_q=longest_q, longest_k=longest_k, **own)
     if segments is not None:
         extras = extras.with_segments(*_masks.check_ragged_segments(where, segments, q_starts, k_starts))
     threads, isa, counters = _runtime.current(num_threads, where)
@@ -201,23 +224,26 @@ def check_ragged(
 
 
 def check_any(
-    where: str, q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, mask: Any, bias: Any, causal: Any,
-    window: Any, q_offset: Any, kv_lengths: Any, segments: Any, alibi_slopes: Any, sinks: Any, softcap: Any, scale: Any,
-    layout: Any, num_threads: Any, words: dict[str, Any],
+    where: str, q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, mask: Any, bias: Any, causal: Any, window:
+    Any, q_offset: Any, q_positions: Any, q_lengths: Any, kv_lengths: Any, kv_starts: Any, segments: Any, alibi_slopes:
+    Any, sinks: Any, softcap: Any, scale: Any, layout: Any, num_threads: Any, words: dict[str, Any],
 ) -> Problem:  # fmt: skip
     """The problem of arrays, or of packed sequences where the `cu_seqlens` are given."""
     if cu_seqlens_q is None and cu_seqlens_k is None:
         return check(
-            where, q, k, v, mask, bias, causal, window, q_offset, kv_lengths, segments, alibi_slopes, sinks, softcap,
-            scale, layout, num_threads, words,
+            where, q, k, v, mask, bias, causal, window, q_offset, q_positions, q_lengths, kv_lengths, kv_starts,
+            segments, alibi_slopes, sinks, softcap, scale, layout, num_threads, words,
         )  # fmt: skip
     if cu_seqlens_q is None or cu_seqlens_k is None:
         raise TypeError(f"{where}: packed sequences need both cu_seqlens_q and cu_seqlens_k")
+    if q_lengths is not None or kv_starts is not None:
+        name = "q_lengths" if q_lengths is not None else "kv_starts"
+        raise ValueError(f"{where}: packed sequences take no {name}: cu_seqlens say where they begin and end")
     if layout != "bhld":
         raise ValueError(f"{where}: packed sequences are (tokens, heads, dim) and take no layout, got {layout!r}")
     return check_ragged(
-        where, q, k, v, cu_seqlens_q, cu_seqlens_k, mask, bias, causal, window, q_offset, kv_lengths, segments,
-        alibi_slopes, sinks, softcap, scale, num_threads, words,
+        where, q, k, v, cu_seqlens_q, cu_seqlens_k, mask, bias, causal, window, q_offset, q_positions, kv_lengths,
+        segments, alibi_slopes, sinks, softcap, scale, num_threads, words,
     )  # fmt: skip
 
 
@@ -283,7 +309,7 @@ def check_newest(
     if causal is not True or window is not None:
         if isinstance(causal, str):
             raise ValueError(f"{where}: causal must be True or False, got {causal!r}")
-        left, right, _ = _check_positions(where, causal, window, None)
+        left, right, _ = _check_positions(where, causal, window)
     extras = Extras(stored=stored) if stored else None
     if not (mask is bias is alibi_slopes is sinks is softcap is None):
         extras = _masks.check_extras(where, (*rows, longest), rows[1], mask, bias, alibi_slopes, sinks, softcap)
@@ -295,18 +321,36 @@ def check_newest(
 
 
 def _check_limits(
-    where: str, causal: Any, window: Any, q_offset: Any, kv_lengths: Any, alibi: bool, batch: tuple[int, ...],
-    len_q: Any, len_k: Any,
-) -> tuple[int | None, int | None, Array | None, Array | None]:  # fmt: skip
-    """How far keys may lie to the left and to the right of a position; offsets; lengths. None is open, or the default.
-    `len_q` and `len_k` are one for all sequences, or one each."""
+    where: str, causal: Any, window: Any, q_offset: Any, q_positions: Any, q_lengths: Any, kv_lengths: Any,
+    kv_starts: Any, alibi: bool, batch: tuple[int, ...], len_q: Any, len_k: Any,
+) -> tuple[int | None, int | None, Array | None, Array | None, dict[str, Any]]:  # fmt: skip
+    """How far keys may lie to the left and to the right of a position; offsets; lengths; and what few calls have, for
+    Extras. None is open, or the default. `len_q` and `len_k` are one for all sequences, or one each."""
     left = right = offsets = lengths = None
+    own: dict[str, Any] = {}
     if causal is not False or window is not None:
-        left, right, q_offset = _check_positions(where, causal, window, q_offset)
+        left, right, top_left = _check_positions(where, causal, window)
+        if top_left:
+            if q_offset is not None or q_positions is not None:
+                other = "q_offset" if q_offset is not None else "q_positions"
+                raise ValueError(f"{where}: causal='top-left' means q_offset=0; give it or {other}")
+            q_offset = 0
+    positions = left is not None or right is not None or alibi
+    if q_lengths is not None:
+        queries = own["queries"] = _per_sequence(where, "q_lengths", q_lengths, batch)
+        _check_range(where, "q_lengths", queries, len_q, "q's length")
     if kv_lengths is not None:
         lengths = _per_sequence(where, "kv_lengths", kv_lengths, batch)
-        positions = left is not None or right is not None or alibi
-        _check_lengths(where, lengths, len_q, len_k, positions and q_offset is None)
+        _check_lengths(where, lengths, len_q, len_k, positions and q_offset is q_positions is q_lengths is None)
+    if kv_starts is not None:
+        own["starts"] = _per_sequence(where, "kv_starts", kv_starts, batch)
+        _check_range(where, "kv_starts", own["starts"], len_k if lengths is None else lengths, "the sequence's keys")
+    if q_positions is not None:
+        if q_offset is not None:
+            raise ValueError(f"{where}: q_positions say where queries sit, and so does q_offset; give one of the two")
+        given = _check_query_positions(where, q_positions, batch, len_q)
+        if positions:
+            own["positions"] = given
     if q_offset is not None:
         offsets = _check_offsets(where, q_offset, batch)
-    return left, right, offsets, lengths
+    return left, right, offsets, lengths, own

@@ -78,7 +78,10 @@ cdef extern from "qkv.h" nogil:
         int64_t n_runs
         const int64_t *run_of
         const int64_t *offset
+        const int64_t *positions
+        const int64_t *start
         const int64_t *length
+        const int64_t *queries
         int64_t left, right
         int64_t kept
         const int64_t *spans

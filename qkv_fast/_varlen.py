@@ -20,6 +20,7 @@ def attention_varlen(
     causal: bool | str = False,
     window: int | tuple[int | None, int | None] | None = None,
     q_offset: Any = None,
+    q_positions: Any = None,
     kv_lengths: Any = None,
     segments: tuple[Any, Any] | None = None,
     alibi_slopes: Any = None,
@@ -51,6 +52,8 @@ def attention_varlen(
     <causal>
     <window>
     <q_offset>
+    <q_positions>
+        Here of shape (Tq,).
     <kv_lengths>
         Here Lq and Lk are those of the sequence; its first keys count.
     <segments>
@@ -99,7 +102,7 @@ def attention_varlen(
     True
     """
     problem = _problem.check_ragged(
-        "attention_varlen", q, k, v, cu_seqlens_q, cu_seqlens_k, mask, bias, causal, window, q_offset, kv_lengths,
-        segments, alibi_slopes, sinks, softcap, scale, num_threads, words,
+        "attention_varlen", q, k, v, cu_seqlens_q, cu_seqlens_k, mask, bias, causal, window, q_offset, q_positions,
+        kv_lengths, segments, alibi_slopes, sinks, softcap, scale, num_threads, words,
     )  # fmt: skip
     return _problem.attend(problem, out, return_lse)

@@ -40,7 +40,7 @@ void qkv_open_lanes(const qkv_elements *e, qkv_lanes *x, int64_t row, int64_t n,
         x->bias[j] = row_at(p->bias, &p->bias_at, bias_offset, &r);
         x->mask[j] = row_at(p->mask, &p->mask_at, mask_offset, &r);
         x->summary[j] = e->summary ? (const uint8_t *)row_at((const char *)e->summary, summary_at, summary_offset, &r) : NULL;
-        x->position[j] = r.position + position;
+        x->position[j] = p->positions ? p->positions[query + r.position] : r.position + position;
         x->id[j] = p->q_ids ? p->q_ids[query + r.position] : 0;
         x->slope[j] = p->slopes ? p->slopes[head + r.head] : 0;
     }

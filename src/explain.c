@@ -219,7 +219,7 @@ static qkv_status walk(const qkv_problem *p, const qkv_plan *plan, qkv_counters 
 /* Whether a sequence sees other keys than the one before it. */
 static int differs(const qkv_problem *p, int64_t sequence)
 {
-    int own = p->spans || p->q_ids || p->q_starts || qkv_length(p, sequence) != qkv_length(p, sequence - 1)
+    int own = p->spans || p->q_ids || p->positions || p->start || qkv_is_uneven(p) || qkv_length(p, sequence) != qkv_length(p, sequence - 1)
         || qkv_offset(p, sequence) != qkv_offset(p, sequence - 1);
     for (int i = 0; i < p->n_axes && p->mask; i++)
         own |= p->mask_at.axis[i] != 0;
@@ -318,7 +318,7 @@ qkv_status qkv_explain(const qkv_problem *p, qkv_report *report)
     double sizes = (double)(p->dim * qkv_size(p->type) + p->dim_v * qkv_size(p->out_type))
         + (p->lse ? plan.kernels->size : 0);
     double all_keys = 0;
-    if (p->q_starts || p->spans || plan.masked || p->n_runs > 1) {      /* what spans two runs is copied */
+    if (qkv_is_uneven(p) || p->positions || p->start || p->spans || plan.masked || p->n_runs > 1) { /* what spans two runs is copied */
         status = count_by_walking(p, &plan, report, &all_keys);
         if (status != QKV_OK)
             return status;
@@ -326,7 +326,9 @@ qkv_status qkv_explain(const qkv_problem *p, qkv_report *report)
         count_in_closed_form(p, &plan, report, &all_keys);
     }
     report->operations = 2 * report->pairs * (double)(p->dim + p->dim_v);
-    double rows = (double)p->heads_q * (double)qkv_query_index(p, plan.sequences, 0);
+    double rows = 0;
+    for (int64_t b = 0; b < plan.sequences; b++)
+        rows += (double)p->heads_q * (double)qkv_queries(p, b);
     report->bytes = rows * sizes
                     + all_keys * (double)(qkv_row_bytes(p->kv_type, p->dim) + qkv_row_bytes(p->kv_type, p->dim_v));
     return QKV_OK;

@@ -163,6 +163,7 @@ static void attend_keys(const qkv_query_tile *t, const qkv_panel *x, int lane, p
     tile->v = kv->v + (first - kv->first) / kernels->pair * kv->v_row * (int64_t)kernels->size;
     tile->nk = (int)(last - first);
     tile->skew = (int)(first - block_first);
+    tile->changes.key = block_first;
     int32_t without[MAX_LANES];
     if (t->problem->question == QKV_MOVED) {
         for (int j = 0; j < tile->nv * kernels->vector; j++) {
@@ -277,15 +278,17 @@ static void attend_block(const qkv_query_tile *t, const qkv_panel *x, pass_rows 
     }
 }
 
-/* Every chosen panel against the keys [begin, end), which begin at a block, as far as some row sees them. */
+/* Every chosen panel against the keys [begin, end), which begin at a block, as far as some row sees them. What comes before a
+ * sequence's start is not read, so a block may begin there: by itself, for pairs of keys are counted from where a pass begins. */
 static void walk_keys(const qkv_query_tile *t, int64_t begin, int64_t end, uint64_t chosen, int careful)
 {
     const qkv_plan *plan = t->plan;
-    begin = qkv_max(begin, t->any.lo / plan->block * plan->block);
+    begin = qkv_max(qkv_max(begin, t->any.lo / plan->block * plan->block), qkv_start(t->problem, t->sequence));
     end = qkv_min(end, t->any.hi);
     const qkv_run *run = t->problem->runs + (t->problem->run_of ? t->problem->run_of[t->sequence] : 0);
-    for (int64_t first = begin; first < end; first += plan->pass) {
-        int64_t last = qkv_min(first + plan->pass, end);
+    for (int64_t first = begin, last; first < end; first = last) {
+        int64_t cut = first % plan->block;                              /* by the sequence's start */
+        last = qkv_min(cut ? first + plan->block - cut : first + plan->pass, end);
         int cold = plan->cold;        /* for the first panel that walks this pass */
         run = run_with(run, first);
         pass_rows kv = {.first = first, .last = last, .run = run};
@@ -717,7 +720,7 @@ static int take_shared(qkv_call *job, int slot, char **block)
         atomic_init(&job->pending[i], plan->chunks);
     if (plan->summary_bytes)
         job->summary = (uint8_t *)*block + plan->shared_bytes - plan->summary_bytes;
-    if (p->q_starts) {
+    if (qkv_is_uneven(p)) {
         int64_t *first = (int64_t *)(job->pending + bases);
         job->first_tile = first;
         first[0] = 0;

@@ -1,8 +1,8 @@
 /* Which keys a query sees, from positions alone: causal order, windows, offsets, lengths and the spans of segments are one
  * interval per row.
  *
- * Query i of sequence b sits at i + offset_b and sees the keys [position - left, position + right] that are below
- * length_b. Over a group of rows the intervals give two more: the keys that some row sees (union) and those that every
+ * Query i of sequence b sits at i + offset_b, or where it is told to, and sees the keys [position - left, position + right]
+ * that are not before start_b, and below length_b. Over a group of rows the intervals give two more: the keys that some row sees (union) and those that every
  * row sees (common). A tile outside the union is skipped; one inside the common range needs no mask at all.
  */
 #ifndef QKV_MASK_H
@@ -26,7 +26,15 @@ static inline int64_t qkv_length(const qkv_problem *p, int64_t sequence)
 
 static inline int64_t qkv_queries(const qkv_problem *p, int64_t sequence)
 {
+    if (p->queries)
+        return p->queries[sequence];
     return p->q_starts ? p->q_starts[sequence + 1] - p->q_starts[sequence] : p->len_q;
+}
+
+/* Whether sequences may have different numbers of queries. */
+static inline int qkv_is_uneven(const qkv_problem *p)
+{
+    return p->q_starts || p->queries;
 }
 
 /* Where query i of a sequence stands in what has a row for each query of all sequences. */
@@ -40,15 +48,37 @@ static inline int64_t qkv_offset(const qkv_problem *p, int64_t sequence)
     return p->offset ? p->offset[sequence] : qkv_length(p, sequence) - qkv_queries(p, sequence);
 }
 
+static inline int64_t qkv_start(const qkv_problem *p, int64_t sequence)
+{
+    return p->start ? p->start[sequence] : 0;
+}
+
+/* Where the queries first .. last of a sequence sit: the least and the largest of their positions. */
+static inline qkv_range qkv_positions(const qkv_problem *p, int64_t sequence, int64_t first, int64_t last)
+{
+    int64_t offset = qkv_offset(p, sequence);
+    if (!p->positions)
+        return (qkv_range){first + offset, last + offset};
+    qkv_range at = {(int64_t)1 << 62, -((int64_t)1 << 62)};         /* out of all reach, where there are none */
+    const int64_t *positions = p->positions + qkv_query_index(p, sequence, 0);
+    for (int64_t i = first; i <= last; i++) {
+        at.lo = qkv_min(at.lo, positions[i]);
+        at.hi = qkv_max(at.hi, positions[i]);
+    }
+    return at;
+}
+
 /* The keys within reach of some of the queries first .. last of a sequence, spans apart. May be empty. */
 static inline qkv_range qkv_reach(const qkv_problem *p, int64_t sequence, int64_t first, int64_t last)
 {
-    int64_t n = qkv_length(p, sequence), offset = qkv_offset(p, sequence);
-    qkv_range keys = {0, n};
+    qkv_range keys = {qkv_start(p, sequence), qkv_length(p, sequence)};
+    if (p->left == QKV_OPEN && p->right == QKV_OPEN)
+        return keys;
+    qkv_range at = qkv_positions(p, sequence, first, last);
     if (p->left != QKV_OPEN)
-        keys.lo = qkv_max(0, first + offset - p->left);
+        keys.lo = qkv_max(keys.lo, at.lo - p->left);
     if (p->right != QKV_OPEN)
-        keys.hi = qkv_min(n, last + offset + p->right + 1);
+        keys.hi = qkv_min(keys.hi, at.hi + p->right + 1);
     return keys;
 }
 
@@ -56,8 +86,10 @@ static inline qkv_range qkv_reach(const qkv_problem *p, int64_t sequence, int64_
 static inline qkv_range qkv_visible_part(const qkv_problem *p, int64_t sequence, int64_t i, int kept)
 {
     qkv_range keys = qkv_reach(p, sequence, i, i);
-    keys.lo = kept ? 0 : qkv_max(keys.lo, p->kept);
+    keys.lo = kept ? qkv_start(p, sequence) : qkv_max(keys.lo, p->kept);
     keys.hi = kept ? qkv_min(keys.hi, p->kept) : keys.hi;
+    if (i >= qkv_queries(p, sequence))
+        keys.hi = 0;
     if (p->spans) {
         const int64_t *span = p->spans + 2 * qkv_query_index(p, sequence, i);
         keys.lo = qkv_max(keys.lo, span[0]);
@@ -76,7 +108,7 @@ static inline qkv_range qkv_visible(const qkv_problem *p, int64_t sequence, int6
 /* Whether all queries of a sequence see the same keys, as far as positions say. */
 static inline int qkv_all_alike(const qkv_problem *p)
 {
-    return p->left == QKV_OPEN && p->right == QKV_OPEN && !p->spans;
+    return p->left == QKV_OPEN && p->right == QKV_OPEN && !p->spans && !p->queries;
 }
 
 static inline qkv_limits qkv_no_limits(void)

@@ -207,7 +207,7 @@ static void plan_few(const qkv_problem *p, qkv_plan *plan)
     int64_t most = p->kv_type == qkv_arithmetic(p->type) ? FEW_BYTES / size : FEW_WIDENED;
     few->most = qkv_min(most, qkv_max(FEW_LEAST, (p->dim + p->dim_v) / FEW_COLUMNS));
     plan->decode = plan->rows <= few->most;
-    if (!plan->decode && !p->q_starts)
+    if (!plan->decode && !qkv_is_uneven(p))
         return;
     int pairs = multiplies_pairs(p, plan);
     few->kernels = pairs ? qkv_isa_at(p->isa)->pairs : plan->kernels;
@@ -262,7 +262,7 @@ int64_t qkv_tiles_of(const qkv_problem *p, const qkv_plan *plan, int64_t sequenc
 /* What of the keys queries can see at all. */
 static void find_reach(const qkv_problem *p, qkv_plan *plan)
 {
-    int64_t alike = !p->length && !p->offset && !p->q_starts;
+    int64_t alike = !p->length && !p->offset && !p->positions && !p->start && !qkv_is_uneven(p);
     plan->chunks = 1;
     for (int64_t b = 0; b < (alike ? qkv_min(1, plan->sequences) : plan->sequences); b++) {
         qkv_range keys = qkv_reach(p, b, 0, qkv_queries(p, b) - 1);
@@ -281,7 +281,7 @@ static int count_work(const qkv_problem *p, const qkv_plan *plan, int64_t *panel
     if (!multiply(plan->sequences, plan->heads, &heads)
         || !multiply(heads, ceil_div(plan->rows, plan->kernels->lanes), panels))
         return 0;
-    if (p->q_starts) {                /* less than that */
+    if (qkv_is_uneven(p)) {           /* less than that */
         *panels = 0;
         pairs = 0;
         for (int64_t b = 0; b < plan->sequences; b++) {
@@ -432,7 +432,7 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     plan->tiles = plan->decode ? 1 : ceil_div(panels, qkv_max(1, qkv_min(qkv_min(most, wanted), panels)));
     plan->tile_panels = plan->decode ? 1 : qkv_max(1, ceil_div(panels, qkv_max(1, plan->tiles)));     /* of about one size */
     plan->tasks = plan->sequences * plan->heads * plan->tiles;
-    if (p->q_starts) {
+    if (qkv_is_uneven(p)) {
         plan->tasks = 0;
         for (int64_t b = 0; b < plan->sequences; b++)
             plan->tasks += plan->heads * qkv_tiles_of(p, plan, b);
@@ -462,7 +462,7 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     plan->threads = (int)qkv_min(plan->threads, qkv_max(1, plan->tasks));
     plan_summary(p, plan);
     size_t numbers = plan->split ? (size_t)(plan->tasks / plan->chunks) : 0;
-    numbers += p->q_starts ? (size_t)plan->sequences + 1 : 0;
+    numbers += qkv_is_uneven(p) ? (size_t)plan->sequences + 1 : 0;
     plan->shared_bytes = (plan->split ? plan->partial_bytes : 0) + numbers * sizeof(int64_t) + plan->summary_bytes;
     lay_out_scratch(p, plan);
     return QKV_OK;

@@ -117,10 +117,13 @@ typedef struct {
     int64_t n_runs;
     const int64_t *run_of;
 
-    /* Key limits. Query i of sequence b sits at i + offset_b and sees the keys from position - left to
-     * position + right that are below length_b. */
-    const int64_t *offset;            /* one per sequence, |offset| <= 2^60; NULL: length_b - len_q */
+    /* Key limits. Query i of sequence b sits at i + offset_b, or where positions say, and sees the keys from position - left to
+     * position + right that are start_b or more and below length_b. */
+    const int64_t *offset;            /* one per sequence, |offset| <= 2^60; NULL: length_b less its queries */
+    const int64_t *positions;         /* (sequences, len_q), each as far as an offset may be; or NULL */
+    const int64_t *start;             /* one per sequence, 0..length_b: keys before it are not read; NULL: 0 */
     const int64_t *length;            /* one per sequence, 0..len_k; NULL: len_k */
+    const int64_t *queries;           /* one per sequence, 0..len_q: rows of q from it on have no result; NULL: len_q */
     int64_t left, right;              /* distances up to 2^61, or QKV_OPEN */
     /* Of questions about scores; 0 for others. The first keys that `left` hides from none. Runs may leave out keys between these and the
      * 1024 before the first that some window has. */
@@ -143,7 +146,7 @@ typedef struct {
     const double *sinks;              /* the logit of one more key, without a value; finite or -inf; one per query head, or NULL */
 
     /* Ragged batches, or NULL. There is one axis of sequences, whose strides are not looked at. Sequence b has the rows
-     * q_starts[b] .. q_starts[b + 1] of q, out, lse (heads_q, all rows), spans and q_ids, len_q being the longest; and of
+     * q_starts[b] .. q_starts[b + 1] of q, out, lse (heads_q, all rows), spans, positions and q_ids, len_q being the longest; and of
      * k_ids those from k_starts[b]. Its keys are the length_b of its runs, len_k being the most. */
     const int64_t *q_starts, *k_starts;
 

@@ -39,8 +39,12 @@ class Case:
             options |= FEATURES[name](self)
         positions = any(name in options for name in ("causal", "window", "alibi_slopes"))
         top_left = options.get("causal") == "top-left"
-        if "kv_lengths" in options and positions and not top_left:
+        if "q_positions" in options:
+            options.pop("q_offset", None)
+        elif "kv_lengths" in options and "q_lengths" not in options and positions and not top_left:
             options.setdefault("q_offset", 0)
+        if "kv_starts" in options:
+            options["kv_starts"] = np.minimum(options["kv_starts"], options.get("kv_lengths", self.lengths[1]))
         return options
 
     def logits(self):
@@ -107,13 +111,32 @@ def q_offset(case):
     return dict(q_offset=case.rng.integers(-lq, lk + 1, shape))
 
 
+def q_positions(case):
+    lq, lk = case.lengths
+    axes = case.batch if case.rng.integers(2) else ()
+    positions = case.rng.integers(-lq, lk + 30, (*axes, lq))
+    return dict(q_positions=np.sort(positions) if case.rng.integers(2) else positions)
+
+
+def numbers(of):
+    """Of queries (0) or keys (1), one for all sequences or one each."""
+
+    def draw(case):
+        return case.rng.integers(0, case.lengths[of] + 1, case.batch if case.rng.integers(4) else ())
+
+    return draw
+
+
 FEATURES = {
     "mask": mask,
     "bias": bias,
     "causal": lambda case: dict(causal=True),
     "window": window,
     "q_offset": q_offset,
-    "kv_lengths": lambda case: dict(kv_lengths=case.rng.integers(0, case.lengths[1] + 1, case.batch)),
+    "q_positions": q_positions,
+    "q_lengths": lambda case: dict(q_lengths=numbers(0)(case)),
+    "kv_lengths": lambda case: dict(kv_lengths=numbers(1)(case)),
+    "kv_starts": lambda case: dict(kv_starts=numbers(1)(case)),
     "segments": segments,
     "alibi_slopes": lambda case: dict(alibi_slopes=qkv_fast.alibi_slopes(case.heads[0])),
     "sinks": lambda case: dict(
@@ -138,9 +161,7 @@ CASES = st.builds(
 
 def visible(case, options):
     """Which (query, key) pairs attend: bool, batch + (heads, Lq, Lk)."""
-    names = ("causal", "window", "q_offset", "kv_lengths", "segments")
-    limits = (options.get(name, False if name == "causal" else None) for name in names)
-    seen = reference._visible(case.batch, *case.lengths, *limits)
+    seen = reference._visible(case.batch, *case.lengths, reference._limits_of(options))
     seen = seen & (np.asarray(options.get("mask", True)) != 0) & (np.asarray(options.get("bias", 0)) != -np.inf)
     return np.broadcast_to(seen, (*case.batch, case.heads[0], *case.lengths))
 

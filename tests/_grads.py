@@ -51,8 +51,7 @@ def plain_grad(dout, arrays, out, lse, dlse, *, absolute=False, **options):
     found["k"] = of_keys(scale * general_product(dx.swapaxes(-1, -2), q))
     found["v"] = of_keys(general_product(p.swapaxes(-1, -2), dout))
     if options.get("alibi_slopes") is not None:
-        start = 0 if options.get("causal") == "top-left" else options.get("q_offset")
-        sizes = s.shape[:-3], *s.shape[-2:], start, options.get("kv_lengths")
+        sizes = s.shape[:-3], *s.shape[-2:], reference._limits_of(options)
         found["slopes"] = sign * (ds * np.abs(reference._distances(*sizes)).astype(kind)).sum(axis=(-2, -1))
     weight = np.exp(sink - np.where(dead, kind(np.inf), lse))
     found["sinks"] = sign * (weight * delta).sum(axis=(-2, -1))

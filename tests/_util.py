@@ -81,8 +81,8 @@ def general_product(a, b):
 
 
 def plain_scores(
-    q, k, v, *, layout="bhld", scale=None, causal=False, window=None, q_offset=None, kv_lengths=None,
-    mask=None, bias=None, segments=None, alibi_slopes=None, sinks=None, softcap=None, product=general_product,
+    q, k, v, *, layout="bhld", scale=None, mask=None, bias=None, alibi_slopes=None, sinks=None, softcap=None,
+    product=general_product, **limits,
 ):  # fmt: skip
     """In q's own type: q, k and v with heads first, k and v for each query head; scores, -inf where hidden; the tanh of
     a cap, or None; the sinks, -inf without; and the scale."""
@@ -95,7 +95,8 @@ def plain_scores(
     k, v = np.repeat(k, group, axis=-3), np.repeat(v, group, axis=-3)
     batch = np.broadcast_shapes(*(x.shape[:-3] for x in (q, k, v)))
     kind, shape = q.dtype.type, (q.shape[-2], k.shape[-2])
-    visible = reference._visible(batch, *shape, causal, window, q_offset, kv_lengths, segments)
+    limits = reference._limits_of(limits)
+    visible = reference._visible(batch, *shape, limits)
     if scale is None:
         scale = 1 / np.sqrt(q.shape[-1]) if q.shape[-1] else 1
     s, capped = product(q, k.swapaxes(-1, -2)) * kind(scale), None
@@ -103,8 +104,7 @@ def plain_scores(
         capped = np.tanh(s / kind(softcap))
         s = kind(softcap) * capped
     if alibi_slopes is not None:
-        start = 0 if causal == "top-left" else q_offset
-        distance = np.abs(reference._distances(batch, *shape, start, kv_lengths)).astype(kind)
+        distance = np.abs(reference._distances(batch, *shape, limits)).astype(kind)
         s = s - np.asarray(alibi_slopes).astype(kind)[:, None, None] * distance
     if bias is not None:
         visible = visible & (np.asarray(bias) != -np.inf)

@@ -1,7 +1,7 @@
 """The definition of every verb in plain NumPy and the next wider type: the tests' oracle, and documentation."""
 
 from . import spotlight
-from .attention import _distances, _visible, attention, attention_varlen  # noqa: F401 (tests count what is visible)
+from .attention import _distances, _limits_of, _visible, attention, attention_varlen  # noqa: F401 (tests count what is visible)
 from .grad import attention_grad
 from .stages import scores, softmax, weighted_values
 

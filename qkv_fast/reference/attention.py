@@ -5,13 +5,26 @@ head. What `qkv_fast.attention` computes in tiles, this computes in the open and
 error measured against it is the error of the fast code.
 """
 
-from typing import Any, Never
+from typing import Any, NamedTuple, Never
 
 import numpy as np
 
 from .._checks import _as_array, _check_type, _fail_words
 from .._help import documented
 from .stages import _widened
+
+
+class Limits(NamedTuple):
+    """What says by positions and numbers which keys a query may attend to."""
+
+    causal: Any = False
+    window: Any = None
+    q_offset: Any = None
+    q_positions: Any = None
+    q_lengths: Any = None
+    kv_lengths: Any = None
+    kv_starts: Any = None
+    segments: Any = None
 
 
 @documented
@@ -25,7 +38,10 @@ def attention(
     causal: bool | str = False,
     window: int | tuple[int | None, int | None] | None = None,
     q_offset: Any = None,
+    q_positions: Any = None,
+    q_lengths: Any = None,
     kv_lengths: Any = None,
+    kv_starts: Any = None,
     segments: tuple[Any, Any] | None = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
@@ -56,7 +72,10 @@ def attention(
     <causal>
     <window>
     <q_offset>
+    <q_positions>
+    <q_lengths>
     <kv_lengths>
+    <kv_starts>
     <segments>
     <alibi_slopes>
     <sinks>
@@ -115,8 +134,8 @@ def attention(
     where = "reference.attention"
     if words:
         _fail_words(where, words)
-    visible_by = mask, bias, causal, window, q_offset, kv_lengths, segments
-    q, k, v, _, scores, sinks = _scored(where, q, k, v, *visible_by, alibi_slopes, sinks, softcap, scale, layout)
+    limits = Limits(causal, window, q_offset, q_positions, q_lengths, kv_lengths, kv_starts, segments)
+    q, k, v, _, scores, sinks = _scored(where, q, k, v, mask, bias, limits, alibi_slopes, sinks, softcap, scale, layout)
     p, lse = _softmax(scores, sinks)
     with np.errstate(all="ignore"):
         out = _weigh(p, v, scores != -np.inf)
@@ -128,8 +147,8 @@ def attention(
 
 
 def _scored(
-    where: str, q: Any, k: Any, v: Any, mask: Any, bias: Any, causal: Any, window: Any, q_offset: Any, kv_lengths: Any,
-    segments: Any, alibi_slopes: Any, sinks: Any, softcap: Any, scale: Any, layout: str,
+    where: str, q: Any, k: Any, v: Any, mask: Any, bias: Any, limits: "Limits", alibi_slopes: Any, sinks: Any,
+    softcap: Any, scale: Any, layout: str,
 ) -> tuple[Any, ...]:  # fmt: skip
     """q as it was given; k and v, widened, for each query head; scaled products and final scores, (..., Hq, Lq, Lk),
     these -inf where a key is excluded; and the sinks, or None. 2-D arrays have one head."""
@@ -165,8 +184,7 @@ def _scored(
     if scale is None:
         scale = 1 / np.sqrt(wide(head_dim)) if head_dim else 1
 
-    positions = q_offset, kv_lengths
-    visible = _visible(batch, q_count, key_count, causal, window, *positions, segments)  # batch + (1, Lq, Lk)
+    visible = _visible(batch, q_count, key_count, limits)  # batch + (1, Lq, Lk)
     logits = (q_count, key_count) if no_heads else (*batch, q_heads, q_count, key_count)
     for name, x in (("mask", mask), ("bias", bias)):
         if x is not None and np.ndim(x) > 2 and np.ndim(x) != len(logits):
@@ -178,8 +196,7 @@ def _scored(
         if softcap is not None:
             scores = wide(softcap) * np.tanh(scores / wide(softcap))
         if alibi_slopes is not None:
-            top_left = isinstance(causal, str)
-            distance = np.abs(_distances(batch, q_count, key_count, 0 if top_left else q_offset, kv_lengths))
+            distance = np.abs(_distances(batch, q_count, key_count, limits))
             scores = scores - _per_head("alibi_slopes", alibi_slopes, q_heads, wide) * distance
         if bias is not None:
             visible = visible & (np.broadcast_to(bias, logits) != -np.inf)  # also where the score is NaN
@@ -189,6 +206,20 @@ def _scored(
         sinks = _per_head("sinks", sinks, q_heads, wide)
     all_scores = (*batch, q_heads, q_count, key_count)  # a batch axis may come from v or kv_lengths alone
     return given, k, v, np.broadcast_to(products, all_scores), np.broadcast_to(scores, all_scores), sinks
+
+
+def _limits_of(options: dict[str, Any]) -> Limits:
+    return Limits(**{name: options[name] for name in Limits._fields if name in options})
+
+
+def _scored_by(where: str, q: Any, k: Any, v: Any, options: dict[str, Any]) -> tuple[Any, ...]:
+    """The same, of attention's arguments by their names."""
+    own = ("mask", "bias", "alibi_slopes", "sinks", "softcap", "scale")
+    if unknown := set(options) - {*own, *Limits._fields, "layout"}:
+        raise TypeError(f"{where}() got an unexpected keyword argument {min(unknown)!r}")
+    mask, bias, slopes, sinks, softcap, scale = (options.get(name) for name in own)
+    layout = options.get("layout", "bhld")
+    return _scored(where, q, k, v, mask, bias, _limits_of(options), slopes, sinks, softcap, scale, layout)
 
 
 def _softmax(scores: Any, sinks: Any) -> tuple[Any, Any]:
@@ -220,6 +251,7 @@ def attention_varlen(
     causal: bool | str = False,
     window: int | tuple[int | None, int | None] | None = None,
     q_offset: Any = None,
+    q_positions: Any = None,
     kv_lengths: Any = None,
     segments: tuple[Any, Any] | None = None,
     alibi_slopes: Any = None,
@@ -246,6 +278,8 @@ def attention_varlen(
     <causal>
     <window>
     <q_offset>
+    <q_positions>
+        Here of shape (Tq,).
     <kv_lengths>
     <segments>
         Here of shapes (Tq,) and (Tk,).
@@ -283,8 +317,8 @@ def attention_varlen(
         _check_type(where, name, x)
     wide = _widened(q[:0])[0].dtype
     options: dict[str, Any] = dict(
-        mask=mask, bias=bias, causal=causal, window=window, q_offset=q_offset, kv_lengths=kv_lengths, segments=segments,
-        alibi_slopes=alibi_slopes, sinks=sinks, softcap=softcap, scale=scale,
+        mask=mask, bias=bias, causal=causal, window=window, q_offset=q_offset, q_positions=q_positions,
+        kv_lengths=kv_lengths, segments=segments, alibi_slopes=alibi_slopes, sinks=sinks, softcap=softcap, scale=scale,
     )  # fmt: skip
     q_starts, k_starts = np.asarray(cu_seqlens_q), np.asarray(cu_seqlens_k)
     q_count, key_count = np.diff(q_starts), np.diff(k_starts)
@@ -302,6 +336,8 @@ def attention_varlen(
         for name in ("q_offset", "kv_lengths"):
             if own.get(name) is not None:
                 own[name] = np.broadcast_to(own[name], (n,))[b]
+        if q_positions is not None:
+            own["q_positions"] = np.asarray(q_positions)[rows]
         if own.get("segments") is not None:
             q_ids, k_ids = own["segments"]
             own["segments"] = np.asarray(q_ids)[rows], np.asarray(k_ids)[keys]
@@ -325,21 +361,12 @@ def _weigh(p: Any, v: Any, visible: Any) -> Any:
     return out
 
 
-def _visible(
-    batch: tuple[int, ...],
-    q_count: int,
-    key_count: int,
-    causal: Any,
-    window: Any,
-    q_offset: Any,
-    kv_lengths: Any,
-    segments: Any = None,
-) -> Any:
+def _visible(batch: tuple[int, ...], q_count: int, key_count: int, limits: Limits) -> Any:
     """Which keys each query may attend to: bool, batch + (1, Lq, Lk) or an array that broadcasts to it."""
+    causal, window = limits.causal, limits.window
     if isinstance(causal, str) and causal == "top-left":
-        if q_offset is not None:
-            raise ValueError('q_offset: causal="top-left" already means q_offset=0; pass one of the two')
-        q_offset = 0
+        if limits.q_offset is not None or limits.q_positions is not None:
+            raise ValueError('causal="top-left" already means q_offset=0; pass it, q_offset or q_positions')
     elif not isinstance(causal, bool | np.bool_):
         raise ValueError(f"causal: expected True, False or 'top-left', got {causal!r}")
     if window is None:
@@ -353,20 +380,19 @@ def _visible(
     if causal:
         right = 0
 
-    keys = np.arange(key_count)
-    lengths = key_count if kv_lengths is None else _per_sequence("kv_lengths", kv_lengths, batch)
-    if np.any(lengths < 0) or np.any(lengths > key_count):
-        raise ValueError(f"kv_lengths: expected lengths in 0..{key_count}, the number of keys, got {kv_lengths!r}")
-    visible = np.broadcast_to(keys < lengths, (*np.shape(lengths)[:-2], q_count, key_count))
-    if segments is not None:
-        q_ids, k_ids = (np.asarray(ids) for ids in segments)
+    keys, queries = np.arange(key_count), np.arange(q_count)[:, np.newaxis]
+    lengths = _numbers("kv_lengths", limits.kv_lengths, batch, key_count)
+    starts = 0 if limits.kv_starts is None else _numbers("kv_starts", limits.kv_starts, batch, lengths)
+    visible = (keys < lengths) & (keys >= starts) & (queries < _numbers("q_lengths", limits.q_lengths, batch, q_count))
+    if limits.segments is not None:
+        q_ids, k_ids = (np.asarray(ids) for ids in limits.segments)
         for ids, count in ((q_ids, q_count), (k_ids, key_count)):
             np.broadcast_to(ids, (*batch, count))  # ValueError if they do not
         same = q_ids[..., :, np.newaxis] == k_ids[..., np.newaxis, :]
         visible = visible & same[..., np.newaxis, :, :]
     if left is None and right is None:
         return visible
-    distance = _distances(batch, q_count, key_count, q_offset, kv_lengths)
+    distance = _distances(batch, q_count, key_count, limits)
     if left is not None:
         visible = visible & (distance >= -int(left))
     if right is not None:
@@ -374,21 +400,41 @@ def _visible(
     return visible
 
 
-def _distances(batch: tuple[int, ...], q_count: int, key_count: int, q_offset: Any, kv_lengths: Any) -> Any:
+def _distances(batch: tuple[int, ...], q_count: int, key_count: int, limits: Limits) -> Any:
     """Of each key from each query's position: int64, broadcasts to batch + (1, Lq, Lk)."""
-    lengths = key_count if kv_lengths is None else _per_sequence("kv_lengths", kv_lengths, batch)
-    if q_offset is not None:
-        offset = _per_sequence("q_offset", q_offset, batch)
-    elif kv_lengths is not None and np.any((lengths > 0) & (lengths < q_count)):
+    lengths = _numbers("kv_lengths", limits.kv_lengths, batch, key_count)
+    counts = _numbers("q_lengths", limits.q_lengths, batch, q_count)
+    queries = np.arange(q_count)[:, np.newaxis]
+    if limits.q_positions is not None:
+        if limits.q_offset is not None:
+            raise ValueError("q_offset, q_positions: both say where queries sit; pass one of the two")
+        positions = np.asarray(limits.q_positions).astype(np.int64, casting="same_kind")
+        np.broadcast_to(positions, (*batch, q_count))  # ValueError if they do not
+        return np.arange(key_count) - positions[..., np.newaxis, :, np.newaxis]
+    if isinstance(limits.causal, str):
+        offset = 0
+    elif limits.q_offset is not None:
+        offset = _per_sequence("q_offset", limits.q_offset, batch)
+    elif limits.kv_lengths is not None and limits.q_lengths is None and np.any((lengths > 0) & (lengths < q_count)):
         raise ValueError(
             f"kv_lengths: a sequence has fewer keys than the {q_count} queries, so their positions have two "
-            f"readings; padded queries? pass q_offset=0 (kv_lengths={kv_lengths!r})"
+            f"readings; padded queries? pass q_lengths, or q_offset=0 (kv_lengths={limits.kv_lengths!r})"
         )
     else:
-        offset = lengths - q_count
+        offset = lengths - counts
     # Where i + offset cannot wrap around, and is as far from every key.
     offset = np.clip(offset, -(2**62), 2**62)
-    return np.arange(key_count) - (np.arange(q_count)[:, np.newaxis] + offset)
+    return np.arange(key_count) - (queries + offset)
+
+
+def _numbers(name: str, given: Any, batch: tuple[int, ...], most: Any) -> Any:
+    """Of queries or keys of each sequence, as `_per_sequence` has them; `most` where they are not given."""
+    if given is None:
+        return most
+    numbers = _per_sequence(name, given, batch)
+    if np.any(numbers < 0) or np.any(numbers > most):
+        raise ValueError(f"{name}: expected numbers in 0..{np.min(most)}, got {given!r}")
+    return numbers
 
 
 def _per_head(name: str, values: Any, heads: int, wide: Any) -> Any:

@@ -4,12 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from .attention import _distances, _scored, _weigh
-
-_NAMES = (
-    "mask", "bias", "causal", "window", "q_offset", "kv_lengths", "segments", "alibi_slopes", "sinks", "softcap",
-    "scale", "layout",
-)  # fmt: skip
+from .attention import _distances, _limits_of, _scored_by, _weigh
 
 
 def attention_grad(
@@ -56,14 +51,10 @@ def attention_grad(
     >>> float(dq[0, 0]), dv.ravel().astype("float64")
     (0.5, array([0.5, 0.5]))
     """
-    if unknown := set(options) - set(_NAMES):
-        raise TypeError(f"reference.attention_grad() got an unexpected keyword argument {min(unknown)!r}")
-    options = {"causal": False, "layout": "bhld"} | options
-    arguments: list[Any] = [options.get(name) for name in _NAMES]
     q, k, v = np.asarray(q), np.asarray(k), np.asarray(v)
-    _, wide_k, wide_v, products, scores, sinks = _scored("reference.attention_grad", q, k, v, *arguments)
+    _, wide_k, wide_v, products, scores, sinks = _scored_by("reference.attention_grad", q, k, v, options)
     wide = scores.dtype
-    flat, swapped = q.ndim == 2, options["layout"] == "blhd"
+    flat, swapped = q.ndim == 2, options.get("layout") == "blhd"
 
     def headed(x: Any) -> Any:
         x = np.asarray(x, wide)
@@ -91,9 +82,8 @@ def attention_grad(
         found["k"] = wide.type(scale) * _weigh(backwards[0], wide_q, backwards[2])
         found["v"] = _weigh(backwards[1], dout, backwards[2])
         if "slopes" in want:
-            start = 0 if isinstance(options["causal"], str) else options.get("q_offset")
             *batch, _, rows, keys = scores.shape
-            distance = np.abs(_distances(tuple(batch), rows, keys, start, options.get("kv_lengths")))
+            distance = np.abs(_distances(tuple(batch), rows, keys, _limits_of(options)))
             found["slopes"] = -np.where(ds == 0, 0, ds * distance).sum(axis=(-2, -1))
         if "sinks" in want:
             weight = np.exp(sinks - lse)

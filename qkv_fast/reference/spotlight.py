@@ -4,22 +4,13 @@ from typing import Any
 
 import numpy as np
 
-from .attention import _scored, _softmax, _weigh
-
-_NAMES = (
-    "mask", "bias", "causal", "window", "q_offset", "kv_lengths", "segments", "alibi_slopes", "sinks", "softcap",
-    "scale", "layout",
-)  # fmt: skip
+from .attention import _scored_by, _softmax, _weigh
 
 
 def _matrices(where: str, q: Any, k: Any, options: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
     """Scaled products, final scores, weights, each (..., Hq, Lq, Lk), 2-D without heads; and the log-sum-exp."""
-    if unknown := set(options) - set(_NAMES):
-        raise TypeError(f"reference.spotlight.{where}() got an unexpected keyword argument {min(unknown)!r}")
-    options = {"causal": False, "layout": "bhld"} | options
     k = np.asarray(k)
-    arguments: list[Any] = [options.get(name) for name in _NAMES]
-    given, *_, products, scores, sinks = _scored(f"reference.spotlight.{where}", q, k, k[..., :0], *arguments)
+    given, *_, products, scores, sinks = _scored_by(f"reference.spotlight.{where}", q, k, k[..., :0], options)
     p, lse = _softmax(scores, sinks)
     found = products, scores, p, lse
     return tuple(x[0] for x in found) if given.ndim == 2 else found
@@ -267,11 +258,7 @@ def influence(q: Any, k: Any, v: Any, *, groups: Any = None, **options: Any) -> 
     >>> reference.spotlight.influence([[0.0]], [[1.0], [1.0]], [[3.0], [4.0]]).astype("float64")
     array([0.5, 0.5])
     """
-    if unknown := set(options) - set(_NAMES):
-        raise TypeError(f"reference.spotlight.influence() got an unexpected keyword argument {min(unknown)!r}")
-    options = {"causal": False, "layout": "bhld"} | options
-    arguments: list[Any] = [options.get(name) for name in _NAMES]
-    given, _, v, _, scores, sinks = _scored("reference.spotlight.influence", q, k, v, *arguments)
+    given, _, v, _, scores, sinks = _scored_by("reference.spotlight.influence", q, k, v, options)
     seen = reached = scores != -np.inf
     with np.errstate(all="ignore"):
         p = _softmax(scores, sinks)[0]

@@ -17,7 +17,9 @@ _OF_CELLS = {"mean": "means", "max": "maxima"}
 def largest(p: Problem) -> Array:
     if p.extras is not None:
         p.extras = p.extras._replace(slopes=None, sinks=None, softcap=0.0)
-    return _ask.answer(p, "largest", p.rows)
+    found = _ask.answer(p, "largest", p.rows)
+    _problem.blank(p, found, -np.inf)
+    return found
 
 
 def entropy(p: Problem) -> Array:
@@ -32,6 +34,7 @@ def top_keys(p: Problem, n: Any) -> tuple[Array, Array]:
         raise ValueError(f"{p.where}: n must be at least 1, got {count}")
     shape = (*p.rows, count)
     keys = _ask.empty_keys(p, shape)
+    _problem.blank(p, keys, -1, axis=-2)
     return keys, _ask.answer(p, "top_keys", shape, keys=keys)
 
 

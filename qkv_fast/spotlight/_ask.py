@@ -12,16 +12,16 @@ from .._problem import result_type
 
 def check(
     where: str, q: Any, k: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, mask: Any, bias: Any, causal: Any, window: Any,
-    q_offset: Any, kv_lengths: Any, segments: Any, alibi_slopes: Any, sinks: Any, softcap: Any, scale: Any, layout: Any,
-    num_threads: Any, words: dict[str, Any], v: Any = None,
+    q_offset: Any, q_positions: Any, q_lengths: Any, kv_lengths: Any, kv_starts: Any, segments: Any, alibi_slopes: Any,
+    sinks: Any, softcap: Any, scale: Any, layout: Any, num_threads: Any, words: dict[str, Any], v: Any = None,
 ) -> Problem:  # fmt: skip
     """The problem of arrays, or of packed sequences; unless they are given, its values have no elements."""
     if v is None:
         k = _as_array("k", k, where)
         v = k[..., :0] if k.ndim else k
     return _problem.check_any(
-        where, q, k, v, cu_seqlens_q, cu_seqlens_k, mask, bias, causal, window, q_offset, kv_lengths, segments,
-        alibi_slopes, sinks, softcap, scale, layout, num_threads, words,
+        where, q, k, v, cu_seqlens_q, cu_seqlens_k, mask, bias, causal, window, q_offset, q_positions, q_lengths,
+        kv_lengths, kv_starts, segments, alibi_slopes, sinks, softcap, scale, layout, num_threads, words,
     )  # fmt: skip
 
 
@@ -38,8 +38,9 @@ def answer(
     normalisers: Array | None = None, first_key: int = 0, out: Array | None = None,
 ) -> Array:  # fmt: skip
     """What the core says, an array of this shape."""
-    # All of rows is written; of weights not those of hidden keys.
-    result = (np.empty if question == "rows" else np.zeros)(shape, result_type(p))
+    # All of rows is written, but for those past q_lengths; of weights not those of hidden keys.
+    whole = question == "rows" and (p.extras is None or p.extras.queries is None)
+    result = (np.empty if whole else np.zeros)(shape, result_type(p))
     number = _core.QUESTIONS[question]
     _core.forward(p, p.empty() if out is None else out, lse, number, result, keys, normalisers, first_key)
     return result

@@ -48,12 +48,17 @@ def queries(p: Problem, first: int, last: int) -> Problem:
     shape = (*rows, p.shape[-1]) if heads_first else (*batch, n, p.rows[-2], p.shape[-1])
     offsets = p.offsets
     if offsets is None:
-        offsets = (np.full(batch, len_k) if p.lengths is None else p.lengths) - len_q
+        count = len_q if p.extras is None or p.extras.queries is None else p.extras.queries
+        offsets = (np.full(batch, len_k) if p.lengths is None else p.lengths) - count
     extras = p.extras
     if extras is not None:
         own = {name: _rows(getattr(extras, name), len_q, first, last) for name in ("mask", "bias")}
         if extras.spans is not None:
             own["spans"] = np.ascontiguousarray(extras.spans[..., first:last, :])
+        if extras.positions is not None:
+            own["positions"] = np.ascontiguousarray(extras.positions[..., first:last])
+        if extras.queries is not None:
+            own["queries"] = np.clip(extras.queries - first, 0, n)
         if extras.q_ids is not None:
             own["q_ids"] = np.ascontiguousarray(extras.q_ids[..., first:last])
         extras = extras._replace(**own)

@@ -20,7 +20,10 @@ def pooled(
     causal: bool | str = False,
     window: int | tuple[int | None, int | None] | None = None,
     q_offset: Any = None,
+    q_positions: Any = None,
+    q_lengths: Any = None,
     kv_lengths: Any = None,
+    kv_starts: Any = None,
     segments: tuple[Any, Any] | None = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
@@ -47,7 +50,10 @@ def pooled(
     <causal>
     <window>
     <q_offset>
+    <q_positions>
+    <q_lengths>
     <kv_lengths>
+    <kv_starts>
     <segments>
     <alibi_slopes>
     <sinks>
@@ -90,7 +96,7 @@ def pooled(
            [0.333, 0.333]])
     """
     p = _ask.check(
-        "spotlight.pooled", q, k, None, None, mask, bias, causal, window, q_offset, kv_lengths, segments,
-        alibi_slopes, sinks, softcap, scale, layout, num_threads, words,
+        "spotlight.pooled", q, k, None, None, mask, bias, causal, window, q_offset, q_positions, q_lengths, kv_lengths,
+        kv_starts, segments, alibi_slopes, sinks, softcap, scale, layout, num_threads, words,
     )  # fmt: skip
     return _answers.pooled(p, shape, reduce, lse)

@@ -29,7 +29,10 @@ def influence(
     causal: bool | str = False,
     window: int | tuple[int | None, int | None] | None = None,
     q_offset: Any = None,
+    q_positions: Any = None,
+    q_lengths: Any = None,
     kv_lengths: Any = None,
+    kv_starts: Any = None,
     segments: tuple[Any, Any] | None = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
@@ -62,7 +65,10 @@ def influence(
     <causal>
     <window>
     <q_offset>
+    <q_positions>
+    <q_lengths>
     <kv_lengths>
+    <kv_starts>
     <segments>
     <alibi_slopes>
     <sinks>
@@ -116,8 +122,8 @@ def influence(
     array([2., 4.])
     """
     p = _ask.check(
-        "spotlight.influence", q, k, cu_seqlens_q, cu_seqlens_k, mask, bias, causal, window, q_offset, kv_lengths,
-        segments, alibi_slopes, sinks, softcap, scale, layout, num_threads, words, v,
+        "spotlight.influence", q, k, cu_seqlens_q, cu_seqlens_k, mask, bias, causal, window, q_offset, q_positions,
+        q_lengths, kv_lengths, kv_starts, segments, alibi_slopes, sinks, softcap, scale, layout, num_threads, words, v,
     )  # fmt: skip
     members = None if groups is None else _members(p, groups)
     if lse is not None:

@@ -21,7 +21,10 @@ def received(
     causal: bool | str = False,
     window: int | tuple[int | None, int | None] | None = None,
     q_offset: Any = None,
+    q_positions: Any = None,
+    q_lengths: Any = None,
     kv_lengths: Any = None,
+    kv_starts: Any = None,
     segments: tuple[Any, Any] | None = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
@@ -49,7 +52,10 @@ def received(
     <causal>
     <window>
     <q_offset>
+    <q_positions>
+    <q_lengths>
     <kv_lengths>
+    <kv_starts>
     <segments>
     <alibi_slopes>
     <sinks>
@@ -93,7 +99,7 @@ def received(
     array([0.333, 0.333, 0.333])
     """
     p = _ask.check(
-        "spotlight.received", q, k, cu_seqlens_q, cu_seqlens_k, mask, bias, causal, window, q_offset, kv_lengths,
-        segments, alibi_slopes, sinks, softcap, scale, layout, num_threads, words,
+        "spotlight.received", q, k, cu_seqlens_q, cu_seqlens_k, mask, bias, causal, window, q_offset, q_positions,
+        q_lengths, kv_lengths, kv_starts, segments, alibi_slopes, sinks, softcap, scale, layout, num_threads, words,
     )  # fmt: skip
     return _answers.received(p, lse, queries)

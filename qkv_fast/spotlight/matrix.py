@@ -20,7 +20,10 @@ def weights(
     causal: bool | str = False,
     window: int | tuple[int | None, int | None] | None = None,
     q_offset: Any = None,
+    q_positions: Any = None,
+    q_lengths: Any = None,
     kv_lengths: Any = None,
+    kv_starts: Any = None,
     segments: tuple[Any, Any] | None = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
@@ -45,7 +48,10 @@ def weights(
     <causal>
     <window>
     <q_offset>
+    <q_positions>
+    <q_lengths>
     <kv_lengths>
+    <kv_starts>
     <segments>
     <alibi_slopes>
     <sinks>
@@ -86,7 +92,7 @@ def weights(
            [1.   , 0.   ]])
     """
     p = _ask.check(
-        "spotlight.weights", q, k, None, None, mask, bias, causal, window, q_offset, kv_lengths, segments,
-        alibi_slopes, sinks, softcap, scale, layout, num_threads, words,
+        "spotlight.weights", q, k, None, None, mask, bias, causal, window, q_offset, q_positions, q_lengths, kv_lengths,
+        kv_starts, segments, alibi_slopes, sinks, softcap, scale, layout, num_threads, words,
     )  # fmt: skip
     return _answers.weights(p, queries, keys, lse)

@@ -19,7 +19,10 @@ def largest(
     causal: bool | str = False,
     window: int | tuple[int | None, int | None] | None = None,
     q_offset: Any = None,
+    q_positions: Any = None,
+    q_lengths: Any = None,
     kv_lengths: Any = None,
+    kv_starts: Any = None,
     segments: tuple[Any, Any] | None = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
@@ -42,7 +45,10 @@ def largest(
     <causal>
     <window>
     <q_offset>
+    <q_positions>
+    <q_lengths>
     <kv_lengths>
+    <kv_starts>
     <segments>
     <alibi_slopes>
     <sinks>
@@ -82,8 +88,8 @@ def largest(
     array([ 3., 10.])
     """
     p = _ask.check(
-        "spotlight.largest", q, k, cu_seqlens_q, cu_seqlens_k, mask, bias, causal, window, q_offset, kv_lengths,
-        segments, alibi_slopes, sinks, softcap, scale, layout, num_threads, words,
+        "spotlight.largest", q, k, cu_seqlens_q, cu_seqlens_k, mask, bias, causal, window, q_offset, q_positions,
+        q_lengths, kv_lengths, kv_starts, segments, alibi_slopes, sinks, softcap, scale, layout, num_threads, words,
     )  # fmt: skip
     return _answers.largest(p)
 
@@ -100,7 +106,10 @@ def entropy(
     causal: bool | str = False,
     window: int | tuple[int | None, int | None] | None = None,
     q_offset: Any = None,
+    q_positions: Any = None,
+    q_lengths: Any = None,
     kv_lengths: Any = None,
+    kv_starts: Any = None,
     segments: tuple[Any, Any] | None = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
@@ -123,7 +132,10 @@ def entropy(
     <causal>
     <window>
     <q_offset>
+    <q_positions>
+    <q_lengths>
     <kv_lengths>
+    <kv_starts>
     <segments>
     <alibi_slopes>
     <sinks>
@@ -165,8 +177,8 @@ def entropy(
     array([3., 4.])
     """
     p = _ask.check(
-        "spotlight.entropy", q, k, cu_seqlens_q, cu_seqlens_k, mask, bias, causal, window, q_offset, kv_lengths,
-        segments, alibi_slopes, sinks, softcap, scale, layout, num_threads, words,
+        "spotlight.entropy", q, k, cu_seqlens_q, cu_seqlens_k, mask, bias, causal, window, q_offset, q_positions,
+        q_lengths, kv_lengths, kv_starts, segments, alibi_slopes, sinks, softcap, scale, layout, num_threads, words,
     )  # fmt: skip
     return _answers.entropy(p)
 
@@ -184,7 +196,10 @@ def top_keys(
     causal: bool | str = False,
     window: int | tuple[int | None, int | None] | None = None,
     q_offset: Any = None,
+    q_positions: Any = None,
+    q_lengths: Any = None,
     kv_lengths: Any = None,
+    kv_starts: Any = None,
     segments: tuple[Any, Any] | None = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
@@ -209,7 +224,10 @@ def top_keys(
     <causal>
     <window>
     <q_offset>
+    <q_positions>
+    <q_lengths>
     <kv_lengths>
+    <kv_starts>
     <segments>
     <alibi_slopes>
     <sinks>
@@ -255,7 +273,7 @@ def top_keys(
     array([[0.6, 0.3]])
     """
     p = _ask.check(
-        "spotlight.top_keys", q, k, cu_seqlens_q, cu_seqlens_k, mask, bias, causal, window, q_offset, kv_lengths,
-        segments, alibi_slopes, sinks, softcap, scale, layout, num_threads, words,
+        "spotlight.top_keys", q, k, cu_seqlens_q, cu_seqlens_k, mask, bias, causal, window, q_offset, q_positions,
+        q_lengths, kv_lengths, kv_starts, segments, alibi_slopes, sinks, softcap, scale, layout, num_threads, words,
     )  # fmt: skip
     return _answers.top_keys(p, n)

@@ -17,7 +17,8 @@ PACKAGE = Path(__file__).resolve().parents[2] / "qkv_fast"
 
 
 @documented
-def heaviest(q, k, v, *, mask=None, bias=None, causal=False, window=None, q_offset=None, kv_lengths=None, segments=None,
+def heaviest(q, k, v, *, mask=None, bias=None, causal=False, window=None, q_offset=None, q_positions=None,
+             q_lengths=None, kv_lengths=None, kv_starts=None, segments=None,
              alibi_slopes=None, sinks=None, softcap=None, scale=None, layout="bhld", num_threads=None,
              **words):  # fmt: skip
     """The largest log-sum-exp of each head.
@@ -25,7 +26,8 @@ def heaviest(q, k, v, *, mask=None, bias=None, causal=False, window=None, q_offs
     <mask>
         Nothing else.
     """
-    p = _problem.check("heaviest", q, k, v, mask, bias, causal, window, q_offset, kv_lengths, segments, alibi_slopes,
+    p = _problem.check("heaviest", q, k, v, mask, bias, causal, window, q_offset, q_positions, q_lengths,
+                       kv_lengths, kv_starts, segments, alibi_slopes,
                        sinks, softcap, scale, layout, num_threads, words)  # fmt: skip
     return _problem.attend(p, None, True)[1].max(-1)
 

@@ -127,6 +127,22 @@ def test_keys_past_kv_lengths_are_not_read(fences, dtype, lq):
 
 
 @dtypes
+@pytest.mark.parametrize("lq", [1, 5, 70])
+def test_keys_before_kv_starts_are_not_read(fences, dtype, lq):
+    """K and V whose first rows are in the fence's page: only kv_starts keeps the call from dying."""
+    for start, n in ((1, 300), (77, 80), (127, 300), (128, 129), (129, 1500), (200, 2300), (64, 64)):
+        q, k, v = qkv(start, dtype, lengths=(lq, n - start), dims=(2, 2))
+        views = []
+        for fence, x in zip(fences[1:], (k, v), strict=False):
+            fence.put(x, "at_start")
+            views.append(np.ndarray((1, n, 2), x.dtype, fence.bytes, PAGE - start * x.strides[1]))
+        whole = [np.concatenate([np.zeros((1, start, 2), dtype), x], axis=1) for x in (k, v)]
+        for options in ({}, dict(causal=True), dict(window=(300, 4)), dict(alibi_slopes=[0.1])):
+            got = qkv_fast.attention(q, *views, kv_starts=start, return_lse=True, **options)
+            same_bits(got, qkv_fast.attention(q, *whole, kv_starts=start, return_lse=True, **options))
+
+
+@dtypes
 def test_keys_beyond_every_window_are_not_read(fences, dtype):
     """What no query may attend to is not touched either, where it is whole blocks of keys away."""
     q, k, v = qkv(1, dtype, lengths=(8, 256), dims=(16, 16))

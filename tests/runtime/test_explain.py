@@ -62,6 +62,13 @@ def test_random_calls(isa, seed):
         left, right = rng.integers(0, lk, 2).tolist()
         options["window"] = (left if rng.integers(3) else None, right if rng.integers(3) else None)
     options["causal"] = bool(rng.integers(2))
+    if seed % 4 == 1:
+        options["q_lengths"] = rng.integers(0, lq + 1, batch)
+    if seed % 4 == 2:
+        options["kv_starts"] = rng.integers(0, options.get("kv_lengths", lk) + 1, batch)
+    if seed % 8 == 3:
+        options.pop("q_offset", None)
+        options["q_positions"] = rng.integers(-lq, lk, (batch, lq))
     if rng.integers(2):
         q, k, v = (np.ascontiguousarray(x.swapaxes(-3, -2)) for x in (q, k, v))
         options["layout"] = "blhd"
@@ -99,17 +106,18 @@ def _check_work(plan, q, k, v, options):
     """Operations and bytes against the reference's own matrix of visible pairs."""
     if options.get("layout") == "blhd":
         q, k, v = (x.swapaxes(-3, -2) for x in (q, k, v))
-    names = ("causal", "window", "q_offset", "kv_lengths")
-    limits = (options.get(name, False if name == "causal" else None) for name in names)
     batch, lq, lk = q.shape[:-3], q.shape[-2], k.shape[-2]
-    visible = np.broadcast_to(qkv_fast.reference._visible(batch, lq, lk, *limits), (*batch, 1, lq, lk))
+    limits = qkv_fast.reference._limits_of(options)
+    visible = np.broadcast_to(qkv_fast.reference._visible(batch, lq, lk, limits), (*batch, 1, lq, lk))
     pairs = visible.sum() * q.shape[-3]
     assert plan.pairs == pairs and plan.pairs_all == q[..., 0].size * lk
     assert plan.operations == 2 * pairs * (q.shape[-1] + v.shape[-1])
-    seen = visible.any(axis=-2).sum() * k.shape[-3]  # limits by position leave no gap between keys
-    rows = q[..., 0].size
+    some = visible.any(axis=-2)
+    keys = np.where(some.any(axis=-1), lk - some[..., ::-1].argmax(axis=-1) - some.argmax(axis=-1), 0)  # with gaps
+    seen = keys.sum() * k.shape[-3]
+    rows = np.broadcast_to(options.get("q_lengths", lq), batch).sum() * q.shape[-3]
     results = rows * (v.shape[-1] + options["return_lse"]) * q.itemsize
-    assert plan.bytes == q.size * q.itemsize + results + seen * (k.shape[-1] + v.shape[-1]) * k.itemsize
+    assert plan.bytes == rows * q.shape[-1] * q.itemsize + results + seen * (k.shape[-1] + v.shape[-1]) * k.itemsize
 
 
 def test_the_check_would_see_a_difference():

@@ -44,8 +44,7 @@ def test_tiles(kind, limits):
         q, k, v = qkv(seed, dtype, batch=(2,), heads=heads, lengths=(lq, lk))
         options = of_each_kind(rng, 2, heads[0], lq, lk, dtype)[kind] | limits
         plan = agree(q, k, v, **options, num_threads=1 + seed % 3)
-        positions = limits.get("causal", False), limits.get("window"), None, None
-        seen = reference._visible((2,), lq, lk, *positions, options.get("segments"))
+        seen = reference._visible((2,), lq, lk, reference._limits_of(limits | {"segments": options.get("segments")}))
         seen = np.broadcast_to(seen & options.get("mask", np.array(True)), (2, heads[0], lq, lk))
         assert plan.pairs == seen.sum() and plan.pairs_all == seen.size
         assert plan.operations == 2 * seen.sum() * (q.shape[-1] + v.shape[-1])
