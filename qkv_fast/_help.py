@@ -102,8 +102,8 @@ newest_q : array_like, shape (batch, Hq, L, head_dim)
     Queries, of the cache's type or a wider one, any for int8 and int4; ``Hq`` is a multiple of the key
     heads.
 newest_lengths : int or array_like of int, optional
-    How many of the L queries each sequence has, where they differ: its first ones, at its last tokens. The
-    results of the others are 0. (The bits are then those of a call with L queries, not of one with fewer.)
+    How many of the L queries each sequence has, where they differ: its first ones, at its last tokens; the bits are
+    those of so many queries. The results of the others are 0.
 newest_asked_lengths : int or array_like of int, optional
     How many of the L queries each sequence has, where they differ: its first ones, at its last tokens. The others
     see nothing.

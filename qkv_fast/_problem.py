@@ -60,17 +60,23 @@ def attend(p: Problem, out: Array | None, return_lse: bool) -> Any:
         if overlaps(p, out):
             target = _core.empty(p.where, p.shape, out.dtype.num)
     lse = _core.empty(p.where, p.rows, _arithmetic(p.number)) if return_lse else None
-    report = _core.forward(p, target, lse)
+    report = forward(p, target, lse)
     if report is not None:
         return Planned(p, report, target, out)
-    if p.extras is not None and p.extras.queries is not None:
-        blank(p, target, 0, axis=-2 if p.heads_first or target.ndim == 2 else -3)
-        if lse is not None:
-            sinks = p.extras.sinks
-            blank(p, lse, -np.inf if sinks is None else sinks[:, np.newaxis] if lse.ndim > 1 else sinks)
     if target is not result:
         result[...] = target
     return (result, lse) if return_lse else result
+
+
+def forward(p: Problem, out: Array, lse: Array | None) -> dict[str, Any] | None:
+    """Attention into `out` and `lse`, those rows too that the core leaves alone; or what the core would do."""
+    report: dict[str, Any] | None = _core.forward(p, out, lse)
+    if report is None and p.extras is not None and p.extras.queries is not None:
+        blank(p, out, 0, axis=-2 if p.heads_first or out.ndim == 2 else -3)
+        if lse is not None:
+            sinks = p.extras.sinks
+            blank(p, lse, -np.inf if sinks is None else sinks[:, np.newaxis] if lse.ndim > 1 else sinks)
+    return report
 
 
 def blank(p: Problem, x: Array, value: Any, axis: int = -1) -> None:

@@ -80,7 +80,7 @@ def check_tokens(
         axes = f"{form.kv_heads}, tokens" if heads_first else f"tokens, {form.kv_heads}"
         fits = f"({batch}, {axes}, {form.dim}) and ({batch}, {axes}, {form.dim_v})"
         _fail_shapes(where, f"k and v must be of shapes {fits}", k=given[0], v=given[1])
-    return k, v, shape[2], None if lengths is None else check_counts(where, lengths, batch, shape[2], "tokens")
+    return k, v, shape[2], _own_counts(where, lengths, batch, shape[2], "tokens")
 
 
 def check_counts(where: str, lengths: Any, batch: int, most: int, of: str) -> Array:
@@ -89,6 +89,35 @@ def check_counts(where: str, lengths: Any, batch: int, most: int, of: str) -> Ar
     if (wrong := (counts < 0) | (counts > most)).any():
         raise ValueError(f"{where}: lengths must be in 0..{most} (the {of} given), got {counts[wrong][0]}")
     return counts
+
+
+def _own_counts(where: str, lengths: Any, batch: int, most: int, of: str) -> Array | None:
+    """None where all have the most: it costs less."""
+    counts = None if lengths is None else check_counts(where, lengths, batch, most, of)
+    return None if counts is None or (counts == most).all() else counts
+
+
+def check_index(where: str, index: Any, batch: int | None, lengths: Any = None) -> list[Array]:
+    """Of each sequence the numbers of the tokens that it keeps; of one alone, where there is no batch."""
+    given = _as_array("index", index, where)
+    if given.dtype.kind not in "iu" and given.size:
+        raise TypeError(f"{where}: index must be integers, got {given.dtype}")
+    if given.ndim != 1 and (given.ndim != 2 or given.shape[0] != batch):
+        one = "" if batch is None else f" or ({batch}, m)"
+        raise ValueError(f"{where}: index must be of shape (m,){one}, got {given.shape}")
+    m = given.shape[-1]
+    rows = np.broadcast_to(given.astype(np.int64), (batch or 1, m))
+    counts = np.full(len(rows), m) if lengths is None else check_counts(where, lengths, len(rows), m, "indices")
+    return [row[:count] for row, count in zip(rows, counts, strict=True)]
+
+
+def check_chosen(where: str, chosen: Array, n: int, length: int, sequence: int) -> None:
+    """Numbers, counted from n, of tokens that a sequence has, each once."""
+    if (wrong := (chosen < 0) | (chosen >= length - n)).any():
+        known = f"0..{length - n - 1} for sequence {sequence}, which has {length} tokens (n={n})"
+        raise ValueError(f"{where}: index must be in {known}, got {chosen[wrong][0]}")
+    if len(set(chosen.tolist())) < len(chosen):
+        raise ValueError(f"{where}: index must not repeat a token, got {chosen.tolist()} for sequence {sequence}")
 
 
 def _newest(
@@ -109,9 +138,9 @@ def _newest(
             raise ValueError(f"{where}: window reaches {reach} back, the cache keeps {limit} (window={window!r})")
         p.left = limit if window is None else p.left
     queries: Any = len_q
-    if lengths is not None:
-        queries = check_counts(where, lengths, len(tokens.lengths), len_q, "queries")
-        p.offsets = tokens.lengths - queries
+    if (counts := _own_counts(where, lengths, len(tokens.lengths), len_q, "queries")) is not None:
+        queries = counts
+        p.extras = (p.extras or Extras())._replace(queries=queries)
     if tokens.least < len_q and (p.left is not None or p.right is not None or alibi_slopes is not None):
         if np.any(short := (tokens.lengths > 0) & (tokens.lengths < queries)):
             at = int(np.argmax(short))
@@ -124,14 +153,6 @@ def _newest(
 def _beyond(p: Problem, tokens: Tokens, keep: int) -> int:
     """First tokens that every query sees and that may lie before its window."""
     return min(keep, tokens.most) if p.left is not None and tokens.most - 1 > p.left else 0
-
-
-def _spans(p: Problem, tokens: Tokens, queries: Any) -> Array:
-    """All keys for the queries that a sequence has, none for a row beyond them."""
-    len_q = p.rows[2]
-    spans = np.zeros((len(tokens.lengths), len_q, 2), np.int64)
-    spans[..., 1] = np.where(np.arange(len_q) < np.reshape(queries, (-1, 1)), tokens.most, 0)
-    return spans
 
 
 def _place(p: Problem, keys: Keys, tokens: Tokens) -> None:
@@ -150,8 +171,6 @@ def ask_newest(where: str, held: Held, q: Any, lengths: Any, *arguments: Any) ->
     p.k, p.v = keys.k, keys.k[..., :0]
     if kept := _beyond(p, tokens, keep):
         p.extras = (p.extras or Extras())._replace(kept=kept)
-    if lengths is not None:
-        p.extras = (p.extras or Extras())._replace(spans=_spans(p, tokens, queries))
     _place(p, keys, tokens)
     return p
 
@@ -188,7 +207,7 @@ def attend_newest(
     p.heads_first = True
     wide = _arithmetic(p.number)
     apart = _beyond(p, tokens, keep) if keep else 0
-    join = apart > 0 and len_q == 1 and (lengths is mask is bias is alibi_slopes is None)
+    join = apart > 0 and len_q == 1 and isinstance(queries, int) and (mask is bias is alibi_slopes is None)
     keys = find(where, p.left, queries, join)
     p.k, p.v = keys.k, keys.v
     if keys.seen is not None:
@@ -201,16 +220,14 @@ def attend_newest(
         target = _core.empty(where, p.rows + view.shape[3:], out.dtype.num)
     lse = _core.empty(where, p.rows, wide) if return_lse or apart else None
     plans = []
-    if lengths is not None or apart:
-        spans = _spans(p, tokens, queries)
-        p.extras = (p.extras or Extras())._replace(spans=spans)
-        if apart:
-            first = np.empty_like(target), np.empty_like(lse)
-            plans.append(_see_kept(p, tokens.lengths, queries, apart, *first))
-            spans[..., 0] = apart
-            p.extras = p.extras._replace(sinks=None)  # the first has them
+    if apart:
+        p.extras = p.extras or Extras()
+        first = np.empty_like(target), np.empty_like(lse)
+        plans.append(_see_kept(p, tokens.lengths, queries, apart, *first))
+        spans = np.full((batch, len_q, 2), (apart, tokens.most), np.int64)
+        p.extras = p.extras._replace(spans=spans, sinks=None)  # the first has these
     _place(p, keys, tokens)
-    report = _core.forward(p, target, lse)
+    report = _problem.forward(p, target, lse)
     if report is not None:
         planned = _problem.Planned(p, report, view if apart else target, out)
         planned.also += plans
@@ -233,4 +250,4 @@ def _see_kept(p: Problem, lengths: Array, queries: Any, n: int, out: Array, lse:
         p.where, p.q, p.k[:, :, :n], p.v[:, :, :n], True, p.shape, p.rows, p.scale, None, p.right, lengths - queries,
         np.minimum(lengths, n), p.extras._replace(**cut), p.threads, p.isa, p.counters,
     )  # fmt: skip
-    return _core.forward(kept, out, lse)
+    return _problem.forward(kept, out, lse)

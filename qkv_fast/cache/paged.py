@@ -15,7 +15,7 @@ from .._checks import Array, _index, _is_known
 from .._core import Problem
 from .._help import documented
 from . import types
-from .attend import Held, Keys, Tokens, ask_newest, attend_newest, check_tokens
+from .attend import Held, Keys, Tokens, ask_newest, attend_newest, check_chosen, check_index, check_tokens
 from .paged_questions import PagedQuestions
 from .types import Shown
 
@@ -309,6 +309,60 @@ class PagedKVCache(PagedQuestions):
         while len(pages) > -(-n // self._size):
             self._release(pages.pop())
         self._lengths[sequence] = n
+
+    def select(self, sequence: int, n: int, index: Any) -> None:
+        """Keep the first `n` tokens of a sequence, and some of those after them, as the draft that is accepted.
+
+        Parameters
+        ----------
+        sequence : int
+            Its number.
+        n : int
+            Tokens that stay where they are: at most as many as there are.
+        index : array_like of int, shape (m,)
+            The tokens that follow them, counted from `n`: in any order, each once.
+
+        Raises
+        ------
+        TypeError, ValueError
+            No sequence here, a number out of range or twice, or more new pages than are free, where tokens go to pages
+            that other sequences have as well; the cache is then as it was.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import qkv_fast
+        >>> pool = qkv_fast.PagedKVCache(1, 1, 20, page_size=4)
+        >>> tokens, s = np.arange(6, dtype="float32").reshape(1, 1, 6, 1), pool.add()
+        >>> pool.append([s], tokens, tokens)
+        >>> pool.select(s, 2, [0, 3])
+        >>> pool.gather(s)[0].ravel()
+        array([0., 1., 2., 5.], dtype=float32)
+        """
+        where = "PagedKVCache.select"
+        sequence = self._known(where, sequence)
+        n = self._check_length(where, sequence, n)
+        (chosen,) = check_index(where, index, None)
+        check_chosen(where, chosen, n, self._lengths[sequence], sequence)
+        pages, end = self._pages[sequence], n + len(chosen)
+        written = range(n // self._size, -(-end // self._size) if end > n else n // self._size)
+        needed = sum(int(self._owners[pages[i]]) > 1 for i in written)
+        if needed > len(self._free):
+            raise ValueError(f"{where}: {needed} new pages are needed, {len(self._free)} are free")
+        own = self._rows(pages, chosen + n)
+        moved = self._k[:, own], self._v[:, own]  # copies
+        self._lengths[sequence] = n
+        try:
+            for i in written:
+                self._own(pages, i, min(max(n - i * self._size, 0), self._size))
+            rows = self._rows(pages, np.arange(n, end))
+            self._k[:, rows], self._v[:, rows] = moved
+            self._lengths[sequence] = end
+        finally:
+            self.truncate(sequence, self._lengths[sequence])  # pages beyond go back
+
+    def _rows(self, pages: list[int], tokens: Array) -> Array:
+        return np.array(pages, np.int64)[tokens // self._size] * self._size + tokens % self._size
 
     def _release(self, page: int) -> None:
         self._owners[page] -= 1

@@ -36,6 +36,10 @@ class Ring(NamedTuple):
             yield row, t, many
             t += many
 
+    def rows(self, tokens: Array) -> Array:
+        """Where tokens are."""
+        return np.where(tokens < self.keep, tokens, self.keep + (tokens - self.keep) % self.size)
+
     def positions(self, lengths: Array, reach: Array, rows: int) -> Array:
         """The token in each of the first rows, (batch, rows); -1 where there is none."""
         keep, size = self

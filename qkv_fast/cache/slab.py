@@ -15,7 +15,7 @@ from .._checks import Array, _as_array, _is_known, _per_sequence
 from .._core import Problem
 from .._help import documented
 from . import files, types
-from .attend import Held, Keys, Tokens, ask_newest, attend_newest, check_tokens
+from .attend import Held, Keys, Tokens, ask_newest, attend_newest, check_chosen, check_index, check_tokens
 from .files import Geometry, Store
 from .questions import Questions
 from .ring import Ring
@@ -73,8 +73,8 @@ class KVCache(Questions):
     Notes
     -----
     A result has the bits that `attention` has for the same keys in one array, of any batch; for a ring with `keep`,
-    once the first tokens are out of the window, and for int8 and int4 that is true to rounding. Memory past the lengths
-    has no influence.
+    once the first tokens of a sequence are out of the window, and for int8 and int4 that is true to rounding. Memory
+    past the lengths has no influence.
 
     int8 stores an element x as the integer n nearest to x / s, where s, a float32, is the largest magnitude of its key
     or value over 127. int4 does so for groups of 32 elements, with n in -8..7 and s, a bfloat16 rounded away from zero,
@@ -516,6 +516,76 @@ class KVCache(Questions):
         if self._store is not None:
             self._store.withdraw(np.minimum(self._store.lengths, stay))
         self._set_lengths(stay)
+
+    def select(self, n: Any, index: Any, lengths: Any = None) -> None:
+        """Keep the first `n` tokens of each sequence, and some of those after them, as the draft that is accepted.
+
+        Parameters
+        ----------
+        n : int or array_like of int, shape (batch,)
+            Tokens that stay where they are: at most as many as there are.
+        index : array_like of int, shape (m,) or (batch, m)
+            The tokens that follow them, counted from `n`: in any order, each once.
+        lengths : int or array_like of int, optional
+            How many of the m each sequence takes: its first ones. All by default.
+
+        Raises
+        ------
+        TypeError
+            Not integers.
+        ValueError
+            A number out of range, or twice in a sequence; or, of a ring, tokens that have been overwritten, also
+            those of the window of token `n`. The cache is then as it was.
+
+        See Also
+        --------
+        truncate : Without the others.
+
+        Notes
+        -----
+        Rows are moved as they are stored: nothing is quantised again. Whoever turns keys by their positions
+        (rotary embeddings) must have given those of a draft the positions that they are to have.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import qkv_fast
+        >>> cache = qkv_fast.KVCache(1, 1, 1, capacity=10)
+        >>> tokens = np.arange(6, dtype="float32").reshape(1, 1, 6, 1)
+        >>> cache.append(tokens, tokens)  # two tokens, and four of a draft
+        >>> cache.select(2, [0, 3])
+        >>> cache.keys.ravel()
+        array([0., 1., 2., 5.], dtype=float32)
+        """
+        where = "KVCache.select"
+        batch, _, window, keep, _ = self._geometry
+        stay = _per_sequence(where, "n", n, (batch,))
+        if (wrong := (stay < 0) | (stay > self._lengths)).any():
+            at = int(wrong.argmax())
+            raise ValueError(f"{where}: n must be in 0..{self._lengths[at]} for sequence {at}, got {stay[at]}")
+        chosen = check_index(where, index, batch, lengths)
+        for b, (own, first, length) in enumerate(zip(chosen, stay.tolist(), self._lengths.tolist(), strict=True)):
+            check_chosen(where, own, first, length, b)
+        if self._store is not None:
+            self._store.check_writable(where)
+        tokens = [own + first for own, first in zip(chosen, stay, strict=True)]
+        if window >= 0:
+            lost = self._ring.lost(stay, self._lengths, self._reach, window)
+            for b, own in enumerate(tokens):
+                if lost[b] or ((own >= keep) & (own < self._reach[b] - self._ring.size)).any():
+                    held = f"the ring holds the tokens from {self._reach[b] - self._ring.size} on"
+                    raise ValueError(f"{where}: sequence {b} would lack tokens, {held} (n={stay[b]})")
+        moved = [[x[b][:, self._ring.rows(own)] for x in (self._k, self._v)] for b, own in enumerate(tokens)]
+        if self._store is not None:
+            self._store.withdraw(np.minimum(self._store.lengths, stay))
+        ends = stay + [len(own) for own in tokens]
+        for b, new in enumerate(moved):
+            rows = self._ring.rows(np.arange(stay[b], ends[b]))
+            for x, those in zip((self._k, self._v), new, strict=True):
+                x[b][:, rows] = those
+        if window >= 0:
+            self._reach = np.where(stay <= keep, stay, self._reach)
+        self._set_lengths(ends)
 
     def reorder(self, index: Any) -> None:
         """Replace the sequences: the new sequence b is the old ``index[b]``, as beam search wants it.

@@ -356,3 +356,43 @@ def test_errors_of_pages(name):
     with pytest.raises(error, match=message):
         call(pool)
     assert state(pool) == before
+
+
+@pytest.mark.parametrize(
+    "n, index, lengths, words",
+    [
+        (4, [0], None, r"n must be in 0\.\.3 for sequence 1, got 4"),
+        (2, [0, 1], None, r"index must be in 0\.\.0 for sequence 1, which has 3 tokens \(n=2\), got 1"),
+        (1, [0, 0], None, r"must not repeat a token, got \[0, 0\] for sequence 0"),
+        (1, [-1], None, "got -1"),
+        (1, [[0]], None, r"shape \(m,\) or \(2, m\), got \(1, 1\)"),
+        (1, [0, 1], 3, r"lengths must be in 0\.\.2"),
+    ],
+)
+def test_what_cannot_be_selected(n, index, lengths, words):
+    cache = qkv_fast.KVCache(2, 2, 4, capacity=10)
+    k = np.arange(80, dtype="float32").reshape(2, 2, 5, 4)
+    cache.append(k, k, lengths=[5, 3])
+    before = cache.keys.copy()
+    with pytest.raises(ValueError, match=words):
+        cache.select(n, index, lengths)
+    with pytest.raises(TypeError, match="integers"):
+        cache.select(0, [0.5])
+    same_bits(cache.keys, before)
+    assert cache.lengths.tolist() == [5, 3]
+
+
+def test_a_page_of_others_is_copied_before_tokens_move():
+    pool = qkv_fast.PagedKVCache(1, 1, 3, page_size=4)
+    k = np.arange(7, dtype="float32").reshape(1, 1, 7, 1)
+    a = pool.add()
+    pool.append([a], k, k)
+    b = pool.fork(a)
+    pool.select(b, 1, [4, 0])
+    assert pool.gather(b)[0].ravel().tolist() == [0, 5, 1]
+    assert pool.gather(a)[0].ravel().tolist() == [*range(7)]
+    assert pool.free_pages == 0
+    c = pool.fork(a)
+    with pytest.raises(ValueError, match="1 new pages are needed, 0 are free"):
+        pool.select(c, 5, [1])
+    assert pool.gather(c)[0].ravel().tolist() == [*range(7)]
