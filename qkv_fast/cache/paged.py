@@ -362,7 +362,8 @@ class PagedKVCache(PagedQuestions):
             self.truncate(sequence, self._lengths[sequence])  # pages beyond go back
 
     def _rows(self, pages: list[int], tokens: Array) -> Array:
-        return np.array(pages, np.int64)[tokens // self._size] * self._size + tokens % self._size
+        rows: Array = np.array(pages, np.int64)[tokens // self._size] * self._size + tokens % self._size
+        return rows
 
     def _release(self, page: int) -> None:
         self._owners[page] -= 1
