@@ -186,7 +186,8 @@ def _of_sinks(p: Problem, lse: Array, delta: Array) -> Array:
         weight = np.exp(sinks - lse.astype(np.float64))
         lost: Array = np.where((weight == 0) | (lse == -np.inf) | (sinks == -np.inf), 0, weight * delta)
     heads = lost[np.newaxis] if lost.ndim == 1 else lost
-    return -heads.sum(axis=tuple(i for i in range(heads.ndim) if i != heads.ndim - 2))
+    total: Array = heads.sum(axis=tuple(i for i in range(heads.ndim) if i != heads.ndim - 2))
+    return -total
 
 
 def _gradients(p: Problem, delta: Array, want: tuple[str, ...]) -> Gradients:

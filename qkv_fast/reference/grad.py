@@ -92,8 +92,8 @@ def attention_grad(
         found["v"] = _weigh(backwards[1], dout, backwards[2])
         if "slopes" in want:
             start = 0 if isinstance(options["causal"], str) else options.get("q_offset")
-            batch = scores.shape[:-3]
-            distance = np.abs(_distances(batch, *scores.shape[-2:], start, options.get("kv_lengths")))
+            *batch, _, rows, keys = scores.shape
+            distance = np.abs(_distances(tuple(batch), rows, keys, start, options.get("kv_lengths")))
             found["slopes"] = -np.where(ds == 0, 0, ds * distance).sum(axis=(-2, -1))
         if "sinks" in want:
             weight = np.exp(sinks - lse)
