@@ -39,7 +39,7 @@ enum {
     SUMMARY_ROWS = 64,                /* of a task of it: some microseconds for rows of a few thousand keys */
     GRADIENT_PARTS = 4,               /* most partial sums of dQ */
     GRADIENT_KEYS = 512,              /* fewest keys of one */
-    GRADIENT_BYTES = 512 << 10,       /* K, V, dK and dV that all queries of a head meet */
+    GRADIENT_BYTES = 1 << 20,         /* dK and dV of the keys that all queries of a head meet before the next */
     COLUMNS = 256,                    /* most columns of cells in a task: what is kept of a panel is half of L2 at most */
     COLD_BYTES = 1 << 20              /* less than that of K and V is in some cache: asking for it took 3 % at 8x128, Zen 5 */
 };
@@ -332,12 +332,14 @@ int64_t qkv_gradient_parts(int64_t len_k)
 }
 
 /* Tasks of gradients have a part of the keys each, of one key head, or of all where these share a bias. */
-static int plan_gradients(const qkv_problem *p, qkv_plan *plan)
+static int plan_gradients(const qkv_problem *p, qkv_plan *plan, int64_t panels, int64_t panel_bytes)
 {
-    int64_t heads = plan->sequences * plan->heads, bytes = 2 * (p->dim + p->dim_v) * plan->kernels->size;
+    int64_t heads = plan->sequences * plan->heads, bytes = (p->dim + p->dim_v) * plan->kernels->size;
     plan->share = gradient_keys(p->len_k);
     plan->range = qkv_min(qkv_min(plan->share, CHUNK), qkv_max(1, GRADIENT_BYTES / (bytes + 1) / BLOCK) * BLOCK);
-    plan->pass = plan->range;         /* sums over keys and queries come in an order that no tile changes: panels, then blocks */
+    plan->pass = plan->block;         /* all panels of a tile meet a block of keys before the next */
+    /* Nothing but their size says how many: sums over keys and queries come in this order. */
+    plan->tile_panels = qkv_max(1, qkv_min(qkv_min(TILE_PANELS, STATE_BYTES / panel_bytes), panels));
     plan->ranges = qkv_gradient_parts(p->len_k);
     plan->together = p->dbias && plan->heads > 1 && !p->dbias_at.head;
     for (int i = 0; i < p->n_axes; i++)
@@ -437,7 +439,7 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
         for (int64_t b = 0; b < plan->sequences; b++)
             plan->tasks += plan->heads * qkv_tiles_of(p, plan, b);
     }
-    if (p->question == QKV_GRADIENTS && !plan_gradients(p, plan))
+    if (p->question == QKV_GRADIENTS && !plan_gradients(p, plan, panels, panel_bytes))
         return QKV_OVERFLOW;
     if ((plan->by_key && !plan_ranges(p, plan)) || (qkv_asks_cells(p) && !plan_cells(p, plan)))
         return QKV_OVERFLOW;

@@ -1,4 +1,4 @@
-"""PyTorch's `scaled_dot_product_attention` on our attention, for inference with CPU tensors.
+"""PyTorch's `scaled_dot_product_attention` on our attention, for CPU tensors, with gradients.
 
 Examples
 --------
@@ -6,6 +6,14 @@ Examples
 >>> from qkv_fast.integrations.torch import scaled_dot_product_attention
 >>> q, k, v = torch.randn(3, 1, 12, 100, 64)  # batch, heads, length, dim
 >>> scaled_dot_product_attention(q, k, v, is_causal=True).shape
+torch.Size([1, 12, 100, 64])
+
+As the attention of a model that trains, in place of `torch.nn.functional.scaled_dot_product_attention`:
+
+>>> q.requires_grad_()  # doctest: +ELLIPSIS
+tensor(...)
+>>> scaled_dot_product_attention(q, k, v, is_causal=True).square().sum().backward()
+>>> q.grad.shape
 torch.Size([1, 12, 100, 64])
 """
 
@@ -18,7 +26,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from .. import attention
+from .. import attention, attention_grad
 
 _TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # Of classes that say nothing of their own on what a function does with them; torch.nn.Parameter turns the hook off.
@@ -37,9 +45,10 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """What `torch.nn.functional.scaled_dot_product_attention` computes, without gradients, on CPU tensors.
+    """What `torch.nn.functional.scaled_dot_product_attention` computes, on CPU tensors.
 
-    Inputs are read where they lie, whatever their strides; the result has memory of its own.
+    Inputs are read where they lie, whatever their strides; the result has memory of its own. It can be differentiated
+    once, with respect to every floating-point input; a second derivative is refused.
 
     Parameters
     ----------
@@ -78,10 +87,10 @@ def scaled_dot_product_attention(
     ImportError
         bfloat16 without ml_dtypes.
     NotImplementedError
-        What torch does and this does not: an input needs a gradient or carries a forward one, is nested, not on the CPU
-        or not strided, or of a class whose ``__torch_function__`` or ``__torch_dispatch__`` gives it a meaning of its
-        own (fake and masked tensors, DTensor); dropout; a transform of `torch.func` (vmap, grad, jvp, functionalize);
-        `torch.jit.trace` and `make_fx`, which would keep the result as a constant.
+        What torch does and this does not: a second derivative; an input carries a forward-mode gradient, is nested, not
+        on the CPU or not strided, or of a class whose ``__torch_function__`` or ``__torch_dispatch__`` gives it a
+        meaning of its own (fake and masked tensors, DTensor); dropout; a transform of `torch.func` (vmap, grad, jvp,
+        functionalize); `torch.jit.trace` and `make_fx`, which would keep the result as a constant.
 
     Notes
     -----
@@ -111,13 +120,12 @@ def scaled_dot_product_attention(
     elif attn_mask is not None:
         _check("attn_mask", attn_mask, (torch.bool, torch.float32, query.dtype))
         tensors["attn_mask"] = attn_mask
-    needing = [name for name, x in tensors.items() if x.requires_grad]
-    if needing and torch.is_grad_enabled():
-        _refuse(f"no gradients: {', '.join(needing)} has requires_grad set; use torch.no_grad() or detach()")
     if forward_ad._current_level >= 0:  # outside of all levels nothing carries one, and asking takes time
         carrying = [name for name, x in tensors.items() if forward_ad.unpack_dual(x).tangent is not None]
         if carrying:
-            _refuse(f"no gradients: {', '.join(carrying)} carries a forward-mode tangent; pass unpack_dual(...).primal")
+            _refuse(
+                f"no forward gradients: {', '.join(carrying)} carries a tangent; pass unpack_dual(...).primal"
+            )
     if torch.jit.is_tracing() or get_proxy_mode() is not None:
         _refuse("no torch.jit.trace, no make_fx: the result for these inputs would become a constant of the trace")
     for name, switch in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
@@ -134,18 +142,64 @@ def scaled_dot_product_attention(
             f"(query: {tuple(query.shape)}, key: {tuple(key.shape)}, value: {tuple(value.shape)})"
         )
 
-    q, k, v, *masks = _with_equal_axes(*(_as_array(name, x) for name, x in tensors.items()))
-    if not q.shape[-3:-2] == k.shape[-3:-2] == v.shape[-3:-2]:
+    plain = [_detached(name, x) for name, x in tensors.items()]
+    recorded = torch.is_grad_enabled() and [x for x in tensors.values() if x.requires_grad]
+    q, k, v, *masks = _with_equal_axes(*(tensors.values() if recorded else plain))
+    if q.ndim > 2 and not q.size(-3) == k.size(-3) == v.size(-3):
         q, k, v = _share_heads(q, k, v, enable_gqa)
-    added: dict[str, Any] = {("mask" if mask.dtype == bool else "bias"): mask for mask in masks}
-    out = attention(q, k, v, causal=causal, scale=scale, **added)
-    if query.dtype == torch.bfloat16:
-        return torch.from_numpy(out.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(out)
+    if recorded:
+        return _Attention.apply(causal, scale, q, k, v, *masks)
+    q, k, v, *masks = (_as_array(x) for x in (q, k, v, *masks))
+    return _as_tensor(attention(q, k, v, causal=causal, scale=scale, **_added(masks)))
 
 
-def _as_array(name: str, x: torch.Tensor) -> Any:
-    """A view, or a copy where torch is lazy. NumPy knows bfloat16 by ml_dtypes, and torch's only as bits."""
+class _Attention(torch.autograd.Function):
+    """For inputs that broadcast as ours do; what torch did before, it differentiates itself."""
+
+    @staticmethod
+    def forward(ctx: Any, causal: Any, scale: float | None, *tensors: torch.Tensor) -> torch.Tensor:
+        q, k, v, *masks = (_as_array(x.detach()) for x in tensors)
+        out, lse = attention(q, k, v, causal=causal, scale=scale, return_lse=True, **_added(masks))
+        result = _as_tensor(out)
+        ctx.save_for_backward(result, *tensors)
+        ctx.others = lse, causal, scale
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[Any, ...]:
+        return None, None, *_Gradients.apply(ctx.others, ctx.needs_input_grad[2:], dout, *ctx.saved_tensors)
+
+
+class _Gradients(torch.autograd.Function):
+    """A function of its own, so that whoever differentiates gradients is told, also where `dout` needs none."""
+
+    @staticmethod
+    def forward(ctx: Any, others: Any, needed: tuple[bool, ...], *tensors: torch.Tensor) -> tuple[Any, ...]:
+        lse, causal, scale = others
+        dout, out, q, k, v, *masks = (_as_array(x.detach()) for x in tensors)
+        names = ("q", "k", "v", "bias")[: len(needed)]
+        want = tuple(name for name, is_needed in zip(names, needed, strict=True) if is_needed)
+        gradients = attention_grad(dout, q, k, v, out, lse, want=want, causal=causal, scale=scale, **_added(masks))
+        found = dict(zip(want, map(_as_tensor, gradients), strict=True))
+        return tuple(found.get(name) for name in names)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> NoReturn:
+        _refuse("no second derivatives: its gradients cannot be differentiated again")
+
+
+def _added(masks: list[Any]) -> dict[str, Any]:
+    return {("mask" if mask.dtype == bool else "bias"): mask for mask in masks}
+
+
+def _as_tensor(x: Any) -> torch.Tensor:
+    """NumPy knows bfloat16 by ml_dtypes, and torch's only as bits."""
+    if x.dtype.kind == "V":
+        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(x)
+
+
+def _detached(name: str, x: torch.Tensor) -> torch.Tensor:
     x = x.detach()
     # Not before detach(): inside a transform that wraps too what comes from outside of it.
     if torch._C._functorch.is_functorch_wrapped_tensor(x) or torch._is_functional_tensor(x):
@@ -153,6 +207,11 @@ def _as_array(name: str, x: torch.Tensor) -> Any:
             f"no transforms of torch.func: {name} is inside of one (vmap, grad, vjp, jvp or functionalize); call this "
             "outside of it. In place of vmap: any axes left of the heads are batches"
         )
+    return x
+
+
+def _as_array(x: torch.Tensor) -> Any:
+    """A view of a tensor that records nothing, or a copy where torch is lazy."""
     if x._is_zerotensor():  # has no memory, such as a tangent that torch knows to be 0
         x = torch.zeros(x.shape, dtype=x.dtype)
     elif x.is_neg():  # the bits are those of its opposite
@@ -214,24 +273,25 @@ def _causal(bias: Any, query: torch.Tensor, key: torch.Tensor, is_causal: bool) 
     return "top-left" if bias.variant.name == "UPPER_LEFT" else True
 
 
-def _with_equal_axes(*arrays: Any) -> list[Any]:
+def _with_equal_axes(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """torch broadcasts as NumPy does, with axes that are missing on the left; ours does not guess."""
-    axes = max(x.ndim for x in arrays[:3])
+    axes = max(x.ndim for x in tensors[:3])
     if axes < 3:
-        return list(arrays)
-    return [x if x.ndim == axes else x.reshape((1,) * (axes - x.ndim) + x.shape) for x in arrays]
+        return list(tensors)
+    return [x if x.ndim == axes else x.reshape((1,) * (axes - x.ndim) + x.shape) for x in tensors]
 
 
-def _share_heads(q: Any, k: Any, v: Any, grouped: bool) -> tuple[Any, ...]:
+def _share_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grouped: bool) -> tuple[torch.Tensor, ...]:
     """Brings torch's rules for heads to ours, which ask for as many in k as in v, and for them to divide q's."""
     if grouped:
-        if k.shape[-3:-2] != v.shape[-3:-2] and min(q.ndim, k.ndim, v.ndim) > 2:  # each serves q's heads by itself
-            k, v = (np.repeat(x, q.shape[-3] // max(x.shape[-3], 1), axis=-3) for x in (k, v))
+        if k.size(-3) != v.size(-3):  # each serves q's heads by itself
+            k, v = (x.repeat_interleave(q.shape[-3] // max(x.shape[-3], 1), dim=-3) for x in (k, v))
         return q, k, v
-    heads = {x.shape[-3] for x in (q, k, v) if x.ndim > 2} - {1} or {1}
+    heads = {x.size(-3) for x in (q, k, v)} - {1} or {1}
     if len(heads) > 1:
+        shapes = ", ".join(f"{name}: {tuple(x.shape)}" for name, x in (("query", q), ("key", k), ("value", v)))
         raise ValueError(
             "scaled_dot_product_attention: query, key and value must have equal numbers of heads, or 1; for groups of "
-            f"query heads pass enable_gqa=True (query: {q.shape}, key: {k.shape}, value: {v.shape})"
+            f"query heads pass enable_gqa=True ({shapes})"
         )
-    return tuple(np.broadcast_to(x, (*x.shape[:-3], *heads, *x.shape[-2:])) for x in (q, k, v))
+    return tuple(x.expand(*x.shape[:-3], *heads, *x.shape[-2:]) for x in (q, k, v))

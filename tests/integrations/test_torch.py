@@ -265,18 +265,81 @@ def test_hidden_nan():
     torch.testing.assert_close(scaled_dot_product_attention(q, k, v, seen[None]), expected)
 
 
-@pytest.mark.parametrize("name", ["query", "key", "value", "attn_mask"])
-def test_gradients(name):
-    """Refused where torch would record one, and only there."""
-    inputs = dict(zip(("query", "key", "value", "attn_mask"), tensors("4-D"), strict=True))
-    expected = THEIRS(**inputs)
-    inputs[name].requires_grad_()
-    with pytest.raises(NotImplementedError, match=rf"gradients: {name} has requires_grad"):
-        scaled_dot_product_attention(**inputs)
+def gradients_of(function, inputs, dout, **options):
+    """Of all inputs that are floating-point numbers."""
+    inputs = {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in inputs.items() if x is not None}
+    function(**inputs, **options).backward(dout)
+    return {name: x.grad for name, x in inputs.items() if x.requires_grad}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_gradients(name, mask):
+    for dtype, is_causal in itertools.product(TYPES, (False, True)):
+        q, k, v, numbers = tensors(name, dtype)
+        inputs = {"query": q, "key": k, "value": v, "attn_mask": MASKS[mask](numbers)}
+        if is_causal and inputs["attn_mask"] is not None:
+            continue
+        options = {"is_causal": is_causal, "scale": 0.7, "enable_gqa": name.startswith("gqa")}
+        dout = THEIRS(**inputs, **options).cos()
+        ours = gradients_of(scaled_dot_product_attention, inputs, dout, **options)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            theirs = gradients_of(THEIRS, inputs, dout, **options)
+        for x, y in theirs.items():
+            y = y if y is not None else inputs[x].detach()  # torch has none for a mask of no keys
+            assert ours[x].dtype == y.dtype
+            torch.testing.assert_close(ours[x], y.nan_to_num())  # torch has NaN where a mask hides all keys
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_of_16_bits(dtype):
+    """Those in float32 of the same numbers and the same, rounded, result."""
+    inputs = dict(zip(("query", "key", "value", "attn_mask"), (x.to(dtype) for x in tensors("gqa")), strict=True))
+    dout = inputs["query"][..., :3] * 0.5
+    ours = gradients_of(scaled_dot_product_attention, inputs, dout, enable_gqa=True)
+    wide = {name: x.float() for name, x in inputs.items()}
+    theirs = gradients_of(THEIRS, wide, dout.float(), enable_gqa=True)
+    unit = torch.finfo(dtype).eps / 2
+    for name, x in theirs.items():
+        assert ours[name].dtype == dtype
+        # The result enters as the sum of dout * out over a row.
+        torch.testing.assert_close(ours[name].float(), x, rtol=unit, atol=8 * unit)
+
+
+def test_gradients_of_some():
+    """Those that are asked for, through views, of parameters, with a gradient of the result that repeats in memory."""
+    q, k, v, numbers = tensors("4-D")
+    weight = torch.nn.Parameter(numbers[:1, :1])
+    packed = torch.cat((q, q), dim=-1).requires_grad_()
+    out = scaled_dot_product_attention(packed[..., E:], k, v, weight)
+    assert type(out) is torch.Tensor and out.requires_grad
+    out.sum().backward()
+    assert not packed.grad[..., :E].any() and packed.grad[..., E:].any() and k.grad is None
+    q.requires_grad_()
+    other = weight.detach().clone().requires_grad_()
+    THEIRS(q, k, v, other).sum().backward()
+    torch.testing.assert_close((packed.grad[..., E:], weight.grad), (q.grad, other.grad))
     with torch.no_grad():
-        torch.testing.assert_close(scaled_dot_product_attention(**inputs), expected)
-    inputs[name] = inputs[name].detach()
-    torch.testing.assert_close(scaled_dot_product_attention(**inputs), expected)
+        assert not scaled_dot_product_attention(packed[..., E:], k, v, weight).requires_grad
+
+
+def test_gradients_by_differences():
+    inputs = [x.requires_grad_() for x in tensors("gqa of one batch of keys", torch.float64)]
+    assert torch.autograd.gradcheck(lambda *x: scaled_dot_product_attention(*x, enable_gqa=True), inputs)
+
+
+def test_second_derivatives():
+    """Refused, also where the gradient of the result is a constant; so is what was overwritten before its gradient."""
+    q, k, v, _ = tensors("4-D")
+    q.requires_grad_()
+    for loss in (lambda x: x.sum(), lambda x: x.square().sum()):
+        (dq,) = torch.autograd.grad(loss(scaled_dot_product_attention(q, k, v)), q, create_graph=True)
+        with pytest.raises(NotImplementedError, match="no second derivatives"):
+            dq.sum().backward()
+    out = scaled_dot_product_attention(q, k, v)
+    k.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # make_dual() calls it
@@ -287,7 +350,7 @@ def test_forward_gradients(name):
     with forward_ad.dual_level():
         torch.testing.assert_close(scaled_dot_product_attention(**inputs), THEIRS(**inputs))
         inputs[name] = forward_ad.make_dual(inputs[name], torch.ones_like(inputs[name]))
-        with torch.no_grad(), pytest.raises(NotImplementedError, match=f"gradients: {name} carries a forward"):
+        with torch.no_grad(), pytest.raises(NotImplementedError, match=f"forward gradients: {name} carries a tangent"):
             scaled_dot_product_attention(**inputs)
 
 
@@ -337,7 +400,7 @@ def test_transforms(name, dtype):
             transform(ours)(inputs[name])
     with pytest.raises(NotImplementedError, match=f"transforms of torch.func: {name} is inside"):
         ours(torch._to_functional_tensor(inputs[name]))
-    with pytest.raises(NotImplementedError, match=f"gradients: {name} has requires_grad"):
+    with pytest.raises(NotImplementedError, match="query is inside of one"):
         torch.func.grad(lambda x: ours(x).sum())(inputs[name])
     with pytest.raises(NotImplementedError, match="query is inside of one"):
         torch.func.grad(lambda x: scaled_dot_product_attention(**inputs).sum() * x)(torch.tensor(1.0, dtype=dtype))
