@@ -98,6 +98,9 @@ new_v : array_like, shape (batch, kv_heads, L, value_dim)
     Their values.
 new_lengths : int or array_like of int, optional
     How many of the L tokens each sequence gets: its first ones. All by default.
+new_starts : int or array_like of int, optional
+    How many of the tokens are padding, which no query sees: the first ones of a sequence that is empty (prompts that
+    are padded on the left). 0 by default.
 newest_q : array_like, shape (batch, Hq, L, head_dim)
     Queries, of the cache's type or a wider one, any for int8 and int4; ``Hq`` is a multiple of the key
     heads.

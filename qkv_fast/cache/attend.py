@@ -44,6 +44,7 @@ class Tokens(NamedTuple):
     lengths: Array  # (batch,) int64
     least: int
     most: int
+    starts: Array | None = None  # (batch,) int64: those before are padding
 
 
 # What of a cache a call is about: its form, its tokens, how their keys are found, how many tokens before its own a
@@ -81,6 +82,19 @@ def check_tokens(
         fits = f"({batch}, {axes}, {form.dim}) and ({batch}, {axes}, {form.dim_v})"
         _fail_shapes(where, f"k and v must be of shapes {fits}", k=given[0], v=given[1])
     return k, v, shape[2], _own_counts(where, lengths, batch, shape[2], "tokens")
+
+
+def check_starts(where: str, starts: Any, lengths: Array, ends: Array) -> Array:
+    """How many of the tokens that empty sequences get are padding; of others none can become it."""
+    begins = _per_sequence(where, "starts", starts, lengths.shape)
+    if (wrong := (begins < 0) | (begins > ends)).any():
+        at = int(wrong.argmax())
+        most = f"0..{ends[at]} (the tokens given) for sequence {at}"
+        raise ValueError(f"{where}: starts must be in {most}, got {begins[at]}")
+    if (late := (begins > 0) & (lengths > 0)).any():
+        at = int(late.argmax())
+        raise ValueError(f"{where}: starts are of empty sequences, and sequence {at} has {lengths[at]} tokens")
+    return begins
 
 
 def check_counts(where: str, lengths: Any, batch: int, most: int, of: str) -> Array:
@@ -137,6 +151,8 @@ def _newest(
             reach = "without end" if p.left is None else p.left
             raise ValueError(f"{where}: window reaches {reach} back, the cache keeps {limit} (window={window!r})")
         p.left = limit if window is None else p.left
+    if tokens.starts is not None:
+        p.extras = (p.extras or Extras())._replace(starts=tokens.starts)
     queries: Any = len_q
     if (counts := _own_counts(where, lengths, len(tokens.lengths), len_q, "queries")) is not None:
         queries = counts
@@ -207,7 +223,8 @@ def attend_newest(
     p.heads_first = True
     wide = _arithmetic(p.number)
     apart = _beyond(p, tokens, keep) if keep else 0
-    join = apart > 0 and len_q == 1 and isinstance(queries, int) and (mask is bias is alibi_slopes is None)
+    join = apart > 0 and len_q == 1 and isinstance(queries, int)
+    join = join and (tokens.starts is mask is bias is alibi_slopes is None)
     keys = find(where, p.left, queries, join)
     p.k, p.v = keys.k, keys.v
     if keys.seen is not None:
@@ -246,6 +263,8 @@ def attend_newest(
 def _see_kept(p: Problem, lengths: Array, queries: Any, n: int, out: Array, lse: Array | None) -> Any:
     """Attention over the first n keys alone, whatever the window, into out and lse."""
     cut = {name: x[..., :n] for name in ("mask", "bias") if (x := getattr(p.extras, name)) is not None}
+    if p.extras.starts is not None:
+        cut["starts"] = np.minimum(p.extras.starts, n)
     kept = Problem(
         p.where, p.q, p.k[:, :, :n], p.v[:, :, :n], True, p.shape, p.rows, p.scale, None, p.right, lengths - queries,
         np.minimum(lengths, n), p.extras._replace(**cut), p.threads, p.isa, p.counters,

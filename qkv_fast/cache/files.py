@@ -25,11 +25,11 @@ try:
 except ImportError:  # not a POSIX system
     fcntl = None  # type: ignore[assignment]
 
-MAGIC, VERSION = b"QKVCACHE", 1
+MAGIC, VERSION = b"QKVCACHE", 2
 _MOST_TOKENS = 1 << 62  # far from where sums of such numbers overflow
 _PAGE = 1 << 16  # a multiple of every system's page, which a flush begins on
 # magic, version, bytes of one header, number of the commit, byte order and type, seven numbers of Geometry. Then
-# lengths and reach, (batch,) int64 each, and CRC-32 of all that.
+# lengths, reach and starts, (batch,) int64 each, and CRC-32 of all that.
 _HEAD = struct.Struct("<8sIQQ17s7q")
 
 
@@ -54,7 +54,7 @@ class Geometry(NamedTuple):
 
     def places(self) -> tuple[int, int, int, int]:
         """Bytes: of one header, before the keys, before the values, and of the file."""
-        head = _up(_HEAD.size + 16 * self.batch + 4)
+        head = _up(_HEAD.size + 24 * self.batch + 4)
         size_k, size_v = (math.prod(shape) * self.form.dtype.itemsize for shape in self.shapes())
         return head, 2 * head, 2 * head + _up(size_k), 2 * head + _up(size_k) + _up(size_v)
 
@@ -68,7 +68,7 @@ class Geometry(NamedTuple):
 
 
 class Store:
-    """An open file: `k` and `v` are its memory, `lengths` and `reach` what its last commit confirmed."""
+    """An open file: `k` and `v` are its memory, `lengths`, `reach` and `starts` what its last commit confirmed."""
 
     def __init__(self, where: str, path: Any, writable: bool) -> None:
         import mmap  # which few need: half a millisecond of every import
@@ -77,7 +77,7 @@ class Store:
             if writable:
                 _lock(where, path, file)
             self._id = _file_id(os.fstat(file.fileno()))
-            self.geometry, self.lengths, self.reach, self._commits = _read_headers(where, path, file)
+            self.geometry, (self.lengths, self.reach, self.starts), self._commits = _read_headers(where, path, file)
             access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
             self._map = mmap.mmap(file.fileno(), 0, access=access)
         _, at_k, at_v, _ = self.geometry.places()
@@ -96,18 +96,18 @@ class Store:
     def withdraw(self, lengths: Array) -> None:
         """Before tokens beyond these are overwritten."""
         if (lengths < self.lengths).any():
-            self.commit(lengths, lengths)
+            self.commit(lengths, lengths, np.minimum(self.starts, lengths))
 
-    def commit(self, lengths: Array, reach: Array) -> None:
+    def commit(self, lengths: Array, reach: Array, starts: Array) -> None:
         """From now on a process that opens the file finds these tokens, whatever happens to this one."""
         head, at_k, *_, end = self.geometry.places()
         self._map.flush(at_k, end - at_k)
-        made = _header(self.geometry, self._commits + 1, lengths, reach)
+        made = _header(self.geometry, self._commits + 1, lengths, reach, starts)
         at = head * ((self._commits + 1) % 2)
         self._map[at : at + len(made)] = made
         self._map.flush(at, head)
         self._commits += 1
-        self.lengths, self.reach = lengths.copy(), reach.copy()
+        self.lengths, self.reach, self.starts = lengths.copy(), reach.copy(), starts.copy()
 
 
 def _file_id(status: os.stat_result) -> tuple[int, int]:
@@ -140,7 +140,7 @@ def creating(path: Any, geometry: Geometry, *, over: bool) -> Iterator[str]:
         raise type(error)(error.errno, error.strerror, path) from None
     try:
         with file:
-            file.write(_header(geometry, 0, zeros, zeros))
+            file.write(_header(geometry, 0, zeros, zeros, zeros))
             if hasattr(os, "posix_fallocate"):  # a full disk is an error now, and not a signal later
                 os.posix_fallocate(file.fileno(), 0, end)
             file.truncate(end)
@@ -178,11 +178,11 @@ def _up(size: int) -> int:
     return -(-size // _PAGE) * _PAGE
 
 
-def _header(geometry: Geometry, commit: int, lengths: Array, reach: Array) -> bytes:
+def _header(geometry: Geometry, commit: int, *tables: Array) -> bytes:
     batch, capacity, window, keep, form = geometry
     numbers = (batch, form.kv_heads, form.dim, form.dim_v, capacity, window, keep)
     made = _HEAD.pack(MAGIC, VERSION, geometry.places()[0], commit, _type_name(form.name), *numbers)
-    made += lengths.astype("<i8").tobytes() + reach.astype("<i8").tobytes()
+    made += b"".join(table.astype("<i8").tobytes() for table in tables)
     return made + _checksum(made)
 
 
@@ -196,8 +196,8 @@ def _type_name(name: str) -> bytes:
     return f"{sys.byteorder[0]}{name}".encode()
 
 
-def _read_headers(where: str, path: Any, file: Any) -> tuple[Geometry, Array, Array, int]:
-    """Of the newest whole header: the geometry, lengths, reach and the number of its commit."""
+def _read_headers(where: str, path: Any, file: Any) -> tuple[Geometry, Array, int]:
+    """Of the newest whole header: the geometry, its tables, and the number of its commit."""
 
     def fail(what: str) -> ValueError:
         return ValueError(f"{where}: {os.fspath(path)!r} {what}")
@@ -216,7 +216,7 @@ def _read_headers(where: str, path: Any, file: Any) -> tuple[Geometry, Array, Ar
         if len(made) < _HEAD.size or made[:8] != MAGIC:
             continue
         _, _, _, commit, name, batch, *numbers = _HEAD.unpack(made[: _HEAD.size])
-        end = _HEAD.size + 16 * batch
+        end = _HEAD.size + 24 * batch
         if batch < 1 or len(made) < end + 4 or made[end : end + 4] != _checksum(made[:end]):
             continue
         whole.append((commit, name.rstrip(b"\0"), batch, numbers, made[_HEAD.size : end]))
@@ -234,8 +234,11 @@ def _read_headers(where: str, path: Any, file: Any) -> tuple[Geometry, Array, Ar
         raise fail(f"is damaged: there is no cache of {geometry}")
     if size != geometry.places()[3]:
         raise fail(f"is truncated or damaged: it has {size} bytes, a cache of {geometry} has {geometry.places()[3]}")
-    lengths, reach = np.frombuffer(tables, "<i8").astype(np.int64).reshape(2, batch)
+    found = np.frombuffer(tables, "<i8").astype(np.int64).reshape(3, batch)  # a copy
+    lengths, reach, starts = found
     longest = capacity if window < 0 else _MOST_TOKENS
-    if (lengths < 0).any() or (reach < lengths).any() or (reach > longest).any() or commit > _MOST_TOKENS:
-        raise fail(f"is damaged: it has {lengths.tolist()} tokens, of {reach.tolist()}, in commit {commit}")
-    return geometry, lengths.copy(), reach.copy(), commit
+    sizes = (lengths < 0).any() or (reach < lengths).any() or (reach > longest).any()
+    if sizes or (starts < 0).any() or (starts > lengths).any() or commit > _MOST_TOKENS:
+        held = f"{lengths.tolist()} tokens, of {reach.tolist()}, from {starts.tolist()} on, in commit {commit}"
+        raise fail(f"is damaged: it has {held}")
+    return geometry, found, commit

@@ -15,7 +15,7 @@ from .._checks import Array, _as_array, _is_known, _per_sequence
 from .._core import Problem
 from .._help import documented
 from . import files, types
-from .attend import Held, Keys, Tokens, ask_newest, attend_newest, check_chosen, check_index, check_tokens
+from .attend import Held, Keys, Tokens, ask_newest, attend_newest, check_chosen, check_index, check_starts, check_tokens
 from .files import Geometry, Store
 from .questions import Questions
 from .ring import Ring
@@ -158,15 +158,18 @@ class KVCache(Questions):
                 self._k, self._v = geometry.form.empty(geometry.batch, geometry.form.kv_heads, geometry.capacity)
             except ValueError:
                 raise OverflowError(f"KVCache: no array is as large as a cache of {geometry}") from None
-            self._lengths, self._reach = np.zeros((2, geometry.batch), np.int64)
+            self._lengths, self._reach, self._starts = np.zeros((3, geometry.batch), np.int64)
         else:
             self._k, self._v = store.k, store.v
-            self._lengths, self._reach = store.lengths.copy(), store.reach.copy()
+            self._lengths, self._reach, self._starts = store.lengths.copy(), store.reach.copy(), store.starts.copy()
         self._least, self._most = int(self._lengths.min()), int(self._lengths.max())
+        self._padded = bool(self._starts.any())
         self._laps: tuple[Any, Keys] | None = None  # the last runs of a ring, and what they were made for
 
     def _set_lengths(self, lengths: Array) -> None:
         self._lengths = lengths
+        self._starts = np.minimum(self._starts, lengths)
+        self._padded = bool(self._starts.any())
         self._reach = np.maximum(self._reach, lengths)  # of a ring: one past the last token that overwrote an older one
         self._least, self._most = int(lengths.min()), int(lengths.max())
 
@@ -230,6 +233,22 @@ class KVCache(Questions):
         array([0, 0, 0])
         """
         return self._lengths.copy()
+
+    @property
+    def starts(self) -> Array:
+        """Tokens of each sequence that are padding, its first ones, (batch,) int64: a copy.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import qkv_fast
+        >>> cache = qkv_fast.KVCache(2, 1, 8, capacity=10)
+        >>> prompts = np.zeros((2, 1, 6, 8), "float32")
+        >>> cache.append(prompts, prompts, starts=[0, 4])
+        >>> cache.starts
+        array([0, 4])
+        """
+        return self._starts.copy()
 
     @property
     def keys(self) -> Array:
@@ -299,13 +318,14 @@ class KVCache(Questions):
         batch, capacity, window, keep, form = self._geometry
         value_dim = f", value_dim={form.dim_v}" if form.dim_v != form.dim else ""
         ring = f", window={window}, keep={keep}" if window >= 0 else ""
+        starts = f", starts={self._starts.tolist()}" if self._padded else ""
         return (
             f"KVCache(batch={batch}, kv_heads={form.kv_heads}, head_dim={form.dim}, capacity={capacity}{value_dim}, "
-            f"dtype={form.name!r}{ring}, lengths={self._lengths.tolist()})"
+            f"dtype={form.name!r}{ring}, lengths={self._lengths.tolist()}{starts})"
         )
 
     @documented
-    def append(self, k: Any, v: Any, *, lengths: Any = None, layout: str = "bhld") -> None:
+    def append(self, k: Any, v: Any, *, lengths: Any = None, starts: Any = None, layout: str = "bhld") -> None:
         """Add tokens to the ends of the sequences.
 
         Parameters
@@ -313,6 +333,7 @@ class KVCache(Questions):
         <new_k>
         <new_v>
         <new_lengths>
+        <new_starts>
         <layout>
             It is that of k and v.
 
@@ -322,7 +343,7 @@ class KVCache(Questions):
             Other element types.
         ValueError
             Shapes that do not fit the cache, lengths out of range, or more tokens than the cache has room for; the
-            cache is then as it was. A cache that was opened for reading.
+            cache is then as it was; starts of a sequence that is not empty. A cache that was opened for reading.
 
         Notes
         -----
@@ -341,6 +362,10 @@ class KVCache(Questions):
         where = "KVCache.append"
         geometry = self._geometry
         k, v, n, counts = check_tokens(where, geometry.form, geometry.batch, k, v, lengths, layout)
+        begins = None
+        if starts is not None:
+            ends = self._lengths + (n if counts is None else counts)
+            begins = check_starts(where, starts, self._lengths, ends)
         if self._store is not None:
             self._store.check_writable(where)
         if geometry.window >= 0 and (np.may_share_memory(k, self._k) or np.may_share_memory(v, self._v)):
@@ -353,6 +378,7 @@ class KVCache(Questions):
             self._write(self._k, self._v, k, v, self._most, n)
             self._least = self._most = self._most + n
             self._lengths.fill(self._most)
+            self._begin(begins)
             return
         ends = self._lengths + (n if counts is None else counts)
         if geometry.window < 0 and ends.max() > geometry.capacity:
@@ -363,6 +389,12 @@ class KVCache(Questions):
             n = end - begin
             self._write(self._k[b : b + 1], self._v[b : b + 1], k[b : b + 1, :, :n], v[b : b + 1, :, :n], begin, n)
         self._set_lengths(ends)
+        self._begin(begins)
+
+    def _begin(self, starts: Array | None) -> None:
+        if starts is not None:
+            self._starts = np.maximum(self._starts, starts)
+            self._padded = bool(self._starts.any())
 
     def _fail_capacity(self, where: str, used: int, more: int) -> None:
         capacity = self._geometry.capacity
@@ -456,7 +488,7 @@ class KVCache(Questions):
 
     def _held(self) -> Held:
         _, _, reach, keep, form = self._geometry
-        tokens = Tokens(self._lengths, self._least, self._most)
+        tokens = Tokens(self._lengths, self._least, self._most, self._starts if self._padded else None)
         return form, tokens, self._find, None if reach < 0 else reach, keep
 
     def _find(self, where: str, left: int | None, queries: Any, join: bool) -> Keys:
@@ -638,7 +670,7 @@ class KVCache(Questions):
             self._store.withdraw(confirmed)
         for x, new in zip((self._k, self._v), moved, strict=True):
             x[changed, :, rows] = new
-        self._reach = self._reach[order]
+        self._reach, self._starts = self._reach[order], self._starts[order]
         self._set_lengths(self._lengths[order])
 
     @classmethod
@@ -716,7 +748,7 @@ class KVCache(Questions):
         """
         if self._store is not None:
             self._store.check_writable("KVCache.flush")
-            self._store.commit(self._lengths, self._lengths)
+            self._store.commit(self._lengths, self._lengths, self._starts)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a copy of the cache to a file, over what is there.
@@ -754,7 +786,7 @@ class KVCache(Questions):
         with files.creating(path, self._geometry, over=True) as new:
             store = Store("KVCache.save", new, True)
             store.k[:, :, rows], store.v[:, :, rows] = self._k[:, :, rows], self._v[:, :, rows]
-            store.commit(self._lengths, reach)
+            store.commit(self._lengths, reach, self._starts)
             del store
 
     @classmethod
@@ -790,7 +822,7 @@ class KVCache(Questions):
         store = Store("KVCache.load", path, False)
         cache = cls.__new__(cls)
         cache._take(store.geometry, None)
-        cache._reach = store.reach.copy()
+        cache._reach, cache._starts = store.reach.copy(), store.starts.copy()
         cache._set_lengths(store.lengths.copy())
         rows = slice(min(int(cache._reach.max()), store.geometry.capacity))
         cache._k[:, :, rows], cache._v[:, :, rows] = store.k[:, :, rows], store.v[:, :, rows]

@@ -396,3 +396,41 @@ def test_a_page_of_others_is_copied_before_tokens_move():
     with pytest.raises(ValueError, match="1 new pages are needed, 0 are free"):
         pool.select(c, 5, [1])
     assert pool.gather(c)[0].ravel().tolist() == [*range(7)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_batch_padded_on_the_left_goes_on_without_a_mask(dtype, tmp_path):
+    """NaN in the padding is nothing; cuts, orders and files carry where a sequence begins."""
+    q, k, v = qkv(9, batch=(3,), heads=(4, 2), lengths=(12, 12), dims=(8, 8))
+    starts = np.array([7, 0, 3])
+    for b, n in enumerate(starts):
+        k[b, :, :n] = v[b, :, :n] = q[b, :, :n] = np.nan
+    cache = qkv_fast.KVCache(3, 2, 8, capacity=20, dtype=dtype)
+    cache.append(k[:, :, :10], v[:, :, :10], starts=starts)
+    out = [cache.attend(q[:, :, :10])]
+    cache.save(tmp_path / "prompts.kv")
+    cache = qkv_fast.KVCache.open(tmp_path / "prompts.kv", writable=True)
+    cache.reorder([2, 1, 0])
+    for t in (10, 11):
+        cache.append(k[::-1, :, t : t + 1], v[::-1, :, t : t + 1])
+        out.append(cache.attend(q[::-1, :, t : t + 1])[::-1])
+    assert cache.starts.tolist() == [3, 0, 7] and "starts=[3, 0, 7]" in repr(cache)
+    expected = qkv_fast.attention(q, k, v, causal=True, kv_starts=starts)
+    np.testing.assert_allclose(np.concatenate(out, axis=2), expected, atol=1e-6 if dtype == "float32" else 0.05)
+    cache.truncate([2, 0, 12])
+    assert cache.starts.tolist() == [2, 0, 7]
+    cache.flush()
+    assert qkv_fast.KVCache.load(tmp_path / "prompts.kv").starts.tolist() == [2, 0, 7]
+
+
+@pytest.mark.parametrize(
+    "starts, words",
+    [([0, 1], "empty sequences, and sequence 1 has 3"), (3, "0..2 .* sequence 0, got 3"), (-1, "got -1")],
+)
+def test_where_sequences_cannot_begin(starts, words):
+    cache = qkv_fast.KVCache(2, 1, 4, capacity=10)
+    k = np.zeros((2, 1, 3, 4), "float32")
+    cache.append(k, k, lengths=[0, 3])
+    with pytest.raises(ValueError, match=words):
+        cache.append(k[:, :, :2], k[:, :, :2], starts=starts)
+    assert cache.lengths.tolist() == [0, 3] and cache.starts.tolist() == [0, 0]

@@ -234,14 +234,14 @@ def test_files_larger_than_any(path, capacity):
 
 def checked(header):
     """A header with its checksum."""
-    end = struct.calcsize("<8sIQQ17s7q") + 2 * 16
+    end = struct.calcsize("<8sIQQ17s7q") + 2 * 24
     return header[:end] + struct.pack("<I", zlib.crc32(header[:end])) + header[end + 4 :]
 
 
 DAMAGE = {
     "empty": (lambda data: b"", "is no cache"),
     "other": (lambda data: b"\x93NUMPY" + data[6:], "is no cache .*NUMPY"),
-    "version": (lambda data: data[:8] + struct.pack("<I", 2) + data[12:], "version 2 .* reads version 1"),
+    "version": (lambda data: data[:8] + struct.pack("<I", 1) + data[12:], "version 1 .* reads version 2"),
     "short": (lambda data: data[:-1], "is truncated or damaged"),
     "very short": (lambda data: data[:20], "is no cache"),
     "short of a header": (lambda data: data[:110], "is damaged or truncated"),
@@ -260,6 +260,7 @@ IMPOSSIBLE = {
     "heads": (53, 0), "dim": (61, 0), "large dim": (61, 20000), "value_dim": (69, -4), "capacity": (77, 0),
     "window": (85, -2), "wide window": (85, 20), "keep": (93, -1), "keep without window": (93, 3),
     "tokens": (101, 10**9), "negative tokens": (109, -5), "reach": (117, 3), "far reach": (125, 2**62 + 1),
+    "starts": (133, 8), "negative starts": (141, -1),
     "commit": (20, 2**63),
 }  # fmt: skip
 OF_RINGS = sorted(IMPOSSIBLE.keys() - {"keep without window"})

@@ -29,6 +29,7 @@ class Model:
     def __init__(self, heads, dtype):
         self.dtype = dtype
         self.k, self.v = (as_stored(np.empty((heads, 0, dim), "float32"), dtype) for dim in (DIM, DIM_V))
+        self.start = 0
 
     def __len__(self):
         return self.k.shape[1]
@@ -37,11 +38,13 @@ class Model:
         cut = Model.__new__(Model)
         cut.dtype = self.dtype
         cut.k, cut.v = self.k[:, :n], self.v[:, :n]
+        cut.start = min(self.start, len(cut))
         return cut
 
     def take(self, tokens):
         taken = self.cut(None)
         taken.k, taken.v = self.k[:, tokens], self.v[:, tokens]
+        taken.start = min(self.start, len(taken))
         return taken
 
     def grow(self, k, v):
@@ -52,7 +55,7 @@ class Model:
         """(out, lse) of the queries q, which are the newest tokens, in a ring's window and kept tokens if it is one."""
         if q.shape[1] == 0:
             return
-        inputs, options = (q, self.k, self.v), dict(causal=True, window=window, **options)
+        inputs, options = (q, self.k, self.v), dict(causal=True, window=window, kv_starts=self.start, **options)
         at = np.arange(len(self) - q.shape[1], len(self))[:, None]
         if kept and len(self) - 1 > window:
             j = np.arange(len(self))
@@ -76,7 +79,7 @@ class Model:
             if kept and n - 1 > window:
                 seen = (np.arange(n) < kept) | (np.arange(n) >= np.arange(n - count, n)[:, None] - window)
                 window = None
-            hold(got, name, q, self.k, causal=True, mask=seen, window=window, **options)
+            hold(got, name, q, self.k, causal=True, mask=seen, window=window, kv_starts=self.start, **options)
 
 
 def draw_type(data):
@@ -149,8 +152,12 @@ class Slab(RuleBasedStateMachine):
             with pytest.raises(ValueError, match=f"capacity is {self.capacity}"):
                 self.cache.append(k, v, lengths=counts)
             return
-        self.cache.append(k, v, lengths=counts)
+        starts = None
+        if data.draw(st.integers(0, 2)) == 0:
+            starts = [0 if len(m) else data.draw(st.integers(0, n)) for m, n in zip(self.model, added, strict=True)]
+        self.cache.append(k, v, lengths=counts, starts=starts)
         for b, n in enumerate(added):
+            self.model[b].start += starts[b] if starts else 0
             self.model[b].grow(k[b, :, :n], v[b, :, :n])
 
     @rule(data=st.data())
@@ -230,6 +237,7 @@ class Slab(RuleBasedStateMachine):
         if not hasattr(self, "cache"):
             return
         assert self.cache.lengths.tolist() == [len(m) for m in self.model]
+        assert self.cache.starts.tolist() == [m.start for m in self.model]
         for b, at in enumerate(self.cache.positions):
             there = np.flatnonzero(at >= 0)
             same_bits(self.cache.keys[b][:, there], self.model[b].k[:, at[there]])
