@@ -101,6 +101,12 @@ def _ask(question: str, times: float) -> Case:
     return case("1x8x2048", 64, label=question, operation=question, suites=("spotlight",), goal=goal)
 
 
+def _train(shape: str, dim: int, floor: float, aim: float, **options) -> Case:
+    """Forward and backward, against torch, which multiplies bfloat16 on tiles where there are any."""
+    goal = Goal("torch", floor, aim, everywhere=options["dtype"] == "float32")
+    return case(shape, dim, label="train", operation="training", suites=("grad",), goal=goal, **options)
+
+
 def _ragged_lengths(batch: int, longest: int) -> tuple[int, ...]:
     """Lengths of a padded batch, spread evenly from a quarter of the longest up to it."""
     return tuple(math.ceil(longest * (0.25 + 0.75 * i / (batch - 1))) for i in range(batch))
@@ -203,6 +209,13 @@ CASES: tuple[Case, ...] = (
     ),
     # Where attention falls, against the whole matrix.
     *(_ask(question, times) for question, times in ASKED.items()),
+    # Gradients.
+    *(
+        _train(shape, dim, *goal, causal=causal, dtype=dtype)
+        for dtype, goal in (("float32", (1.25, 1.5)), ("bfloat16", (1.3, 1.8)))
+        for shape, dim in (("1x12x2048", 64), ("1x8x2048", 128))
+        for causal in (False, True)
+    ),
     # What a call adds to a process, as sequences grow.
     case("1x8x1024", 64, suites=("memory",)),
     case("1x8x4096", 64, suites=("memory",)),
@@ -212,7 +225,7 @@ CASES: tuple[Case, ...] = (
 
 SUITES: tuple[str, ...] = (
     *("foundation", "quick", "prefill", "decode", "small", "masks", "stages", "half", "memory", "scaling"),
-    *("surroundings", "data", "spotlight", "all"),
+    *("surroundings", "data", "spotlight", "grad", "all"),
 )
 
 

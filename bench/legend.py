@@ -20,6 +20,7 @@ LABELS = {
     "scores": "Q Kᵀ alone",
     "values": "weights times V alone",
     "softmax": "the softmax alone",
+    "train": "forward and backward",
     "received": "the weight that each key receives",
     "pooled": "the weights in 256 by 256 cells",
     "top_keys": "the five heaviest keys of each query",

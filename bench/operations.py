@@ -105,6 +105,53 @@ class Attention:
         return TOLERANCE[problem.dtype] * float(np.abs(arrays[2].astype(np.float64)).max(initial=0.0))
 
 
+class Training(Attention):
+    """Forward and backward: the gradients of q, k and v from that of the result, (batch, heads, q_len, value_dim),
+    which is given behind them. Queries and keys are as many, and so are their heads; the last head alone is compared,
+    since the definition needs all queries."""
+
+    @staticmethod
+    def shapes(problem: Problem) -> tuple[tuple[int, ...], ...]:
+        return (*Attention.shapes(problem), (problem.batch, problem.heads, problem.q_len, problem.value_dim))
+
+    @staticmethod
+    def inputs(problem: Problem, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+        return normal(Training.shapes(problem), problem, rng)
+
+    @staticmethod
+    def flops(problem: Problem) -> int:
+        """Two products forward, five backward."""
+        return 7 * Attention.flops(problem) // 2
+
+    @staticmethod
+    def bytes(problem: Problem) -> int:
+        return 2 * sum(map(math.prod, Training.shapes(problem))) * element(problem.dtype).itemsize
+
+    @staticmethod
+    def call(
+        problem: Problem, arrays: tuple[np.ndarray, ...], threads: int, reuse_out: bool
+    ) -> Callable[[], tuple[np.ndarray, ...]]:
+        *inputs, dout = arrays
+        options = dict(problem.arguments(), num_threads=threads)
+
+        def step() -> tuple[np.ndarray, ...]:
+            out, lse = qkv_fast.attention(*inputs, return_lse=True, **options)
+            return qkv_fast.attention_grad(dout, *inputs, out, lse, **options)
+
+        return step
+
+    @staticmethod
+    def head_first(problem: Problem, answer: tuple[np.ndarray, ...]) -> np.ndarray:
+        return np.concatenate([x[:, -1:] for x in answer], axis=-1)
+
+    @staticmethod
+    def exact(problem: Problem, arrays: tuple[np.ndarray, ...], rows: slice) -> np.ndarray:
+        *inputs, dout = (a[:, -1:] for a in arrays)
+        result = qkv_fast.reference.attention(*inputs, return_lse=True, **problem.arguments())
+        found = qkv_fast.reference.attention_grad(dout, *inputs, *result, **problem.arguments())
+        return Training.head_first(problem, found)[:, :, rows]
+
+
 class Stage:
     """What scores, weighted values and softmax share: (batch, heads, q_len, ...) in and out. Always into one output
     array: new memory for a matrix would time the system's pages."""

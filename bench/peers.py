@@ -162,7 +162,7 @@ def softmax_into(out: np.ndarray, s: np.ndarray) -> np.ndarray:
 class Torch:
     name, title = "torch", "PyTorch"
     requires = ("torch",)
-    operations = ("attention", "softmax", *ASKED)
+    operations = ("attention", "softmax", "training", *ASKED)
 
     def __init__(self, threads: int) -> None:
         import torch
@@ -190,18 +190,32 @@ class Torch:
         def on(q, k, v):
             return lambda: attend(q, k, v, **options)
 
+        def training(*inputs):
+            *inputs, dout = inputs
+            inputs = [x.requires_grad_() for x in inputs]
+
+            def step():
+                with self.torch.enable_grad():
+                    return self.torch.autograd.grad(attend(*inputs, **options), inputs, dout)
+
+            return step
+
         def tensor(x):
             if case.dtype == "bfloat16":  # which torch takes from NumPy as bits alone
                 return self.torch.from_numpy(x.view(np.int16)).view(self.torch.bfloat16)
             return self.torch.from_numpy(x)
 
-        def fetch():
-            out = calls[0]()
+        def array(x):
             if case.dtype == "bfloat16":
-                return out.view(self.torch.int16).numpy().view(element("bfloat16"))
-            return out.numpy()
+                return x.view(self.torch.int16).numpy().view(element("bfloat16"))
+            return x.numpy()
 
-        calls = [on(*map(tensor, arrays)) for arrays in sets(case)]
+        def fetch():
+            answer = calls[0]()
+            return work.operation(case).head_first(case, tuple(map(array, answer))) if trains else array(answer)
+
+        trains = case.operation == "training"
+        calls = [(training if trains else on)(*map(tensor, arrays)) for arrays in sets(case)]
         return [("SDPA", calls, fetch)]
 
     def prepare_question(self, case: Case) -> list[Way]:

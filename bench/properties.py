@@ -246,6 +246,19 @@ def measure_memory(seconds: float, threads: tuple[int, ...]) -> Iterator[Measure
         yield Measured(name, (added - output) / n / 2**20, "MB", 2.0)
 
 
+def measure_training_memory(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]:
+    """Growth of a fresh process in one long step, per thread, beyond what attention returns, the three gradients and
+    four times that of queries."""
+    long = case("1x8x16384", 64, causal=True, operation="training", isa=qkv_fast.isa())
+    queries = long.heads * long.q_len * long.dim * np.dtype(long.dtype).itemsize
+    for n in threads:
+        added = first_call_memory(Ours, long, n)
+        if added is None:
+            return
+        name = f"memory of a step beyond 8 results per thread, {long.name}, {threads_text(n)}"
+        yield Measured(name, (added - 8 * queries) / n / 2**20, "MB", 4.0)
+
+
 IMPORT = """
 import time
 import numpy
@@ -278,6 +291,7 @@ PROPERTIES: tuple[Property, ...] = (
     Property("explain", ("stages",), measure_explain),
     Property("fork-join", ("foundation", "small"), measure_fork_join),
     Property("memory", ("foundation", "prefill"), measure_memory, everywhere=True),
+    Property("training-memory", ("grad",), measure_training_memory, everywhere=True),
     Property("import", ("foundation", "small"), measure_import),
     Property("after-product", ("surroundings",), surroundings.measure_after_product, everywhere=True),
     Property("gaps", ("surroundings",), surroundings.measure_gaps, everywhere=True),

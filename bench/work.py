@@ -16,13 +16,14 @@ import numpy as np
 import qkv_fast
 
 from .cases import Case
-from .operations import Attention, CacheStep, Scores, Softmax, WeightedValues
+from .operations import Attention, CacheStep, Scores, Softmax, Training, WeightedValues
 from .problem import HALVES
 from .questions import QUESTIONS
 
 OPERATIONS: dict[str, Any] = {
     "attention": Attention,
     "cache": CacheStep,
+    "training": Training,
     "scores": Scores,
     "weighted_values": WeightedValues,
     "softmax": Softmax,
