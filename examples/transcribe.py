@@ -16,7 +16,7 @@ import time
 import wave
 
 import numpy as np
-from whisper_tiny import RATE, SECONDS, load, log_mel
+from whisper_tiny import FRAME, RATE, SECONDS, load, log_mel
 
 import qkv_fast
 
@@ -73,10 +73,9 @@ def transcribe(model, samples, beam):
     """All words of a recording, as (word, its first second)."""
     found = []
     for second, piece in pieces(samples):
-        memory = model.encode(log_mel(piece))
-        tokens, _ = model.transcribe(memory, beam)
-        frames = max(1, len(piece) * len(memory) // (SECONDS * RATE))
-        times = second + model.align(memory, tokens, frames)
+        remembered = model.remember(model.encode(log_mel(piece)))
+        tokens, _ = model.transcribe(remembered, beam)
+        times = second + model.align(remembered, tokens, frames=max(1, int(len(piece) / RATE / FRAME)))
         found += words(model, tokens, times)
     return found
 
@@ -92,7 +91,7 @@ def compare(model, samples, beam):
     views = [StorageView.from_array(np.ascontiguousarray(x.T[None])) for x in features]
     prompt = [[model.start, model.plain]]
     ways = (
-        lambda: [model.transcribe(model.encode(x), beam)[0] for x in features],
+        lambda: [model.transcribe(model.remember(model.encode(x)), beam)[0] for x in features],
         lambda: [other.generate(x, prompt, beam_size=beam)[0].sequences_ids[0] for x in views],
     )
     seconds, texts = [np.inf, np.inf], [None, None]

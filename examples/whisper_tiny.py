@@ -209,7 +209,7 @@ class Whisper:
         return self.layer_norm(x, "encoder/layer_norm")
 
     def remember(self, memory):
-        """(F, C) -> keys and values of each decoder layer, (H, F, D) each, head by head in memory."""
+        """(F, C) -> keys and values of each decoder layer, (H, F, D) each, one head's after another's."""
         layers = range(self.layers["decoder"])
         heads = (self.project(memory, f"decoder/layer_{i}/attention/linear_1") for i in layers)
         return [np.split(np.ascontiguousarray(kv.swapaxes(0, 1)), 2) for kv in heads]
@@ -250,50 +250,51 @@ class Whisper:
         p = linear(hidden, self.embedding if len(hidden) == 1 else self.narrow_embedding)
         softmax(p, mask=allowed, out=p)
         best = np.argpartition(p, -n)[:, -n:]
-        return best, np.log(np.take_along_axis(p, best, -1))
+        with np.errstate(divide="ignore"):  # of what is all but impossible
+            return best, np.log(np.take_along_axis(p, best, -1), dtype=np.float64)
 
-    def transcribe(self, memory, beam=5):
-        """(F, C) -> the tokens of the likeliest text that `beam` hypotheses at a time find, and the mean logarithm of a
-        token's probability. One at a time is greedy search."""
-        remembered, caches = self.remember(memory), self.caches(beam)
+    def transcribe(self, remembered, beam=5):
+        """The tokens of the likeliest text that `beam` hypotheses at a time find, and the mean logarithm of a token's
+        probability. One at a time is greedy search."""
+        caches = self.caches(beam)
         tokens = np.tile([self.start, self.plain], (beam, 1))
         texts = np.zeros((beam, 0), np.int64)
-        scores = np.where(np.arange(beam) == 0, 0.0, -np.inf)  # at first all are the same: one counts
+        total = np.where(np.arange(beam) == 0, 0.0, -np.inf)  # at first all are the same: one counts
         finished = []
         while len(finished) < beam:
             hidden = self.decode(tokens, caches, remembered)[:, -1]
             token, log = self.candidates(hidden, 2 * beam, self.allowed if texts.size else self.allowed_first)
             # Twice as many as go on, since half of them may have ended.
-            total = scores[:, None] + log
-            parent, which = np.unravel_index(np.argsort(-total, axis=None)[: 2 * beam], total.shape)
-            scores, token = total[parent, which], token[parent, which]
+            log += total[:, None]
+            parent, which = np.unravel_index(np.argsort(-log, axis=None)[: 2 * beam], log.shape)
+            total, token = log[parent, which], token[parent, which]
             texts = np.concatenate([texts[parent], token[:, None]], axis=1)
             ended = (token == self.end) | (texts.shape[1] == len(self.positions) // 2)
             for i in np.flatnonzero(ended[:beam]):
                 text = texts[i, : -1 if token[i] == self.end else None]
-                finished.append((scores[i] / max(1, len(text)), text.tolist()))
+                finished.append((total[i] / max(1, len(text)), text.tolist()))
             on = np.flatnonzero(~ended)[:beam]
-            texts, scores, tokens = texts[on], scores[on], token[on, None]
+            texts, total, tokens = texts[on], total[on], token[on, None]
             if len(finished) < beam:
                 for cache in caches:
                     cache.reorder(parent[on])
         score, text = max(finished)
         return text, float(score)
 
-    def align(self, memory, tokens, frames):
+    def align(self, remembered, tokens, frames):
         """When each of the N tokens begins, and the last ends, in seconds: (N + 1,) of rising numbers.
 
-        The alignment heads look where a token sounds. Their weights over the first `frames` rows of memory, sharpened,
+        The alignment heads look where a token sounds. Their weights over the first `frames` frames, sharpened,
         are a matrix that a path crosses from the first token and frame to the last of both.
         """
         text = np.array([[self.start, self.plain, *tokens, self.end]])
-        remembered, seen = self.remember(memory), []
+        seen = []
         self.decode(text, self.caches(1), remembered, seen)
         layers, heads = self.alignment_heads.T
         q, k = (np.stack(x)[layers, heads] for x in (seen, [keys[:, :frames] for keys, _ in remembered]))
         weights = spotlight.weights(q, k)  # (heads, N + 3, frames): a token's row is that of the one before it
         weights -= weights.mean(1, keepdims=True)
-        weights /= weights.std(1, keepdims=True)
+        weights /= np.maximum(weights.std(1, keepdims=True), 1e-10)  # a single frame has all the weight
         return path(median(weights).mean(0)[1:-1]) * FRAME
 
 
