@@ -5,4 +5,13 @@ from .attention import _distances, _limits_of, _visible, attention, attention_va
 from .grad import attention_grad
 from .stages import linear, scores, softmax, weighted_values
 
-__all__ = ["attention", "attention_grad", "attention_varlen", "linear", "scores", "softmax", "spotlight", "weighted_values"]
+__all__ = [
+    "attention",
+    "attention_grad",
+    "attention_varlen",
+    "linear",
+    "scores",
+    "softmax",
+    "spotlight",
+    "weighted_values",
+]
