@@ -144,17 +144,24 @@ def attention_grad(
     if "sinks" in want:
         found["sinks"] = _of_sinks(p, lse, delta)
     if set(want) - {"sinks"}:
-        g = _gradients(p, delta, want)
-        _core.forward(p, dout, lse, _core.QUESTIONS["gradients"], gradients=g)
-        dq = g.dq[0]
-        for part in g.dq[1:]:
-            dq += part
-        found |= {"q": dq.copy() if len(g.dq) > 1 else dq, "k": g.dk, "v": g.dv}
-        if g.bias is not None:
-            found["bias"] = g.bias
-        if g.slopes is not None:
-            found["slopes"] = g.slopes
+        found |= _fused(p, dout, lse, delta, want, given["q"])
     return tuple(_like(found[name], given[name]) for name in want)
+
+
+def _fused(p: Problem, dout: Array, lse: Array, delta: Array, want: tuple[str, ...], q: Any) -> dict[str, Array]:
+    """By name, what the core finds. The parts of dq are gone when this returns: they are the most that a call takes."""
+    g = _gradients(p, delta, want)
+    _core.forward(p, dout, lse, _core.QUESTIONS["gradients"], gradients=g)
+    whole = g.dq[0]
+    for part in g.dq[1:]:
+        whole += part
+    dq = _like(whole, q)
+    found = {"q": dq.copy() if len(g.dq) > 1 and np.may_share_memory(dq, whole) else dq, "k": g.dk, "v": g.dv}
+    if g.bias is not None:
+        found["bias"] = g.bias
+    if g.slopes is not None:
+        found["slopes"] = g.slopes
+    return found
 
 
 def _check_want(where: str, want: Any, given: dict[str, Any]) -> None:
