@@ -10,6 +10,7 @@ from ._checks import (
     Array,
     _arithmetic,
     _as_array,
+    _check_count,
     _check_layout,
     _check_narrower,
     _check_out,
@@ -264,14 +265,6 @@ def project_qkv(
         y = y.swapaxes(-2, -3)
         return y[..., :heads, :, :], y[..., heads : heads + kv_heads, :, :], y[..., heads + kv_heads :, :, :]
     return y[..., :heads, :], y[..., heads : heads + kv_heads, :], y[..., heads + kv_heads :, :]
-
-
-def _check_count(where: str, name: str, count: Any) -> int:
-    if isinstance(count, (bool, np.bool_)) or not isinstance(count, (int, np.integer)):
-        raise TypeError(f"{where}: {name} must be an integer, got {count!r}")
-    if count < 1:
-        raise ValueError(f"{where}: {name} must be at least 1, got {count}")
-    return int(count)
 
 
 def _check_input(where: str, x: Any, n_in: int) -> Array:
