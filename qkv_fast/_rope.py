@@ -170,6 +170,8 @@ def _turn_all(x: Array, out: Array, cos: Array, sin: Array, interleaved: bool, h
 def _turn(x: Array, out: Array, cos: Array, sin: Array, interleaved: bool) -> None:
     """Of a few tokens (heads, tokens, dim). Both products are there before anything is written: out may be x."""
     half = cos.shape[-1]
+    first: Any
+    second: Any
     first, second = np.s_[..., :half], np.s_[..., half : 2 * half]
     if interleaved:
         first, second = np.s_[..., : 2 * half : 2], np.s_[..., 1 : 2 * half : 2]

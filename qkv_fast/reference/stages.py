@@ -195,6 +195,8 @@ def rope(
     turned = x.shape[-1] if rotary_dim is None else rotary_dim
     at = np.asarray(np.arange(x.shape[-2]) if positions is None else positions)
     angles = at[..., None] * np.float64(base) ** (-np.arange(0, turned, 2) / max(turned, 1))
+    first: Any
+    second: Any
     first, second = np.s_[..., : turned // 2], np.s_[..., turned // 2 : turned]
     if interleaved:
         first, second = np.s_[..., :turned:2], np.s_[..., 1:turned:2]
