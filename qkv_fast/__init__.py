@@ -23,6 +23,8 @@ from ._grad import attention_grad
 from ._layers import Linear, linear, project_qkv
 from ._masks import alibi_slopes
 from ._merge import merge_partials
+from ._multihead import MultiHeadAttention
+from ._rope import rope
 from ._runtime import available_isas, get_num_threads, isa, num_threads, set_num_threads
 from ._stages import scores, softmax, weighted_values
 from ._varlen import attention_varlen
@@ -34,6 +36,7 @@ if hasattr(_sys.modules.get("threadpoolctl"), "register"):  # loaded, and new en
 __all__ = [
     "KVCache",
     "Linear",
+    "MultiHeadAttention",
     "PagedKVCache",
     "__version__",
     "alibi_slopes",
@@ -49,6 +52,7 @@ __all__ = [
     "num_threads",
     "project_qkv",
     "reference",
+    "rope",
     "scores",
     "set_num_threads",
     "show_config",

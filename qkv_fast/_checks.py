@@ -73,6 +73,14 @@ def _way_out(name: str, x: Any) -> str:
     return ""
 
 
+def _check_count(where: str, name: str, count: Any) -> int:
+    if isinstance(count, (bool, np.bool_)) or not isinstance(count, (int, np.integer)):
+        raise TypeError(f"{where}: {name} must be an integer, got {count!r}")
+    if count < 1:
+        raise ValueError(f"{where}: {name} must be at least 1, got {count}")
+    return int(count)
+
+
 def _check_layout(layout: Any, where: str) -> bool:
     """Whether heads come before lengths."""
     if not isinstance(layout, str) or layout not in ("bhld", "blhd"):

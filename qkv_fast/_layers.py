@@ -10,6 +10,7 @@ from ._checks import (
     Array,
     _arithmetic,
     _as_array,
+    _check_count,
     _check_layout,
     _check_narrower,
     _check_out,
@@ -266,16 +267,8 @@ def project_qkv(
     return y[..., :heads, :], y[..., heads : heads + kv_heads, :], y[..., heads + kv_heads :, :]
 
 
-def _check_count(where: str, name: str, count: Any) -> int:
-    if isinstance(count, (bool, np.bool_)) or not isinstance(count, (int, np.integer)):
-        raise TypeError(f"{where}: {name} must be an integer, got {count!r}")
-    if count < 1:
-        raise ValueError(f"{where}: {name} must be at least 1, got {count}")
-    return int(count)
-
-
-def _check_input(where: str, x: Any, n_in: int) -> Array:
-    x = _as_array("x", x, where)
+def _check_input(where: str, given: Any, n_in: int) -> Array:
+    x = _as_array("x", given, where)
     _check_type(where, "x", x)
     if x.ndim == 0:
         _fail_shapes(where, f"x needs an axis, of {n_in} elements", x=x)
@@ -284,16 +277,16 @@ def _check_input(where: str, x: Any, n_in: int) -> Array:
     return x
 
 
-def _check_weights(where: str, w: Any) -> Array:
-    w = _as_array("w", w, where)
+def _check_weights(where: str, given: Any) -> Array:
+    w = _as_array("w", given, where)
     _check_type(where, "w", w)
     if w.ndim != 2:
         _fail_shapes(where, "w must be of shape (n_out, n_in)", w=w)
     return w
 
 
-def _check_added(where: str, b: Any, name: str, like: Array, n_out: int) -> Array:
-    b = _as_array("b", b, where)
+def _check_added(where: str, given: Any, name: str, like: Array, n_out: int) -> Array:
+    b = _as_array("b", given, where)
     _check_type(where, "b", b)
     if _arithmetic(b.dtype.num) != _arithmetic(like.dtype.num) and b.dtype.itemsize > like.dtype.itemsize:
         kinds = f"{name}'s type, a narrower one or float32"
@@ -330,13 +323,13 @@ def _as_rows(*arrays: Array) -> list[Array]:
     """The arrays with all axes but the last in one; or (..., 1, rows, elements) where that is no view of each."""
     if all(x.flags.c_contiguous for x in arrays):
         return [x.reshape(_count(x), x.shape[-1]) for x in arrays]
-    steps = [_step_of_rows(x) for x in arrays]
-    if None in steps:
-        return [x[..., None, :, :] for x in arrays]
-    return [
-        np.lib.stride_tricks.as_strided(x, (_count(x), x.shape[-1]), (step, x.strides[-1]))
-        for x, step in zip(arrays, steps, strict=True)
-    ]
+    merged = []
+    for x in arrays:
+        step = _step_of_rows(x)
+        if step is None:
+            return [y[..., None, :, :] for y in arrays]
+        merged.append(np.lib.stride_tricks.as_strided(x, (_count(x), x.shape[-1]), (step, x.strides[-1])))
+    return merged
 
 
 def _count(x: Array) -> int:
@@ -369,8 +362,8 @@ def _apply(
     added = None if b is None else np.broadcast_to(b, sums.shape)
     # Of packed weights only the shape is looked at.
     weights = w if w is not None else np.broadcast_to(np.empty((), x.dtype), (n_out, x.shape[-1]))
-    few = w is not None and rows.ndim == 2 and rows.shape[0] <= _FEW_ROWS
-    if few and _arithmetic(w.dtype.num) == _arithmetic(x.dtype.num):
+    alike = w is not None and _arithmetic(w.dtype.num) == _arithmetic(x.dtype.num)
+    if alike and rows.ndim == 2 and rows.shape[0] <= _FEW_ROWS:
         rows, weights, sums = weights, rows, sums.T
         added = None if added is None else added.T
     elif sums.ndim > 2:

@@ -155,6 +155,59 @@ def linear(x: Any, w: Any, b: Any = None) -> Any:
         return out if b is None else out + np.asarray(b).astype(out.dtype)
 
 
+def rope(
+    x: Any, positions: Any = None, *, base: float = 10000.0, rotary_dim: int | None = None, interleaved: bool = False
+) -> Any:
+    """Queries or keys with rotary positions: pairs as complex numbers, times ``exp(1j * position * frequency)``.
+
+    Parameters
+    ----------
+    x : array_like, shape (..., H, L, D)
+        Queries or keys. Or (L, D).
+    positions : array_like of int, shape (L,) or (..., L), optional
+        0 to L - 1 by default.
+    base : float, default 10000.0
+        The base of the frequencies.
+    rotary_dim : int, optional
+        The first elements of a row that are turned, an even number. All D by default.
+    interleaved : bool, default False
+        Whether pairs are the elements 2 i and 2 i + 1, rather than i and i + rotary_dim / 2.
+
+    Returns
+    -------
+    ndarray, of x's shape
+        Of the type that `attention` returns for x.
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not broadcast; there is no other check.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from qkv_fast import reference
+    >>> np.round(reference.rope([[1.0, 0.0], [1.0, 0.0]]).astype("float64"), 3)
+    array([[1.   , 0.   ],
+           [0.54 , 0.841]])
+    """
+    (x,) = _widened(x)
+    turned = x.shape[-1] if rotary_dim is None else rotary_dim
+    at = np.asarray(np.arange(x.shape[-2]) if positions is None else positions)
+    angles = at[..., None] * np.float64(base) ** (-np.arange(0, turned, 2) / max(turned, 1))
+    first: Any
+    second: Any
+    first, second = np.s_[..., : turned // 2], np.s_[..., turned // 2 : turned]
+    if interleaved:
+        first, second = np.s_[..., :turned:2], np.s_[..., 1:turned:2]
+    if at.ndim > 1:
+        angles = angles[..., None, :, :]
+    pairs = (x[first] + 1j * x[second]) * np.exp(1j * angles)
+    out = x.copy()
+    out[first], out[second] = pairs.real, pairs.imag
+    return out
+
+
 def _widened(*given: Any) -> list[Any]:
     """All in the type that results are computed in, which follows from the first."""
     arrays = [np.asarray(x) for x in given]

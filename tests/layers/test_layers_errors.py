@@ -85,3 +85,66 @@ def test_layers():
 )
 def test_project_qkv(error, words, args, options):
     refuses(error, ["project_qkv", *words], qkv_fast.project_qkv, *args, **options)
+
+
+X = zeros(2, 3, 5, 8)
+YARN = dict(rope_type="yarn", factor=2.0, original_max_position_embeddings=64)
+LLAMA3 = dict(rope_type="llama3", factor=2.0, low_freq_factor=4.0, high_freq_factor=1.0)
+
+
+@pytest.mark.parametrize(
+    "error, words, x, options",
+    [
+        (ValueError, ["x", "(8,)"], zeros(8), {}),
+        (TypeError, ["x", "int64"], zeros(5, 8, dtype="int64"), {}),
+        (TypeError, ["positions", "float64"], X, dict(positions=np.arange(5.0))),
+        (ValueError, ["positions", "(5,)", "(2, 5)", "(4,)"], X, dict(positions=np.arange(4))),
+        (ValueError, ["positions", "(3, 5)"], X, dict(positions=np.zeros((3, 5), int))),
+        (ValueError, ["positions", "()"], X, dict(positions=3)),
+        (ValueError, ["positions", str(2**60)], X, dict(positions=np.full(5, 2**60))),
+        (ValueError, ["base", "above", "0"], X, dict(base=0)),
+        (ValueError, ["base", "nan"], X, dict(base=float("nan"))),
+        (TypeError, ["base", "'10000'"], X, dict(base="10000")),
+        (ValueError, ["rotary_dim", "7"], X, dict(rotary_dim=7)),
+        (ValueError, ["rotary_dim", "10", "8"], X, dict(rotary_dim=10)),
+        (ValueError, ["rotary_dim", "7"], zeros(5, 7), {}),
+        (TypeError, ["rotary_dim", "4.0"], X, dict(rotary_dim=4.0)),
+        (TypeError, ["interleaved", "1"], X, dict(interleaved=1)),
+        (ValueError, ["layout", "'bl'"], X, dict(layout="bl")),
+        (ValueError, ["out", "(2, 3, 5, 8)", "(5, 8)"], X, dict(out=zeros(5, 8))),
+        (TypeError, ["scaling", "dict", "str"], X, dict(scaling="linear")),
+        (ValueError, ["rope_type", "ntk", "llama3"], X, dict(scaling=dict(rope_type="ntk"))),
+        (ValueError, ["linear", "beta_fast"], X, dict(scaling=dict(rope_type="linear", factor=2.0, beta_fast=1.0))),
+        (ValueError, ["yarn", "factor", "original_max_position_embeddings"], X, dict(scaling=dict(rope_type="yarn"))),
+        (TypeError, ["factor", "'2'"], X, dict(scaling={**YARN, "factor": "2"})),
+        (ValueError, ["factor", "0.5"], X, dict(scaling={**YARN, "factor": 0.5})),
+        (ValueError, ["low_freq_factor", "4"], X, dict(scaling={**LLAMA3, "original_max_position_embeddings": 64})),
+        (
+            ValueError,
+            ["short_factor", "4", "(3,)"],
+            X,
+            dict(scaling={**YARN, "rope_type": "longrope", "short_factor": [1] * 3, "long_factor": [1] * 4}),
+        ),
+        (TypeError, ["cos_sin", "ndarray"], X, dict(cos_sin=zeros(5, 4))),
+        (ValueError, ["cos", "sin", "(5, 4)", "(5, 3)"], X, dict(cos_sin=(zeros(5, 4), zeros(5, 3)))),
+        (ValueError, ["cos", "4", "5"], X, dict(cos_sin=(zeros(4, 4), zeros(4, 4)))),
+        (ValueError, ["cos", "(3, 5, 4)"], X, dict(cos_sin=(zeros(3, 5, 4), zeros(3, 5, 4)))),
+        (ValueError, ["rotary_dim", "10"], X, dict(cos_sin=(zeros(5, 5), zeros(5, 5)))),
+        (ValueError, ["rotary_dim", "6", "8"], X, dict(cos_sin=(zeros(5, 4), zeros(5, 4)), rotary_dim=6)),
+        (ValueError, ["cos_sin", "scaling"], X, dict(cos_sin=(zeros(5, 4), zeros(5, 4)), scaling=YARN)),
+        (
+            ValueError,
+            ["positions", "0", "4", "-1"],
+            X,
+            dict(cos_sin=(zeros(5, 4), zeros(5, 4)), positions=np.arange(5) - 1),
+        ),
+        (
+            ValueError,
+            ["positions", "cos_sin"],
+            X,
+            dict(cos_sin=(zeros(2, 5, 4), zeros(2, 5, 4)), positions=np.arange(5)),
+        ),
+    ],
+)
+def test_rope(error, words, x, options):
+    refuses(error, ["rope", *words], qkv_fast.rope, x, **options)

@@ -1,0 +1,302 @@
+"""Multi-head attention with its projections: an input in, an output of the same width out."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ._attention import attention
+from ._checks import Array, _as_array, _check_count, _fail_shapes
+from ._layers import Linear
+from ._rope import rope
+from ._varlen import attention_varlen
+
+# Of each family of models the names of what makes queries, keys and values, in one or three parts, and of what makes
+# the output. A bias has the name of its weight with "bias" for "weight".
+_FAMILIES = {
+    "torch.nn.MultiheadAttention": (("in_proj_weight",), "out_proj.weight"),
+    "torch.nn.MultiheadAttention with kdim": (("q_proj_weight", "k_proj_weight", "v_proj_weight"), "out_proj.weight"),
+    "BERT": (("self.query.weight", "self.key.weight", "self.value.weight"), "output.dense.weight"),
+    "GPT-2": (("c_attn.weight",), "c_proj.weight"),
+    "Llama": (("q_proj.weight", "k_proj.weight", "v_proj.weight"), "o_proj.weight"),
+    "Whisper": (("q_proj.weight", "k_proj.weight", "v_proj.weight"), "out_proj.weight"),
+}
+
+
+class MultiHeadAttention:
+    """Attention with its projections: queries of an input, keys and values of it or of another, heads, and the output.
+
+    Weights are kept packed, as in `Linear`: on the CPU path of that time, as float32 (float64 for float64).
+
+    Parameters
+    ----------
+    q, k, v, out : array_like or (array_like, array_like)
+        Weights, as of `linear`, or (weights, bias), of one type: (num_heads * D, n), twice (num_kv_heads * D, m) and
+        (n_out, num_heads * D). An input has n elements in a row, a memory m.
+    num_heads : int
+        Query heads.
+    num_kv_heads : int, optional
+        Key and value heads, which divide `num_heads`: as many by default.
+    rope : mapping, optional
+        Arguments of `rope`, of which {} is the default, for queries and keys. Without it positions are not put in.
+
+    Attributes
+    ----------
+    num_heads, num_kv_heads : int
+        Query heads; key and value heads.
+
+    Raises
+    ------
+    TypeError
+        An argument of the wrong kind: other element types, numbers of heads that are no integers.
+    ValueError
+        Shapes that do not fit each other or the heads.
+
+    See Also
+    --------
+    attention : What is between the projections.
+    project_qkv : The first of them alone.
+
+    Notes
+    -----
+    From A. Vaswani et al., "Attention Is All You Need", 2017, section 3.2.2.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import qkv_fast
+    >>> rng = np.random.default_rng(0)
+    >>> layer = qkv_fast.MultiHeadAttention(*rng.standard_normal((4, 8, 8)), num_heads=2, rope={})
+    >>> x = rng.standard_normal((1, 5, 8))
+    >>> seen = layer(x, causal=True)
+    >>> cache = qkv_fast.KVCache(1, 2, 4, capacity=5, dtype="float64")
+    >>> steps = [layer(x[:, i : i + 1], cache=cache) for i in range(5)]
+    >>> np.allclose(np.concatenate(steps, axis=1), seen)
+    True
+    """
+
+    __slots__ = ("_kv", "_out", "_q", "_rope", "num_heads", "num_kv_heads")
+
+    def __init__(
+        self, q: Any, k: Any, v: Any, out: Any, *, num_heads: int, num_kv_heads: int | None = None,
+        rope: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        where = "MultiHeadAttention"
+        self.num_heads = _check_count(where, "num_heads", num_heads)
+        self.num_kv_heads = num_heads if num_kv_heads is None else _check_count(where, "num_kv_heads", num_kv_heads)
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"{where}: num_kv_heads must divide num_heads, got {num_kv_heads} for {num_heads}")
+        if rope is not None and not isinstance(rope, Mapping):
+            raise TypeError(f"{where}: rope must be a dict of rope's arguments, got {type(rope).__name__}")
+        self._rope = None if rope is None else dict(rope)
+        parts = {name: _pair(where, name, given) for name, given in (("q", q), ("k", k), ("v", v), ("out", out))}
+        weights = {name: w for name, (w, _) in parts.items()}
+        rows, kv_rows = weights["q"].shape[0], weights["k"].shape[0]
+        if rows % self.num_heads or rows // self.num_heads * self.num_kv_heads != kv_rows:
+            heads = f"{self.num_heads} query and {self.num_kv_heads} key heads"
+            _fail_shapes(where, f"the rows of q and k are not those of {heads} of one size", **weights)
+        if weights["v"].shape != weights["k"].shape:
+            _fail_shapes(where, "k and v must have one shape", **weights)
+        if weights["out"].shape[1] != rows:
+            _fail_shapes(where, f"out must take the {rows} elements of all heads", **weights)
+        self._q, self._out = Linear(*parts["q"]), Linear(*parts["out"])
+        (w_k, b_k), (w_v, b_v) = parts["k"], parts["v"]
+        bias = None
+        if b_k is not None or b_v is not None:
+            none = np.zeros(kv_rows, w_k.dtype)
+            bias = np.concatenate([none if b is None else b for b in (b_k, b_v)])
+        self._kv = Linear(np.concatenate([w_k, w_v]), bias)
+
+    @classmethod
+    def from_state(
+        cls, weights: Mapping[str, Any], prefix: str = "", *, num_heads: int, num_kv_heads: int | None = None,
+        rope: Mapping[str, Any] | None = None,
+    ) -> "MultiHeadAttention":  # fmt: skip
+        """A layer from a model's weights, by the names of torch's MultiheadAttention, BERT, GPT-2, Llama or Whisper.
+
+        Parameters
+        ----------
+        weights : mapping of str to array_like
+            A model's weights, as safetensors' `load_file` returns them.
+        prefix : str, default ""
+            What the names of this layer begin with, such as "model.layers.0.self_attn". A dot behind it is added.
+        num_heads : int
+            Query heads.
+        num_kv_heads : int, optional
+            Key and value heads. By default what the rows of the keys' weights say.
+        rope : mapping, optional
+            As for the class.
+
+        Returns
+        -------
+        MultiHeadAttention
+
+        Raises
+        ------
+        KeyError
+            Weights that are missing, all of them by name.
+        TypeError, ValueError
+            As of the class.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import qkv_fast
+        >>> state = {f"layers.0.{name}_proj.weight": np.eye(8) for name in "qkvo"}
+        >>> qkv_fast.MultiHeadAttention.from_state(state, "layers.0", num_heads=2)(np.ones((1, 3, 8))).shape
+        (1, 3, 8)
+        """
+        where = "MultiHeadAttention.from_state"
+        _check_count(where, "num_heads", num_heads)
+        prefix = f"{prefix}." if prefix and not prefix.endswith(".") else prefix
+        here = {name.removeprefix(prefix) for name in weights if name.startswith(prefix)}
+        names = {family: (*parts, out) for family, (parts, out) in _FAMILIES.items()}
+        family = max(names, key=lambda known: sum(name in here for name in names[known]))
+        missing = [prefix + name for name in names[family] if name not in here]
+        if len(missing) == len(names[family]):
+            known = "; ".join(f"{family}: {', '.join(all_of)}" for family, all_of in names.items())
+            raise KeyError(f"{where}: no weights of a known name begin with {prefix!r}; known are {known}")
+        if missing:
+            raise KeyError(f"{where}: weights of {family} are missing: {', '.join(missing)}")
+        parts, out = _FAMILIES[family]
+        turned = family == "GPT-2"  # which keeps them (n_in, n_out)
+
+        def get(name: str) -> tuple[Array, Array | None]:
+            w = _as_array(name, weights[prefix + name], where)
+            bias = prefix + name.removesuffix("weight") + "bias"
+            return w.T if turned else w, None if bias not in weights else _as_array(bias, weights[bias], where)
+
+        if len(parts) == 1:
+            w, b = get(parts[0])
+            q, k, v = zip(np.split(w, 3), [None] * 3 if b is None else np.split(b, 3), strict=True)
+        else:
+            q, k, v = map(get, parts)
+            if "in_proj_bias" in here:  # torch's, of all three
+                biases = np.split(np.asarray(weights[prefix + "in_proj_bias"]), 3)
+                q, k, v = ((w, b) for (w, _), b in zip((q, k, v), biases, strict=True))
+        if num_kv_heads is None:
+            num_kv_heads = max(1, k[0].shape[0] * num_heads // max(1, q[0].shape[0]))
+        return cls(q, k, v, get(out), num_heads=num_heads, num_kv_heads=num_kv_heads, rope=rope)
+
+    def keys_values(
+        self, memory: Any, positions: Any = None, *, num_threads: int | None = None
+    ) -> tuple[Array, Array]:
+        """Keys and values of a memory, for many calls.
+
+        Parameters
+        ----------
+        memory : array_like, shape (..., Lk, m)
+            What is attended to.
+        positions : array_like of int, optional
+            Of its tokens, as for `rope`.
+        num_threads : int, optional
+            As for `linear`.
+
+        Returns
+        -------
+        k, v : ndarray, shape (..., Lk, num_kv_heads, D)
+            In layout "blhd", with the positions put in: a `memory` for calls.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `linear` and `rope`.
+        """
+        y = self._kv(memory, num_threads=num_threads)
+        if y.ndim < 2:
+            shape = np.shape(memory)
+            raise ValueError(f"MultiHeadAttention: a memory must be of shape (..., length, elements), got {shape}")
+        y = y.reshape(*y.shape[:-1], 2 * self.num_kv_heads, -1)
+        k, v = y[..., : self.num_kv_heads, :], y[..., self.num_kv_heads :, :]
+        return self._turned(k, positions, k), v
+
+    def __call__(
+        self, x: Any, memory: Any = None, *, cache: Any = None, positions: Any = None, num_threads: int | None = None,
+        **options: Any,
+    ) -> Array:  # fmt: skip
+        """What the tokens of x make of those of x, of a memory or of a cache.
+
+        Parameters
+        ----------
+        x : array_like, shape (..., L, n)
+            The input; (T, n) of packed sequences, with `cu_seqlens_q` and `cu_seqlens_k` among the options.
+        memory : array_like, shape (..., Lk, m), or (k, v), optional
+            What is attended to instead of x, or what `keys_values` has made of it.
+        cache : KVCache, optional
+            To which keys and values of x are appended, and to which x attends: causally, unless told otherwise.
+        positions : array_like of int, optional
+            Of the tokens of x, as for `rope`; for a layer without it they mean nothing. By default they begin at 0, or
+            where the cache ends, or in each packed sequence.
+        num_threads : int, optional
+            As for `attention`.
+        **options
+            Arguments of `attention`, of `attention_varlen` with `cu_seqlens_q`, or of the cache's `attend`, but
+            `layout`, `out` and `return_lse`.
+
+        Returns
+        -------
+        ndarray, shape (..., L, n_out)
+            In x's type.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `linear`, `rope` and `attention`; a memory beside a cache.
+        """
+        where = "MultiHeadAttention"
+        if own := [name for name in ("layout", "out", "return_lse") if name in options]:
+            raise TypeError(f"{where}: {', '.join(own)} can't be given, since the output is one more product")
+        if cache is not None and memory is not None:
+            raise ValueError(f"{where}: memory and cache can't be given both; keys_values keeps those of a memory")
+        x = _as_array("x", x, where)
+        if x.ndim < 2:
+            _fail_shapes(where, "x must be of shape (..., length, elements)", x=x)
+        if positions is None and self._rope is not None:
+            positions = self._positions(x, cache, options)
+        q = self._q(x, num_threads=num_threads)
+        q = q.reshape(*q.shape[:-1], self.num_heads, -1)
+        q = self._turned(q, positions, q)
+        options["num_threads"] = num_threads
+        if memory is None:
+            k, v = self.keys_values(x, positions, num_threads=num_threads)
+        elif isinstance(memory, tuple):
+            k, v = memory
+        else:
+            k, v = self.keys_values(memory, num_threads=num_threads)
+        if cache is not None:
+            cache.append(k, v, layout="blhd")
+            seen = cache.attend(q, layout="blhd", **options)
+        elif "cu_seqlens_q" in options:
+            seen = attention_varlen(q, k, v, **options)
+        else:
+            seen = attention(q, k, v, layout="blhd", **options)
+        return self._out(seen.reshape(*seen.shape[:-2], -1), num_threads=num_threads)
+
+    def _positions(self, x: Array, cache: Any, options: dict[str, Any]) -> Array | None:
+        """Where positions begin: after what a cache has, and anew in each packed sequence."""
+        if cache is not None:
+            return cache.lengths[:, None] + np.arange(x.shape[-2])  # type: ignore[no-any-return]
+        if "cu_seqlens_q" not in options:
+            return None
+        starts = np.asarray(options["cu_seqlens_q"])
+        token = np.arange(x.shape[-2])
+        return token - starts[np.searchsorted(starts, token, side="right") - 1]  # type: ignore[no-any-return]
+
+    def _turned(self, x: Array, positions: Any, out: Array) -> Array:
+        """x (..., L, heads, D) with its positions, where it lies."""
+        if self._rope is None:
+            return x
+        return rope(x, positions, layout="blhd", out=out, **self._rope)
+
+    def __repr__(self) -> str:
+        heads = f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"
+        return f"MultiHeadAttention({self._q.n_in} -> {self._out.n_out}, {heads}{', rope' * (self._rope is not None)})"
+
+
+def _pair(where: str, name: str, given: Any) -> tuple[Array, Array | None]:
+    """Weights and their bias, if there is one."""
+    w, b = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
+    w = _as_array(name, w, where)
+    if w.ndim != 2:
+        _fail_shapes(where, f"the weights of {name} must be of shape (n_out, n_in)", **{name: w})
+    return w, None if b is None else _as_array(f"the bias of {name}", b, where)

@@ -1,0 +1,204 @@
+"""MultiHeadAttention: what its parts make of the same input; weights by the names of five families of models."""
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+from _util import normal, same_bits
+
+import qkv_fast
+from qkv_fast import MultiHeadAttention, reference
+
+pytestmark = pytest.mark.usefixtures("isa")
+N, HEADS, DIM = 24, 4, 6
+
+
+def parts(seed=1, dtype="float64", kv_heads=HEADS, memory=N, biases=True):
+    rng = np.random.default_rng(seed)
+    shapes = [(HEADS * DIM, N), (kv_heads * DIM, memory), (kv_heads * DIM, memory), (20, HEADS * DIM)]
+    return [(normal(rng, s, dtype), normal(rng, s[:1], dtype) if biases else None) for s in shapes]
+
+
+def inputs(dtype="float64", shape=(2, 7, N)):
+    return normal(np.random.default_rng(2), shape, dtype)
+
+
+def expected(given, x, memory=None, positions=None, kv_heads=HEADS, rope=None, **options):
+    """By the definitions, (batch, tokens, elements)."""
+    memory = x if memory is None else memory
+    q, k, v = (
+        np.moveaxis(np.reshape(reference.linear(y, w, b), (*y.shape[:2], heads, DIM)), 2, 1)
+        for y, (w, b), heads in zip((x, memory, memory), given[:3], (HEADS, kv_heads, kv_heads), strict=True)
+    )
+    if rope is not None:
+        q, k = (reference.rope(y, positions, **rope) for y in (q, k))
+    q, k, v = (y.astype("float64") for y in (q, k, v))
+    seen = np.moveaxis(reference.attention(q, k, v, **options), 1, 2)
+    return reference.linear(seen.reshape(*x.shape[:2], -1), *given[3]).astype(x.dtype)
+
+
+def close(got, exact, dtype="float64"):
+    assert got.shape == exact.shape and got.dtype == exact.dtype
+    # Four products one after another, of sums of 24: relative to the largest, some tens of roundings.
+    error = np.abs(got.astype("float64") - exact.astype("float64")).max()
+    assert error <= 60 * np.finfo(dtype).eps * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("rope", [None, {}, dict(base=100.0, rotary_dim=4, interleaved=True)])
+@pytest.mark.parametrize("biases", [False, True])
+def test_self_attention(kv_heads, rope, biases):
+    given = parts(kv_heads=kv_heads, biases=biases)
+    layer = MultiHeadAttention(*given, num_heads=HEADS, num_kv_heads=kv_heads, rope=rope)
+    x = inputs()
+    before = x.copy()
+    close(layer(x), expected(given, x, kv_heads=kv_heads, rope=rope))
+    close(layer(x, causal=True), expected(given, x, kv_heads=kv_heads, rope=rope, causal=True))
+    same_bits(x, before)
+    at = np.random.default_rng(3).integers(0, 99, (2, 7))
+    close(layer(x, positions=at), expected(given, x, positions=at, kv_heads=kv_heads, rope=rope))
+    lengths = np.array([3, 7])
+    close(layer(x, kv_lengths=lengths), expected(given, x, kv_heads=kv_heads, rope=rope, kv_lengths=lengths))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_other_types(dtype):
+    given = parts(dtype=dtype)
+    got = MultiHeadAttention(*given, num_heads=HEADS, rope={})(inputs(dtype))
+    wide = [(w.astype("float64"), b.astype("float64")) for w, b in given]
+    exact = expected(wide, inputs(dtype).astype("float64"), rope={})
+    close(got, exact.astype(dtype), dtype)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_cross_attention(kv_heads):
+    given = parts(kv_heads=kv_heads, memory=10)
+    layer = MultiHeadAttention(*given, num_heads=HEADS, num_kv_heads=kv_heads)
+    x, memory = inputs(), inputs(shape=(2, 9, 10))
+    got = layer(x, memory)
+    close(got, expected(given, x, memory, kv_heads=kv_heads))
+    same_bits(layer(x, layer.keys_values(memory)), got)
+
+
+@pytest.mark.parametrize("rope", [None, {}])
+def test_cache(rope):
+    """A prompt, then a token at a time, equal all at once."""
+    layer = MultiHeadAttention(*parts(kv_heads=2), num_heads=HEADS, num_kv_heads=2, rope=rope)
+    x = inputs()
+    cache = qkv_fast.KVCache(2, 2, DIM, capacity=7, dtype="float64")
+    got = [layer(x[:, i:j], cache=cache) for i, j in ((0, 4), (4, 5), (5, 7))]
+    whole = layer(x, causal=True)
+    assert (cache.lengths == 7).all()
+    close(np.concatenate(got, axis=1), whole)
+
+
+@pytest.mark.parametrize("rope", [None, {}])
+def test_packed_sequences(rope):
+    layer = MultiHeadAttention(*parts(), num_heads=HEADS, rope=rope)
+    starts = np.array([0, 3, 3, 11])
+    x = inputs(shape=(11, N))
+    got = layer(x, cu_seqlens_q=starts, cu_seqlens_k=starts, causal=True)
+    for i, j in itertools.pairwise(starts):
+        if i < j:
+            close(got[None, i:j], layer(x[None, i:j], causal=True))
+
+
+FAMILIES = {
+    "torch": ["in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"],
+    "kdim": ["q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"],
+    "bert": [f"{a}.{b}" for a in ("self.query", "self.key", "self.value", "output.dense") for b in ("weight", "bias")],
+    "gpt2": ["c_attn.weight", "c_attn.bias", "c_proj.weight", "c_proj.bias"],
+    "llama": [f"{a}_proj.weight" for a in "qkvo"],
+    "whisper": [f"{a}.{b}" for a in ("q_proj", "k_proj", "v_proj", "out_proj") for b in ("weight", "bias")],
+}
+
+
+def state_of(family, given):
+    """The weights of `parts` by the names of a family."""
+    (q, b_q), (k, b_k), (v, b_v), (out, b) = given
+    w, bias = np.concatenate([q, k, v]), np.concatenate([b_q, b_k, b_v])
+    values = {
+        "torch": [w, bias, out, b],
+        "kdim": [q, k, v, bias, out, b],
+        "gpt2": [w.T, bias, out.T, b],
+        "llama": [q, k, v, out],
+    }.get(family, [q, b_q, k, b_k, v, b_v, out, b])
+    return {f"layers.0.attn.{name}": value for name, value in zip(FAMILIES[family], values, strict=True)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_from_state(family):
+    given = parts(biases=True)
+    if family == "llama":
+        given = [(w, np.zeros_like(b)) for w, b in given]
+    state = state_of(family, given)
+    x = inputs()
+    exact = MultiHeadAttention(*given, num_heads=HEADS)(x)
+    for prefix in ("layers.0.attn", "layers.0.attn."):
+        close(MultiHeadAttention.from_state(state, prefix, num_heads=HEADS)(x), exact)
+    bare = {name.removeprefix("layers.0.attn."): w for name, w in state.items()}
+    close(MultiHeadAttention.from_state(bare, num_heads=HEADS)(x), exact)
+
+
+def test_whispers_keys_have_no_bias():
+    given = parts()
+    given[1] = (given[1][0], np.zeros_like(given[1][1]))
+    state = state_of("whisper", given)
+    del state["layers.0.attn.k_proj.bias"]
+    close(MultiHeadAttention.from_state(state, "layers.0.attn", num_heads=HEADS)(inputs()), expected(given, inputs()))
+
+
+def test_grouped_heads_of_a_state():
+    given = [(w, np.zeros_like(b)) for w, b in parts(kv_heads=2)]
+    layer = MultiHeadAttention.from_state(state_of("llama", given), "layers.0.attn", num_heads=HEADS, rope={})
+    assert layer.num_kv_heads == 2
+    assert repr(layer) == "MultiHeadAttention(24 -> 20, num_heads=4, num_kv_heads=2, rope)"
+    close(layer(inputs()), expected(given, inputs(), kv_heads=2, rope={}))
+
+
+def test_torchs_own_layer():
+    torch = pytest.importorskip("torch", reason="its layer is compared with ours")
+    layer = torch.nn.MultiheadAttention(N, HEADS, batch_first=True, dtype=torch.float64)
+    state = {name: w.numpy() for name, w in layer.state_dict().items()}
+    x = inputs()
+    with torch.no_grad():
+        exact, _ = layer(*[torch.from_numpy(x)] * 3)
+    close(MultiHeadAttention.from_state(state, num_heads=HEADS)(x), exact.numpy())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_missing_weights_are_all_named(family):
+    state = state_of(family, parts())
+    kept = re.compile(r"\.(q_proj|self\.query|in_proj|c_attn)")
+    lost = [name for name in state if name.endswith("weight") and not kept.search(name)]
+    for name in lost:
+        del state[name]
+    with pytest.raises(KeyError) as caught:
+        MultiHeadAttention.from_state(state, "layers.0.attn", num_heads=HEADS)
+    for name in lost[:-1] if family in ("llama", "whisper") else lost:  # whose outputs alone differ
+        assert name in str(caught.value)
+
+
+def test_errors():
+    def refuses(error, words, call):
+        with pytest.raises(error) as caught:
+            call()
+        for word in ("MultiHeadAttention", *words):
+            assert str(word) in str(caught.value), (word, str(caught.value))
+
+    given, x = parts(), inputs()
+    layer = MultiHeadAttention(*given, num_heads=HEADS)
+    words = ["'nowhere.'", "c_attn.weight"]
+    refuses(KeyError, words, lambda: MultiHeadAttention.from_state({}, "nowhere", num_heads=1))
+    refuses(ValueError, ["q.shape=(24, 24)"], lambda: MultiHeadAttention(*given, num_heads=5))
+    refuses(ValueError, ["num_kv_heads", "3"], lambda: MultiHeadAttention(*given, num_heads=4, num_kv_heads=3))
+    refuses(TypeError, ["num_heads", "4.0"], lambda: MultiHeadAttention(*given, num_heads=4.0))
+    refuses(TypeError, ["rope", "bool"], lambda: MultiHeadAttention(*given, num_heads=4, rope=True))
+    fewer = parts(kv_heads=2)[2]
+    refuses(ValueError, ["v.shape"], lambda: MultiHeadAttention(*given[:2], fewer, given[3], num_heads=4))
+    refuses(ValueError, ["24", "out"], lambda: MultiHeadAttention(*given[:3], np.zeros((5, 5)), num_heads=4))
+    refuses(TypeError, ["out"], lambda: layer(x, out=x))
+    refuses(ValueError, ["memory", "cache"], lambda: layer(x, x, cache=qkv_fast.KVCache(2, 4, 6, capacity=9)))
+    refuses(ValueError, ["(24,)"], lambda: layer(x[0, 0]))
+    refuses(ValueError, ["(24,)"], lambda: layer(x, x[0, 0]))
