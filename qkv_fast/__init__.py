@@ -20,6 +20,7 @@ from ._attention import attention
 from ._config import show_config
 from ._explain import explain
 from ._grad import attention_grad
+from ._layers import Linear, linear, project_qkv
 from ._masks import alibi_slopes
 from ._merge import merge_partials
 from ._runtime import available_isas, get_num_threads, isa, num_threads, set_num_threads
@@ -32,6 +33,7 @@ if hasattr(_sys.modules.get("threadpoolctl"), "register"):  # loaded, and new en
 
 __all__ = [
     "KVCache",
+    "Linear",
     "PagedKVCache",
     "__version__",
     "alibi_slopes",
@@ -42,8 +44,10 @@ __all__ = [
     "explain",
     "get_num_threads",
     "isa",
+    "linear",
     "merge_partials",
     "num_threads",
+    "project_qkv",
     "reference",
     "scores",
     "set_num_threads",

@@ -85,7 +85,10 @@ def product(
     threads: int,
     isa: int,
     counters: Any,
+    added: _Array | None = None,
+    packed: _Array | None = None,
 ) -> dict[str, Any] | None: ...
+def pack(b: _Array, threads: int, isa: int) -> _Array: ...
 def softmax(
     x: _Array, mask: _Array | None, out: _Array, axis: int, threads: int, isa: int, counters: Any
 ) -> dict[str, Any] | None: ...

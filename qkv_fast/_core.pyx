@@ -437,10 +437,11 @@ def forward(Problem call not None, cnp.ndarray out not None, cnp.ndarray lse, in
 
 
 def product(cnp.ndarray a not None, cnp.ndarray b not None, cnp.ndarray c not None, bint transposed, bint a_heads_first,
-            bint b_heads_first, bint c_heads_first, double scale, int threads, int isa, counters):
+            bint b_heads_first, bint c_heads_first, double scale, int threads, int isa, counters, cnp.ndarray added=None,
+            cnp.ndarray packed=None):
     """c = scale * a @ b, or scale * a @ b.T with `transposed`; each (..., heads, rows, dim) or, without its heads first,
-    (..., rows, heads, dim). 2-D arrays have no heads. With PLAN for counters it returns what would be done, as `forward`
-    does: a dict of qkv_stage_report."""
+    (..., rows, heads, dim). 2-D arrays have no heads. `added`, of c's shape, goes to the sums; `packed` is b from `pack`.
+    With PLAN for counters it returns what would be done, as `forward` does: a dict of qkv_stage_report."""
     cdef qkv_product_problem p
     cdef qkv_stage_report report
     cdef qkv_status status
@@ -467,6 +468,13 @@ def product(cnp.ndarray a not None, cnp.ndarray b not None, cnp.ndarray c not No
     fill_strides(&p.a_at, a, a_heads_first, c)
     fill_strides(&p.b_at, b, b_heads_first, c)
     fill_strides(&p.c_at, c, c_heads_first, c)
+    p.added = NULL
+    if added is not None:
+        p.added = <const char *>cnp.PyArray_DATA(added)
+        p.added_type = type_of(added)
+        p.swapped_added = cnp.PyArray_ISBYTESWAPPED(added)
+        fill_strides(&p.added_at, added, c_heads_first, c)
+    p.packed = NULL if packed is None else cnp.PyArray_DATA(packed)
     p.scale = scale
     p.threads = threads
     p.isa = isa
@@ -481,6 +489,46 @@ def product(cnp.ndarray a not None, cnp.ndarray b not None, cnp.ndarray c not No
     with nogil:
         status = qkv_product(&p)
     raise_status(status)
+
+
+def pack(cnp.ndarray b not None, int threads, int isa):
+    """b, (columns, terms), as `product` takes it for a @ b.T on this path, where b's type has the arithmetic of a's: bytes that
+    begin at a cache line."""
+    cdef qkv_product_problem p
+    cdef int64_t size = 0
+    cdef cnp.npy_intp room
+    cdef cnp.ndarray packed
+    cdef qkv_status status
+    cdef char *to
+    p.type = p.b_type = p.c_type = type_of(b)
+    p.swapped_b = cnp.PyArray_ISBYTESWAPPED(b)
+    p.swapped_a = p.swapped_c = 0
+    p.transposed = 1
+    p.rows = p.heads = p.heads_b = 1
+    p.columns = cnp.PyArray_DIM(b, 0)
+    p.terms = cnp.PyArray_DIM(b, 1)
+    p.n_axes = 0
+    p.b = <const char *>cnp.PyArray_DATA(b)
+    p.a = p.c = NULL
+    p.added = NULL
+    p.packed = NULL
+    fill_strides(&p.b_at, b, True, b)
+    p.a_at = p.c_at = p.added_at = p.b_at
+    p.scale = 1
+    p.threads = threads
+    p.isa = isa
+    p.counters = NULL
+    p.interrupted = check_signals
+    p.interrupted_arg = PyThreadState_Get()
+    raise_status(qkv_packed_bytes(&p, &size))
+    room = size + 64
+    packed = cnp.PyArray_EMPTY(1, &room, cnp.NPY_UINT8, 0)
+    to = <char *>cnp.PyArray_DATA(packed)
+    to += 64 - <size_t>to % 64
+    with nogil:
+        status = qkv_pack(&p, to)
+    raise_status(status)
+    return packed[to - <char *>cnp.PyArray_DATA(packed):]
 
 
 def softmax(cnp.ndarray x not None, cnp.ndarray mask, cnp.ndarray out not None, int axis, int threads, int isa, counters):

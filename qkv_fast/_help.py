@@ -88,6 +88,12 @@ dlse : array_like, shape (..., Hq, Lq), optional
     The gradient of the log-sum-exp, of its type; none by default.
 want : tuple of {"q", "k", "v", "bias", "sinks", "slopes"}, default ("q", "k", "v")
     The arguments whose gradients are returned.
+layer_x : array_like, shape (..., n_in)
+    float16, bfloat16 (of ml_dtypes), float32 or float64.
+layer_w : array_like, shape (n_out, n_in)
+    Weights, of x's type or a narrower one; float16 and bfloat16 do not mix.
+layer_b : array_like, shape (n_out,), optional
+    What is added, of x's type or a narrower one, or float32 with 16 bits.
 cu_seqlens_q, cu_seqlens_k : array_like of int, shape (N + 1,)
     Where the sequences begin: sequence b has the queries ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]``, exclusive, and
     its keys likewise. From 0 to Tq and Tk; a sequence may be empty.
@@ -137,7 +143,7 @@ def _split(text: str) -> dict[str, list[str]]:
         if not line.startswith(" "):
             name, _, kind = line.partition(" : ")
             lines = entries[name.partition(",")[0]] = []
-            shown = name.rpartition("_")[2] if name.startswith(("new", "given")) else name
+            shown = name.rpartition("_")[2] if name.startswith(("new", "given", "layer_")) else name
             line = f"{shown} : {kind}"
         lines.append(line)
     return entries

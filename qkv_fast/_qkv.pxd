@@ -162,7 +162,11 @@ cdef extern from "qkv.h" nogil:
         const char *a
         const char *b
         char *c
-        qkv_strides a_at, b_at, c_at
+        const char *added
+        qkv_type added_type
+        int swapped_added
+        qkv_strides a_at, b_at, c_at, added_at
+        const void *packed
         double scale
         int threads, isa
         qkv_counters *counters
@@ -170,6 +174,8 @@ cdef extern from "qkv.h" nogil:
         void *interrupted_arg
 
     qkv_status qkv_product(const qkv_product_problem *problem)
+    qkv_status qkv_packed_bytes(const qkv_product_problem *problem, int64_t *bytes)
+    qkv_status qkv_pack(const qkv_product_problem *problem, void *packed)
 
     ctypedef struct qkv_softmax_problem:
         qkv_type type, out_type

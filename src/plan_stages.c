@@ -31,11 +31,14 @@ static void choose_rows(const qkv_product_problem *p, qkv_product_plan *plan)
     plan->a_row = p->a_at.row;
     plan->c_head = p->c_at.head;
     plan->c_row = p->c_at.row;
+    plan->added_head = p->added_at.head;
+    plan->added_row = p->added_at.row;
     if (p->rows == 1) {
         plan->length = plan->group;
         plan->group = 1;
         plan->a_row = plan->a_head;
         plan->c_row = plan->c_head;
+        plan->added_row = plan->added_head;
     }
 }
 
@@ -59,17 +62,18 @@ qkv_status qkv_plan_product(const qkv_product_problem *p, qkv_product_plan *plan
         split_scale(p->scale, p->type == QKV_F64, &plan->b_factor, &plan->factor);
     qkv_type arithmetic = qkv_arithmetic(p->type);
     plan->copy_a = widened(p->type, arithmetic) | obstacles(p->a, p->n_axes, &p->a_at, p->swapped_a, qkv_size(p->type));
-    plan->copy_b = widened(p->b_type, arithmetic)
+    plan->copy_b = p->packed ? 0 : widened(p->b_type, arithmetic)
         | obstacles(p->b, p->n_axes, &p->b_at, p->swapped_b, qkv_size(p->b_type));
     plan->copy_c = widened(p->c_type, arithmetic)
         | obstacles(p->c, p->n_axes, &p->c_at, p->swapped_c, qkv_size(p->c_type));
 
     plan->pass = qkv_max(1, qkv_min(p->terms, TERMS_PASS));
+    plan->passes = qkv_max(1, ceil_div(p->terms, plan->pass));
     int64_t vector = kernels->vector * size, at_vectors = p->c_at.head | p->c_at.row;
     for (int i = 0; i < p->n_axes; i++)
         at_vectors |= p->c_at.axis[i];
     double bytes = (double)plan->sequences * (double)p->heads * (double)p->rows * (double)p->columns * (double)size;
-    plan->stream = !plan->copy_c && at_vectors % vector == 0 && p->terms <= QKV_TERMS && bytes >= STREAM_C_BYTES;
+    plan->stream = !plan->copy_c && !p->added && !p->packed && at_vectors % vector == 0 && p->terms <= QKV_TERMS && bytes >= STREAM_C_BYTES;
     plan->tile_columns = qkv_max(1, B_BYTES / (plan->pass * lanes * size)) * lanes;
     plan->tile_columns = qkv_min(plan->tile_columns, ceil_div(p->columns, lanes) * lanes);
     plan->column_tiles = ceil_div(p->columns, plan->tile_columns);
@@ -94,7 +98,7 @@ qkv_status qkv_plan_product(const qkv_product_problem *p, qkv_product_plan *plan
     plan->copy_row_a = plan->copy_row_b = plan->pass + COPY_PAD;
 #define TAKE(field, bytes) (plan->field = at, at += align(bytes))
     panels += plan->stream;           /* a narrow one before the first that is aligned */
-    TAKE(at_b, panels * pass * (size_t)(lanes * size));
+    TAKE(at_b, p->packed ? 0 : panels * pass * (size_t)(lanes * size));
     TAKE(at_rows, (size_t)lanes * sizeof(void *));
     TAKE(at_columns, p->transposed && plan->copy_b ? (size_t)(lanes * plan->copy_row_b * size) : 0);
     TAKE(at_a, plan->copy_a ? (size_t)(plan->group_rows * plan->copy_row_a * size) : 0);

@@ -12,8 +12,9 @@ typedef struct {
     double b_factor, factor;          /* the scale: what goes into a transposed B, and what multiplies sums */
     int64_t sequences, group, length; /* heads of C per head of B; rows of one head */
     int64_t a_head, a_row, c_head, c_row;               /* byte strides of heads and rows */
+    int64_t added_head, added_row;
     int64_t tile_rows, row_tiles, tile_columns, column_tiles;
-    int64_t pass, group_rows;
+    int64_t pass, passes, group_rows;
     int copy_a, copy_b, copy_c;       /* rows go through scratch, because of these obstacles */
     int stream;                       /* C is written past the caches */
     int64_t tasks;
@@ -24,6 +25,12 @@ typedef struct {
 } qkv_product_plan;
 
 qkv_status qkv_plan_product(const qkv_product_problem *problem, qkv_product_plan *plan);
+
+/* B that is packed: a pass after the other, of each the panels of all column tiles. Where the panels of a column tile begin, in bytes, for `n` terms from `first` on. */
+static inline int64_t qkv_packed_at(const qkv_product_plan *plan, int64_t first, int64_t n, int64_t tile)
+{
+    return (first * plan->column_tiles + n * tile) * plan->tile_columns * plan->kernels->size;
+}
 
 /* A softmax: a grid of outer axes x pieces of the innermost one, the run. Its elements are columns, worked on in strips, if
  * the axis lies across them; else they are rows. */

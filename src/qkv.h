@@ -240,7 +240,11 @@ typedef struct {
     const char *a;                    /* (axes..., heads, rows, terms) */
     const char *b;                    /* (axes..., heads_b, terms, columns), unless transposed */
     char *c;                          /* (axes..., heads, rows, columns); overlaps no input */
-    qkv_strides a_at, b_at, c_at;     /* `dim` is the stride along the last axis */
+    const char *added;                /* what sums are added to, like c; or NULL: 0 */
+    qkv_type added_type;              /* no wider than the arithmetic */
+    int swapped_added;
+    qkv_strides a_at, b_at, c_at, added_at;             /* `dim` is the stride along the last axis */
+    const void *packed;               /* b as qkv_pack has left it, which is then not read; or NULL */
 
     double scale;                     /* within the type; in float32, if transposed, within 2^-240 .. 2^240 */
     int threads, isa;
@@ -250,6 +254,11 @@ typedef struct {
 } qkv_product_problem;
 
 qkv_status qkv_product(const qkv_product_problem *problem);
+
+/* The b of products of one type, number of terms and columns, transposed or not, on one CPU path, without axes and with one head:
+ * as it meets rows, for many calls. `packed` is aligned to 64 bytes. Rows and what has to do with them are not looked at. */
+qkv_status qkv_packed_bytes(const qkv_product_problem *problem, int64_t *bytes);
+qkv_status qkv_pack(const qkv_product_problem *problem, void *packed);
 
 /* out <- softmax of x along one axis, over the elements whose mask is not 0. */
 typedef struct {

@@ -13,6 +13,7 @@
 
 typedef struct {
     const void *problem, *plan;
+    void *packed;                     /* where B goes, if that is all */
     char *scratch[QKV_MAX_THREADS];   /* of each worker, behind its counters */
     qkv_stop stop;
 } stage;
@@ -95,6 +96,18 @@ static void prepare_panel(const qkv_product_problem *p, const qkv_product_plan *
     kernels->pack(panel, rows, width, n, plan->b_factor);
 }
 
+/* Panels of `n` terms from `first` on, for columns from `column` to `last`; `to` is where these columns of C lie. */
+static void prepare_panels(const qkv_product_problem *p, const qkv_product_plan *plan, const char *b, const char *to,
+                           char *panels, char *scratch, int64_t first, int n, int64_t column, int64_t last)
+{
+    for (int width; column < last; column += width) {
+        width = panel_width(plan, to, last - column);
+        prepare_panel(p, plan, b, panels, scratch, first, n, column, width);
+        panels += n * plan->kernels->lanes * plan->kernels->size;
+        to += width * p->c_at.dim;
+    }
+}
+
 static void product_task(void *context, int64_t task, int worker)
 {
     stage *job = context;
@@ -116,11 +129,12 @@ static void product_task(void *context, int64_t task, int worker)
 
     int64_t first = 0;
     do {
-        int n = (int)qkv_min(plan->pass, p->terms - first), width;
-        for (int64_t j = column, at = 0; j < last_column; j += width, at++) {
-            width = panel_width(plan, c + j * p->c_at.dim, last_column - j);
-            prepare_panel(p, plan, b, panels + at * plan->pass * lanes * size, scratch, first, n, j, width);
-        }
+        int n = (int)qkv_min(plan->pass, p->terms - first);
+        const char *these = panels;
+        if (p->packed)
+            these = (const char *)p->packed + qkv_packed_at(plan, first, n, column / plan->tile_columns);
+        else
+            prepare_panels(p, plan, b, c + column * p->c_at.dim, panels, scratch, first, n, column, last_column);
         counters_of(job, worker)->tiles_copied += plan->copy_b != 0;
         for (int64_t r = row, m; r < last_row; r += m) {
             if (qkv_must_stop(&job->stop, worker))
@@ -131,7 +145,7 @@ static void product_task(void *context, int64_t task, int worker)
             char *to = c + r / plan->length * plan->c_head + in_head * plan->c_row;
             qkv_product_tile tile = {
                 .a = from, .a_row = (ptrdiff_t)(plan->a_row / size), .c_row = (ptrdiff_t)(plan->c_row / size),
-                .factor = plan->factor, .m = (int)m, .n = n, .add = first > 0, .stream = plan->stream,
+                .factor = plan->factor, .m = (int)m, .n = n, .add = first > 0 || p->added, .stream = plan->stream,
             };
             if (plan->copy_a) {
                 qkv_rows rows = {(char *)from, (ptrdiff_t)plan->a_row, (ptrdiff_t)p->a_at.dim, p->type, p->swapped_a};
@@ -145,9 +159,16 @@ static void product_task(void *context, int64_t task, int worker)
                 block = scratch + plan->at_c + (r - row) * plan->tile_columns * size;
                 tile.c_row = (ptrdiff_t)plan->tile_columns;
             }
+            if (p->added && first == 0) {
+                qkv_rows rows = {(char *)p->added + offset_of(sequence, p->n_axes, p->axes, p->added_at.axis)
+                                     + head * per_head * p->added_at.head + r / plan->length * plan->added_head
+                                     + in_head * plan->added_row + column * p->added_at.dim,
+                                 (ptrdiff_t)plan->added_row, (ptrdiff_t)p->added_at.dim, p->added_type, p->swapped_added};
+                kernels->gather(block, tile.c_row, &rows, (int)m, (int)(last_column - column));
+            }
             for (int64_t j = column, at = 0; j < last_column; j += tile.columns, at++) {
                 tile.columns = panel_width(plan, c + j * p->c_at.dim, last_column - j);
-                tile.b = panels + at * plan->pass * lanes * size;
+                tile.b = these + at * n * lanes * size;
                 tile.c = block + (j - column) * size;
                 kernels->multiply(&tile);
             }
@@ -172,6 +193,57 @@ qkv_status qkv_product(const qkv_product_problem *p)
     stage job = {.problem = p, .plan = &plan};
     return run_stage(&job, product_task, plan.tasks, plan.threads, plan.scratch_bytes, p->counters, p->interrupted,
                      p->interrupted_arg);
+}
+
+static void pack_task(void *context, int64_t task, int worker)
+{
+    stage *job = context;
+    const qkv_product_problem *p = job->problem;
+    const qkv_product_plan *plan = job->plan;
+    int64_t tile = task % plan->column_tiles, first = task / plan->column_tiles * plan->pass;
+    int64_t column = tile * plan->tile_columns;
+    int n = (int)qkv_min(plan->pass, p->terms - first);
+    char *to = (char *)job->packed + qkv_packed_at(plan, first, n, tile);
+    prepare_panels(p, plan, p->b, NULL, to, job->scratch[worker] + sizeof(qkv_counters), first, n, column,
+                   qkv_min(column + plan->tile_columns, p->columns));
+}
+
+static qkv_status plan_packing(stage *job, qkv_product_problem *p, qkv_product_plan *plan)
+{
+    p->heads = p->heads_b = p->rows = 1;
+    p->n_axes = 0;
+    *job = (stage){.problem = p, .plan = plan};
+    qkv_status status = qkv_plan_product(p, plan);
+    plan->stream = 0;
+    return status;
+}
+
+qkv_status qkv_packed_bytes(const qkv_product_problem *problem, int64_t *bytes)
+{
+    stage job;
+    qkv_product_problem p = *problem;
+    qkv_product_plan plan;
+    qkv_status status = plan_packing(&job, &p, &plan);
+    if (status != QKV_OK)
+        return status;
+    int64_t columns = plan.column_tiles * plan.tile_columns, row = plan.kernels->size * columns;
+    if (p.terms && row > INT64_MAX / p.terms)
+        return QKV_OVERFLOW;
+    *bytes = p.terms * row;
+    return QKV_OK;
+}
+
+qkv_status qkv_pack(const qkv_product_problem *problem, void *packed)
+{
+    stage job;
+    qkv_product_problem p = *problem;
+    qkv_product_plan plan;
+    qkv_status status = plan_packing(&job, &p, &plan);
+    if (status != QKV_OK || plan.tasks == 0)
+        return status;
+    job.packed = packed;
+    return run_stage(&job, pack_task, plan.column_tiles * plan.passes, p.threads, plan.scratch_bytes, NULL, p.interrupted,
+                     p.interrupted_arg);
 }
 
 /* Copies take an int of elements at a time. */

@@ -64,7 +64,7 @@ def test_sections(name):
 GUIDE = CHECKOUT / "docs" / "guide.md"
 
 
-@pytest.mark.parametrize("name", ["gradients.md", "guide.md", "masks.md", "spotlight.md", "trouble.md"])
+@pytest.mark.parametrize("name", ["gradients.md", "guide.md", "layers.md", "masks.md", "spotlight.md", "trouble.md"])
 def test_pages(name):
     """All blocks in order, as one session. A block ends with an empty line, which ends its last result."""
     for host in ("threadpoolctl", "onnx", "ml_dtypes"):

@@ -86,6 +86,7 @@ IMPORTS = {
     "qkv_fast/_varlen.py": "_problem _checks _help",
     "qkv_fast/_grad.py": "_core _problem _checks _help",
     "qkv_fast/_stages.py": "_core _runtime _checks _help",
+    "qkv_fast/_layers.py": "_core _runtime _checks _help",
     "qkv_fast/_merge.py": "_checks _help",
     "qkv_fast/_plans.py": "_runtime",
     "qkv_fast/_explain.py": f"{PUBLIC} _core _runtime _problem _checks _attention _varlen _stages _plans",

@@ -3,6 +3,15 @@
 from . import spotlight
 from .attention import _distances, _limits_of, _visible, attention, attention_varlen  # noqa: F401 (tests count what is visible)
 from .grad import attention_grad
-from .stages import scores, softmax, weighted_values
+from .stages import linear, scores, softmax, weighted_values
 
-__all__ = ["attention", "attention_grad", "attention_varlen", "scores", "softmax", "spotlight", "weighted_values"]
+__all__ = [
+    "attention",
+    "attention_grad",
+    "attention_varlen",
+    "linear",
+    "scores",
+    "softmax",
+    "spotlight",
+    "weighted_values",
+]

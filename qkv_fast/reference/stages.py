@@ -123,6 +123,38 @@ def weighted_values(p: Any, v: Any, *, layout: str = "bhld") -> Any:
     return np.swapaxes(out, -3, -2) if swapped else out
 
 
+@documented
+def linear(x: Any, w: Any, b: Any = None) -> Any:
+    """A linear layer, ``x @ w.T + b``.
+
+    Parameters
+    ----------
+    <layer_x>
+    <layer_w>
+    <layer_b>
+
+    Returns
+    -------
+    ndarray, shape (..., n_out)
+        Of the type that `attention` returns for x.
+
+    Raises
+    ------
+    ValueError
+        Shapes that NumPy's product finds not to fit; there is no other check.
+
+    Examples
+    --------
+    >>> from qkv_fast import reference
+    >>> reference.linear([1.0, 2.0], [[3.0, 4.0], [5.0, 6.0]], [0.0, 1.0]).astype("float64")
+    array([11., 18.])
+    """
+    x, w = _widened(x, w)
+    with np.errstate(all="ignore"):
+        out = x @ w.T
+        return out if b is None else out + np.asarray(b).astype(out.dtype)
+
+
 def _widened(*given: Any) -> list[Any]:
     """All in the type that results are computed in, which follows from the first."""
     arrays = [np.asarray(x) for x in given]
