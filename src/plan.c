@@ -147,7 +147,7 @@ static void lay_out_scratch(const qkv_problem *p, qkv_plan *plan)
     TAKE(at_pointers, plan->adjust ? 2 * lanes * sizeof(void *) : 0);
     TAKE(at_bias, p->bias && !plan->direct_bias ? lanes * (size_t)plan->block * size : 0);
     TAKE(at_mask, plan->masked && !plan->direct_mask ? lanes * (size_t)plan->block : 0);
-    size_t columns = gradients ? (size_t)(qkv_columns(plan, p->dim) + qkv_columns(plan, p->dim_v)) : (size_t)plan->kernels->vector;
+    size_t columns = gradients ? (size_t)(qkv_columns(plan, p->dim) + qkv_columns(plan, p->dim_v)) : 2 * (size_t)plan->kernels->vector;
     TAKE(at_sums, (size_t)plan->range * (qkv_asks_cells(p) ? sizeof(double) : columns * size));
     TAKE(at_bounds, qkv_asks_cells(p) ? (size_t)(plan->range * plan->parts + 1) * sizeof(int64_t) : 0);
     TAKE(at_sizes, p->question == QKV_INFLUENCE ? (size_t)plan->range * size : 0);

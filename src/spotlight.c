@@ -199,7 +199,8 @@ static qkv_influence values_of(const qkv_query_tile *t, int64_t key, char *sums)
 void qkv_ask(const qkv_query_tile *t, const qkv_panel *x, int lane, int64_t key, const qkv_tile *tile)
 {
     const qkv_kernels *kernels = t->plan->kernels;
-    char *sums = t->scratch + t->plan->at_sums + (key - t->first) * kernels->vector * kernels->size;
+    int64_t lanes_bytes = kernels->vector * kernels->size;
+    char *sums = t->scratch + t->plan->at_sums + (key - t->first) * lanes_bytes;
     qkv_heaviest list;
     qkv_weights to;
     qkv_parts parts;
@@ -235,7 +236,7 @@ void qkv_ask(const qkv_query_tile *t, const qkv_panel *x, int lane, int64_t key,
         (t->problem->question == QKV_MEANS ? kernels->look_sums : kernels->look_maxima)(tile, &parts);
         break;
     case QKV_RECEIVED:
-        kernels->look_received(tile, sums);
+        kernels->look_received(tile, sums, sums + t->plan->range * lanes_bytes);
         break;
     case QKV_INFLUENCE:
         of = values_of(t, key, sums);
@@ -314,7 +315,7 @@ void qkv_write_answer(const qkv_query_tile *t)
 
 void qkv_begin_sums(const qkv_plan *plan, char *scratch)
 {
-    memset(scratch + plan->at_sums, 0, (size_t)(plan->range * plan->kernels->vector * plan->kernels->size));
+    memset(scratch + plan->at_sums, 0, (size_t)(2 * plan->range * plan->kernels->vector * plan->kernels->size));
 }
 
 void qkv_write_sums(const qkv_problem *p, const qkv_plan *plan, int64_t sequence, int64_t head, qkv_range keys,
@@ -329,10 +330,12 @@ void qkv_write_sums(const qkv_problem *p, const qkv_plan *plan, int64_t sequence
     }
     int w = plan->kernels->vector;
     for (int64_t i = keys.lo; i < keys.hi; i++) {
-        double sum = 0;
-        for (int j = 0; j < w; j++)
+        double sum = 0, lost = 0;
+        for (int j = 0; j < w; j++) {
             sum += element(p, sums, (i - keys.lo) * w + j);
-        set_element(p, p->answer, first + i, sum);
+            lost += element(p, sums, (plan->range + i - keys.lo) * w + j);
+        }
+        set_element(p, p->answer, first + i, isfinite(sum) ? sum + lost : sum);
     }
 }
 

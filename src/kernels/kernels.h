@@ -214,7 +214,7 @@ typedef struct {
     void (*look_entropy)(const qkv_tile *tile);
     void (*look_heaviest)(const qkv_tile *tile, const qkv_heaviest *list);
     void (*look_normalisers)(const qkv_tile *tile);
-    void (*look_received)(const qkv_tile *tile, void *sums);
+    void (*look_received)(const qkv_tile *tile, void *sums, void *lost); /* (nk, vector) each: `lost` is what rounding took from sums */
     void (*look_weights)(const qkv_tile *tile, const qkv_weights *to);
     void (*look_rows)(const qkv_tile *tile, const qkv_weights *to);
     void (*look_sums)(const qkv_tile *tile, const qkv_parts *parts);

@@ -182,8 +182,10 @@ static void X(look_normalisers)(const qkv_tile *t)
     BY_VECTORS(X(normalise_vectors), t->nv, t);
 }
 
-/* l P of rows first .. last, added to the sums of their keys. With `nan` some m or l is NaN, for visible keys alone. */
-static QKV_INLINE void X(receive_vectors)(const int nv, const int nan, const qkv_tile *t, int first, int last, REAL *sums)
+/* l P of rows first .. last, added to the sums of their keys. Many queries alike would all round the same way, so what an addition
+ * loses is summed too (D. Knuth's two-sum; infinite sums are taken as they are). With `nan` some m or l is NaN, for visible keys alone. */
+static QKV_INLINE void X(receive_vectors)(const int nv, const int nan, const qkv_tile *t, int first, int last, REAL *sums,
+                                          REAL *lost)
 {
     VEC none = X(set1)(-(REAL)INFINITY), zero = X(set1)(0);
     X(factor) c = X(factor_of)(t->c);
@@ -195,7 +197,7 @@ static QKV_INLINE void X(receive_vectors)(const int nv, const int nan, const qkv
     }
     for (int i = first; i < last; i++) {
         const REAL *s = (const REAL *)t->s + (ptrdiff_t)i * LANES;
-        VEC p[LANE_VECTORS], sum = X(load)(sums + (ptrdiff_t)i * W);
+        VEC p[LANE_VECTORS], more = zero, before = X(load)(sums + (ptrdiff_t)i * W);
         QKV_UNROLL
         for (int j = 0; j < nv; j++)
             p[j] = X(sub)(X(load)(s + j * W), m[j]);
@@ -203,21 +205,24 @@ static QKV_INLINE void X(receive_vectors)(const int nv, const int nan, const qkv
         QKV_UNROLL
         for (int j = 0; j < nv; j++) {
             VEC q = X(mul)(l[j], p[j]);
-            sum = X(add)(sum, nan ? X(select)(X(equal)(X(load)(s + j * W), none), zero, q) : q);
+            more = X(add)(more, nan ? X(select)(X(equal)(X(load)(s + j * W), none), zero, q) : q);
         }
+        VEC sum = X(add)(before, more), added = X(sub)(sum, before);
+        VEC less = X(add)(X(sub)(before, X(sub)(sum, added)), X(sub)(more, added));
         X(store)(sums + (ptrdiff_t)i * W, sum);
+        X(store)(lost + (ptrdiff_t)i * W, X(add)(X(load)(lost + (ptrdiff_t)i * W), less));
     }
 }
 
-static QKV_NOINLINE void X(receive_rows)(int nv, int nan, const qkv_tile *t, int first, int last, REAL *sums)
+static QKV_NOINLINE void X(receive_rows)(int nv, int nan, const qkv_tile *t, int first, int last, REAL *sums, REAL *lost)
 {
     if (nan)
-        BY_VECTORS(X(receive_vectors), nv, 1, t, first, last, sums);
+        BY_VECTORS(X(receive_vectors), nv, 1, t, first, last, sums, lost);
     else
-        BY_VECTORS(X(receive_vectors), nv, 0, t, first, last, sums);
+        BY_VECTORS(X(receive_vectors), nv, 0, t, first, last, sums, lost);
 }
 
-static void X(look_received)(const qkv_tile *t, void *sums)
+static void X(look_received)(const qkv_tile *t, void *sums, void *lost)
 {
     X(limits) limits;
     int nan = 0;
@@ -228,7 +233,7 @@ static void X(look_received)(const qkv_tile *t, void *sums)
     }
     for (int i = 0, end; i < t->nk; i = end) {
         end = X(score_strip)(t->nv, t, i, &limits);
-        X(receive_rows)(t->nv, nan, t, i, end, sums);
+        X(receive_rows)(t->nv, nan, t, i, end, sums, lost);
     }
 }
 
