@@ -183,6 +183,7 @@ cdef bytearray fill_extras(qkv_problem *p, extras, cnp.ndarray out):
     p.kept = extras.kept
     if mask is not None:
         p.mask = <const char *>cnp.PyArray_DATA(mask)
+        p.mask_from = integers_of(extras.mask_from)
         fill_logits(&p.mask_at, mask, out, starts is not None)
     if bias is not None:
         p.bias = <const char *>cnp.PyArray_DATA(bias)
@@ -404,6 +405,7 @@ def forward(Problem call not None, cnp.ndarray out not None, cnp.ndarray lse, in
     p.spans = p.q_ids = p.k_ids = p.q_starts = p.k_starts = NULL
     p.slopes = p.sinks = NULL
     p.mask = p.bias = NULL
+    p.mask_from = NULL
     p.softcap = 0
     if call.extras is not None:
         runs = fill_extras(&p, call.extras, out)

@@ -113,6 +113,9 @@ newest_q : array_like, shape (batch, Hq, L, head_dim)
 newest_lengths : int or array_like of int, optional
     How many of the L queries each sequence has, where they differ: its first ones, at its last tokens; the bits are
     those of so many queries. The results of the others are 0.
+tree : array_like of bool, shape (L, L) or (batch, L, L), optional
+    Which of the newest tokens, who are the queries, sees which of them: a draft that branches. All older tokens are
+    seen, and `causal` says nothing. Not beside `mask`; where `lengths` differ, its first rows and columns count.
 newest_asked_lengths : int or array_like of int, optional
     How many of the L queries each sequence has, where they differ: its first ones, at its last tokens. The others
     see nothing.

@@ -20,6 +20,7 @@ class Extras(NamedTuple):
     """For `_core.forward`; what each is stands in qkv.h. None and 0 are absent."""
 
     mask: Array | None = None  # broadcasts to (..., heads, queries, keys)
+    mask_from: Array | None = None  # (...,) int64: the key of each sequence that the mask begins at; else 0
     bias: Array | None = None  # the same
     spans: Array | None = None  # (..., queries, 2) int64
     q_ids: Array | None = None  # (..., queries) int32
@@ -72,7 +73,7 @@ def check_extras(
         cap = _check_scale(softcap, where, "softcap")
         if cap <= 0:
             raise ValueError(f"{where}: softcap must be greater than 0, got {softcap!r}; None is no cap")
-    return Extras(mask, bias, slopes=slopes, sinks=sinks, softcap=cap)
+    return Extras(mask, bias=bias, slopes=slopes, sinks=sinks, softcap=cap)
 
 
 def _check_mask(where: str, mask: Any) -> Array:

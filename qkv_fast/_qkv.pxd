@@ -92,6 +92,7 @@ cdef extern from "qkv.h" nogil:
         const double *slopes
         const char *bias
         const char *mask
+        const int64_t *mask_from
         qkv_type bias_type
         int swapped_bias
         qkv_strides bias_at, mask_at

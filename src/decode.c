@@ -207,6 +207,9 @@ static qkv_kind look_through(few *t, int64_t first, int64_t last)
     qkv_changes *changes = &t->changes->changes;
     int count = (int)t->count, found = 0;
     t->hidden = 0;
+    changes->mask = NULL;
+    if (t->problem->mask_from && last <= t->problem->mask_from[t->sequence])
+        return QKV_FULL;
     qkv_set_mask(&t->changes->elements, &t->changes->lanes, 0, count, first, last, changes);
     for (int64_t key = first, end; key < last; key = end) {
         end = qkv_min(last, (key / block + 1) * block);

@@ -70,6 +70,12 @@ static const void *const *bias_rows(const qkv_elements *e, const qkv_lanes *x, i
     return rows;
 }
 
+/* The first key of a sequence that the mask speaks of. */
+static int64_t mask_from(const qkv_problem *p, int64_t sequence)
+{
+    return p->mask_from ? p->mask_from[sequence] : 0;
+}
+
 /* The ids of a sequence's keys. */
 static const int32_t *key_ids(const qkv_problem *p, int64_t sequence)
 {
@@ -79,10 +85,14 @@ static const int32_t *key_ids(const qkv_problem *p, int64_t sequence)
 int64_t qkv_count_seen(const qkv_problem *p, int64_t sequence, int64_t head, int64_t i, qkv_range keys)
 {
     const char *mask = p->mask;
+    int64_t before = mask ? qkv_max(0, qkv_min(keys.hi, mask_from(p, sequence)) - keys.lo) : 0;
     const int32_t *ids = p->q_ids ? key_ids(p, sequence) : NULL, id = p->q_ids ? p->q_ids[qkv_query_index(p, sequence, i)] : 0;
     int64_t seen = 0;
     if (mask)
-        mask += qkv_sequence_offset(p, &p->mask_at, sequence) + head * p->mask_at.head + i * p->mask_at.row;
+        mask += qkv_sequence_offset(p, &p->mask_at, sequence) + head * p->mask_at.head + i * p->mask_at.row
+            - mask_from(p, sequence) * p->mask_at.dim;
+    seen += before;
+    keys.lo += before;
     if (!ids && p->mask_at.dim == 1)
         for (int64_t j = keys.lo, end; j < keys.hi; j = end) {
             uint8_t some = 0;         /* the compiler counts as many at a time as a vector has bytes */
@@ -101,7 +111,7 @@ void qkv_set_mask(const qkv_elements *e, const qkv_lanes *x, int lane, int n, in
 {
     const qkv_problem *p = e->problem;
     const uint8_t **rows = e->mask_rows;
-    int64_t block = e->block;
+    int64_t block = e->block, from = mask_from(p, e->sequence), begin = qkv_min(qkv_max(first, from), last);
     uint8_t *copies = e->mask_copies;
     int own[MAX_LANES], count = 0;    /* lanes that do not share the row of the one before */
     for (int j = 0; j < n; j++) {
@@ -115,9 +125,11 @@ void qkv_set_mask(const qkv_elements *e, const qkv_lanes *x, int lane, int n, in
         }
     }
     /* Key by key: of a mask that is given by its columns, lanes lie side by side. */
-    for (int64_t i = first; i < last && count && p->mask; i++)
+    for (int k = 0; k < count && begin > first; k++)
+        memset(copies + own[k] * block, 1, (size_t)(begin - first));
+    for (int64_t i = begin; i < last && count && p->mask; i++)
         for (int k = 0; k < count; k++)
-            copies[own[k] * block + i - first] = x->mask[lane + own[k]][i * p->mask_at.dim] != 0;
+            copies[own[k] * block + i - first] = x->mask[lane + own[k]][(i - from) * p->mask_at.dim] != 0;
     for (int k = 0; k < count && p->q_ids; k++) {
         const int32_t *ids = key_ids(p, e->sequence), id = x->id[lane + own[k]];
         uint8_t *copy = copies + own[k] * block;
@@ -195,6 +207,8 @@ qkv_kind qkv_look(const qkv_elements *e, const qkv_lanes *x, int lane, int n, in
     const int both = QKV_SEEN | QKV_HIDDEN;
     int found = 0;
     to->mask = NULL;
+    if (last <= mask_from(e->problem, e->sequence))
+        return QKV_FULL;
     if (e->summary) {
         int64_t block = first / e->plan->block * e->plan->summary_at.dim;
         for (int j = 0; j < n; j++)

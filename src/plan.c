@@ -81,7 +81,7 @@ static void choose_copies(const qkv_problem *p, qkv_plan *plan)
     plan->direct_out = !plan->obstacles_out;
     plan->direct_bias = p->bias && p->bias_type == arithmetic
         && !obstacles(p->bias, p->n_axes, &p->bias_at, p->swapped_bias, qkv_size(arithmetic));
-    plan->direct_mask = p->mask && p->mask_at.dim == 1 && !p->q_ids;
+    plan->direct_mask = p->mask && p->mask_at.dim == 1 && !p->q_ids && !p->mask_from;
 }
 
 /* A mask whose rows are shared, by heads or sequences, is summed up before the work. */
@@ -93,7 +93,7 @@ static void plan_summary(const qkv_problem *p, qkv_plan *plan)
     for (int64_t b = 0; p->length && b < plan->sequences; b++)
         most = qkv_max(most, p->length[b]);
     /* Rows that windows or spans cut short are looked at by the tiles that need them. */
-    if (plan->decode || !p->mask || p->q_ids || p->spans || p->left != QKV_OPEN || p->mask_at.dim > 1
+    if (plan->decode || !p->mask || p->mask_from || p->q_ids || p->spans || p->left != QKV_OPEN || p->mask_at.dim > 1
         || p->mask_at.dim < 0 || most == 0
         || !multiply(plan->sequences, p->heads_q, &all) || !multiply(all, p->len_q, &all))
         return;

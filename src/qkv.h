@@ -140,6 +140,7 @@ typedef struct {
     const double *slopes;             /* ALiBi: -slope * |position - key| is added; one per query head, or NULL */
     const char *bias;                 /* is added; -inf excludes; or NULL */
     const char *mask;                 /* bytes; 0 excludes; or NULL */
+    const int64_t *mask_from;         /* one per sequence: the key that the mask begins at, and does not hide those before; NULL: 0 */
     qkv_type bias_type;
     int swapped_bias;
     qkv_strides bias_at, mask_at;

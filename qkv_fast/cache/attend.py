@@ -166,6 +166,27 @@ def _newest(
     return p, queries
 
 
+def _take_tree(p: Problem, tokens: Tokens, queries: Any, tree: Any, mask: Any) -> None:
+    """A mask of the newest tokens, who are the queries, among themselves; all older ones are seen."""
+    if mask is not None:
+        raise ValueError(f"{p.where}: tree and mask exclude each other: give one of the two")
+    given = _as_array("tree", tree, p.where)
+    batch, n = len(tokens.lengths), p.rows[2]
+    if given.dtype != bool:
+        raise TypeError(f"{p.where}: tree must be bool, True where a token sees another, got {given.dtype}")
+    if given.shape not in ((n, n), (batch, n, n)):
+        shapes = f"({n}, {n}) or ({batch}, {n}, {n}), the queries' number"
+        raise ValueError(f"{p.where}: tree must be of shape {shapes}, got {given.shape}")
+    if (short := tokens.lengths < queries).any():
+        at = int(short.argmax())
+        many = np.broadcast_to(queries, (batch,))[at]
+        held = f"{many} queries, of which sequence {at} has {tokens.lengths[at]} tokens"
+        raise ValueError(f"{p.where}: a tree is of the newest tokens: append these first ({held})")
+    p.right = None
+    own = given[:, np.newaxis] if given.ndim == 3 else given[np.newaxis, np.newaxis]
+    p.extras = (p.extras or Extras())._replace(mask=own, mask_from=tokens.lengths - queries)
+
+
 def _beyond(p: Problem, tokens: Tokens, keep: int) -> int:
     """First tokens that every query sees and that may lie before its window."""
     return min(keep, tokens.most) if p.left is not None and tokens.most - 1 > p.left else 0
@@ -209,6 +230,7 @@ def attend_newest(
     out: Array | None,
     num_threads: int | None,
     words: dict[str, Any],
+    tree: Any = None,
 ) -> Any:
     """Attention of the queries of the newest tokens over the cache."""
     form, tokens, find, limit, keep = held
@@ -218,13 +240,15 @@ def attend_newest(
         scale, layout, num_threads, words,
     )  # fmt: skip
     len_q = p.rows[2]
+    if tree is not None:
+        _take_tree(p, tokens, queries, tree, mask)
     result = p.empty() if out is None else _check_out(out, p.shape, p.number, where)
     view = target = result if p.heads_first else result.swapaxes(1, 2)
     p.heads_first = True
     wide = _arithmetic(p.number)
     apart = _beyond(p, tokens, keep) if keep else 0
     join = apart > 0 and len_q == 1 and isinstance(queries, int)
-    join = join and (tokens.starts is mask is bias is alibi_slopes is None)
+    join = join and (tokens.starts is tree is mask is bias is alibi_slopes is None)
     keys = find(where, p.left, queries, join)
     p.k, p.v = keys.k, keys.v
     if keys.seen is not None:
@@ -262,7 +286,8 @@ def attend_newest(
 
 def _see_kept(p: Problem, lengths: Array, queries: Any, n: int, out: Array, lse: Array | None) -> Any:
     """Attention over the first n keys alone, whatever the window, into out and lse."""
-    cut = {name: x[..., :n] for name in ("mask", "bias") if (x := getattr(p.extras, name)) is not None}
+    by_key = ("bias",) if p.extras.mask_from is not None else ("mask", "bias")
+    cut = {name: x[..., :n] for name in by_key if (x := getattr(p.extras, name)) is not None}
     if p.extras.starts is not None:
         cut["starts"] = np.minimum(p.extras.starts, n)
     kept = Problem(

@@ -488,6 +488,7 @@ class PagedKVCache(PagedQuestions):
         q: Any,
         *,
         lengths: Any = None,
+        tree: Any = None,
         mask: Any = None,
         bias: Any = None,
         causal: bool = True,
@@ -513,6 +514,7 @@ class PagedKVCache(PagedQuestions):
         <newest_q>
             Here the batch is that of `sequences`.
         <newest_lengths>
+        <tree>
         <mask>
             Here Lq is L, and Lk the tokens of the longest sequence.
         <bias>
@@ -557,7 +559,7 @@ class PagedKVCache(PagedQuestions):
         where = "PagedKVCache.attend"
         return attend_newest(
             where, self._held(where, sequences), q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap,
-            scale, layout, return_lse, out, num_threads, words,
+            scale, layout, return_lse, out, num_threads, words, tree,
         )  # fmt: skip
 
     def _ask(self, where: str, sequences: Any, q: Any, *arguments: Any) -> Problem:

@@ -412,6 +412,7 @@ class KVCache(Questions):
         q: Any,
         *,
         lengths: Any = None,
+        tree: Any = None,
         mask: Any = None,
         bias: Any = None,
         causal: bool = True,
@@ -434,6 +435,7 @@ class KVCache(Questions):
         ----------
         <newest_q>
         <newest_lengths>
+        <tree>
         <mask>
             Here Lq is L, and Lk the tokens of the longest sequence.
         <bias>
@@ -480,7 +482,7 @@ class KVCache(Questions):
         """
         return attend_newest(
             "KVCache.attend", self._held(), q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale,
-            layout, return_lse, out, num_threads, words,
+            layout, return_lse, out, num_threads, words, tree,
         )  # fmt: skip
 
     def _ask(self, where: str, q: Any, *arguments: Any) -> Problem:

@@ -434,3 +434,65 @@ def test_where_sequences_cannot_begin(starts, words):
     with pytest.raises(ValueError, match=words):
         cache.append(k[:, :, :2], k[:, :, :2], starts=starts)
     assert cache.lengths.tolist() == [0, 3] and cache.starts.tolist() == [0, 0]
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("lq", [1, 3, 40])
+def test_trees(dtype, lq):
+    """The bits of the mask that says the same of all tokens; NaN in rows past the queries of a sequence is nothing."""
+    rng = np.random.default_rng(lq)
+    for n in (lq, 130, 1023 + lq, 1024 + lq):
+        kind = "float32" if dtype == "int8" else dtype
+        q, k, v = qkv(n, kind, batch=(2,), heads=(4, 2), lengths=(lq, n), dims=(16, 8))
+        lengths, tree = [n, max(lq, n - 37)], np.tril(rng.random((2, lq, lq)) < 0.5)
+        cache = qkv_fast.KVCache(2, 2, 16, 2000, value_dim=8, dtype=dtype)
+        cache.append(k, v, lengths=lengths)
+        for counts in ([lq, lq], [lq, lq - 1]):
+            q[1, :, counts[1] :] = np.nan
+            mask = np.zeros((2, 1, lq, n), bool)
+            for b, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+                mask[b, :, :, : length - count] = True
+                mask[b, 0, :count, length - count : length] = tree[b, :count, :count]
+            for options in ({}, dict(alibi_slopes=np.linspace(0.1, 0.4, 4), softcap=3.0), dict(window=(200, None))):
+                options |= dict(lengths=counts, return_lse=True)
+                expected = cache.attend(q, mask=mask, causal=False, **options)
+                same_bits(cache.attend(q, tree=tree, **options), expected)
+                assert qkv_fast.explain(cache.attend, q, tree=tree, **options).pairs == (
+                    qkv_fast.explain(cache.attend, q, mask=mask, causal=False, **options).pairs
+                )
+
+
+def test_trees_in_rings_and_pages():
+    rng = np.random.default_rng(0)
+    q, k, v = qkv(1, batch=(1,), heads=(4, 2), lengths=(5, 70), dims=(8, 8))
+    tree = np.tril(rng.random((5, 5)) < 0.6) | np.eye(5, dtype=bool)
+    ring = qkv_fast.KVCache(1, 2, 8, capacity=40, window=20, keep=3)
+    pool = qkv_fast.PagedKVCache(2, 8, 20, page_size=16)
+    s = pool.add()
+    for t in range(0, 70, 7):
+        ring.append(k[:, :, t : t + 7], v[:, :, t : t + 7])
+        pool.append([s], k[:, :, t : t + 7], v[:, :, t : t + 7])
+    seen = np.hstack([np.ones((5, 65), bool), tree])
+    expected = qkv_fast.attention(q, k, v, mask=seen)
+    same_bits(pool.attend([s], q, tree=tree), expected)
+    at = np.arange(70)
+    seen &= (at < 3) | (at >= np.arange(65, 70)[:, None] - 20)
+    np.testing.assert_allclose(ring.attend(q, tree=tree), qkv_fast.attention(q, k, v, mask=seen), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "error, words, options",
+    [
+        (ValueError, r"shape \(2, 2\) or \(1, 2, 2\), .* got \(3, 3\)", dict(tree=np.ones((3, 3), bool))),
+        (TypeError, "tree must be bool", dict(tree=np.ones((2, 2)))),
+        (ValueError, "exclude each other", dict(tree=np.ones((2, 2), bool), mask=np.ones((2, 3), bool))),
+    ],
+)
+def test_what_is_no_tree(error, words, options):
+    cache = qkv_fast.KVCache(1, 1, 4, capacity=10)
+    cache.append(*np.zeros((2, 1, 1, 3, 4), "float32"))
+    with pytest.raises(error, match=words):
+        cache.attend(np.zeros((1, 1, 2, 4), "float32"), **options)
+    with pytest.raises(ValueError, match=r"append these first \(4 queries, of which sequence 0 has 3"):
+        cache.attend(np.zeros((1, 1, 4, 4), "float32"), tree=np.ones((4, 4), bool))
