@@ -134,10 +134,9 @@ class Whisper:
         self.path = path = get_model_path()
         arrays = read_weights(path / "model.bin")
         self.heads = int(arrays["decoder/num_heads"])
-        self.embedding = embedding = arrays["decoder/embeddings/weight"]  # read whole for each token: it stays float16
-        self.weights = weights = {
-            name: array.astype(np.float32) for name, array in arrays.items() if array.ndim and array is not embedding
-        }
+        self.weights = weights = {name: array.astype(np.float32) for name, array in arrays.items() if array.ndim}
+        self.embedding = weights["decoder/embeddings/weight"]
+        self.narrow_embedding = arrays["decoder/embeddings/weight"]  # float16: half the bytes to read for each token
         # A convolution of 3 taps is a product of windows of 3 frames with the taps side by side.
         for conv in ("encoder/conv1/weight", "encoder/conv2/weight"):
             weights[conv] = weights[conv].swapaxes(1, 2).reshape(len(weights[conv]), -1)
@@ -159,7 +158,8 @@ class Whisper:
 
     def linear(self, x, name):
         """(rows, inputs) -> (rows, outputs); the file stores a weight as (outputs, inputs)."""
-        return linear(x, self.weights[name + "/weight"], self.weights[name + "/bias"])
+        w, b = self.weights[name + "/weight"], self.weights[name + "/bias"]
+        return linear(x, w, b) if len(x) > 1 else x @ w.T + b  # for one row NumPy's BLAS is faster
 
     def layer_norm(self, x, name):
         """Each row to mean 0 and variance 1, then scaled and shifted per channel."""
@@ -210,7 +210,7 @@ class Whisper:
         """
         B, L = tokens.shape
         first = caches[0].lengths[0]
-        x = (self.embedding[tokens].astype(np.float32) + self.positions[first : first + L]).reshape(B * L, -1)
+        x = (self.embedding[tokens] + self.positions[first : first + L]).reshape(B * L, -1)
         for i, (cache, (k, v)) in enumerate(zip(caches, remembered, strict=True)):
             layer = f"decoder/layer_{i}"
             y = self.layer_norm(x, layer + "/self_attention/layer_norm")
@@ -231,7 +231,7 @@ class Whisper:
     def candidates(self, hidden, n, allowed):
         """The n likeliest next tokens of B texts, (B, n), by the vectors (B, C) of their last ones, and the logarithms
         of their probabilities: the softmax of the scores of such a vector with all tokens."""
-        p = linear(hidden, self.embedding)
+        p = linear(hidden, self.narrow_embedding) if len(hidden) > 1 else hidden @ self.embedding.T
         softmax(p, mask=allowed, out=p)
         best = np.argpartition(p, -n)[:, -n:]
         with np.errstate(divide="ignore"):  # of what is all but impossible
