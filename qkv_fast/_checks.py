@@ -36,7 +36,9 @@ def _broadcast(where: str, **arrays: Array) -> tuple[int, ...]:
 def _as_array(name: str, x: Any, where: str = "attention") -> Array:
     """x as an array; of the subclasses of ndarray only those that mean the same by multiplication and by a value."""
     if isinstance(x, np.ma.MaskedArray):
-        fill = False if x.dtype == bool else 0
+        fill: Any = False if x.dtype == bool else 0
+        if name.startswith("lse"):  # of a row without keys
+            fill = "-numpy.inf"
         raise TypeError(f"{where}: {name} is a masked array, whose mask would be lost; pass {name}.filled({fill})")
     if isinstance(x, np.matrix):
         raise TypeError(f"{where}: {name} is a numpy.matrix; pass numpy.asarray({name})")
@@ -46,6 +48,15 @@ def _as_array(name: str, x: Any, where: str = "attention") -> Array:
         raise ValueError(f"{where}: {name} is no array: {error}") from None
     except (TypeError, RuntimeError) as error:  # what torch says of tensors that NumPy cannot have
         raise TypeError(f"{where}: {name}: NumPy cannot read this {_kind_of(x)}{_way_out(name, x)} ({error})") from None
+
+
+def _restated(x: Any) -> str:
+    """What was given, in short: of an array its shape."""
+    shape = getattr(x, "shape", None)
+    if isinstance(shape, tuple) and shape:
+        return f"{_kind_of(x)} of shape {tuple(shape)}"
+    text = repr(x)
+    return text if len(text) <= 80 else f"{text[:60]} …"
 
 
 def _kind_of(x: Any) -> str:
@@ -113,12 +124,13 @@ def _check_narrower(where: str, given: dict[str, Array]) -> None:
         raise TypeError(f"{where}: {other} must have {name}'s type or a narrower one, got {b.dtype} for {a.dtype}")
 
 
-def _check_types(where: str, q: Array, k: Array, v: Array) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
+def _check_types(where: str, q: Array, k: Array, **values: Array) -> None:
+    for name, x in {"q": q, "k": k, **values}.items():
         _check_type(where, name, x)
-    if k.dtype.num != v.dtype.num:
-        raise TypeError(f"{where}: k and v must have one type, got {k.dtype} and {v.dtype}")
-    _check_narrower(where, {"q": q, "k and v": k})
+    for v in values.values():
+        if k.dtype.num != v.dtype.num:
+            raise TypeError(f"{where}: k and v must have one type, got {k.dtype} and {v.dtype}")
+    _check_narrower(where, {"q": q, "k and v" if values else "k": k})
 
 
 def _check_axes(where: str, heads_first: bool, **arrays: Array) -> None:
@@ -150,12 +162,12 @@ def _more_axes(first: str, q: Array, name: str, x: Array, heads_first: bool) -> 
 
 
 def _check_fit(
-    where: str, q: Array, k: Array, v: Array, heads: tuple[int, ...], lengths: tuple[int, int], *, packed: bool = False
+    where: str, arrays: dict[str, Array], heads: tuple[int, ...], lengths: tuple[int, int], *, packed: bool = False
 ) -> None:
-    """Dimensions, the heads of q, k and v, and the lengths of k and v."""
+    """Dimensions, the heads of q, k and v, and the lengths of k and v; of q and k alone if no v is given."""
     q_heads, k_heads, v_heads = heads
     len_k, len_v = lengths
-    arrays = {"q": q, "k": k, "v": v}
+    q, k, v = arrays["q"], arrays["k"], arrays.get("v", arrays["k"])
     if k.shape[-1] != q.shape[-1]:
         _fail_shapes(where, f"k has dimension {k.shape[-1]}, q has {q.shape[-1]}", **arrays)
     if len_v != len_k:
@@ -221,17 +233,34 @@ _OTHERS = {
     "return_residual": ("return_lse", "return_lse="),
     "s_aux": ("sinks", "sinks="),
 }
+# Words of some questions, for the others.
+_OF_QUESTIONS = {
+    "cu_seqlens_q": "weights and pooled take no packed sequences: ask for each of them, with layout='blhd'",
+    "lse": "received, weights, pooled and influence take it; without it the answer is the same",
+    "output": "influence takes it; without it the answer is the same",
+    "queries": "received and weights take it; others are asked about q[..., queries, :] with q_positions",
+    "keys": "weights takes it",
+    "groups": "influence takes it",
+    "v": "influence takes it; other questions are about q and k alone",
+    "return_lse": "attention has it",
+}
+_OF_QUESTIONS["cu_seqlens_k"] = _OF_QUESTIONS["cu_seqlens_q"]
 _EVERYTHING = (
     "mask bias causal window q_offset q_positions q_lengths kv_lengths kv_starts segments alibi_slopes sinks softcap "
     "scale return_lse"
 )
 
 
-def _fail_words(where: str, words: dict[str, Any], has: str = _EVERYTHING) -> NoReturn:
-    """For arguments that a function has no parameter for; `has` are its parameters that others have a word for."""
+def _fail_words(
+    where: str, words: dict[str, Any], has: str = _EVERYTHING, hints: dict[str, str] | None = None
+) -> NoReturn:
+    """For arguments that a function has no parameter for; `has` are its parameters that others have a word for, and
+    `hints` say what is to be said of some words instead."""
     name = next(iter(words))
     ours, text = _OTHERS.get(name, ("", ""))
-    if name in _EVERYTHING.split():
+    if hints and name in hints:
+        known = f"; {hints[name]}"
+    elif name in _EVERYTHING.split():
         known = "; attention has it"
     elif text:
         known = f"; here it is {text}" if {*ours.split()} <= {*has.split()} else f"; attention has it, as {text}"

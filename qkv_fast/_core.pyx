@@ -305,7 +305,7 @@ cpdef cnp.ndarray empty(str where, tuple shape, int number):
         for i in range(n):
             dims[i] = shape[i]
         return cnp.PyArray_EMPTY(n, dims, number, 0)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise OverflowError(f"{where}: a result of shape {shape} is too large for any array") from None
 
 

@@ -103,6 +103,9 @@ def overlaps(p: Problem, out: Array) -> bool:
     return p.extras is not None and p.extras.overlaps(out)
 
 
+NO_VALUES = object()  # for v: what is asked about weights alone has none, and no error speaks of them
+
+
 def check(
     where: str, q: Any, k: Any, v: Any, mask: Any, bias: Any, causal: Any, window: Any, q_offset: Any, q_positions: Any,
     q_lengths: Any, kv_lengths: Any, kv_starts: Any, segments: Any, alibi_slopes: Any, sinks: Any, softcap: Any, scale:
@@ -115,11 +118,12 @@ def check(
         q = _as_array("q", q, where)
     if type(k) is not np.ndarray:
         k = _as_array("k", k, where)
+    values = v is not NO_VALUES
     if type(v) is not np.ndarray:
-        v = _as_array("v", v, where)
+        v = _as_array("v", v, where) if values else k[..., :0] if k.ndim else k
     dtype = q.dtype
     if not (dtype is k.dtype and dtype is v.dtype and dtype.num in _TYPES):  # the usual case, in short
-        _check_types(where, q, k, v)
+        _check_types(where, q, k, **({"v": v} if values else {}))
 
     # Shapes: heads and lengths by layout, the axes left of them broadcast.
     q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
@@ -136,10 +140,10 @@ def check(
         len_q, len_k, len_v = q_shape[0], k_shape[0], v_shape[0]
         shape, rows = (len_q, v_shape[1]), (len_q,)
     else:
-        _check_axes(where, heads_first, q=q, k=k, v=v)
+        _check_axes(where, heads_first, **_arrays(q, k, v, values))
         batch = q_shape[:-3]
         if not batch == k_shape[:-3] == v_shape[:-3]:
-            batch = _broadcast(where, q=q, k=k, v=v)
+            batch = _broadcast(where, **_arrays(q, k, v, values))
         if heads_first:
             q_heads, len_q = q_shape[-3:-1]
             k_heads, len_k = k_shape[-3:-1]
@@ -161,7 +165,7 @@ def check(
         or dim > _core.MAX_DIM
         or v_shape[-1] > _core.MAX_DIM
     ):  # then it says which
-        _check_fit(where, q, k, v, (q_heads, k_heads, v_heads), (len_k, len_v))
+        _check_fit(where, _arrays(q, k, v, values), (q_heads, k_heads, v_heads), (len_k, len_v))
 
     # The usual values first: what they skip is 0.1 us each, of 5 that the smallest call takes.
     scale = (dim**-0.5 if dim else 1.0) if scale is None else _scale_of(where, scale, dim)
@@ -187,6 +191,10 @@ def check(
     )
 
 
+def _arrays(q: Array, k: Array, v: Array, values: bool) -> dict[str, Array]:
+    return {"q": q, "k": k, "v": v} if values else {"q": q, "k": k}
+
+
 def check_ragged(
     where: str, q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, mask: Any, bias: Any, causal: Any, window:
     Any, q_offset: Any, q_positions: Any, kv_lengths: Any, segments: Any, alibi_slopes: Any, sinks: Any, softcap: Any,
@@ -195,12 +203,15 @@ def check_ragged(
     """The problem of packed sequences (tokens, heads, dim)."""
     if words:
         _fail_words(where, words)
-    q, k, v = _as_array("q", q, where), _as_array("k", k, where), _as_array("v", v, where)
-    _check_types(where, q, k, v)
+    values = v is not NO_VALUES
+    q, k = _as_array("q", q, where), _as_array("k", k, where)
+    v = _as_array("v", v, where) if values else k[..., :0] if k.ndim else k
+    _check_types(where, q, k, **({"v": v} if values else {}))
+    arrays = _arrays(q, k, v, values)
     if not q.ndim == k.ndim == v.ndim == 3:
-        _fail_shapes(where, "q, k, v must have 3 axes each, (tokens, heads, dim)", q=q, k=k, v=v)
+        _fail_shapes(where, f"{', '.join(arrays)} must have 3 axes each, (tokens, heads, dim)", **arrays)
     (total_q, heads, dim), total_k = q.shape, k.shape[0]
-    _check_fit(where, q, k, v, (heads, k.shape[1], v.shape[1]), (total_k, v.shape[0]), packed=True)
+    _check_fit(where, arrays, (heads, k.shape[1], v.shape[1]), (total_k, v.shape[0]), packed=True)
     q_starts, len_q, longest_q = _masks.check_starts(where, "cu_seqlens_q", cu_seqlens_q, total_q)
     k_starts, len_k, longest_k = _masks.check_starts(where, "cu_seqlens_k", cu_seqlens_k, total_k)
     if q_starts.size != k_starts.size:
@@ -283,6 +294,9 @@ def check_output(p: Problem, output: Any, name: str = "output") -> Array:
     return given
 
 
+OF_CACHES = "mask bias causal window alibi_slopes sinks softcap scale return_lse"  # as _fail_words takes it
+
+
 def check_newest(
     where: str, q: Any, batch: int, kv_heads: int, dim: int, dim_v: int, dtype: np.dtype[Any], stored: str | None,
     longest: int, mask: Any, bias: Any, causal: Any, window: Any, alibi_slopes: Any, sinks: Any, softcap: Any,
@@ -291,7 +305,7 @@ def check_newest(
     """The problem of queries of the newest tokens of a cache, which stores `kv_heads` heads of `dtype` or `stored`, for
     up to `longest` tokens. q is heads-first in it, whatever the layout; keys, offsets and lengths are the cache's."""
     if words:
-        _fail_words(where, words, "mask bias causal window alibi_slopes sinks softcap scale return_lse")
+        _fail_words(where, words, OF_CACHES)
     if type(q) is not np.ndarray:
         q = _as_array("q", q, where)
     if stored:

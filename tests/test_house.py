@@ -71,7 +71,7 @@ IMPORTS = {
     "scripts/*.py": PUBLIC,
     "qkv_fast/integrations/threadpoolctl.py": f"{PUBLIC} _threadpoolctl",
     "qkv_fast/integrations/*.py": PUBLIC,
-    "qkv_fast/plot/*.py": f"{PUBLIC} _help",
+    "qkv_fast/plot/*.py": f"{PUBLIC} _checks _help",
     "qkv_fast/_help.py": "",
     "qkv_fast/__init__.py": "*",
     "qkv_fast/__main__.py": PUBLIC,

@@ -13,6 +13,7 @@ from .. import _core, _problem
 from .._checks import (
     _FLOAT32,
     _FLOAT64,
+    _OF_QUESTIONS,
     Array,
     _arithmetic,
     _as_array,
@@ -20,6 +21,7 @@ from .._checks import (
     _check_out,
     _check_type,
     _fail_shapes,
+    _fail_words,
     _per_sequence,
 )
 from .._core import Problem
@@ -202,6 +204,8 @@ def _place(p: Problem, keys: Keys, tokens: Tokens) -> None:
 def ask_newest(where: str, held: Held, q: Any, lengths: Any, *arguments: Any) -> Problem:
     """The problem of a question; `arguments` are the others of _newest."""
     form, tokens, find, limit, keep = held
+    if words := arguments[-1]:
+        _fail_words(where, words, _problem.OF_CACHES, _OF_QUESTIONS)
     p, queries = _newest(where, form, tokens, limit, 0, q, lengths, *arguments)
     p.heads_first, p.shape = True, (*p.rows, 0)
     keys = find(where, p.left, queries, False)

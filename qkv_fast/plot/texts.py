@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from .._checks import _as_array
 from . import _given
 from ._given import Array
 
 _LIMIT = 30_000_000  # bytes of a page
 _COLUMNS = 20  # of the longest bar of plain text
+_WHOLE = 1.001  # a weight of 1, rounded
 _SHOWN, _NAMED = 8, 3  # the heaviest words of a spotlight: as plain text, and beside the text
 _HEAD = """<!doctype html>
 <html lang="en">
@@ -68,7 +70,7 @@ class LitText:
 
     def _repr_html_(self) -> str:
         """What Jupyter shows: elements with a name of their own, since a notebook may have several."""
-        row, whole, joints = self._row(), self._whole(), _joints(self.pieces)
+        row, whole, joints = self._row(), self._whole(), _joints(self.pieces, not self._sentences)
         lit = row / row.max() if self._sentences and row.any() else np.sqrt(np.minimum(row, 1))
         spans = []
         for i, (text, joined) in enumerate(joints):
@@ -149,8 +151,8 @@ def spotlight(tokens: Any, weights: Any, query: Any = None) -> LitText:
     Raises
     ------
     TypeError, ValueError
-        No tokens or not strings; weights of another shape, negative or not finite; a query that is not there or occurs
-        more than once; a matrix too large for a page of 30 MB.
+        No tokens or not strings; weights of another shape, masked, negative, above 1 or not finite; a query that is not
+        there or occurs more than once; a matrix too large for a page of 30 MB.
 
     See Also
     --------
@@ -173,6 +175,8 @@ def spotlight(tokens: Any, weights: Any, query: Any = None) -> LitText:
     where = "plot.spotlight"
     pieces = _given.words(where, "tokens", tokens)
     weights = _checked(where, "weights", weights, pieces, (1, 2))
+    if weights.max() > _WHOLE:
+        raise ValueError(f"{where}: weights must be at most 1, got {weights.max()}; plot.strip shows other numbers")
     if weights.size * 16 / 3 > _LIMIT:
         raise ValueError(f"{where}: weights of {weights.shape} make a page of more than 30 MB; plot.zoom shows so many")
     if query is None:
@@ -238,7 +242,7 @@ def strip(sentences: Any, received: Any) -> LitText:
 def _checked(where: str, name: str, given: Any, pieces: list[str], axes: tuple[int, ...]) -> Array:
     if not pieces:
         raise ValueError(f"{where}: a picture of nothing: no tokens and no sentences were given")
-    array = np.asarray(given)
+    array = _as_array(name, given, where)
     if array.dtype.kind not in "fiu" and not _is_bfloat16(array):
         raise TypeError(f"{where}: {name} must be numbers, got {array.dtype}")
     array = array.astype(np.float64)
@@ -254,12 +258,13 @@ def _is_bfloat16(array: Array) -> bool:
     return array.dtype.name == "bfloat16"
 
 
-def _joints(pieces: list[str]) -> list[tuple[str, bool]]:
-    """The texts of word pieces, and whether each is joined to the one before."""
-    spaced = any(piece.startswith(("Ġ", "▁")) for piece in pieces)  # then a piece without this mark is joined
+def _joints(pieces: list[str], words: bool) -> list[tuple[str, bool]]:
+    """The texts of word pieces, and whether each is joined to the one before; sentences, not `words`, have no marks."""
+    # Then a piece without this mark is joined.
+    spaced = words and any(piece.startswith(("Ġ", "▁")) for piece in pieces)
     shown = []
     for piece in pieces:
-        joined = piece.startswith("##") and len(piece) > 2
+        joined = words and piece.startswith("##") and len(piece) > 2
         text = piece[2:] if joined else piece
         if spaced:
             joined = not piece.startswith(("Ġ", "▁"))

@@ -12,12 +12,13 @@ import math
 import zlib
 from html import escape
 from importlib import resources
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Never
 
 import numpy as np
 
 import qkv_fast
 
+from .._checks import _fail_words
 from .._help import documented
 from . import _given
 from ._given import Array
@@ -73,6 +74,7 @@ def zoom(
     softcap: float | None = None,
     scale: float | None = None,
     num_threads: int | None = None,
+    **words: Never,
 ) -> None:
     """Write one HTML page in which the map of a head is zoomed, from the whole down to single weights.
 
@@ -132,6 +134,10 @@ def zoom(
     >>> plot.zoom(q, k, "map.html", causal=True)  # doctest: +SKIP
     """
     where = "plot.zoom"
+    if words:
+        _fail_words(where, words)
+    if not isinstance(title, str):
+        raise TypeError(f"{where}: title must be a string, got {title!r}")
     q, k = _given.head(where, q, k)
     shown = _given.axes(where, tokens, len(q), len(k))
     path = _given.target(where, path)

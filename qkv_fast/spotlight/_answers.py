@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from .. import _problem
-from .._checks import Array, _index
+from .._checks import Array, _index, _restated
 from .._core import Problem
 from . import _ask, _select
 
@@ -29,7 +29,7 @@ def entropy(p: Problem) -> Array:
 def top_keys(p: Problem, n: Any) -> tuple[Array, Array]:
     count = _index(n) if not isinstance(n, (bool, np.bool_)) else None
     if count is None:
-        raise TypeError(f"{p.where}: n must be an integer, got {n!r}")
+        raise TypeError(f"{p.where}: n must be an integer, got {_restated(n)}{_no_values(n)}")
     if count < 1:
         raise ValueError(f"{p.where}: n must be at least 1, got {count}")
     shape = (*p.rows, count)
@@ -127,8 +127,14 @@ def pooled(p: Problem, shape: Any, reduce: Any, lse: Any) -> Array:
     return _ask.answer(p, _OF_CELLS[reduce], (*p.rows[:-1], rows, columns), lse=lse, normalisers=normalisers)
 
 
+def _no_values(given: Any) -> str:
+    """For a third argument that looks like the third one of attention."""
+    several = isinstance(given, np.ndarray) and given.ndim > 1
+    return "; was it v? Only influence takes values" if several else ""
+
+
 def _cells(where: str, shape: Any) -> tuple[int, int]:
-    wrong = f"{where}: shape must be two integers, of rows and columns, got {shape!r}"
+    wrong = f"{where}: shape must be two integers, of rows and columns, got {_restated(shape)}{_no_values(shape)}"
     try:
         sizes = tuple(shape)
     except TypeError:

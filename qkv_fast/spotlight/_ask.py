@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from .. import _core, _problem
-from .._checks import Array, _as_array
+from .._checks import _EVERYTHING, _OF_QUESTIONS, Array, _fail_words
 from .._core import Problem
 from .._problem import result_type
 
@@ -13,12 +13,12 @@ from .._problem import result_type
 def check(
     where: str, q: Any, k: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, mask: Any, bias: Any, causal: Any, window: Any,
     q_offset: Any, q_positions: Any, q_lengths: Any, kv_lengths: Any, kv_starts: Any, segments: Any, alibi_slopes: Any,
-    sinks: Any, softcap: Any, scale: Any, layout: Any, num_threads: Any, words: dict[str, Any], v: Any = None,
+    sinks: Any, softcap: Any, scale: Any, layout: Any, num_threads: Any, words: dict[str, Any],
+    v: Any = _problem.NO_VALUES,
 ) -> Problem:  # fmt: skip
     """The problem of arrays, or of packed sequences; unless they are given, its values have no elements."""
-    if v is None:
-        k = _as_array("k", k, where)
-        v = k[..., :0] if k.ndim else k
+    if words:
+        _fail_words(where, words, _EVERYTHING, _OF_QUESTIONS)
     return _problem.check_any(
         where, q, k, v, cu_seqlens_q, cu_seqlens_k, mask, bias, causal, window, q_offset, q_positions, q_lengths,
         kv_lengths, kv_starts, segments, alibi_slopes, sinks, softcap, scale, layout, num_threads, words,
@@ -40,10 +40,19 @@ def answer(
     """What the core says, an array of this shape."""
     # All of rows is written, but for those past q_lengths; of weights not those of hidden keys.
     whole = question == "rows" and (p.extras is None or p.extras.queries is None)
-    result = (np.empty if whole else np.zeros)(shape, result_type(p))
+    wide = result_type(p)
+    result = _core.empty(p.where, shape, wide.num) if whole else zeros(p, shape, wide)
     number = _core.QUESTIONS[question]
     _core.forward(p, p.empty() if out is None else out, lse, number, result, keys, normalisers, first_key)
     return result
+
+
+def zeros(p: Problem, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Of pages that are taken when they are written."""
+    try:
+        return np.zeros(shape, dtype)
+    except ValueError:
+        raise OverflowError(f"{p.where}: a result of shape {shape} is too large for any array") from None
 
 
 def empty_keys(p: Problem, shape: tuple[int, ...]) -> Array:

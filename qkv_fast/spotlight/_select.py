@@ -18,11 +18,15 @@ def indices(where: str, name: str, given: Any, length: int) -> Array:
             return np.arange(length)[given]
         except TypeError:
             raise TypeError(f"{where}: {name} must be a slice of integers, got {given!r}") from None
+        except ValueError:
+            raise ValueError(f"{where}: {name} must be a slice whose step is not 0, got {given!r}") from None
     array = _as_array(name, given, where)
     if array.dtype.kind not in "iu" and not (array.size == 0 and isinstance(given, (list, tuple))):
-        raise TypeError(f"{where}: {name} must be a slice or integers, got {array.dtype}")
+        way_out = f"; pass numpy.flatnonzero({name})" if array.dtype == bool and array.ndim == 1 else ""
+        raise TypeError(f"{where}: {name} must be a slice or integers, got {array.dtype}{way_out}")
     if array.ndim != 1:
-        raise ValueError(f"{where}: {name} must have one axis, got shape {array.shape}")
+        way_out = "" if array.ndim else f"; pass {name}=[{array}] for this one, or a slice"
+        raise ValueError(f"{where}: {name} must have one axis, got shape {array.shape}{way_out}")
     if np.any(wrong := (array < -length) | (array >= length)):
         raise ValueError(f"{where}: {name} must be in {-length}..{length - 1}, got {array[wrong][0]}")
     array = array.astype(np.int64)

@@ -12,6 +12,8 @@ from .._core import Problem
 from .._help import documented
 from . import _ask
 
+_MOST_GROUPS = 2**48  # of a head; their sums would not fit in any memory
+
 
 @documented
 def influence(
@@ -157,7 +159,7 @@ def _members(p: Problem, given: Any) -> tuple[int, Array, Array | None]:
         raise ValueError(f"{p.where}: groups must have the shape ({count},), one for each key, got {groups.shape}")
     if groups.size and groups.min() < -1:
         raise ValueError(f"{p.where}: groups must be -1 (none) or more, got {groups.min()}")
-    if groups.size and groups.max() >= 2**62:
+    if groups.size and groups.max() >= _MOST_GROUPS:
         raise OverflowError(f"{p.where}: groups are too many, got {groups.max()}")
     groups = groups.astype(np.int64)
     total = int(groups.max(initial=-1)) + 1
@@ -184,7 +186,7 @@ def _of_groups(
     parts = (*p.rows[:-1], _core.PARTS, total)
     if members_of is not None:
         parts = (members_of.size - 1, *parts)
-    sums = np.zeros(parts)
+    sums = _ask.zeros(p, parts, np.float64)
     if sums.size:
         number = _core.QUESTIONS["groups"]
         _core.forward(p, output, lse, number, sums, None, normalisers, 0, members, members_of)

@@ -99,6 +99,13 @@ def test_word_pieces_are_joined(pieces, text):
     assert re.sub("<.*?>", "", paragraph) == text
 
 
+def test_sentences_have_no_marks():
+    """A heading of Markdown is one, and joins nothing."""
+    pieces = ["## Title", "##", "▁ is a bar.", "Ġ is none."]
+    (paragraph,) = re.findall("<p>(.*?)</p>", plot.strip(pieces, np.zeros(4))._repr_html_())
+    assert re.sub("<.*?>", "", paragraph) == " ".join(pieces)
+
+
 def test_no_links_and_escaped(tmp_path):
     plot.spotlight(["</script>", "<i>", "&amp;"], np.eye(3)).save(tmp_path / "text.html")
     text = (tmp_path / "text.html").read_text(encoding="utf-8")
@@ -132,6 +139,7 @@ def test_query():
         (TOKENS, MATRIX, 6, r"query must be in -6..5, got 6"),
         (TOKENS, MATRIX, "dog", r"query 'dog' is not one of the tokens"),
         (["a", "b", "a"], np.eye(3), "a", r"query 'a' is at \[0, 2\]: give one of these"),
+        (["a", "b"], [0.5, 1.5], None, "weights must be at most 1, got 1.5; plot.strip shows other numbers"),
         (["a"] * 2400, np.broadcast_to(0.1, (2400, 2400)), 0, r"weights of \(2400, 2400\) make a page of more"),
     ],
 )
@@ -146,6 +154,7 @@ def test_values(tokens, weights, query, message):
         ("text", MATRIX[0], None, "tokens must be a sequence of strings, got 'text'"),
         (["a", 1], [0, 1], None, "tokens must be strings, got 1 at 1"),
         (["a", "b"], ["x", "y"], None, "weights must be numbers, got <U1"),
+        (["a", "b"], np.ma.array([0.5, 0.5], mask=[0, 1]), None, "weights is a masked array, whose mask would be lost"),
         (["a", "b"], [0, 1], 0.5, "query must be an index or a word, got 0.5"),
         (["a", "b"], [0, 1], True, "query must be an index or a word, got True"),
     ],
@@ -158,6 +167,8 @@ def test_kinds(tokens, weights, query, message):
 def test_errors_of_strips_and_paths(tmp_path):
     with pytest.raises(ValueError, match=r"plot.strip: received must be of shape \(2,\), .* got \(2, 2\)"):
         plot.strip(["a", "b"], np.eye(2))
+    with pytest.raises(TypeError, match=r"plot.strip: received is a masked array"):
+        plot.strip(["a", "b"], np.ma.array([1, 2], mask=[1, 0]))
     with pytest.raises(ValueError, match=r"plot.LitText.save: no file can be written at path="):
         plot.strip(["a"], [1]).save(tmp_path / "none" / "x.html")
     with pytest.raises(TypeError, match=r"plot.LitText.save: path must be a path, got None"):

@@ -236,6 +236,19 @@ def test_wheel_drag_and_keys(browser, large):
     assert browser.troubles() == []
 
 
+@pytest.mark.parametrize("width", [320, 500, 1000])
+def test_the_hint_is_whole(browser, large, width):
+    """It takes more lines where there is no room for one."""
+    browser("Emulation.setDeviceMetricsOverride", width=width, height=700, deviceScaleFactor=1, mobile=False)
+    try:
+        opened(browser, large[2])
+        read = "(({ clientHeight, scrollHeight, textContent }) => [clientHeight, scrollHeight, textContent])"
+        room, wanted, said = browser.run(f"{read}(document.querySelector('output'))")
+    finally:
+        browser("Emulation.clearDeviceMetricsOverride")
+    assert said.endswith("the pointer reads") and wanted <= room
+
+
 def test_touch_pinch(browser, large):
     """Two fingers that part by a factor zoom by it."""
     _, _, path = large
@@ -297,6 +310,8 @@ def test_values(tmp_path, given, message):
 @pytest.mark.parametrize(
     "given, message",
     [
+        ({"title": None}, r"plot.zoom: title must be a string, got None"),
+        ({"is_causal": True}, r"plot.zoom\(\) got an unexpected keyword argument 'is_causal'; here it is causal=True"),
         ({"path": 3}, r"path must be a path, got 3"),
         ({"tokens": "abcde"}, r"tokens must be a sequence of strings, got 'abcde'"),
         ({"tokens": [1, 2, 3, 4, 5]}, r"tokens must be strings, got 1 at 0"),

@@ -191,6 +191,7 @@ def test_groups_of_packed_sequences():
         (ValueError, r"groups must have the shape \(9,\), .* got \(8,\)", np.zeros(8, int)),
         (ValueError, "groups must be -1 .*, got -2", np.full(9, -2)),
         (OverflowError, "groups are too many", np.full(9, 2**63 - 1)),
+        (OverflowError, "groups are too many", np.full(9, 2**61)),
     ],
 )
 def test_groups_that_are_none(error, words, groups):

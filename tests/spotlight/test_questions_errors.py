@@ -1,11 +1,12 @@
 """What questions refuse says what was given; they leave their inputs alone, and stop where memory ends."""
 
 import itertools
+import re
 import sys
 
 import numpy as np
 import pytest
-from _questions import ALL, RAGGED, ask
+from _questions import ALL, RAGGED, arrays_of, ask
 from _util import child_says, no_change, qkv, same_bits
 
 import qkv_fast
@@ -49,8 +50,16 @@ PACKED = dict(cu_seqlens_q=[0, 5], cu_seqlens_k=[0, 9])
         ("pooled", ValueError, "reduce must be 'mean' or 'max', got 'sum'", dict(reduce="sum")),
         ("pooled", TypeError, "reduce must be 'mean' or 'max', got None", dict(reduce=None)),
         ("pooled", ValueError, r"lse must have the shape", dict(lse=LSE[0])),
+        ("top_keys", TypeError, r"n must be an integer, got .* of shape \(2, 2, 9, 16\); was it v\? Only", dict(n=K)),
+        ("pooled", TypeError, r"shape must be .*, got .* of shape \(2, 2, 9, 16\); was it v\? Only", dict(shape=K)),
+        ("top_keys", TypeError, r"n must be an integer, got \[\[\[.{57} …$", dict(n=K.tolist())),
+        ("top_keys", OverflowError, r"a result of shape \(2, 4, 5, 9223372036854775808\) is too", dict(n=2**63)),
+        ("received", ValueError, r"queries must have one axis, got shape \(\); pass queries=\[3\]", dict(queries=3)),
+        ("weights", TypeError, r"keys must be .* got bool; pass numpy.flatnonzero\(keys\)", dict(keys=[True] * 9)),
+        ("weights", ValueError, "keys must be a slice whose step is not 0, got", dict(keys=slice(None, None, 0))),
+        ("received", TypeError, r"lse is a masked .*; pass lse.filled\(-numpy.inf\)", dict(lse=np.ma.array(LSE))),
     ],
-    ids=str,
+    ids=lambda x: str(x)[:60],
 )
 def test_arguments_of_their_own(name, error, words, options):
     with pytest.raises(error, match=rf"^spotlight\.{name}: {words}"):
@@ -79,7 +88,7 @@ def test_errors_are_attentions(name, error, words, options):
     [
         (TypeError, "packed sequences need both", dict(cu_seqlens_q=[0, 5])),
         (ValueError, "take no layout, got 'blhd'", dict(PACKED, layout="blhd")),
-        (ValueError, "q, k, v must have 3 axes each", PACKED),
+        (ValueError, "q, k(, v)? must have 3 axes each", PACKED),
     ],
     ids=str,
 )
@@ -90,8 +99,30 @@ def test_errors_of_packed_sequences(name, error, words, options):
 
 @pytest.mark.parametrize("name", ["weights", "pooled"])
 def test_the_matrix_is_not_for_packed_sequences(name):
-    with pytest.raises(TypeError, match=rf"^spotlight\.{name}\(\).* unexpected keyword argument 'cu_seqlens_q'"):
+    message = "unexpected keyword argument 'cu_seqlens_q'; .* ask for each of them, with layout='blhd'$"
+    with pytest.raises(TypeError, match=rf"^spotlight\.{name}\(\).* {message}"):
         ask(name, Q, K, **PACKED)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_arguments_of_other_questions(name):
+    """They say whose they are."""
+    own = dict(received="lse queries", weights="lse queries keys", pooled="lse", influence="lse output groups v")
+    words = dict(lse="received, weights", output="influence", queries="received and", keys="weights", v="influence")
+    for word in words.keys() - set(own.get(name, "").split()):
+        message = f"got an unexpected keyword argument '{word}'; {words[word]}.* take"
+        with pytest.raises(TypeError, match=rf"^spotlight\.{name}\(\) {message}"):
+            getattr(spotlight, name)(*arrays_of(name, Q, K), **{word: 1})
+
+
+@pytest.mark.parametrize("name", sorted({*ALL} - {"influence"}))
+def test_no_error_speaks_of_values(name):
+    """Which questions about weights do not have."""
+    odd = (Q, K[..., 1:]), (Q[:, :3], K), (Q[0, 0], K), (Q[0], K), (Q, K.astype("f8")), (Q, np.repeat(K[:1], 3, axis=0))
+    for q, k in odd:
+        with pytest.raises((TypeError, ValueError)) as error:
+            ask(name, q, k)
+        assert not re.search(r"\bv\b", str(error.value)), error.value
 
 
 @pytest.mark.parametrize("name", ALL)
