@@ -473,14 +473,18 @@ static void answer_groups(qkv_call *job, int64_t task, int worker)
     const qkv_problem *p = job->problem;
     const qkv_plan *plan = job->plan;
     int64_t sequence = task / QKV_PARTS / plan->heads, head = task / QKV_PARTS % plan->heads, part = task % QKV_PARTS;
-    int64_t tiles = qkv_tiles_of(p, plan, sequence), each = (tiles + QKV_PARTS - 1) / QKV_PARTS;
+    /* Its tiles are those that the sequence has alone, however long others are: in this order its queries are summed. */
+    int64_t queries = qkv_queries(p, sequence), panels = (queries + plan->kernels->lanes - 1) / plan->kernels->lanes;
+    int64_t rows = qkv_max(1, qkv_min(plan->tile_panels, (panels + QKV_PARTS - 1) / QKV_PARTS)) * plan->kernels->lanes;
+    int64_t tiles = (queries + rows - 1) / rows, each = (tiles + QKV_PARTS - 1) / QKV_PARTS;
     const qkv_members *first = p->members + (p->members_of ? p->members_of[sequence] : 0);
     const qkv_members *last = p->members + (p->members_of ? p->members_of[sequence + 1] : p->n_members);
     double *sums = (double *)p->answer + task * p->answer_n;
     for (int64_t tile = part * each; tile < qkv_min(tiles, (part + 1) * each); tile++) {
         qkv_query_tile t;
-        qkv_open_tile(&t, p, plan, sequence, head, qkv_tile_rows(p, plan, sequence, tile), (qkv_range){0, p->len_k}, job->summary,
-                      job->scratch[worker] + sizeof(qkv_counters), (qkv_counters *)job->scratch[worker]);
+        qkv_open_tile(&t, p, plan, sequence, head, (qkv_range){tile * rows, qkv_min((tile + 1) * rows, queries)},
+                      (qkv_range){0, p->len_k}, job->summary, job->scratch[worker] + sizeof(qkv_counters),
+                      (qkv_counters *)job->scratch[worker]);
         qkv_begin_groups(&t);
         for (const qkv_members *run = first, *end; run < last; run = end) {
             for (end = run + 1; end < last && end->group == run->group;)

@@ -429,6 +429,7 @@ void qkv_write_heavy(const qkv_query_tile *t)
             if (key < 0)
                 continue;
             /* A log-sum-exp that is not theirs may make several keys heavy, in several tasks: the last one counts. */
+            /* An array of int64_t is shared as atomic ones, which have its size and alignment where they need no lock. */
             _Atomic int64_t *to = (_Atomic int64_t *)p->answer_keys + qkv_result_index(p, t->plan, t->sequence, t->head, &r);
             int64_t was = atomic_load_explicit(to, memory_order_relaxed);
             while (was < key && !atomic_compare_exchange_weak(to, &was, key))

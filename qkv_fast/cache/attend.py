@@ -201,15 +201,23 @@ def _place(p: Problem, keys: Keys, tokens: Tokens) -> None:
         p.lengths = tokens.lengths
 
 
-def ask_newest(where: str, held: Held, q: Any, lengths: Any, *arguments: Any) -> Problem:
-    """The problem of a question; `arguments` are the others of _newest."""
+def ask_newest(
+    where: str, held: Held, q: Any, lengths: Any, *arguments: Any, values: bool = False
+) -> Problem:
+    """The problem of a question, with or without values; `arguments` are the others of _newest."""
     form, tokens, find, limit, keep = held
     if words := arguments[-1]:
         _fail_words(where, words, _problem.OF_CACHES, _OF_QUESTIONS)
-    p, queries = _newest(where, form, tokens, limit, 0, q, lengths, *arguments)
-    p.heads_first, p.shape = True, (*p.rows, 0)
+    dim_v = form.dim_v if values else 0
+    p, queries = _newest(where, form, tokens, limit, dim_v, q, lengths, *arguments)
+    p.heads_first, p.shape = True, (*p.rows, dim_v)
+    if values and _beyond(p, tokens, keep):
+        raise ValueError(
+            f"{where}: a ring that keeps its first {keep} tokens beyond its window has no values at hand in one order; "
+            "received says what weight its tokens have, and a ring without keep=, a slab and pages have influence"
+        )
     keys = find(where, p.left, queries, False)
-    p.k, p.v = keys.k, keys.k[..., :0]
+    p.k, p.v = keys.k, keys.v if values else keys.k[..., :0]
     if kept := _beyond(p, tokens, keep):
         p.extras = (p.extras or Extras())._replace(kept=kept)
     _place(p, keys, tokens)

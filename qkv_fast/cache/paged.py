@@ -562,8 +562,8 @@ class PagedKVCache(PagedQuestions):
             scale, layout, return_lse, out, num_threads, words, tree,
         )  # fmt: skip
 
-    def _ask(self, where: str, sequences: Any, q: Any, *arguments: Any) -> Problem:
-        return ask_newest(where, self._held(where, sequences), q, *arguments)
+    def _ask(self, where: str, sequences: Any, q: Any, *arguments: Any, values: bool = False) -> Problem:
+        return ask_newest(where, self._held(where, sequences), q, *arguments, values=values)
 
     def _held(self, where: str, sequences: Any) -> Held:
         chosen = self._check(where, sequences)

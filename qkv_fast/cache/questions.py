@@ -1,6 +1,7 @@
 """The questions of spotlight as methods of a KVCache, which makes a problem of what they are called with."""
 
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, Never
 
 from .._checks import Array
@@ -369,3 +370,69 @@ class Questions:
             num_threads, words,
         )  # fmt: skip
         return _answers.pooled(p, shape, reduce, lse)
+
+    @documented
+    def influence(
+        self,
+        q: Any,
+        *,
+        groups: Any = None,
+        lengths: Any = None,
+        mask: Any = None,
+        bias: Any = None,
+        causal: bool = True,
+        window: int | tuple[int | None, int | None] | None = None,
+        alibi_slopes: Any = None,
+        sinks: Any = None,
+        softcap: float | None = None,
+        scale: float | None = None,
+        layout: str = "bhld",
+        num_threads: int | None = None,
+        **words: Never,
+    ) -> Array:
+        """How far the output of `attend` would move if a token, or a group of tokens, were hidden: for all at once.
+
+        The queries are those of the newest tokens, as in `attend`; see `qkv_fast.spotlight.influence`.
+
+        Parameters
+        ----------
+        <newest_q>
+        groups : array_like of int, shape (tokens,), optional
+            The group of each token, for as many as the longest sequence has, 0 to G - 1, or -1 for none; the same for
+            all sequences.
+        <asked>
+
+        Returns
+        -------
+        ndarray, shape (batch, Hq, tokens)
+            In units of the values, float32 (float64 for float64); 0 for tokens that nobody sees, as those
+            that a ring has forgotten.
+            With `groups` (batch, Hq, G).
+
+        Raises
+        ------
+        TypeError, ValueError, OverflowError, MemoryError
+            As in `attend`; also for `groups` that are no integers, below -1 or of another shape, and a ring with tokens
+            that it keeps beyond its window, whose values do not lie in one order.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import qkv_fast
+        >>> cache = qkv_fast.KVCache(1, 1, 1, capacity=9)
+        >>> tokens = np.array([0, 3, 9], "float32").reshape(1, 1, 3, 1)
+        >>> cache.append(np.zeros_like(tokens), tokens)
+        >>> cache.influence(np.zeros((1, 1, 1, 1), "float32"))[0, 0].round(3)  # of the mean 4 without one of them
+        array([2. , 0.5, 2.5], dtype=float32)
+        """
+        p = self._ask(
+            "KVCache.influence", q, lengths, mask, bias, causal, window, alibi_slopes, sinks,
+            softcap, scale, layout, num_threads, words, values=True,
+        )  # fmt: skip
+        return _answers.influence(p, groups)
+
+
+# What Python says of their arguments names the class that people know.
+for _method in vars(Questions).values():
+    if isinstance(_method, FunctionType):
+        _method.__qualname__ = f"KVCache.{_method.__name__}"

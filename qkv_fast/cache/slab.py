@@ -485,8 +485,8 @@ class KVCache(Questions):
             layout, return_lse, out, num_threads, words, tree,
         )  # fmt: skip
 
-    def _ask(self, where: str, q: Any, *arguments: Any) -> Problem:
-        return ask_newest(where, self._held(), q, *arguments)
+    def _ask(self, where: str, q: Any, *arguments: Any, values: bool = False) -> Problem:
+        return ask_newest(where, self._held(), q, *arguments, values=values)
 
     def _held(self) -> Held:
         _, _, reach, keep, form = self._geometry

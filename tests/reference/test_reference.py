@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from _util import normal
 
-from qkv_fast import reference
+from qkv_fast import reference, spotlight
 
 
 def by_hand(q, k, v, *, sees, scale):
@@ -139,3 +139,13 @@ def test_errors():
         reference.attention(q, q[:, :2], q[:, :2])
     with pytest.raises(ValueError, match="2-D"):
         reference.attention(q, q[0, 0], q)
+
+
+@pytest.mark.parametrize("bias", [1e30, -1e30, np.finfo("f4").min, 0.0])
+def test_entropy_of_a_bias_that_all_keys_have(bias):
+    """It is log n, however large the bias."""
+    q, k = np.zeros((2, 1), "f4"), np.zeros((5, 1), "f4")
+    got = reference.spotlight.entropy(q, k, bias=np.full((2, 5), bias, "f4"))
+    np.testing.assert_allclose(got.astype("f8"), np.log(5), rtol=1e-6)
+    np.testing.assert_allclose(spotlight.entropy(q, k, bias=np.full((2, 5), bias, "f4")), np.log(5), rtol=1e-6)
+    assert not np.signbit(reference.spotlight.entropy(q, k, mask=False)).any()

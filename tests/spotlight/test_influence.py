@@ -1,5 +1,7 @@
 """How far outputs move without a key or a group of keys: as with these hidden by a mask, and by the error rule."""
 
+import itertools
+
 import numpy as np
 import pytest
 from _compositions import CASES, poisoned, visible
@@ -180,6 +182,22 @@ def test_groups_of_packed_sequences():
         own = spotlight.influence(q[rows], k[keys], v[keys], groups=groups[keys], causal=True, layout="blhd")
         squares[:, : own.shape[1]] += own.astype("f8") ** 2
     np.testing.assert_allclose(got, np.sqrt(squares), rtol=1e-6)
+
+
+def test_groups_of_a_sequence_have_the_bits_that_it_has_alone():
+    """Whoever lies beside it: how its queries are shared out to sums is its own matter. In float64, which shows it."""
+    lengths = [70, 1, 2900, 333]
+    starts = np.cumsum([0, *lengths])
+    q, k, v = (x[0].swapaxes(0, 1) for x in qkv(10, "float64", batch=(1,), heads=(2, 1), lengths=(starts[-1],) * 2))
+    for b, (first, last) in enumerate(itertools.pairwise(starts)):
+        own = np.random.default_rng(b).integers(0, 3, last - first)
+        own[: 3 if last - first > 2 else 0] = [0, 1, 2][: last - first]
+        groups = np.full(starts[-1], -1)
+        groups[first:last] = own
+        options = dict(causal=True, num_threads=2)
+        got = spotlight.influence(q, k, v, groups=groups, cu_seqlens_q=starts, cu_seqlens_k=starts, **options)
+        one = slice(first, last)
+        same_bits(got, spotlight.influence(q[one], k[one], v[one], groups=own, layout="blhd", **options))
 
 
 @pytest.mark.parametrize(

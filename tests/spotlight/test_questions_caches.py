@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 from _quantised import QUANTISED, as_stored
-from _questions import OF_CACHES, ask, hold
+from _questions import OF_CACHES, ask, check_influence, hold
 from _util import ALL_TYPES, no_change, normal, same_bits
 
 from qkv_fast import KVCache, PagedKVCache, reference
@@ -245,6 +245,7 @@ ERRORS = {
     "word that has no sense": (dict(q_offset=1), TypeError, "unexpected keyword argument 'q_offset'; attention has it"),
 }  # fmt: skip
 OF_ONE = [
+    ("influence", dict(groups=[0, 1]), ValueError, r"groups must have the shape \(5,\), one for each key, got \(2,\)"),
     ("top_keys", dict(n=0), ValueError, "n must be at least 1, got 0"),
     ("received", dict(lse=np.zeros((2, 4, 2), "f4")), ValueError, r"lse must have the shape \(2, 4, 1\)"),
     ("received", dict(queries=[1]), ValueError, "queries must be in -1..0, got 1"),
@@ -294,6 +295,47 @@ def test_errors_of_rings_and_pages(name):
     for sequences, error, message in wrong:
         with pytest.raises(error, match=rf"^PagedKVCache\.{name}: .*{message}"):
             getattr(pool, name)(sequences, Q)
+
+
+def test_python_names_the_class():
+    for kind, cache, first in both():
+        with pytest.raises(TypeError, match=rf"^{kind}\.received\(\) missing 1 required positional argument: 'q'"):
+            cache.received(*first)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "kept"])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_influence(kind, dtype, tmp_path):
+    """Of tokens and of groups, sequences of any length with any number of queries: as of their arrays alone."""
+    lengths, counts, n = [300, 97, 1, 0, 212], [6, 3, 1, 0, 0], 300
+    rng = np.random.default_rng(1)
+    k, q = normal(rng, (5, 2, n, 24)), normal(rng, (5, 4, 6, 24), "float32" if dtype in QUANTISED else dtype)
+    q[0, 1] *= q.dtype.type(20)  # some keys have more than half the weight
+    mask, sinks = rng.random((5, 1, 6, n)) < 0.8, [0.5, 1, -np.inf, 2]
+    _, asked = filled(kind, k, lengths, dtype, tmp_path)
+    for groups in (None, rng.integers(-1, 4, n)):
+        got = asked("influence", q, groups=groups, lengths=counts, mask=mask, sinks=sinks, num_threads=1)
+        again = asked("influence", q, groups=groups, lengths=counts, mask=mask, sinks=sinks, num_threads=3)
+        same_bits(again, got)
+        for b, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+            if not count:
+                assert (got[b] == 0).all()
+                continue
+            stored = as_stored(k[b, :, :length], dtype)
+            own = limits(kind, length, count, mask=mask[b, 0, :count, :length])
+            members = None if groups is None else groups[:length]
+            n_own = length if groups is None else members.max() + 1
+            assert (got[b, :, n_own:] == 0).all()
+            check_influence(got[b, :, :n_own], q[b, :, :count], stored, stored, groups=members, sinks=sinks, **own)
+
+
+def test_influence_of_kept_tokens_is_refused():
+    cache = KVCache(2, 2, 4, 12, window=6, keep=2)
+    cache.append(*[np.ones((2, 2, 5, 4), "f4")] * 2)
+    assert cache.influence(Q).shape == (2, 4, 5)  # nothing lies between them and the window
+    cache.append(*[np.ones((2, 2, 30, 4), "f4")] * 2)
+    with pytest.raises(ValueError, match=r"^KVCache\.influence: a ring that keeps its first 2 tokens beyond"):
+        cache.influence(Q)
 
 
 @pytest.mark.parametrize("kind", KINDS)
