@@ -132,6 +132,165 @@ static void check_answers(problem *x)
         free(owned[i]);
 }
 
+/* A row's output without the keys of a group, from exp(score) of each key; returns the sum of these. */
+static double output_without(const problem *x, int64_t row, const int64_t *group, int64_t hidden, const double *weight, double *out)
+{
+    const qkv_problem *p = &x->p;
+    int64_t head = row / p->len_q % p->heads_q, b = row / p->len_q / p->heads_q;
+    int64_t first = (b * p->heads_kv + head / (p->heads_q / p->heads_kv)) * p->len_k;
+    double sum = 0;
+    for (int64_t d = 0; d < p->dim_v; d++)
+        out[d] = 0;
+    for (int64_t j = 0; j < p->len_k; j++) {
+        double w = group[j] == hidden ? 0 : weight[j];
+        sum += w;
+        for (int64_t d = 0; d < p->dim_v; d++)
+            out[d] += w * load(p->type, x->v, (first + j) * p->dim_v + d);
+    }
+    for (int64_t d = 0; d < p->dim_v && sum > 0; d++)
+        out[d] /= sum;
+    return sum;
+}
+
+/* How far outputs move without each group of keys, by leaving it out: squares, (rows' heads, groups), and a bound of what
+ * rounding makes of them: eps of all that their differences are made of. */
+static void move_outputs(const problem *x, const int64_t *group, int64_t groups, double *squares, double *bounds)
+{
+    const qkv_problem *p = &x->p;
+    int64_t rows = x->sequences * p->heads_q * p->len_q;
+    double eps = p->type == QKV_F32 ? 0x1p-23 : 0x1p-52, *weight = block(p->len_k * (int64_t)sizeof *weight);
+    double whole[64], without[64];
+    for (int64_t i = 0; i < x->sequences * p->heads_q * groups; i++)
+        squares[i] = bounds[i] = 0;
+    for (int64_t row = 0; row < rows; row++) {
+        for (int64_t j = 0; j < p->len_k; j++)
+            weight[j] = exp(score_of(x, row, j));
+        double all = output_without(x, row, group, -2, weight, whole);
+        for (int64_t g = 0; g < groups; g++) {
+            int64_t at = row / p->len_q * groups + g;
+            double share = 0;
+            for (int64_t j = 0; j < p->len_k; j++)
+                share += group[j] == g && all > 0 ? weight[j] / all : 0;
+            output_without(x, row, group, g, weight, without);
+            for (int64_t d = 0; d < p->dim_v && share > 0; d++) {
+                double moved = whole[d] - without[d];
+                squares[at] += moved * moved;
+                /* Values are below 1. A score of size s is off by eps s; so is a share, and what 1 - share is divided by. */
+                bounds[at] += 64 * eps * (1 + (double)p->dim) * (share < 0.5 ? 4 * share * share + share * eps : 4);
+            }
+        }
+    }
+    free(weight);
+}
+
+static void check_moves(problem *x)
+{
+    qkv_problem *p = &x->p;
+    int64_t rows = x->sequences * p->heads_q * p->len_q, heads = x->sequences * p->heads_q, all = p->len_k;
+    CHECK(run(x) == QKV_OK, "attention");               /* which sets pointers, and is the output that moves */
+    p->lse = NULL;
+    void *normalisers = ask(x, QKV_NORMALISERS, 2 * rows);
+    p->normalisers = normalisers;
+    p->answer_keys = block(rows * (int64_t)sizeof(int64_t));
+    memset(p->answer_keys, 0xff, (size_t)(rows * (int64_t)sizeof(int64_t)));
+    p->answer_n = all;
+    void *spread = ask(x, QKV_INFLUENCE, heads * all), *moved = ask(x, QKV_MOVED, rows);
+    int64_t *own = block(all * (int64_t)sizeof *own), groups = between(1, 5);
+    double *squares = block(heads * (all + groups) * (int64_t)sizeof *squares);
+    double *bounds = block(heads * (all + groups) * (int64_t)sizeof *bounds);
+    for (int64_t j = 0; j < all; j++)
+        own[j] = j;
+    move_outputs(x, own, all, squares, bounds);
+    for (int64_t h = 0; h < heads; h++)
+        for (int64_t j = 0; j < all; j++) {
+            double got = load(p->type, spread, h * all + j);
+            for (int64_t row = h * p->len_q; row < (h + 1) * p->len_q; row++)
+                got += p->answer_keys[row] == j ? load(p->type, moved, row) : 0;
+            CHECK(fabs(got - squares[h * all + j]) <= bounds[h * all + j], "key %lld of head %lld moves %.9g, not %.9g", (long long)j,
+                  (long long)h, got, squares[h * all + j]);
+        }
+    for (int64_t j = 0; j < all; j++)
+        own[j] = between(-1, groups - 1);
+    qkv_members *members = block(all * (int64_t)sizeof *members);
+    p->n_members = 0;
+    for (int64_t g = 0; g < groups; g++)
+        for (int64_t j = 0; j < all; j++)
+            if (own[j] == g)
+                members[p->n_members++] = (qkv_members){g, j, j + 1};
+    for (int64_t j = 0; j < all; j++)                   /* those of no group are what is left without others */
+        if (own[j] < 0)
+            members[p->n_members++] = (qkv_members){-1, j, j + 1};
+    qkv_members *sorted = block(all * (int64_t)sizeof *sorted);
+    int64_t n = 0;
+    for (int64_t g = -1; g < groups; g++)
+        for (int64_t i = 0; i < p->n_members; i++)
+            if (members[i].group == g)
+                sorted[n++] = members[i];
+    p->members = sorted;
+    p->answer_n = groups;
+    double *sums = block(heads * QKV_PARTS * groups * (int64_t)sizeof *sums);
+    memset(sums, 0, (size_t)(heads * QKV_PARTS * groups) * sizeof *sums);
+    p->question = QKV_GROUPS;
+    p->answer = sums;
+    CHECK(qkv_forward(p) == QKV_OK, "groups");
+    move_outputs(x, own, groups, squares, bounds);
+    for (int64_t i = 0; i < heads * groups; i++) {
+        double got = 0;
+        for (int64_t part = 0; part < QKV_PARTS; part++)
+            got += sums[(i / groups * QKV_PARTS + part) * groups + i % groups];
+        CHECK(fabs(got - squares[i]) <= bounds[i], "group %lld moves %.9g, not %.9g", (long long)i, got, squares[i]);
+    }
+    void *owned[] = {normalisers, p->answer_keys, spread, moved, own, squares, bounds, members, sorted, sums};
+    for (size_t i = 0; i < sizeof owned / sizeof *owned; i++)
+        free(owned[i]);
+}
+
+/* Whichever allocation fails of what is asked about values. */
+static void test_failing_moves(int isa, qkv_type type)
+{
+    problem x = make(type, 2, 2, 2, 90, 900, 32, 24);
+    int64_t rows = x.sequences * x.p.heads_q * x.p.len_q, heads = x.sequences * x.p.heads_q;
+    qkv_members members[] = {{-1, 0, 10}, {0, 10, 500}, {1, 500, 900}};
+    x.p.isa = isa;
+    x.p.threads = 2;
+    CHECK(run(&x) == QKV_OK, "attention");
+    x.p.lse = NULL;
+    void *normalisers = ask(&x, QKV_NORMALISERS, 2 * rows), *answer = block(heads * 900 * (int64_t)sizeof(double));
+    x.p.normalisers = normalisers;
+    x.p.answer = answer;
+    x.p.answer_keys = block(rows * (int64_t)sizeof(int64_t));
+    x.p.members = members;
+    x.p.n_members = 3;
+    qkv_set_allocator(count_allocate, count_release, NULL);
+    const qkv_question asked_of[] = {QKV_INFLUENCE, QKV_MOVED, QKV_GROUPS};
+    for (int i = 0; i < 3; i++) {
+        qkv_status status = QKV_NO_MEMORY;
+        x.p.question = asked_of[i];
+        x.p.answer_n = x.p.question == QKV_GROUPS ? 2 : 900;
+        memset(answer, 0, (size_t)(heads * 900) * sizeof(double));
+        for (int64_t row = 0; row < rows; row++)
+            x.p.answer_keys[row] = x.p.question == QKV_MOVED ? row % 900 : -1;
+        int64_t k = 0;
+        for (; status != QKV_OK; k++) {
+            qkv_trim();
+            CHECK(live == 0, "question %d: %lld blocks are kept after trim", i, (long long)live);
+            asked = 0;
+            failing = k;
+            status = qkv_forward(&x.p);
+            CHECK(status == (asked > k ? QKV_NO_MEMORY : QKV_OK), "question %d, allocation %lld: status %d", i, (long long)k, status);
+        }
+        CHECK(k >= 3, "question %d: %lld allocations", i, (long long)k - 1);
+    }
+    failing = -1;
+    qkv_trim();
+    qkv_set_allocator(NULL, NULL, NULL);
+    CHECK(live == 0, "%lld blocks leaked", (long long)live);
+    free(normalisers);
+    free(answer);
+    free(x.p.answer_keys);
+    destroy(&x);
+}
+
 /* Whichever allocation of a question fails, it says so and leaves nothing behind. */
 static void test_failing_allocations(int isa, qkv_type type)
 {
@@ -180,8 +339,13 @@ static void test_failing_allocations(int isa, qkv_type type)
 int main(void)
 {
     for (int isa = 0; tested_path(isa); isa++)
-        for (int type = QKV_F32; type <= QKV_F64; type++)
+        for (int type = QKV_F32; type <= QKV_F64; type++) {
             test_failing_allocations(isa, (qkv_type)type);
+            test_failing_moves(isa, (qkv_type)type);
+        }
+    qkv_trim();
+    failing = -1;
+    qkv_set_allocator(count_allocate, count_release, NULL);     /* whose scratch is NaN at first */
     for (int isa = 0; tested_path(isa); isa++)
         for (int type = QKV_F32; type <= QKV_F64; type++)
             for (int i = 0; i < share_of(60); i++) {
@@ -192,6 +356,20 @@ int main(void)
                 if (i % 4)
                     random_limits(&x);
                 check_answers(&x);
+                destroy(&x);
+            }
+    for (int isa = 0; tested_path(isa); isa++)
+        for (int type = QKV_F32; type <= QKV_F64; type++)
+            for (int i = 0; i < 20; i++) {
+                int64_t len_k = i == 0 ? between(1000, 1100) : between(0, 60);
+                problem x = make((qkv_type)type, between(1, 2), between(1, 2), between(1, 2), between(0, i ? 40 : 2), len_k,
+                                 between(0, 20), between(1, 8));
+                x.p.isa = isa;
+                x.p.threads = (int)between(1, 3);
+                if (i % 4)
+                    random_limits(&x);
+                qkv_trim();
+                check_moves(&x);
                 destroy(&x);
             }
     qkv_pool_stop();
