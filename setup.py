@@ -262,11 +262,14 @@ class CoreTests(Command):
     user_options = [  # noqa: RUF012 (setuptools' own form)
         ("build-dir=", None, "where the executables go (build/core_tests)"),
         ("sanitize=", None, "as for -fsanitize=: address,undefined or thread"),
+        ("unoptimised", None, "for what is built to see that it builds"),
     ]
+    boolean_options = ["unoptimised"]  # noqa: RUF012
 
     def initialize_options(self):
         self.build_dir = "build/core_tests"
         self.sanitize = ""
+        self.unoptimised = False
 
     def finalize_options(self):
         self.flags = ("-UNDEBUG", "-fno-omit-frame-pointer")
@@ -274,6 +277,8 @@ class CoreTests(Command):
             self.flags += (f"-fsanitize={self.sanitize}", "-fno-sanitize-recover=all")
             # Instrumented, -O3 with full debug information takes gcc minutes. Red zones are not our frames.
             self.flags += ("-O1", "-g1", "-Wno-frame-larger-than", "-DQKV_SANITIZED")
+        if self.unoptimised:  # where Zig would sanitize, and frames are as large as can be
+            self.flags += ("-O0", "-g0", "-fno-sanitize=undefined", "-Wno-frame-larger-than")
 
     def run(self):
         from distutils.ccompiler import new_compiler

@@ -16,6 +16,13 @@ static inline const char *tested_path(int isa)
     return most && isa >= atoi(most) ? NULL : qkv_isa_name(isa);
 }
 
+/* How many of n random problems are tried: under QKV_TEST_SHARE=3 a third, for emulators and ThreadSanitizer. */
+static inline int share_of(int n)
+{
+    const char *share = getenv("QKV_TEST_SHARE");
+    return share ? n / atoi(share) : n;
+}
+
 #define CHECK(condition, ...) \
     do { \
         checks++; \

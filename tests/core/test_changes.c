@@ -101,7 +101,7 @@ static int test_changed(problem x, int isa)
 
 static void test_random(int isa, qkv_type type)
 {
-    for (int i = 0; i < 80; i++) {
+    for (int i = 0; i < share_of(80); i++) {
         int64_t len_k = i % 10 == 0 ? between(1000, 2500) : between(0, 300);
         test_changed(make(type, between(1, 3), between(1, 2), between(1, 3), between(0, 70), len_k, between(0, 40),
                           between(0, 40)), isa);
@@ -111,7 +111,7 @@ static void test_random(int isa, qkv_type type)
 /* Some rows of each key head: at these dimensions up to 4 are few. */
 static void test_few(int isa, qkv_type type)
 {
-    for (int i = 0; i < 60; i++) {
+    for (int i = 0; i < share_of(60); i++) {
         int64_t len_k = i % 4 == 0 ? between(1000, 3200) : between(1, 300), group = between(1, 4);
         int few = test_changed(make(type, between(1, 2), between(1, 2), group, between(1, 4 / group), len_k, between(0, 70),
                                     between(0, 70)), isa);
@@ -123,7 +123,7 @@ static void test_few(int isa, qkv_type type)
 static void test_ragged(int isa, qkv_type type)
 {
     enum { SEQUENCES = 5, HEADS = 2, GROUP = 2, DIM = 24 };
-    for (int i = 0; i < 10; i++) {
+    for (int i = 0; i < share_of(10); i++) {
         int64_t size = size_of(type), q_starts[SEQUENCES + 1] = {0}, k_starts[SEQUENCES + 1] = {0}, most_q = 0, most_k = 0;
         int64_t run_of[SEQUENCES + 1], row_q = HEADS * GROUP * DIM * size, row_k = HEADS * DIM * size;
         for (int b = 0; b < SEQUENCES; b++) {

@@ -38,7 +38,7 @@ static void check_report(const problem *x)
 
 static void test_random(int isa, qkv_type type)
 {
-    for (int i = 0; i < 60; i++) {
+    for (int i = 0; i < share_of(60); i++) {
         int64_t len_k = i % 10 == 0 ? between(1000, 2500) : between(0, 200), len_q = between(0, 70);
         problem x = make(type, between(1, 3), between(1, 2), between(1, 3), len_q, len_k, between(0, 70),
                          between(0, 70));
@@ -111,7 +111,7 @@ static char *piece(const problem *x, const void *data, int64_t sequence, int64_t
 static void test_runs(int isa, qkv_type type)
 {
     enum { SEQUENCES = 3, MOST = 8 };
-    for (int i = 0; i < 20; i++) {
+    for (int i = 0; i < share_of(20); i++) {
         problem x = make(type, SEQUENCES, 2, 2, between(1, 60), i % 5 ? between(5, 300) : 2500, between(1, 40),
                          between(1, 40));
         qkv_problem *p = &x.p;

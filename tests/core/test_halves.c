@@ -66,7 +66,7 @@ int main(void)
 {
     for (int isa = 0; tested_path(isa); isa++)
         for (qkv_type type = QKV_F16; type <= QKV_BF16; type++) {
-            for (int i = 0; i < 60; i++)
+            for (int i = 0; i < share_of(60); i++)
                 check_halves(isa, type, between(1, 2), between(1, 3), between(0, 70), between(0, 200), between(0, 70),
                              between(0, 70));
             for (int64_t n = 1; n <= 130; n++)

@@ -106,7 +106,7 @@ int main(void)
             for (qkv_type stored = QKV_I8; stored <= QKV_I4; stored++) {
                 for (int64_t dim = 1; dim <= 130; dim++)
                     check_stored(isa, type, stored, dim % 5 + 1, 1, between(1, 150), dim, 131 - dim);
-                for (int i = 0; i < 20; i++)
+                for (int i = 0; i < share_of(20); i++)
                     check_stored(isa, type, stored, between(1, 4), between(1, 60), between(1, 300), between(1, 140),
                                  between(1, 140));
                 check_stored(isa, type, stored, 4, 1, 3000, 64, 96);

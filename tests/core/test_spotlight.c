@@ -184,7 +184,7 @@ int main(void)
             test_failing_allocations(isa, (qkv_type)type);
     for (int isa = 0; tested_path(isa); isa++)
         for (int type = QKV_F32; type <= QKV_F64; type++)
-            for (int i = 0; i < 60; i++) {
+            for (int i = 0; i < share_of(60); i++) {
                 int64_t len_k = i % 10 == 0 ? between(1000, 2500) : between(0, 200);
                 problem x = make((qkv_type)type, between(1, 3), between(1, 2), between(1, 3), between(0, 70), len_k, between(0, 40), 0);
                 x.p.isa = isa;
