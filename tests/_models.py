@@ -11,6 +11,8 @@ from transformers.models.auto import configuration_auto, modeling_auto
 
 from qkv_fast.integrations.transformers import attention_forward
 
+torch.set_num_threads(1)  # for models this small more of them only wait for each other
+
 # What a number of a configuration becomes, by the first pattern that its name has.
 SIZES = (
     (r"vocab_size$|num_embeddings$", 99),
