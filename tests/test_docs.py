@@ -41,9 +41,9 @@ def test_examples(name):
     run(examples(name, FUNCTIONS[name]))
 
 
-@pytest.mark.parametrize("host", ["threadpoolctl", "onnx", "torch", "jax"])
+@pytest.mark.parametrize("host", ["threadpoolctl", "onnx", "torch", "transformers", "jax"])
 def test_examples_of_integrations(host):
-    pytest.importorskip(host, reason="the extra [test] installs threadpoolctl and onnx, [torch] torch, [jax] JAX")
+    pytest.importorskip(host, reason="the extra [test] installs threadpoolctl and onnx, the others bring their own")
     run(examples(host, importlib.import_module(f"qkv_fast.integrations.{host}")))
 
 

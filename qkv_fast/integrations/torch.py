@@ -21,17 +21,12 @@ import numbers
 import sys
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
-from torch.autograd import forward_ad
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from .. import attention, attention_grad
+from ._tensors import TYPES, as_array, as_tensor, check_tensor, check_unrecorded, detached, refuse
 
-_TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-# Of classes that say nothing of their own on what a function does with them; torch.nn.Parameter turns the hook off.
-_TORCH_FUNCTION: Any = torch.Tensor.__torch_function__
-_PLAIN_FUNCTIONS = (_TORCH_FUNCTION.__func__, torch.nn.Parameter.__torch_function__)
+_NAME = "scaled_dot_product_attention"
 
 
 def scaled_dot_product_attention(
@@ -111,30 +106,23 @@ def scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     tensors = {"query": query, "key": key, "value": value}
-    _check("query", query, _TYPES)
-    _check("key", key, (query.dtype,))
-    _check("value", value, (query.dtype,))
+    check_tensor(_NAME, "query", query, TYPES)
+    check_tensor(_NAME, "key", key, (query.dtype,))
+    check_tensor(_NAME, "value", value, (query.dtype,))
     causal: Any = "top-left" if is_causal else False
     if _is_causal_bias(attn_mask):
         causal = _causal(attn_mask, query, key, is_causal)
     elif attn_mask is not None:
-        _check("attn_mask", attn_mask, (torch.bool, torch.float32, query.dtype))
+        check_tensor(_NAME, "attn_mask", attn_mask, (torch.bool, torch.float32, query.dtype))
         tensors["attn_mask"] = attn_mask
-    if forward_ad._current_level >= 0:  # outside of all levels nothing carries one, and asking takes time
-        carrying = [name for name, x in tensors.items() if forward_ad.unpack_dual(x).tangent is not None]
-        if carrying:
-            _refuse(
-                f"no forward gradients: {', '.join(carrying)} carries a tangent; pass unpack_dual(...).primal"
-            )
-    if torch.jit.is_tracing() or get_proxy_mode() is not None:
-        _refuse("no torch.jit.trace, no make_fx: the result for these inputs would become a constant of the trace")
+    check_unrecorded(_NAME, tensors)
     for name, switch in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
         if not isinstance(switch, bool):
             raise TypeError(f"scaled_dot_product_attention: {name} must be bool, got {switch!r}")
     if not isinstance(dropout_p, numbers.Real):
         raise TypeError(f"scaled_dot_product_attention: dropout_p must be a real number, got {dropout_p!r}")
     if dropout_p != 0:
-        _refuse(f"no dropout: dropout_p must be 0, got {dropout_p!r}")
+        refuse(_NAME, f"no dropout: dropout_p must be 0, got {dropout_p!r}")
 
     if enable_gqa and min(query.ndim, key.ndim, value.ndim) < 3:
         raise ValueError(
@@ -142,15 +130,15 @@ def scaled_dot_product_attention(
             f"(query: {tuple(query.shape)}, key: {tuple(key.shape)}, value: {tuple(value.shape)})"
         )
 
-    plain = [_detached(name, x) for name, x in tensors.items()]
+    plain = [detached(_NAME, name, x) for name, x in tensors.items()]
     recorded = torch.is_grad_enabled() and [x for x in tensors.values() if x.requires_grad]
     q, k, v, *masks = _with_equal_axes(*(tensors.values() if recorded else plain))
     if q.ndim > 2 and not q.size(-3) == k.size(-3) == v.size(-3):
         q, k, v = _share_heads(q, k, v, enable_gqa)
     if recorded:
         return _Attention.apply(causal, scale, q, k, v, *masks)
-    q, k, v, *masks = (_as_array(x) for x in (q, k, v, *masks))
-    return _as_tensor(attention(q, k, v, causal=causal, scale=scale, **_added(masks)))
+    q, k, v, *masks = (as_array(_NAME, x) for x in (q, k, v, *masks))
+    return as_tensor(attention(q, k, v, causal=causal, scale=scale, **_added(masks)))
 
 
 class _Attention(torch.autograd.Function):
@@ -158,9 +146,9 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, causal: Any, scale: float | None, *tensors: torch.Tensor) -> torch.Tensor:
-        q, k, v, *masks = (_as_array(x.detach()) for x in tensors)
+        q, k, v, *masks = (as_array(_NAME, x.detach()) for x in tensors)
         out, lse = attention(q, k, v, causal=causal, scale=scale, return_lse=True, **_added(masks))
-        result = _as_tensor(out)
+        result = as_tensor(out)
         ctx.save_for_backward(result, *tensors)
         ctx.others = lse, causal, scale
         return result
@@ -176,83 +164,20 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, others: Any, needed: tuple[bool, ...], *tensors: torch.Tensor) -> tuple[Any, ...]:
         lse, causal, scale = others
-        dout, out, q, k, v, *masks = (_as_array(x.detach()) for x in tensors)
+        dout, out, q, k, v, *masks = (as_array(_NAME, x.detach()) for x in tensors)
         names = ("q", "k", "v", "bias")[: len(needed)]
         want = tuple(name for name, is_needed in zip(names, needed, strict=True) if is_needed)
         gradients = attention_grad(dout, q, k, v, out, lse, want=want, causal=causal, scale=scale, **_added(masks))
-        found = dict(zip(want, map(_as_tensor, gradients), strict=True))
+        found = dict(zip(want, map(as_tensor, gradients), strict=True))
         return tuple(found.get(name) for name in names)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> NoReturn:
-        _refuse("no second derivatives: its gradients cannot be differentiated again")
+        refuse(_NAME, "no second derivatives: its gradients cannot be differentiated again")
 
 
 def _added(masks: list[Any]) -> dict[str, Any]:
     return {("mask" if mask.dtype == bool else "bias"): mask for mask in masks}
-
-
-def _as_tensor(x: Any) -> torch.Tensor:
-    """NumPy knows bfloat16 by ml_dtypes, and torch's only as bits."""
-    if x.dtype.kind == "V":
-        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(x)
-
-
-def _detached(name: str, x: torch.Tensor) -> torch.Tensor:
-    x = x.detach()
-    # Not before detach(): inside a transform that wraps too what comes from outside of it.
-    if torch._C._functorch.is_functorch_wrapped_tensor(x) or torch._is_functional_tensor(x):
-        _refuse(
-            f"no transforms of torch.func: {name} is inside of one (vmap, grad, vjp, jvp or functionalize); call this "
-            "outside of it. In place of vmap: any axes left of the heads are batches"
-        )
-    return x
-
-
-def _as_array(x: torch.Tensor) -> Any:
-    """A view of a tensor that records nothing, or a copy where torch is lazy."""
-    if x._is_zerotensor():  # has no memory, such as a tangent that torch knows to be 0
-        x = torch.zeros(x.shape, dtype=x.dtype)
-    elif x.is_neg():  # the bits are those of its opposite
-        x = x.resolve_neg()
-    if x.dtype != torch.bfloat16:
-        return x.numpy()
-    try:
-        import ml_dtypes
-    except ImportError:
-        raise ImportError("scaled_dot_product_attention: bfloat16 needs ml_dtypes: pip install ml_dtypes") from None
-    return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-
-
-def _refuse(what: str) -> NoReturn:
-    raise NotImplementedError(f"scaled_dot_product_attention: {what}")
-
-
-def _check(name: str, x: Any, types: tuple[torch.dtype, ...]) -> None:
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"scaled_dot_product_attention: {name} must be a torch.Tensor, got {type(x).__name__}")
-    if x.is_nested:
-        _refuse(f"no nested tensors: {name} is one; pass its parts one by one, or padded with an attn_mask")
-    if x.device.type != "cpu" or x.layout != torch.strided:
-        _refuse(f"strided tensors on the CPU only: {name} is {x.layout} on {x.device}")
-    if type(x) is not torch.Tensor and not _is_plain(type(x)):
-        _refuse(
-            f"no tensors whose class gives them a meaning of its own: {name} is a {type(x).__name__}; "
-            "pass a torch.Tensor of the numbers that it stands for"
-        )
-    if x.dtype not in types:
-        allowed = " or ".join(map(str, dict.fromkeys(types)))
-        raise TypeError(f"scaled_dot_product_attention: {name} must be {allowed}, got {x.dtype}")
-
-
-def _is_plain(kind: type[torch.Tensor]) -> bool:
-    """Whether the memory of tensors of this class is what they mean, as far as the class says."""
-    function = kind.__torch_function__
-    return (
-        getattr(function, "__func__", function) in _PLAIN_FUNCTIONS
-        and kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
-    )
 
 
 def _is_causal_bias(x: Any) -> bool:

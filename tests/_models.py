@@ -1,0 +1,204 @@
+"""Tiny models with random weights of the architectures of transformers that this can build, and what they give."""
+
+import inspect
+import re
+
+import torch
+import transformers
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+from transformers.models.auto import configuration_auto, modeling_auto
+
+from qkv_fast.integrations.transformers import attention_forward
+
+torch.set_num_threads(1)  # for models this small more of them only wait for each other
+
+# What a number of a configuration becomes, by the first pattern that its name has.
+SIZES = (
+    (r"vocab_size$|num_embeddings$", 99),
+    (r"(bos|eos|pad|cls|sep|unk|mask|decoder_start|forced_\w+)_token_id$", 2),
+    (r"token_(id|index)$", 90),
+    (r"key_value_heads|kv_heads", 2),
+    (r"head_dim$|d_kv$|kv_channels|attention_head_size|dim_head", 8),
+    (r"lora_rank", 16),
+    (r"heads?$|num_attention_heads|n_head", 4),
+    (r"first_k_dense|num_dense_layers|n_dense", 1),
+    (r"hidden_layers$|_layers$|^n_layers?$|depth$|num_layers$|n_layer$", 2),
+    (r"num_experts_per_tok|top_?k$|n_group$|topk_group|num_shared|n_shared|moe_k", 1),
+    (r"num_experts|routed_experts|num_local_experts|moe_num_experts", 4),
+    (r"(intermediate|inner|ffn|mlp|feed_?forward)\w*(size|dim)|d_ff$|n_inner", 32),
+    (r"(hidden|embedding|projection)_size$|(hidden|embed|projection|out)_dim$|^dim$|d_model$|d_embed$|n_embd$", 32),
+    (r"image_size$|img_size$", 32),
+    (r"patch_size$", 8),
+    (r"max_\w*position\w*|n_positions$|n_ctx$|max_sequence_length", 64),
+    (r"sliding_window$|window_size$|chunk_size$|local_attention$", 4),
+    (r"num_conv_pos_embeddings$", 4),
+    (r"num_conv_pos_embedding_groups$", 2),
+)  # fmt: skip
+MOST = 3_000_000  # parameters
+CLASSES = (
+    ("CausalLM", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, transformers.AutoModelForCausalLM),
+    ("Seq2SeqLM", modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, transformers.AutoModelForSeq2SeqLM),
+    ("", modeling_auto.MODEL_MAPPING_NAMES, transformers.AutoModel),
+)
+
+
+class NotBuilt(Exception):
+    """Why there is no tiny model of an architecture."""
+
+
+def shrink(config):
+    """Arguments that make the same configuration small."""
+    small = {}
+    for name, value in list(vars(config).items()):
+        if name.startswith("_") or name in ("dtype", "transformers_version", "architectures", "id2label", "label2id"):
+            continue
+        if isinstance(value, transformers.PreTrainedConfig):
+            small[name] = {**shrink(value), "model_type": value.model_type}
+        elif isinstance(value, bool) or value is None:
+            continue
+        elif isinstance(value, int):
+            new = next((size for pattern, size in SIZES if re.search(pattern, name)), None)
+            if new is not None and value > 0:
+                if new == 2 and re.search(r"(kv|key_value)_heads", name):  # as many as of queries, or fewer
+                    new = 4 if value == getattr(config, "num_attention_heads", None) else 2
+                small[name] = min(value, new)
+        elif isinstance(value, list) and name in ("layer_types", "layers_block_type", "mlp_layer_types"):
+            small[name] = sorted(set(value), key=value.index)[:2] * (1 if len(set(value)) > 1 else 2)
+    if "vision" in config.model_type and getattr(config, "num_channels", 3) != 3:
+        small["num_channels"] = 3
+    return small
+
+
+def kinds():
+    """All names of configurations."""
+    return sorted(configuration_auto.CONFIG_MAPPING_NAMES)
+
+
+def build(kind, implementation="eager"):
+    """A model of the configuration that transformers calls so, in evaluation mode."""
+    try:
+        mapping = transformers.CONFIG_MAPPING[kind]
+        config = mapping(**shrink(mapping()))
+        auto = next((auto for _, names, auto in CLASSES if kind in names), None)
+        if auto is None:
+            raise NotBuilt("no model of one class")
+        with torch.device("meta"):
+            count = sum(x.numel() for x in auto.from_config(config).parameters())
+        if count > MOST:
+            raise NotBuilt(f"{count} parameters")
+        torch.manual_seed(0)
+        config = mapping(**shrink(mapping()))
+        model = auto.from_config(config, attn_implementation=implementation).eval()
+    except NotBuilt:
+        raise
+    except Exception as error:
+        raise NotBuilt(f"{type(error).__name__}: {str(error)[:120]}") from error
+    # Weights large enough for attention to be uneven.
+    generator = torch.Generator().manual_seed(1)
+    for x in model.parameters():
+        if x.ndim > 1 and x.is_floating_point():
+            x.data.normal_(0, 0.3, generator=generator)
+    return model
+
+
+def inputs(model, left=0, right=0):
+    """Two sequences; of the first the given numbers of tokens are padding."""
+    words = inspect.signature(model.forward).parameters
+    generator = torch.Generator().manual_seed(2)
+    length, given = 10, {}
+    if "input_ids" in words:
+        given["input_ids"] = torch.randint(3, 80, (2, length), generator=generator)
+        if "attention_mask" in words:
+            given["attention_mask"] = torch.ones(2, length, dtype=torch.long)
+            given["attention_mask"][0, :left] = 0
+            given["attention_mask"][0, length - right :] = 0
+        if "decoder_input_ids" in words:
+            given["decoder_input_ids"] = torch.randint(3, 80, (2, 7), generator=generator)
+    if "pixel_values" in words and (model.main_input_name == "pixel_values" or "CLIP" in type(model).__name__):
+        config = getattr(model.config, "vision_config", model.config)
+        size = getattr(config, "image_size", 32)
+        size = size if isinstance(size, (list, tuple)) else (size, size)
+        given["pixel_values"] = torch.randn(2, getattr(config, "num_channels", 3), *size, generator=generator)
+    if model.main_input_name == "input_values":
+        given["input_values"] = torch.randn(2, 2000, generator=generator)
+    if model.main_input_name == "input_features":
+        config = model.config
+        bins = getattr(config, "num_mel_bins", getattr(config, "input_feat_per_channel", 80))
+        frames = 2 * getattr(config, "max_source_positions", 32)
+        given["input_features"] = torch.randn(2, bins, frames, generator=generator)
+        if "decoder_input_ids" in words:
+            given["decoder_input_ids"] = torch.randint(3, 80, (2, 7), generator=generator)
+    return given
+
+
+def first(output):
+    """What a model gives: logits, or its last states."""
+    for name in ("logits", "last_hidden_state"):
+        if getattr(output, name, None) is not None:
+            return output[name]
+    return next(x for x in output.to_tuple() if isinstance(x, torch.Tensor))
+
+
+PADDINGS = ((0, 0), (3, 0), (0, 3))  # on the left, on the right
+
+
+def run(model):
+    """What it gives without padding, with it on the left and on the right; 0 where there is padding."""
+    results = []
+    for padding in PADDINGS:
+        given = inputs(model, *padding)
+        torch.manual_seed(0)  # some take random numbers, in evaluation too
+        with torch.no_grad():
+            result = first(model(**given)).float()
+        mask = given.get("attention_mask")
+        if mask is not None and mask.shape == result.shape[:2]:
+            result = result * mask[..., None]
+        results.append(result)
+    return results
+
+
+class Counted:
+    """Registers our attention function with a mask function that refuses no model, and counts who calls what."""
+
+    name = "qkv_fast_counted"
+
+    def __init__(self):
+        self.masks, self.calls = set(), set()
+
+        def forward(module, *args, **kwargs):
+            self.calls.add(getattr(getattr(module, "config", None), "model_type", None))
+            return attention_forward(module, *args, **kwargs)
+
+        def mask(*, config, **kwargs):
+            self.masks.add(config.model_type)
+            return sdpa_mask(**kwargs)
+
+        AttentionInterface.register(self.name, forward)
+        AttentionMaskInterface.register(self.name, mask)
+
+
+def compare(kind):
+    """Types of configurations that made masks for ours and called it, those that made masks and did not, and how far
+    what the model gives is from what it gives with the host's own functions, relative to the largest number: from eager
+    or sdpa, which differ where a row sees nothing. None where no host's function serves it either."""
+    model = build(kind)
+    try:
+        eager = run(model)
+    except Exception as error:
+        raise NotBuilt(f"{type(error).__name__}: {str(error)[:120]}") from error
+    state, counted, others = model.state_dict(), Counted(), [eager]
+    for implementation in ("sdpa", counted.name):
+        try:
+            model = build(kind, implementation)
+            model.load_state_dict(state)
+            others.append(run(model))
+        except (NotBuilt, NotImplementedError, AttributeError, KeyError):
+            if implementation == counted.name:
+                return set(), set(counted.masks), torch.inf
+    *hosts, ours = others
+    error = min(
+        max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, host, strict=True)) for host in hosts
+    )
+    called = counted.masks & counted.calls
+    return (called, counted.masks - called, error) if counted.calls else (set(), set(counted.masks), error)
