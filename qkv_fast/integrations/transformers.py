@@ -110,10 +110,11 @@ def attention_forward(
     The meaning is that of transformers 5.24; see `qkv_fast.attention` for what is computed, and how exactly.
     """
     if torch.compiler.is_dynamo_compiling():  # it would trace NumPy's functions, some of which it does not know
-        return torch.compiler.disable(attention_forward)(
+        outside: tuple[torch.Tensor, torch.Tensor | None] = torch.compiler.disable(attention_forward)(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, softcap, s_aux, position_bias,
             sliding_window, output_attentions, **others,
         )  # fmt: skip
+        return outside
     check_tensor(_NAME, "query", query, TYPES)
     check_tensor(_NAME, "key", key, (query.dtype,))
     check_tensor(_NAME, "value", value, (query.dtype,))
