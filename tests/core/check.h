@@ -16,6 +16,13 @@ static inline const char *tested_path(int isa)
     return most && isa >= atoi(most) ? NULL : qkv_isa_name(isa);
 }
 
+/* Functions with problems of their own, which are large: together in one frame they would be too large. */
+#if defined(__GNUC__)
+#define APART __attribute__((noinline))
+#else
+#define APART
+#endif
+
 /* How many of n random problems are tried: under QKV_TEST_SHARE=3 a third, for emulators and ThreadSanitizer. */
 static inline int share_of(int n)
 {

@@ -59,7 +59,7 @@ static int64_t cell_of(int64_t thing, int64_t n, int64_t cells)
     return i;
 }
 
-static void check_answers(problem *x)
+static APART void check_answers(problem *x)
 {
     qkv_problem *p = &x->p;
     int64_t rows = x->sequences * p->heads_q * p->len_q, n = between(1, 9), all = p->len_k;
@@ -183,7 +183,7 @@ static void move_outputs(const problem *x, const int64_t *group, int64_t groups,
     free(weight);
 }
 
-static void check_moves(problem *x)
+static APART void check_moves(problem *x)
 {
     qkv_problem *p = &x->p;
     int64_t rows = x->sequences * p->heads_q * p->len_q, heads = x->sequences * p->heads_q, all = p->len_k;
@@ -246,7 +246,7 @@ static void check_moves(problem *x)
 }
 
 /* Whichever allocation fails of what is asked about values. */
-static void test_failing_moves(int isa, qkv_type type)
+static APART void test_failing_moves(int isa, qkv_type type)
 {
     problem x = make(type, 2, 2, 2, 90, 900, 32, 24);
     int64_t rows = x.sequences * x.p.heads_q * x.p.len_q, heads = x.sequences * x.p.heads_q;
@@ -292,7 +292,7 @@ static void test_failing_moves(int isa, qkv_type type)
 }
 
 /* Whichever allocation of a question fails, it says so and leaves nothing behind. */
-static void test_failing_allocations(int isa, qkv_type type)
+static APART void test_failing_allocations(int isa, qkv_type type)
 {
     problem x = make(type, 2, 2, 2, 90, 900, 32, 0);
     int64_t rows = x.sequences * x.p.heads_q * x.p.len_q, all = x.p.len_k;
