@@ -116,8 +116,11 @@ def attention_grad(
     With ``p = exp(s - lse)`` and ``delta = sum(dout * out) - dlse``, the gradient of a score is ``p * (dp - delta)``:
     T. Dao et al., "FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness", 2022, appendix B.
     Keys come in up to four parts, and the gradients that these give to queries are added up in the end: they take up to
-    four times the memory of `q` in that type. Where a wanted `bias` is shared by heads or sequences, a part is the work
-    of one thread.
+    four times the memory of `q` in that type, and in a padded batch the gradient of `q` is that of the sequence alone
+    to rounding. Where a wanted `bias` is shared by heads or sequences, a part is the work of one thread.
+
+    A log-sum-exp says less where scores are huge. Where every key of a row has a bias like finfo.min, the row averages
+    in `attention`, but its gradients do not see that: hide keys by -inf or by `mask`. Scores beyond 1e5 lose digits.
 
     Examples
     --------
@@ -153,8 +156,9 @@ def _fused(p: Problem, dout: Array, lse: Array, delta: Array, want: tuple[str, .
     g = _gradients(p, delta, want)
     _core.forward(p, dout, lse, _core.QUESTIONS["gradients"], gradients=g)
     whole = g.dq[0]
-    for part in g.dq[1:]:
-        whole += part
+    with np.errstate(all="ignore"):  # silent, as the sums of the core
+        for part in g.dq[1:]:
+            whole += part
     dq = _like(whole, q)
     found = {"q": dq.copy() if len(g.dq) > 1 and np.may_share_memory(dq, whole) else dq, "k": g.dk, "v": g.dv}
     if g.bias is not None:
@@ -229,7 +233,8 @@ def _like(x: Array, given: Any) -> Array:
     given = np.asarray(given)
     shape = (*(1,) * (x.ndim - given.ndim), *given.shape)
     if axes := tuple(i for i, n in enumerate(shape) if n != x.shape[i]):
-        x = x.sum(axis=axes, keepdims=True)
+        with np.errstate(all="ignore"):
+            x = x.sum(axis=axes, keepdims=True)
     kind = given.dtype.newbyteorder("=") if given.dtype.kind in "fV" else np.dtype(np.float64)
     with np.errstate(over="ignore", invalid="ignore"):
         return x.reshape(given.shape).astype(kind, copy=False)

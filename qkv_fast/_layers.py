@@ -23,6 +23,7 @@ from ._help import documented
 # So few rows meet weights where they lie, as columns of the product's transpose: no weights are put in panels, which
 # takes 0.7 of the time at 16 to 64 rows (AVX2, w (4096, 1024)). The bits are the same.
 _FEW_ROWS = 64
+_LINE = 64  # bytes of a cache line
 
 
 @documented
@@ -163,6 +164,19 @@ class Linear:
         if _arithmetic(x.dtype.num) != self._arithmetic:
             raise TypeError(f"{where}: weights of {self._kind} are not multiplied by x in {x.dtype}")
         return _apply(where, x, None, self._b, self.n_out, self._packed, out, num_threads, self._isa)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__} | {"_isa": _runtime.available_isas()[self._isa]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        paths, path, packed = _runtime.available_isas(), state["_isa"], state["_packed"]
+        if path not in paths:
+            raise ValueError(f"Linear: the weights are packed for the CPU path {path!r}; there are {', '.join(paths)}")
+        room = np.empty(packed.size + _LINE, packed.dtype)
+        begin = -room.ctypes.data % _LINE  # the core reads whole vectors from there on
+        room[begin : begin + packed.size] = packed
+        for name, value in (state | {"_isa": paths.index(path), "_packed": room[begin : begin + packed.size]}).items():
+            setattr(self, name, value)
 
     def __repr__(self) -> str:
         return f"Linear(n_in={self.n_in}, n_out={self.n_out}{', b' * (self._b is not None)}, {self._kind})"

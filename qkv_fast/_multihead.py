@@ -1,5 +1,6 @@
 """Multi-head attention with its projections: an input in, an output of the same width out."""
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,8 @@ _FAMILIES = {
     "Llama": (("q_proj.weight", "k_proj.weight", "v_proj.weight"), "o_proj.weight"),
     "Whisper": (("q_proj.weight", "k_proj.weight", "v_proj.weight"), "out_proj.weight"),
 }
+# Of layers that do more than this one.
+_NOT_HERE = {"bias_k", "bias_v", "sinks", "q_norm.weight", "k_norm.weight", "q_layernorm.weight", "k_layernorm.weight"}
 
 
 class MultiHeadAttention:
@@ -136,7 +139,7 @@ class MultiHeadAttention:
         KeyError
             Weights that are missing, all of them by name.
         TypeError, ValueError
-            As of the class.
+            As of the class; also weights that this layer has no use for, such as those of a norm of queries.
 
         Examples
         --------
@@ -158,6 +161,8 @@ class MultiHeadAttention:
             raise KeyError(f"{where}: no weights of a known name begin with {prefix!r}; known are {known}")
         if missing:
             raise KeyError(f"{where}: weights of {family} are missing: {', '.join(missing)}")
+        if odd := sorted(here & _NOT_HERE):
+            raise ValueError(f"{where}: a layer with {', '.join(odd)} is more than projections and attention")
         parts, out = _FAMILIES[family]
         turned = family == "GPT-2"  # which keeps them (n_in, n_out)
 
@@ -206,7 +211,8 @@ class MultiHeadAttention:
         if y.ndim < 2:
             shape = np.shape(memory)
             raise ValueError(f"MultiHeadAttention: a memory must be of shape (..., length, elements), got {shape}")
-        y = y.reshape(*y.shape[:-1], 2 * self.num_kv_heads, -1)
+        heads = 2 * self.num_kv_heads
+        y = y.reshape(*y.shape[:-1], heads, self._kv.n_out // heads)
         k, v = y[..., : self.num_kv_heads, :], y[..., self.num_kv_heads :, :]
         return self._turned(k, positions, k), v
 
@@ -254,7 +260,7 @@ class MultiHeadAttention:
         if positions is None and self._rope is not None:
             positions = self._positions(x, cache, options)
         q = self._q(x, num_threads=num_threads)
-        q = q.reshape(*q.shape[:-1], self.num_heads, -1)
+        q = q.reshape(*q.shape[:-1], self.num_heads, self._q.n_out // self.num_heads)
         q = self._turned(q, positions, q)
         options["num_threads"] = num_threads
         if memory is None:
@@ -262,15 +268,16 @@ class MultiHeadAttention:
         elif isinstance(memory, tuple):
             k, v = memory
         else:
-            k, v = self.keys_values(memory, num_threads=num_threads)
+            packed = None if self._rope is None else options.get("cu_seqlens_k")
+            at = None if packed is None else _packed_positions(packed, np.shape(memory)[-2])
+            k, v = self.keys_values(memory, at, num_threads=num_threads)
         if cache is not None:
-            cache.append(k, v, layout="blhd")
-            seen = cache.attend(q, layout="blhd", **options)
+            seen = _grown(cache, q, k, v, options)
         elif "cu_seqlens_q" in options:
             seen = attention_varlen(q, k, v, **options)
         else:
             seen = attention(q, k, v, layout="blhd", **options)
-        return self._out(seen.reshape(*seen.shape[:-2], -1), num_threads=num_threads)
+        return self._out(seen.reshape(*seen.shape[:-2], self._out.n_in), num_threads=num_threads)
 
     def _positions(self, x: Array, cache: Any, options: dict[str, Any]) -> Array | None:
         """Where positions begin: after what a cache has, and anew in each packed sequence."""
@@ -278,9 +285,7 @@ class MultiHeadAttention:
             return cache.lengths[:, None] + np.arange(x.shape[-2])  # type: ignore[no-any-return]
         if "cu_seqlens_q" not in options:
             return None
-        starts = np.asarray(options["cu_seqlens_q"])
-        token = np.arange(x.shape[-2])
-        return token - starts[np.searchsorted(starts, token, side="right") - 1]  # type: ignore[no-any-return]
+        return _packed_positions(options["cu_seqlens_q"], x.shape[-2])
 
     def _turned(self, x: Array, positions: Any, out: Array) -> Array:
         """x (..., L, heads, D) with its positions, where it lies."""
@@ -291,6 +296,27 @@ class MultiHeadAttention:
     def __repr__(self) -> str:
         heads = f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"
         return f"MultiHeadAttention({self._q.n_in} -> {self._out.n_out}, {heads}{', rope' * (self._rope is not None)})"
+
+
+def _packed_positions(starts: Any, tokens: int) -> Array:
+    """From 0 on in each packed sequence."""
+    starts, token = np.asarray(starts), np.arange(tokens)
+    positions: Array = token - starts[np.searchsorted(starts, token, side="right") - 1]
+    return positions
+
+
+def _grown(cache: Any, q: Array, k: Array, v: Array, options: dict[str, Any]) -> Array:
+    """What q sees of a cache with k and v. If that is an error, the cache is as it was; of a ring, as far as it has its
+    older tokens."""
+    before = cache.lengths
+    cache.append(k, v, lengths=options.get("lengths"), layout="blhd")
+    try:
+        seen: Array = cache.attend(q, layout="blhd", **options)
+    except BaseException:
+        with contextlib.suppress(ValueError):
+            cache.truncate(before)
+        raise
+    return seen
 
 
 def _pair(where: str, name: str, given: Any) -> tuple[Array, Array | None]:

@@ -86,7 +86,8 @@ def blank(p: Problem, x: Array, value: Any, axis: int = -1) -> None:
     rest = (slice(None),) * (-1 - axis)
     for at, n in np.ndenumerate(p.extras.queries.reshape(p.rows[:-2])):
         if n < p.rows[-1]:
-            x[(*at, ..., slice(n, None), *rest)] = value
+            with np.errstate(over="ignore"):  # a sink beyond the type is infinite, as elsewhere
+                x[(*at, ..., slice(n, None), *rest)] = value
 
 
 def _like_q(p: Problem) -> Array:

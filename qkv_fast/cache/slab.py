@@ -600,6 +600,9 @@ class KVCache(Questions):
         chosen = check_index(where, index, batch, lengths)
         for b, (own, first, length) in enumerate(zip(chosen, stay.tolist(), self._lengths.tolist(), strict=True)):
             check_chosen(where, own, first, length, b)
+            if len(own) and first < self._starts[b]:
+                known = f"sequence {b} begins at token {self._starts[b]}"
+                raise ValueError(f"{where}: {known}, n must not be less, got {first}")
         if self._store is not None:
             self._store.check_writable(where)
         tokens = [own + first for own, first in zip(chosen, stay, strict=True)]
@@ -619,6 +622,7 @@ class KVCache(Questions):
                 x[b][:, rows] = those
         if window >= 0:
             self._reach = np.where(stay <= keep, stay, self._reach)
+        self._starts = np.minimum(self._starts, stay)
         self._set_lengths(ends)
 
     def reorder(self, index: Any) -> None:

@@ -191,6 +191,10 @@ class Slab(RuleBasedStateMachine):
             with pytest.raises(ValueError, match="the ring holds"):
                 self.cache.select(stay, index, counts)
             return
+        if any(own.size and n < m.start for m, own, n in zip(self.model, kept, stay, strict=True)):
+            with pytest.raises(ValueError, match="begins at token"):
+                self.cache.select(stay, index, counts)
+            return
         self.cache.select(stay, index, counts)
         self.model = [
             m.take([*range(n), *own.tolist()]) for m, n, own in zip(self.model, stay, kept, strict=True)

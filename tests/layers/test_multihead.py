@@ -1,6 +1,8 @@
 """MultiHeadAttention: what its parts make of the same input; weights by the names of five families of models."""
 
+import copy
 import itertools
+import pickle
 import re
 
 import numpy as np
@@ -202,3 +204,51 @@ def test_errors():
     refuses(ValueError, ["memory", "cache"], lambda: layer(x, x, cache=qkv_fast.KVCache(2, 4, 6, capacity=9)))
     refuses(ValueError, ["(24,)"], lambda: layer(x[0, 0]))
     refuses(ValueError, ["(24,)"], lambda: layer(x, x[0, 0]))
+
+
+def test_padded_prompts_in_a_cache():
+    """Each sequence grows by its own tokens; the others' padding is no text."""
+    layer = MultiHeadAttention(*parts(), num_heads=HEADS, rope={})
+    x = inputs()
+    cache = qkv_fast.KVCache(2, HEADS, DIM, 20, dtype="float64")
+    first = layer(x[:, :5], cache=cache, lengths=[5, 3])
+    assert cache.lengths.tolist() == [5, 3]
+    same_bits(first[1, :3], layer(x[1:, :3], causal=True)[0])
+    close(layer(x[:, 5:6], cache=cache)[1], layer(np.concatenate([x[1:, :3], x[1:, 5:6]], axis=1), causal=True)[0, 3:])
+
+
+def test_errors_leave_the_cache_as_it_was():
+    layer, cache = MultiHeadAttention(*parts(), num_heads=HEADS), qkv_fast.KVCache(2, HEADS, DIM, 20, dtype="float64")
+    layer(inputs(), cache=cache)
+    with pytest.raises(TypeError, match="window"):
+        layer(inputs(), cache=cache, window="x")
+    assert cache.lengths.tolist() == [7, 7]
+
+
+def test_positions_of_a_packed_memory():
+    given = parts()
+    layer = MultiHeadAttention(*given, num_heads=HEADS, rope={})
+    x, memory = inputs(shape=(5, N)), inputs(shape=(7, N))
+    got = layer(x, memory, cu_seqlens_q=[0, 2, 5], cu_seqlens_k=[0, 3, 7])
+    close(got[2:][None], expected(given, x[None, 2:], memory[None, 3:], rope={}))
+
+
+@pytest.mark.parametrize("shape", [(1, 0, N), (0, 3, N)])
+def test_nothing_in(shape):
+    layer = MultiHeadAttention(*parts(), num_heads=HEADS, rope={})
+    assert layer(np.zeros(shape)).shape == (*shape[:-1], 20)
+
+
+@pytest.mark.parametrize("name", ["bias_k", "q_norm.weight"])
+def test_weights_of_more_than_this_layer(name):
+    state = {f"a.{part}_proj.weight": np.eye(8) for part in "qkvo"} | {f"a.{name}": np.ones(8)}
+    with pytest.raises(ValueError, match=re.escape(name)):
+        MultiHeadAttention.from_state(state, "a", num_heads=2)
+
+
+def test_copies_and_pickles():
+    """Packed weights begin at a cache line again, whatever memory a copy gets."""
+    layer, x = MultiHeadAttention(*parts(dtype="float32"), num_heads=HEADS), inputs("float32")
+    expect = layer(x, causal=True)
+    for other in (copy.copy(layer), copy.deepcopy(layer), *(pickle.loads(pickle.dumps(layer)) for _ in range(8))):
+        same_bits(other(x, causal=True), expect)
