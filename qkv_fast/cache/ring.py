@@ -54,12 +54,12 @@ class Ring(NamedTuple):
         lacking: Array = (stay < lengths) & (stay > self.keep) & (np.maximum(stay - window, self.keep) < oldest)
         return lacking
 
-    def laps(self, where: str, lengths: Array, reach: Array, queries: list[int], left: int) -> Laps:
-        """Laps for the newest queries, whose windows reach `left` back."""
+    def laps(self, where: str, lengths: Array, reach: Array, starts: Array, queries: list[int], left: int) -> Laps:
+        """Laps for the newest queries, whose windows reach `left` back, but not beyond where a sequence starts."""
         keep, size = self
         found = []
-        for n, end, new in zip(lengths.tolist(), reach.tolist(), queries, strict=True):
-            first = max(n - new - left, keep)
+        for n, end, start, new in zip(lengths.tolist(), reach.tolist(), starts.tolist(), queries, strict=True):
+            first = max(n - new - left, keep, start)
             if n > first < end - size:
                 raise ValueError(
                     f"{where}: the first query's window begins at token {first}, the ring holds {size} tokens "

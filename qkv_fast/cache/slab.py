@@ -499,7 +499,7 @@ class KVCache(Questions):
         assert left is not None
         ring, steps = self._ring, [(x.strides[0], x.strides[2]) for x in (self._k, self._v)]
         many = [queries] * len(self._lengths) if isinstance(queries, int) else queries.tolist()
-        laps = ring.laps(where, self._lengths, self._reach, many, left)
+        laps = ring.laps(where, self._lengths, self._reach, self._starts, many, left)
         if join:
             return Keys(self._k, self._v, *ring.joined(self._lengths, left, steps))
         last = self._laps

@@ -496,3 +496,15 @@ def test_what_is_no_tree(error, words, options):
         cache.attend(np.zeros((1, 1, 2, 4), "float32"), **options)
     with pytest.raises(ValueError, match=r"append these first \(4 queries, of which sequence 0 has 3"):
         cache.attend(np.zeros((1, 1, 4, 4), "float32"), tree=np.ones((4, 4), bool))
+
+
+def test_a_ring_need_not_have_what_is_padding():
+    """Queries that are padding reach back to tokens that the ring no longer has."""
+    q, k, v = qkv(9, batch=(1,), heads=(2, 1), lengths=(20, 100), dims=(4, 4))
+    for keep in (0, 3):
+        cache = qkv_fast.KVCache(1, 1, 4, capacity=20 + keep, window=10, keep=keep)
+        cache.append(k, v, starts=[95])
+        out = cache.attend(q)
+        assert not out[:, :, :15].any()
+        expected = qkv_fast.attention(q[:, :, 15:], k[:, :, 95:], v[:, :, 95:], causal=True)
+        np.testing.assert_allclose(out[:, :, 15:], expected, atol=1e-6)

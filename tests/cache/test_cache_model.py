@@ -170,9 +170,9 @@ class Slab(RuleBasedStateMachine):
         self.cache.truncate(stay)
         self.model = [m.cut(n) for m, n in zip(self.model, stay, strict=True)]
 
-    def has(self, b, first, end):
-        """Whether the ring still has what tokens `first` to `end` see of those before `end`."""
-        needed = {*range(min(self.keep, end)), *range(max(0, first - self.window), end)}
+    def has(self, b, first, end, start=0):
+        """Whether the ring still has what tokens `first` to `end` see of those before `end`, from `start` on."""
+        needed = {*range(min(self.keep, end)), *range(max(0, first - self.window), end)} - {*range(start)}
         return needed <= set(self.cache.positions[b].tolist())
 
     @rule(data=st.data())
@@ -183,16 +183,16 @@ class Slab(RuleBasedStateMachine):
         index = np.array([x[:most] for x in index], int).reshape(self.batch, most)
         counts = draw_counts(data, self.batch, most)
         kept = [row[:n] + s for row, n, s in zip(index, counts or [most] * self.batch, stay, strict=True)]
+        if any(own.size and n < m.start for m, own, n in zip(self.model, kept, stay, strict=True)):
+            with pytest.raises(ValueError, match="begins at token"):
+                self.cache.select(stay, index, counts)
+            return
         if self.window and not all(
             set(own.tolist()) <= set(self.cache.positions[b].tolist())
             and (stay[b] == len(self.model[b]) or self.has(b, stay[b], stay[b]))
             for b, own in enumerate(kept)
         ):
             with pytest.raises(ValueError, match="the ring holds"):
-                self.cache.select(stay, index, counts)
-            return
-        if any(own.size and n < m.start for m, own, n in zip(self.model, kept, stay, strict=True)):
-            with pytest.raises(ValueError, match="begins at token"):
                 self.cache.select(stay, index, counts)
             return
         self.cache.select(stay, index, counts)
@@ -212,7 +212,7 @@ class Slab(RuleBasedStateMachine):
         q, lengths, counts = draw_queries(data, [len(m) for m in self.model], heads, self.kind)
         options = draw_options(data, heads)
         firsts = [len(m) - n for m, n in zip(self.model, counts, strict=True)]
-        if self.window and not all(self.has(b, firsts[b], len(m)) for b, m in enumerate(self.model) if len(m)):
+        if self.window and not all(self.has(b, firsts[b], len(m), m.start) for b, m in enumerate(self.model) if len(m)):
             with pytest.raises(ValueError, match="the ring holds"):
                 self.cache.attend(q, lengths=lengths, **options)
             return
@@ -228,7 +228,7 @@ class Slab(RuleBasedStateMachine):
         q, lengths, counts = draw_queries(data, [len(m) for m in self.model], heads, self.kind)
         options = draw_options(data, heads)
         firsts = [len(m) - n for m, n in zip(self.model, counts, strict=True)]
-        if self.window and not all(self.has(b, firsts[b], len(m)) for b, m in enumerate(self.model) if len(m)):
+        if self.window and not all(self.has(b, firsts[b], len(m), m.start) for b, m in enumerate(self.model) if len(m)):
             with pytest.raises(ValueError, match=f"^KVCache.{name}: .*the ring holds"):
                 getattr(self.cache, name)(q, lengths=lengths, **options)
             return
