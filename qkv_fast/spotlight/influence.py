@@ -100,6 +100,9 @@ def influence(
     right at p = 1 too. An output without any key is 0. Sinks keep their logits. Changes of less than 1e-19 may count as
     0 in float32, whose squares end there, and values above 1e18 are too large for it.
 
+    Where a query sees an infinity in `v`, its part is NaN (the reference says infinity where the rest is finite). With
+    a bias like finfo.min for all keys of a query, a given `lse` says too little of its weights: leave `lse` out.
+
     It takes about the time of attention with `lse` and `output`, twice that without; queries of which one key has more
     than half take that long again. The order of sums is fixed: the same bits for any number of threads. What leaving
     out a source shows: J. Li et al., "Understanding Neural Networks through Representation Erasure", 2016; that weights
