@@ -60,7 +60,7 @@ def attend(p: Problem, out: Array | None, return_lse: bool) -> Any:
         if overlaps(p, out):
             target = _core.empty(p.where, p.shape, out.dtype.num)
     lse = _core.empty(p.where, p.rows, _arithmetic(p.number)) if return_lse else None
-    report = forward(p, target, lse)
+    report = _core.forward(p, target, lse) if p.extras is None else forward(p, target, lse)
     if report is not None:
         return Planned(p, report, target, out)
     if target is not result:
@@ -109,8 +109,8 @@ NO_VALUES = object()  # for v: what is asked about weights alone has none, and n
 
 def check(
     where: str, q: Any, k: Any, v: Any, mask: Any, bias: Any, causal: Any, window: Any, q_offset: Any, q_positions: Any,
-    q_lengths: Any, kv_lengths: Any, kv_starts: Any, segments: Any, alibi_slopes: Any, sinks: Any, softcap: Any, scale:
-    Any, layout: Any, num_threads: Any, words: dict[str, Any],
+    q_lengths: Any, kv_lengths: Any, kv_starts: Any, segments: Any, alibi_slopes: Any, sinks: Any, softcap: Any,
+    scale: Any, layout: Any, num_threads: Any, words: dict[str, Any],
 ) -> Problem:  # fmt: skip
     """The problem of arrays (..., heads, length, dim), in this order of axes or in that of `layout`."""
     if words:
@@ -170,10 +170,9 @@ def check(
 
     # The usual values first: what they skip is 0.1 us each, of 5 that the smallest call takes.
     scale = (dim**-0.5 if dim else 1.0) if scale is None else _scale_of(where, scale, dim)
-    left = right = offsets = lengths = extras = None
-    own: dict[str, Any] = {}
-    unusual = not (window is q_offset is q_positions is q_lengths is kv_lengths is kv_starts is None)
-    if not unusual and (causal is False or causal is True):
+    left = right = offsets = lengths = extras = own = None
+    usual = window is q_offset is q_positions is q_lengths is kv_lengths is kv_starts is None
+    if usual and (causal is False or causal is True):
         right = 0 if causal else None
     else:
         left, right, offsets, lengths, own = _check_limits(
@@ -197,9 +196,9 @@ def _arrays(q: Array, k: Array, v: Array, values: bool) -> dict[str, Array]:
 
 
 def check_ragged(
-    where: str, q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, mask: Any, bias: Any, causal: Any, window:
-    Any, q_offset: Any, q_positions: Any, kv_lengths: Any, segments: Any, alibi_slopes: Any, sinks: Any, softcap: Any,
-    scale: Any, num_threads: Any, words: dict[str, Any],
+    where: str, q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, mask: Any, bias: Any, causal: Any,
+    window: Any, q_offset: Any, q_positions: Any, kv_lengths: Any, segments: Any, alibi_slopes: Any, sinks: Any,
+    softcap: Any, scale: Any, num_threads: Any, words: dict[str, Any],
 ) -> Problem:  # fmt: skip
     """The problem of packed sequences (tokens, heads, dim)."""
     if words:
@@ -242,9 +241,9 @@ def check_ragged(
 
 
 def check_any(
-    where: str, q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, mask: Any, bias: Any, causal: Any, window:
-    Any, q_offset: Any, q_positions: Any, q_lengths: Any, kv_lengths: Any, kv_starts: Any, segments: Any, alibi_slopes:
-    Any, sinks: Any, softcap: Any, scale: Any, layout: Any, num_threads: Any, words: dict[str, Any],
+    where: str, q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, mask: Any, bias: Any, causal: Any,
+    window: Any, q_offset: Any, q_positions: Any, q_lengths: Any, kv_lengths: Any, kv_starts: Any, segments: Any,
+    alibi_slopes: Any, sinks: Any, softcap: Any, scale: Any, layout: Any, num_threads: Any, words: dict[str, Any],
 ) -> Problem:  # fmt: skip
     """The problem of arrays, or of packed sequences where the `cu_seqlens` are given."""
     if cu_seqlens_q is None and cu_seqlens_k is None:

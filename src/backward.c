@@ -23,19 +23,6 @@ static parts parts_of(const qkv_query_tile *t, const qkv_panel *x)
     return at;
 }
 
-static double element(const qkv_problem *p, const void *x, int64_t i)
-{
-    return p->type == QKV_F64 ? ((const double *)x)[i] : (double)((const float *)x)[i];
-}
-
-static void set_element(const qkv_problem *p, void *x, int64_t i, double value)
-{
-    if (p->type == QKV_F64)
-        ((double *)x)[i] = value;
-    else
-        ((float *)x)[i] = (float)value;
-}
-
 int qkv_are_finite(const qkv_query_tile *t, const char *k, ptrdiff_t k_row, const char *v, ptrdiff_t v_row, int64_t n)
 {
     const qkv_kernels *kernels = t->plan->kernels;
@@ -51,14 +38,14 @@ static void take_rows(const qkv_query_tile *t, const qkv_panel *x, void *delta)
         double lse = -INFINITY, sum = 0;
         if (j < x->n) {
             int64_t at = qkv_result_index(p, t->plan, t->sequence, t->head, &r);
-            lse = element(p, p->lse, at) / t->plan->rest;
-            sum = element(p, p->delta, at);
+            lse = qkv_element(p, p->lse, at) / t->plan->rest;
+            sum = qkv_element(p, p->delta, at);
             qkv_next_row(&r);
         }
         int sees = lse != -INFINITY;
-        set_element(p, qkv_state_m(t->plan, x->state), j, sees ? lse == INFINITY ? NAN : lse : INFINITY);
-        set_element(p, qkv_state_l(t->plan, x->state), j, sees ? 1 : 0);
-        set_element(p, delta, j, sees ? sum : 0);
+        qkv_set_element(p, qkv_state_m(t->plan, x->state), j, sees ? lse == INFINITY ? NAN : lse : INFINITY);
+        qkv_set_element(p, qkv_state_l(t->plan, x->state), j, sees ? 1 : 0);
+        qkv_set_element(p, delta, j, sees ? sum : 0);
     }
 }
 
@@ -106,10 +93,10 @@ static void add_changes(const qkv_query_tile *t, const qkv_panel *x, int lane, i
         char *row = bias ? bias + qkv_row_offset(&r, &p->dbias_at) : NULL;
         double distances = 0;
         for (int64_t i = 0; i < of->nk; i++) {
-            double value = element(p, ds, i * lanes + j);
+            double value = qkv_element(p, ds, i * lanes + j);
             char *to = row ? row + i * p->dbias_at.dim : NULL;
             if (to)
-                set_element(p, to, 0, element(p, to, 0) + value);
+                qkv_set_element(p, to, 0, qkv_element(p, to, 0) + value);
             if (p->dslopes && value != 0)
                 distances += value * fabs((double)(x->lanes.position[lane + j] - key - i));
         }
@@ -161,7 +148,7 @@ void qkv_write_query_gradients(const qkv_query_tile *t)
         const qkv_panel *x = &t->panel[i];
         void *l = qkv_state_l(plan, x->state);
         for (int j = 0; j < x->nv * plan->kernels->vector; j++)
-            set_element(p, l, j, 1);
+            qkv_set_element(p, l, j, 1);
         for (int j = 0; j < x->n; j++)
             rows[j] = t->scratch + plan->at_tile + j * p->dim * plan->kernels->size;
         plan->kernels->finish(rows, x->state, l, x->n, (int)p->dim);
@@ -183,7 +170,8 @@ void qkv_write_key_gradients(const qkv_problem *p, const qkv_plan *plan, int64_t
     int64_t size = plan->kernels->size, dk_row = qkv_columns(plan, p->dim) * size, dv_row = qkv_columns(plan, p->dim_v) * size;
     int64_t before = p->k_starts ? p->k_starts[sequence] : 0, end = p->k_starts ? p->k_starts[sequence + 1] - before : p->len_k;
     const char *dk = scratch + plan->at_sums, *dv = dk + plan->range * dk_row;
-    char *to_k = p->dk + before * p->dk_at.row + head * p->dk_at.head, *to_v = p->dv + before * p->dv_at.row + head * p->dv_at.head;
+    char *to_k = p->dk + before * p->dk_at.row + head * p->dk_at.head;
+    char *to_v = p->dv + before * p->dv_at.row + head * p->dv_at.head;
     if (!p->k_starts) {
         to_k += qkv_sequence_offset(p, &p->dk_at, sequence);
         to_v += qkv_sequence_offset(p, &p->dv_at, sequence);

@@ -240,6 +240,7 @@ static void find_changes(few *t, int64_t first, int64_t last)
 {
     qkv_changes *changes = &t->changes->changes;
     qkv_set_changes(&t->changes->elements, &t->changes->lanes, 0, (int)t->count, first, last, changes);
+    changes->key = first / t->plan->chunk * t->plan->chunk;
     t->stack.changes = changes->adjust ? changes : NULL;
 }
 

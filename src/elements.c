@@ -234,7 +234,6 @@ void qkv_set_changes(const qkv_elements *e, const qkv_lanes *x, int lane, int n,
     if (e->problem->slopes) {
         to->slope = x->slope + lane;
         to->position = x->position + lane;
-        to->key = first / e->block * e->block;
     }
     to->score_factor = plan->score_factor;
     to->softcap = plan->softcap;

@@ -17,19 +17,6 @@
 
 enum { CENTRE_ROWS = 64 };            /* outputs that the centre is the mean of, at most */
 
-static double element(const qkv_problem *p, const void *x, int64_t i)
-{
-    return p->type == QKV_F64 ? ((const double *)x)[i] : (double)((const float *)x)[i];
-}
-
-static void set_element(const qkv_problem *p, void *x, int64_t i, double value)
-{
-    if (p->type == QKV_F64)
-        ((double *)x)[i] = value;
-    else
-        ((float *)x)[i] = (float)value;
-}
-
 /* The lists of a panel from a lane on; no longer than there are keys. */
 static qkv_heaviest list_of(const qkv_query_tile *t, const qkv_panel *x, int lane)
 {
@@ -42,7 +29,7 @@ static void begin_lists(const qkv_query_tile *t, const qkv_panel *x)
 {
     qkv_heaviest list = list_of(t, x, 0);
     for (int64_t i = 0; i < t->plan->kernels->lanes * list.n; i++)
-        set_element(t->problem, list.score, i, -INFINITY);
+        qkv_set_element(t->problem, list.score, i, -INFINITY);
 }
 
 /* What weights of a row are taken with, as it is given: they are factor * 2^(c (S - m)). */
@@ -50,8 +37,8 @@ static double normaliser_of(const qkv_query_tile *t, const qkv_row *r, double *f
 {
     const qkv_problem *p = t->problem;
     int64_t at = qkv_result_index(p, t->plan, t->sequence, t->head, r);
-    *factor = p->lse ? 1 : element(p, p->normalisers, 2 * at + 1);
-    return p->lse ? element(p, p->lse, at) / t->plan->rest : element(p, p->normalisers, 2 * at);
+    *factor = p->lse ? 1 : qkv_element(p, p->normalisers, 2 * at + 1);
+    return p->lse ? qkv_element(p, p->lse, at) / t->plan->rest : qkv_element(p, p->normalisers, 2 * at);
 }
 
 /* A row that sees nothing counts for nothing. Of a row with NaN m is NaN, and the factor 1: it also multiplies the 0 of hidden
@@ -79,8 +66,8 @@ static void take_normalisers(const qkv_query_tile *t, const qkv_panel *x)
             qkv_next_row(&r);
         }
         make_usable(&m, &factor);
-        set_element(p, qkv_state_m(t->plan, x->state), j, m);
-        set_element(p, qkv_state_l(t->plan, x->state), j, factor);
+        qkv_set_element(p, qkv_state_m(t->plan, x->state), j, m);
+        qkv_set_element(p, qkv_state_l(t->plan, x->state), j, factor);
     }
 }
 
@@ -126,9 +113,9 @@ static void begin_rows(const qkv_query_tile *t, const qkv_panel *x)
     for (int j = 0; j < x->n; j++, qkv_next_row(&r)) {
         void *row = answer_row(t, &r);
         for (int64_t key = 0; key < seen.lo; key++)
-            set_element(p, row, key, -INFINITY);
+            qkv_set_element(p, row, key, -INFINITY);
         for (int64_t key = qkv_max(seen.lo, seen.hi); key < p->answer_n; key++)
-            set_element(p, row, key, -INFINITY);
+            qkv_set_element(p, row, key, -INFINITY);
     }
 }
 
@@ -264,7 +251,7 @@ static void write_keys(const qkv_query_tile *t, const qkv_heaviest *list, int la
     int64_t *keys = p->answer_keys + at * p->answer_n;
     for (int64_t i = 0; i < p->answer_n; i++) {
         int64_t place = i * t->plan->kernels->lanes + lane, key = -1;
-        double score = i < list->n ? element(p, list->score, place) : -INFINITY, weight = 0;
+        double score = i < list->n ? qkv_element(p, list->score, place) : -INFINITY, weight = 0;
         if (isnan(l)) {
             weight = NAN;
         } else if (score != -INFINITY) {
@@ -272,7 +259,7 @@ static void write_keys(const qkv_query_tile *t, const qkv_heaviest *list, int la
             weight = exp(score * t->plan->rest - row->m) * row->factor;
         }
         keys[i] = key;
-        set_element(p, p->answer, at * p->answer_n + i, weight);
+        qkv_set_element(p, p->answer, at * p->answer_n + i, weight);
     }
 }
 
@@ -294,15 +281,15 @@ void qkv_write_answer(const qkv_query_tile *t)
         qkv_row r = qkv_first_row(t, x);
         for (int j = 0; j < x->n; j++, qkv_next_row(&r)) {
             int64_t at = qkv_result_index(p, plan, t->sequence, t->head, &r);
-            double m = element(p, ms, j), l = element(p, ls, j);
+            double m = qkv_element(p, ms, j), l = qkv_element(p, ls, j);
             softmax_row row = finish_softmax(p, plan, m, l, t->head * plan->group + r.head);
             if (p->question == QKV_LARGEST) {
-                set_element(p, p->answer, at, m * plan->rest);
+                qkv_set_element(p, p->answer, at, m * plan->rest);
             } else if (p->question == QKV_ENTROPY) {
-                set_element(p, p->answer, at, entropy_of(&row, l, element(p, x->state, j), plan->rest));
+                qkv_set_element(p, p->answer, at, entropy_of(&row, l, qkv_element(p, x->state, j), plan->rest));
             } else if (p->question == QKV_NORMALISERS) {
-                set_element(p, p->answer, 2 * at, m);
-                set_element(p, p->answer, 2 * at + 1, row.factor);
+                qkv_set_element(p, p->answer, 2 * at, m);
+                qkv_set_element(p, p->answer, 2 * at + 1, row.factor);
             } else if (p->question == QKV_ROWS) {
                 make_usable(&m, &row.factor);
                 plan->kernels->weigh_row(answer_row(t, &r), p->answer_n, m, row.factor, plan->c);
@@ -332,10 +319,10 @@ void qkv_write_sums(const qkv_problem *p, const qkv_plan *plan, int64_t sequence
     for (int64_t i = keys.lo; i < keys.hi; i++) {
         double sum = 0, lost = 0;
         for (int j = 0; j < w; j++) {
-            sum += element(p, sums, (i - keys.lo) * w + j);
-            lost += element(p, sums, (plan->range + i - keys.lo) * w + j);
+            sum += qkv_element(p, sums, (i - keys.lo) * w + j);
+            lost += qkv_element(p, sums, (plan->range + i - keys.lo) * w + j);
         }
-        set_element(p, p->answer, first + i, isfinite(sum) ? sum + lost : sum);
+        qkv_set_element(p, p->answer, first + i, isfinite(sum) ? sum + lost : sum);
     }
 }
 
@@ -357,7 +344,7 @@ static void write_cells(const qkv_query_tile *t, qkv_range columns, int64_t row)
     const int64_t *bound = (const int64_t *)(t->scratch + t->plan->at_bounds);
     for (int64_t c = columns.lo; c < columns.hi; c++, bound += t->plan->parts) {
         double n = p->question == QKV_MEANS ? (double)queries * (double)(bound[t->plan->parts] - bound[0]) : 1;
-        set_element(p, p->answer, to + c, *cell / n);
+        qkv_set_element(p, p->answer, to + c, *cell / n);
         *cell++ = 0;
     }
 }
@@ -396,18 +383,19 @@ static void find_centre(const qkv_query_tile *t)
     int64_t queries = qkv_queries(p, t->sequence), step = (queries + CENTRE_ROWS - 1) / CENTRE_ROWS;
     int rows = 0;
     for (int64_t d = 0; d < p->dim_v; d++)
-        set_element(p, centre, d, 0);
+        qkv_set_element(p, centre, d, 0);
     for (int64_t i = 0; i < queries; i += step) {
         qkv_row r = {i, 0, 1};
         const void *o = qkv_output_row(t, &r);
         double sum = 0;
         for (int64_t d = 0; d < p->dim_v; d++)
-            sum += fabs(element(p, o, d));
+            sum += fabs(qkv_element(p, o, d));
         if (sum == 0 || !isfinite(sum))
             continue;
         rows++;
         for (int64_t d = 0; d < p->dim_v; d++)
-            set_element(p, centre, d, element(p, centre, d) + (element(p, o, d) - element(p, centre, d)) / rows);
+            qkv_set_element(p, centre, d, qkv_element(p, centre, d) + (qkv_element(p, o, d) - qkv_element(p, centre, d))
+                            / rows);
     }
 }
 
@@ -466,10 +454,10 @@ void qkv_write_moved(const qkv_query_tile *t)
             const void *o = qkv_output_row(t, &r);
             double sum = 0;
             for (int64_t d = 0; d < p->dim_v; d++) {
-                double moved = element(p, o, d) - element(p, without[j], d);
+                double moved = qkv_element(p, o, d) - qkv_element(p, without[j], d);
                 sum += moved * moved;
             }
-            set_element(p, p->answer, at, sum);
+            qkv_set_element(p, p->answer, at, sum);
         }
     }
 }
@@ -557,7 +545,7 @@ void qkv_settle_group(const qkv_query_tile *t, int64_t group, double *sums)
         char *own = x->total, *best = group_state(t, plan->at_best, i), *rest = group_state(t, plan->at_rest, i);
         qkv_share *share = shares_of(t, i);
         for (int j = 0; j < x->n; j++) {
-            double m = element(p, qkv_state_m(plan, own), j), l = element(p, qkv_state_l(plan, own), j);
+            double m = qkv_element(p, qkv_state_m(plan, own), j), l = qkv_element(p, qkv_state_l(plan, own), j);
             /* Equal maxima may be infinite, and their difference NaN. */
             double part = m == share[j].m ? 1 : exp((m - share[j].m) * plan->rest);
             double weight = l == 0 ? 0 : l * part * share[j].factor;
@@ -575,7 +563,7 @@ void qkv_settle_group(const qkv_query_tile *t, int64_t group, double *sums)
         for (int j = 0; j < x->n; j++) {
             double w = share[j].lesser_weight / (1 - share[j].lesser_weight);
             if (share[j].lesser >= 0)
-                sums[share[j].lesser] += w * w * element(p, apart, j);
+                sums[share[j].lesser] += w * w * qkv_element(p, apart, j);
         }
         plan->kernels->merge(rest, qkv_state_m(plan, rest), qkv_state_l(plan, rest), own, qkv_state_m(plan, own),
                              qkv_state_l(plan, own), x->nv, (int)p->dim_v, plan->c);
@@ -593,7 +581,7 @@ void qkv_end_groups(const qkv_query_tile *t, double *sums)
             for (int j = 0; j < x->n; j++) {
                 double w = whole ? 1 : share[j].weight / (1 - share[j].weight);
                 if (share[j].group >= 0 && (share[j].weight > 0.5) == whole)
-                    sums[share[j].group] += w * w * element(p, apart, j);
+                    sums[share[j].group] += w * w * qkv_element(p, apart, j);
             }
         }
     }

@@ -37,6 +37,20 @@ typedef struct {
     qkv_elements elements;
 } qkv_query_tile;
 
+/* Element i of what is of the arithmetic's type, wherever no kernel is worth it. */
+static inline double qkv_element(const qkv_problem *p, const void *x, int64_t i)
+{
+    return p->type == QKV_F64 ? ((const double *)x)[i] : (double)((const float *)x)[i];
+}
+
+static inline void qkv_set_element(const qkv_problem *p, void *x, int64_t i, double value)
+{
+    if (p->type == QKV_F64)
+        ((double *)x)[i] = value;
+    else
+        ((float *)x)[i] = (float)value;
+}
+
 static inline qkv_row qkv_first_row(const qkv_query_tile *t, const qkv_panel *x)
 {
     return qkv_row_of(x->row, t->plan->group);

@@ -168,8 +168,9 @@ class KVCache(Questions):
 
     def _set_lengths(self, lengths: Array) -> None:
         self._lengths = lengths
-        self._starts = np.minimum(self._starts, lengths)
-        self._padded = bool(self._starts.any())
+        if self._padded:
+            self._starts = np.minimum(self._starts, lengths)
+            self._padded = bool(self._starts.any())
         self._reach = np.maximum(self._reach, lengths)  # of a ring: one past the last token that overwrote an older one
         self._least, self._most = int(lengths.min()), int(lengths.max())
 
@@ -378,7 +379,8 @@ class KVCache(Questions):
             self._write(self._k, self._v, k, v, self._most, n)
             self._least = self._most = self._most + n
             self._lengths.fill(self._most)
-            self._begin(begins)
+            if begins is not None:
+                self._begin(begins)
             return
         ends = self._lengths + (n if counts is None else counts)
         if geometry.window < 0 and ends.max() > geometry.capacity:
@@ -389,12 +391,12 @@ class KVCache(Questions):
             n = end - begin
             self._write(self._k[b : b + 1], self._v[b : b + 1], k[b : b + 1, :, :n], v[b : b + 1, :, :n], begin, n)
         self._set_lengths(ends)
-        self._begin(begins)
+        if begins is not None:
+            self._begin(begins)
 
-    def _begin(self, starts: Array | None) -> None:
-        if starts is not None:
-            self._starts = np.maximum(self._starts, starts)
-            self._padded = bool(self._starts.any())
+    def _begin(self, starts: Array) -> None:
+        self._starts = np.maximum(self._starts, starts)
+        self._padded = bool(self._starts.any())
 
     def _fail_capacity(self, where: str, used: int, more: int) -> None:
         capacity = self._geometry.capacity
@@ -828,8 +830,9 @@ class KVCache(Questions):
         store = Store("KVCache.load", path, False)
         cache = cls.__new__(cls)
         cache._take(store.geometry, None)
-        cache._reach, cache._starts = store.reach.copy(), store.starts.copy()
+        cache._reach = store.reach.copy()
         cache._set_lengths(store.lengths.copy())
+        cache._begin(store.starts)
         rows = slice(min(int(cache._reach.max()), store.geometry.capacity))
         cache._k[:, :, rows], cache._v[:, :, rows] = store.k[:, :, rows], store.v[:, :, rows]
         return cache
