@@ -26,7 +26,7 @@ from ._merge import merge_partials
 from ._multihead import MultiHeadAttention
 from ._rope import rope
 from ._runtime import available_isas, get_num_threads, isa, num_threads, set_num_threads
-from ._stages import scores, softmax, weighted_values
+from ._stages import scores, softmax, softmax_grad, weighted_values
 from ._varlen import attention_varlen
 from .cache import KVCache, PagedKVCache
 
@@ -57,6 +57,7 @@ __all__ = [
     "set_num_threads",
     "show_config",
     "softmax",
+    "softmax_grad",
     "spotlight",
     "weighted_values",
 ]

@@ -533,10 +533,12 @@ def pack(cnp.ndarray b not None, int threads, int isa):
     return packed[to - <char *>cnp.PyArray_DATA(packed):]
 
 
-def softmax(cnp.ndarray x not None, cnp.ndarray mask, cnp.ndarray out not None, int axis, int threads, int isa, counters):
-    """out = softmax of x along `axis` (not negative), where the bool `mask` of the same shape, if any, is True. With PLAN
-    for counters: see product."""
+def softmax(cnp.ndarray x not None, cnp.ndarray mask, cnp.ndarray out not None, int axis, int threads, int isa, counters,
+            cnp.ndarray weights=None):
+    """out = softmax of x along `axis` (not negative), where the bool `mask` of the same shape, if any, is True. Or, of `weights`
+    that a softmax returned, x being their gradient, that of what it was given. With PLAN for counters: see product."""
     cdef qkv_softmax_problem p
+    cdef cnp.ndarray beside = mask if weights is None else weights
     cdef qkv_stage_report report
     cdef qkv_status status
     cdef int i, at, n = cnp.PyArray_NDIM(x)
@@ -549,16 +551,25 @@ def softmax(cnp.ndarray x not None, cnp.ndarray mask, cnp.ndarray out not None, 
         at = i if i < axis else i + 1
         p.axes[i] = cnp.PyArray_DIM(x, at)
         p.x_at[i] = cnp.PyArray_STRIDE(x, at)
-        p.mask_at[i] = 0 if mask is None else cnp.PyArray_STRIDE(mask, at)
+        p.with_at[i] = 0 if beside is None else cnp.PyArray_STRIDE(beside, at)
         p.out_at[i] = cnp.PyArray_STRIDE(out, at)
     p.n = cnp.PyArray_DIM(x, axis)
     p.x_step = stride_of(x, n - axis) if p.n > 1 else cnp.PyArray_ITEMSIZE(x)
-    p.mask_step = 0 if mask is None else stride_of(mask, n - axis)
+    p.with_step = 0 if beside is None else stride_of(beside, n - axis)
     p.out_step = stride_of(out, n - axis) if p.n > 1 else cnp.PyArray_ITEMSIZE(out)
     p.x = <const char *>cnp.PyArray_DATA(x)
     p.mask = NULL
     if mask is not None:
         p.mask = <const char *>cnp.PyArray_DATA(mask)
+    p.p = NULL
+    p.p_type = p.type
+    p.swapped_p = 0
+    if weights is not None:
+        p.p = <const char *>cnp.PyArray_DATA(weights)
+        p.p_type = type_of(weights)
+        p.swapped_p = cnp.PyArray_ISBYTESWAPPED(weights)
+        if p.n == 1:
+            p.with_step = cnp.PyArray_ITEMSIZE(weights)
     p.out = <char *>cnp.PyArray_DATA(out)
     p.threads = threads
     p.isa = isa

@@ -13,14 +13,16 @@ from ._attention import attention
 from ._checks import Array, _arithmetic, _as_array
 from ._core import Problem
 from ._problem import Planned
-from ._stages import PlannedStage, scores, softmax, weighted_values
+from ._stages import PlannedStage, scores, softmax, softmax_grad, weighted_values
 from ._varlen import attention_varlen
 from .cache import KVCache, PagedKVCache
 
 if TYPE_CHECKING:
     from ._plans import Plan, StagePlan
 
-_VERBS = {attention, attention_varlen, scores, softmax, weighted_values, KVCache.attend, PagedKVCache.attend}
+_VERBS = {
+    attention, attention_varlen, scores, softmax, softmax_grad, weighted_values, KVCache.attend, PagedKVCache.attend,
+}  # fmt: skip
 
 
 def explain(*call: Any, **arguments: Any) -> "Plan | StagePlan":
@@ -169,8 +171,8 @@ def _of_stage(planned: PlannedStage, given: dict[str, Any], source: str) -> "Sta
     a = next(iter(arrays.values()))
     isa, dtype = _runtime.available_isas()[planned.isa], "float64" if a.dtype.itemsize == 8 else "float32"
     kind = "multiply"
-    if planned.stage == "softmax":
-        kind = "softmax_columns" if report["across"] else "softmax_rows"
+    if planned.stage.startswith("softmax"):
+        kind = f"{planned.stage}_{'columns' if report['across'] else 'rows'}"
     return StagePlan(
         stage=planned.stage,
         isa=isa,
@@ -244,6 +246,7 @@ _COPIED_BY_STAGES = _COPIED | {
     "q": "copied a few rows at a time",
     "p": "copied a few rows at a time",
     "x": "copied a row at a time",
+    "dp": "copied a row at a time",
 }
 
 

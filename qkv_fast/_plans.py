@@ -141,7 +141,7 @@ class Plan(NamedTuple):
 
 
 class StagePlan(NamedTuple):
-    """How a call of `scores`, `softmax` or `weighted_values` would run; see `Plan` for what both have.
+    """How a call of `scores`, `softmax`, `softmax_grad` or `weighted_values` would run; see `Plan` for what both have.
 
     Attributes
     ----------
@@ -199,7 +199,7 @@ class StagePlan(NamedTuple):
         is taken at the rate of reading, that of a softmax, which waits for nothing else, at that of copying.
         """
         threads = max(1, self.threads)
-        if self.stage == "softmax":
+        if not self.is_product:
             return 0.0, self.bytes / _runtime.measured_traffic(threads)
         index = _runtime.available_isas().index(self.isa)
         flops, bandwidth = _runtime.measured_peaks(index, self.kernel.split("_")[1], threads)
@@ -210,6 +210,11 @@ class StagePlan(NamedTuple):
         """The time that the roofline predicts, the longer of the two `limits`: less only if the data lie in cache."""
         return max(self.limits)
 
+    @property
+    def is_product(self) -> bool:
+        """Whether it multiplies matrices."""
+        return not self.stage.startswith("softmax")
+
     def __repr__(self) -> str:
         return "\n".join(self._lines())
 
@@ -217,8 +222,7 @@ class StagePlan(NamedTuple):
         lines = _head(self, self.stage)
         if not self.tasks:
             return [*lines, _row("work", "none: the result has no elements")]
-        product = self.stage != "softmax"
-        operations = f"{_unit(self.operations, 'F')} and " * product
+        operations = f"{_unit(self.operations, 'F')} and " * self.is_product
         where = ", written past the caches" * self.streamed
         copies = _many(self.tiles_copied, "copy", "copies")
         return [
@@ -232,7 +236,7 @@ class StagePlan(NamedTuple):
         ]
 
     def _kernel(self) -> str:
-        if self.stage != "softmax":
+        if self.is_product:
             return "columns of the result in the lanes"
         return "columns side by side in the lanes" if "columns" in self.kernel else "a row after the other"
 
@@ -243,7 +247,7 @@ class StagePlan(NamedTuple):
     def _roofline(self) -> str:
         compute, memory = self.limits
         rate = _unit(self.bytes / memory, "B/s")
-        if self.stage == "softmax":
+        if not self.is_product:
             return f"at least {_unit(memory, 's')}, bound by memory ({rate} of copying measured here)"
         bound = "arithmetic" if compute >= memory else "memory"
         peak = f"{_unit(self.operations / compute, 'F/s')}, " if compute else ""

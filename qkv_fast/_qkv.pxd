@@ -180,15 +180,17 @@ cdef extern from "qkv.h" nogil:
 
     ctypedef struct qkv_softmax_problem:
         qkv_type type, out_type
-        int swapped_x, swapped_out
+        qkv_type p_type
+        int swapped_x, swapped_out, swapped_p
         int n_axes
         int64_t axes[64]
         int64_t x_at[64]
-        int64_t mask_at[64]
+        int64_t with_at[64]
         int64_t out_at[64]
-        int64_t n, x_step, mask_step, out_step
+        int64_t n, x_step, with_step, out_step
         const char *x
         const char *mask
+        const char *p
         char *out
         int threads, isa
         qkv_counters *counters

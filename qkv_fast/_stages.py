@@ -267,14 +267,7 @@ def softmax(
         _fail_words(where, words, "")
     x = _as_array("x", x, where)
     _check_type(where, "x", x)
-    if x.ndim == 0:
-        _fail_shapes(where, "x needs an axis", x=x)
-    try:
-        axis = operator.index(None if isinstance(axis, (bool, np.bool_)) else axis)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"softmax: axis must be an integer, got {axis!r}") from None
-    if not -x.ndim <= axis < x.ndim:
-        raise np.exceptions.AxisError(axis, x.ndim, f"softmax: x.shape={x.shape}")
+    axis = _check_axis(where, axis, x=x)
     if mask is not None:
         given = _as_array("mask", mask, where)
         if given.dtype != bool:
@@ -283,20 +276,119 @@ def softmax(
             mask = np.broadcast_to(given, x.shape)
         except ValueError:
             _fail_shapes(where, "mask does not broadcast to x", x=x, mask=given)
+    return _along(where, {"x": x}, mask, axis, out, num_threads)
+
+
+@documented
+def softmax_grad(
+    dp: Any,
+    p: Any,
+    axis: int = -1,
+    *,
+    out: Array | None = None,
+    num_threads: int | None = None,
+    **words: Never,
+) -> Array:
+    """The gradient through `softmax`: of what it was given, from that of its result, ``p * (dp - sum(p * dp))``.
+
+    Parameters
+    ----------
+    dp : array_like
+        The gradient of the weights, float16, bfloat16 (of ml_dtypes), float32 or float64, of any shape with at least
+        one axis.
+    p : array_like
+        The weights that `softmax` returned, of dp's shape and of its type or a narrower one; float16 and bfloat16 do
+        not mix.
+    axis : int, default -1
+        The axis whose weights sum to 1.
+    <out>
+        It may be dp or p itself.
+    <num_threads>
+
+    Returns
+    -------
+    ndarray
+        Of dp's shape and type, in native byte order and dp's order of axes in memory; `out` itself where given. 0 where
+        the weight is 0, whatever dp is there: so what a mask hides takes no part.
+
+    Raises
+    ------
+    TypeError
+        An argument of the wrong kind: other element types, masked arrays, `np.matrix`.
+    ValueError
+        No axis, shapes that differ, an `out` that does not fit.
+    numpy.exceptions.AxisError
+        An axis that dp does not have.
+    OverflowError
+        A size too large for 63 bits.
+    MemoryError
+        No memory for the result or for scratch space.
+
+    See Also
+    --------
+    softmax : The stage that this goes back through.
+    attention_grad : The gradients of all stages at once, without storing a matrix.
+
+    Notes
+    -----
+    NaN in a weight, or in dp where the weight is not 0, makes all along the axis NaN but what has weight 0. The bits
+    are the same for any axis, strides and number of threads. The formula is in T. Dao et al., "FlashAttention: Fast and
+    Memory-Efficient Exact Attention with IO-Awareness", 2022, appendix B.2.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import qkv_fast
+    >>> p = qkv_fast.softmax(np.log([1.0, 3.0]))
+    >>> np.round(qkv_fast.softmax_grad(np.array([1.0, 0.0]), p), 4)
+    array([ 0.1875, -0.1875])
+    """
+    where = "softmax_grad"
+    if words:
+        _fail_words(where, words, "")
+    dp, p = _as_array("dp", dp, where), _as_array("p", p, where)
+    _check_type(where, "dp", dp)
+    _check_type(where, "p", p)
+    _check_narrower(where, {"dp": dp, "p": p})
+    axis = _check_axis(where, axis, dp=dp)
+    if p.shape != dp.shape:
+        _fail_shapes(where, "dp and p differ", dp=dp, p=p)
+    return _along(where, {"dp": dp, "p": p}, None, axis, out, num_threads)
+
+
+def _check_axis(where: str, axis: Any, **given: Array) -> int:
+    ((name, x),) = given.items()
+    if x.ndim == 0:
+        _fail_shapes(where, f"{name} needs an axis", **given)
+    try:
+        axis = operator.index(None if isinstance(axis, (bool, np.bool_)) else axis)
+    except TypeError:
+        raise TypeError(f"{where}: axis must be an integer, got {axis!r}") from None
+    if not -x.ndim <= axis < x.ndim:
+        raise np.exceptions.AxisError(axis, x.ndim, f"{where}: {name}.shape={x.shape}")
+    return int(axis)
+
+
+def _along(
+    where: str, arrays: dict[str, Array], mask: Array | None, axis: int, out: Array | None, num_threads: int | None
+) -> Array:
+    """The softmax of one array, or its gradient of two, into a new array or `out`; or a plan, if that is asked for."""
     threads, isa, counters = _runtime.current(num_threads, where)
+    (name, x), *others = arrays.items()
     if out is None:
         try:  # axes in memory as x has them
             result = target = np.empty_like(x, _TYPES[x.dtype.num], subok=False)
         except ValueError:
             raise OverflowError(f"{where}: a result of shape {x.shape} is too large for any array") from None
     else:
-        result = target = _check_out(out, x.shape, x.dtype.num, where, "x")
-        in_place = _same_memory(out, x)
-        if any(np.may_share_memory(out, y) for y in (x, mask) if y is not None and not (y is x and in_place)):
+        result = target = _check_out(out, x.shape, x.dtype.num, where, name)
+        given = [*arrays.values()] if mask is None else [x, mask]
+        if any(np.may_share_memory(out, y) and not _same_memory(out, y) for y in given):
             target = _core.empty(where, x.shape, out.dtype.num)
-    report = _core.softmax(x, mask, target, axis % x.ndim, threads, isa, counters)
+    weights = others[0][1] if others else None
+    report = _core.softmax(x, mask, target, axis % x.ndim, threads, isa, counters, weights)
     if report is not None:
-        return PlannedStage(where, threads, isa, report, {"x": x, "out": target}, out)  # type: ignore[return-value]
+        return PlannedStage(where, threads, isa, report, {**arrays, "out": target}, out)  # type: ignore[return-value]
     if target is not result:
         result[...] = target
     return result

@@ -393,7 +393,7 @@ qkv_status qkv_explain_softmax(const qkv_softmax_problem *p, qkv_stage_report *r
     if (status != QKV_OK || plan.tasks == 0)
         return status;
     int64_t runs = plan.tasks / plan.pieces;
-    report->counts.tiles_copied = plan.copy_x ? runs * plan.run : 0;
+    report->counts.tiles_copied = ((plan.copy_x != 0) + (plan.copy_p != 0)) * runs * plan.run;
     report->counts.tasks = plan.tasks;
     report->counts.threads = plan.threads;
     report->across = plan.across;
@@ -401,11 +401,13 @@ qkv_status qkv_explain_softmax(const qkv_softmax_problem *p, qkv_stage_report *r
     report->tile_columns = plan.across ? plan.piece : p->n;
     report->stream = plan.stream;
     report->obstacles_a = plan.copy_x;
+    report->obstacles_b = plan.copy_p;
     report->obstacles_c = plan.copy_out;
     report->scratch_bytes = all_scratch(plan.threads, plan.scratch_bytes);
 
-    double n = (double)p->n, masks = !p->mask ? 0 : count_along(p->n_axes, p->axes, p->mask_at) * (p->mask_step ? n : 1);
-    report->bytes = count_along(p->n_axes, p->axes, p->x_at) * (p->x_step ? n : 1) * qkv_size(p->type) + masks
+    double n = (double)p->n, with = count_along(p->n_axes, p->axes, p->with_at) * (p->with_step ? n : 1);
+    with *= p->p ? qkv_size(p->p_type) : p->mask != NULL;
+    report->bytes = count_along(p->n_axes, p->axes, p->x_at) * (p->x_step ? n : 1) * qkv_size(p->type) + with
         + (double)runs * (double)plan.run * n * qkv_size(p->out_type);
     return QKV_OK;
 }

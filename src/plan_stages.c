@@ -121,18 +121,18 @@ static void merge_axes(const qkv_softmax_problem *p, qkv_softmax_plan *plan)
         for (; at > 0 && distance(plan->out_at[at - 1]) < distance(p->out_at[i]); at--) {
             plan->axes[at] = plan->axes[at - 1];
             plan->x_at[at] = plan->x_at[at - 1];
-            plan->mask_at[at] = plan->mask_at[at - 1];
+            plan->with_at[at] = plan->with_at[at - 1];
             plan->out_at[at] = plan->out_at[at - 1];
         }
         plan->axes[at] = p->axes[i];
         plan->x_at[at] = p->x_at[i];
-        plan->mask_at[at] = p->mask ? p->mask_at[i] : 0;
+        plan->with_at[at] = p->mask || p->p ? p->with_at[i] : 0;
         plan->out_at[at] = p->out_at[i];
     }
     int last = 0;                     /* merges into it what follows */
     for (int i = 1; i < n; i++) {
         int64_t count = plan->axes[i];
-        int one = plan->x_at[last] == plan->x_at[i] * count && plan->mask_at[last] == plan->mask_at[i] * count
+        int one = plan->x_at[last] == plan->x_at[i] * count && plan->with_at[last] == plan->with_at[i] * count
             && plan->out_at[last] == plan->out_at[i] * count;
         if (one)
             count *= plan->axes[last];
@@ -140,13 +140,13 @@ static void merge_axes(const qkv_softmax_problem *p, qkv_softmax_plan *plan)
             last++;
         plan->axes[last] = count;
         plan->x_at[last] = plan->x_at[i];
-        plan->mask_at[last] = plan->mask_at[i];
+        plan->with_at[last] = plan->with_at[i];
         plan->out_at[last] = plan->out_at[i];
     }
     plan->n_axes = n ? last : 0;
     plan->run = n ? plan->axes[last] : 1;
     plan->x_run = n ? plan->x_at[last] : 0;
-    plan->mask_run = n ? plan->mask_at[last] : 0;
+    plan->with_run = n ? plan->with_at[last] : 0;
     plan->out_run = n ? plan->out_at[last] : 0;
 }
 
@@ -159,6 +159,12 @@ static int obstacles_along(const void *data, int n_axes, const int64_t *at, int6
         bits |= at[i];
     return widened(type, qkv_arithmetic(type)) | (swapped ? QKV_SWAPPED : 0) | (unit != size ? QKV_STRIDED : 0)
         | (bits % size ? QKV_UNALIGNED : 0);
+}
+
+static int weight_obstacles(const qkv_softmax_problem *p, const qkv_softmax_plan *plan, int64_t unit, int64_t other)
+{
+    return obstacles_along(p->p, plan->n_axes, plan->with_at, unit, other, p->swapped_p, p->p_type)
+        | widened(p->p_type, qkv_arithmetic(p->type));
 }
 
 qkv_status qkv_plan_softmax(const qkv_softmax_problem *p, qkv_softmax_plan *plan)
@@ -178,9 +184,10 @@ qkv_status qkv_plan_softmax(const qkv_softmax_problem *p, qkv_softmax_plan *plan
     plan->across = fits && plan->run > 1
         && !obstacles_along(p->x, n_axes, plan->x_at, plan->x_run, p->x_step, p->swapped_x, p->type)
         && !obstacles_along(p->out, n_axes, plan->out_at, plan->out_run, p->out_step, p->swapped_out, p->out_type)
+        && (!p->p || !weight_obstacles(p, plan, plan->with_run, p->with_step))
         && (p->x_step != size || p->out_step != size);
     /* Rows of strips, when they are not streamed, wait for their lines: 0.57 instead of 0.35 ns per element at 12x512x512. */
-    plan->stream = (double)total * (double)size >= (plan->across ? STREAM_C_BYTES : STREAM_BYTES);
+    plan->stream = !p->p && (double)total * (double)size >= (plan->across ? STREAM_C_BYTES : STREAM_BYTES);
     plan->threads = total < SOFTMAX_TASK ? 1 : p->threads;
     if (plan->across) {
         int64_t wanted = plan->run, line = QKV_LINE / size;
@@ -191,15 +198,18 @@ qkv_status qkv_plan_softmax(const qkv_softmax_problem *p, qkv_softmax_plan *plan
         wanted = qkv_min(wanted, STRIPS_TASK / p->n);
         plan->piece = qkv_max(strip, wanted / strip * strip);
         plan->pieces = ceil_div(plan->run, plan->piece);
-        plan->at_state = align((size_t)(2 * p->n * plan->strip * size));
+        plan->at_state = p->p ? 0 : align((size_t)(2 * p->n * plan->strip * size));
         plan->scratch_bytes = plan->at_state + align((size_t)((3 * w + 3) * plan->strip * size));
     } else {
         plan->copy_x = obstacles_along(p->x, n_axes, plan->x_at, p->x_step, plan->x_run, p->swapped_x, p->type);
         plan->copy_out = obstacles_along(p->out, n_axes, plan->out_at, p->out_step, plan->out_run, p->swapped_out, p->out_type);
-        plan->in_out = !plan->copy_out && p->n > ROW_BYTES / size;
+        plan->copy_p = p->p ? weight_obstacles(p, plan, p->with_step, plan->with_run) : 0;
+        plan->in_out = !p->p && !plan->copy_out && p->n > ROW_BYTES / size;
         plan->piece = qkv_min(plan->run, ceil_div(SOFTMAX_TASK, p->n));
         plan->pieces = ceil_div(plan->run, plan->piece);
-        plan->scratch_bytes = plan->in_out ? ALIGNMENT : align((size_t)(p->n * size));
+        int direct = plan->in_out || (p->p && !plan->copy_x && !plan->copy_out);
+        plan->at_p = direct ? ALIGNMENT : align((size_t)(p->n * size));
+        plan->scratch_bytes = plan->at_p + (plan->copy_p ? align((size_t)(p->n * size)) : 0);
     }
     plan->tasks = outer * plan->pieces;
     plan->threads = (int)qkv_min(plan->threads, plan->tasks);

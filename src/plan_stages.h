@@ -32,21 +32,21 @@ static inline int64_t qkv_packed_at(const qkv_product_plan *plan, int64_t first,
     return (first * plan->column_tiles + n * tile) * plan->tile_columns * plan->kernels->size;
 }
 
-/* A softmax: a grid of outer axes x pieces of the innermost one, the run. Its elements are columns, worked on in strips, if
+/* A softmax, or its gradient: a grid of outer axes x pieces of the innermost one, the run. Its elements are columns, worked on in strips, if
  * the axis lies across them; else they are rows. */
 typedef struct {
     const qkv_kernels *kernels;
     int across;                       /* the run is contiguous, the axis is not */
     int n_axes;                       /* outer axes, as in the problem, after merging */
-    int64_t axes[QKV_MAX_AXES], x_at[QKV_MAX_AXES], mask_at[QKV_MAX_AXES], out_at[QKV_MAX_AXES];
-    int64_t run, x_run, mask_run, out_run;
+    int64_t axes[QKV_MAX_AXES], x_at[QKV_MAX_AXES], with_at[QKV_MAX_AXES], out_at[QKV_MAX_AXES];
+    int64_t run, x_run, with_run, out_run;
     int64_t piece, pieces, strip;
-    int copy_x, copy_out;             /* rows go through scratch, because of these obstacles */
+    int copy_x, copy_p, copy_out;     /* rows go through scratch, because of these obstacles */
     int in_out;                       /* rows too long for a cache: exponentials go to `out` at once */
     int stream;
     int64_t tasks;
     int threads;
-    size_t at_state, scratch_bytes;   /* the exponentials come first */
+    size_t at_state, at_p, scratch_bytes;               /* the exponentials, or a copy of x, come first */
 } qkv_softmax_plan;
 
 qkv_status qkv_plan_softmax(const qkv_softmax_problem *problem, qkv_softmax_plan *plan);

@@ -223,7 +223,7 @@ typedef struct {
 
 qkv_status qkv_explain(const qkv_problem *problem, qkv_report *report);
 
-/* The stages on their own: C = scale * A B for every sequence and head, and the softmax of an axis. The same trust, memory,
+/* The stages on their own: C = scale * A B for every sequence and head, the softmax of an axis, and its gradient. The same trust, memory,
  * threads and interruption as above. */
 
 /* Scores are Q K^T with A = Q, B = K by its columns; weighted values are P V. */
@@ -261,19 +261,21 @@ qkv_status qkv_product(const qkv_product_problem *problem);
 qkv_status qkv_packed_bytes(const qkv_product_problem *problem, int64_t *bytes);
 qkv_status qkv_pack(const qkv_product_problem *problem, void *packed);
 
-/* out <- softmax of x along one axis, over the elements whose mask is not 0. */
+/* out <- softmax of x along one axis, over the elements whose mask is not 0. Or, if there is a p, the gradient through a softmax that
+ * was p: out <- p (x - the sum of p x), over the elements whose p is not 0; what takes no part becomes 0. */
 typedef struct {
     qkv_type type, out_type;          /* of x, and of out: the same, or float32 for 16 bits */
-    int swapped_x, swapped_out;
+    qkv_type p_type;                  /* x's or a narrower one */
+    int swapped_x, swapped_out, swapped_p;
 
     int n_axes;                       /* the others; strides are in bytes */
     int64_t axes[QKV_MAX_AXES];
-    int64_t x_at[QKV_MAX_AXES], mask_at[QKV_MAX_AXES], out_at[QKV_MAX_AXES];
-    int64_t n, x_step, mask_step, out_step;             /* the axis */
+    int64_t x_at[QKV_MAX_AXES], with_at[QKV_MAX_AXES], out_at[QKV_MAX_AXES];
+    int64_t n, x_step, with_step, out_step;             /* the axis */
 
     const char *x;
-    const char *mask;                 /* bytes, or NULL: all */
-    char *out;                        /* x itself, or overlaps neither */
+    const char *mask, *p;             /* bytes, and weights, of strides `with`: one of them is NULL, or both (all take part) */
+    char *out;                        /* x or p itself, or overlaps none */
 
     int threads, isa;
     qkv_counters *counters;           /* or NULL: tiles_copied, tasks and threads */

@@ -2,7 +2,7 @@
  *
  * A product's task is a tile of rows against a tile of columns. B becomes panels in scratch, a pass of terms at a time; rows
  * of A are used where they lie, or copied a few at a time, and meet every panel while they are in L1.
- * A softmax's task is some rows, or a strip of columns.
+ * A softmax's task is some rows, or some columns; so is that of its gradient.
  */
 #include <string.h>
 
@@ -267,6 +267,11 @@ static void softmax_row(const qkv_softmax_problem *p, const qkv_softmax_plan *pl
 {
     const qkv_kernels *kernels = plan->kernels;
     char *out = tile.out;
+    if (plan->copy_p) {
+        qkv_rows from = {(char *)tile.p, 0, (ptrdiff_t)p->with_step, p->p_type, p->swapped_p};
+        copy_row(kernels, 1, from, e + plan->at_p, p->n);
+        tile.p = e + plan->at_p;
+    }
     tile.e = e = plan->in_out ? out : e;
     tile.count = 1;
     if (plan->copy_x) {
@@ -276,7 +281,7 @@ static void softmax_row(const qkv_softmax_problem *p, const qkv_softmax_plan *pl
     }
     if (plan->copy_out)
         tile.out = e;
-    kernels->softmax_rows(&tile);
+    (p->p ? kernels->softmax_grad_rows : kernels->softmax_rows)(&tile);
     if (plan->copy_out) {
         qkv_rows to = {out, 0, (ptrdiff_t)p->out_step, p->out_type, p->swapped_out};
         copy_row(kernels, 0, to, e, p->n);
@@ -296,33 +301,37 @@ static void softmax_task(void *context, int64_t task, int worker)
     int64_t head = plan->across ? (int64_t)(-(uintptr_t)out % QKV_LINE) / kernels->size : 0;
     int64_t first = piece ? qkv_min(plan->run, head + piece * plan->piece) : 0;
     int64_t last = qkv_min(plan->run, head + (piece + 1) * plan->piece);
-    int64_t mask_at = offset_of(outer, plan->n_axes, plan->axes, plan->mask_at) + first * plan->mask_run;
+    int64_t with_at = offset_of(outer, plan->n_axes, plan->axes, plan->with_at) + first * plan->with_run;
     qkv_softmax_tile tile = {
         .x = p->x + offset_of(outer, plan->n_axes, plan->axes, plan->x_at) + first * plan->x_run,
         .out = out + first * plan->out_run,
-        .mask = p->mask ? (const uint8_t *)p->mask + mask_at : NULL,
-        .mask_axis = (ptrdiff_t)p->mask_step, .mask_run = (ptrdiff_t)plan->mask_run,
+        .mask = p->mask ? (const uint8_t *)p->mask + with_at : NULL,
+        .mask_axis = (ptrdiff_t)p->with_step, .mask_run = (ptrdiff_t)plan->with_run,
+        .p = p->p ? p->p + with_at : NULL,
         .e = scratch, .state = scratch + plan->at_state,
         .n = p->n, .count = last - first, .strip = plan->strip, .stream = plan->stream,
     };
     if (plan->across) {
         tile.x_row = (ptrdiff_t)(p->x_step / kernels->size);
         tile.out_row = (ptrdiff_t)(p->out_step / kernels->size);
-        kernels->softmax_columns(&tile);
+        tile.p_row = (ptrdiff_t)(p->with_step / kernels->size);
+        (p->p ? kernels->softmax_grad_columns : kernels->softmax_columns)(&tile);
         return;
     }
-    if (!plan->copy_x && !plan->copy_out && !plan->in_out) {
+    if (!plan->copy_x && !plan->copy_p && !plan->copy_out && !plan->in_out) {
         tile.x_row = (ptrdiff_t)(plan->x_run / kernels->size);
         tile.out_row = (ptrdiff_t)(plan->out_run / kernels->size);
-        kernels->softmax_rows(&tile);
+        tile.p_row = (ptrdiff_t)(plan->with_run / kernels->size);
+        (p->p ? kernels->softmax_grad_rows : kernels->softmax_rows)(&tile);
         return;
     }
     for (int64_t i = first; i < last && !qkv_must_stop(&job->stop, worker); i++) {
         softmax_row(p, plan, tile, scratch);
         tile.x = (const char *)tile.x + plan->x_run;
         tile.out = (char *)tile.out + plan->out_run;
-        tile.mask = tile.mask ? tile.mask + plan->mask_run : NULL;
-        counters_of(job, worker)->tiles_copied += plan->copy_x != 0;
+        tile.mask = tile.mask ? tile.mask + plan->with_run : NULL;
+        tile.p = tile.p ? (const char *)tile.p + plan->with_run : NULL;
+        counters_of(job, worker)->tiles_copied += (plan->copy_x != 0) + (plan->copy_p != 0);
     }
 }
 

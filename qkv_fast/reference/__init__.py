@@ -3,7 +3,7 @@
 from . import spotlight
 from .attention import _distances, _limits_of, _visible, attention, attention_varlen  # noqa: F401 (tests count what is visible)
 from .grad import attention_grad
-from .stages import linear, rope, scores, softmax, weighted_values
+from .stages import linear, rope, scores, softmax, softmax_grad, weighted_values
 
 __all__ = [
     "attention",
@@ -13,6 +13,7 @@ __all__ = [
     "rope",
     "scores",
     "softmax",
+    "softmax_grad",
     "spotlight",
     "weighted_values",
 ]

@@ -85,6 +85,40 @@ def softmax(x: Any, axis: int = -1, *, mask: Any = None) -> Any:
         return p / np.where(total == 0, 1, total)
 
 
+def softmax_grad(dp: Any, p: Any, axis: int = -1) -> Any:
+    """The gradient through a softmax, ``p * (dp - sum(p * dp))``.
+
+    Parameters
+    ----------
+    dp : array_like
+        The gradient of the weights, with at least one axis.
+    p : array_like
+        The weights, of dp's shape.
+    axis : int, default -1
+        Along which these sum to 1.
+
+    Returns
+    -------
+    ndarray
+        Of dp's shape and the type that `attention` returns for dp. 0 where the weight is 0, whatever dp is there.
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not broadcast, an axis that they do not have.
+
+    Examples
+    --------
+    >>> from qkv_fast import reference
+    >>> reference.softmax_grad([1.0, 0.0], [0.25, 0.75]).astype("float64")
+    array([ 0.1875, -0.1875])
+    """
+    dp, p = _widened(dp, p)
+    with np.errstate(all="ignore"):
+        total = np.sum(np.where(p == 0, 0, p * dp), axis=axis, keepdims=True)
+        return np.where(p == 0, 0, p * (dp - total))
+
+
 @documented
 def weighted_values(p: Any, v: Any, *, layout: str = "bhld") -> Any:
     """Sums of the values with given weights, ``p @ v``.

@@ -156,11 +156,13 @@ typedef struct {
 } qkv_product_tile;
 
 /* Softmax of `count` rows of n elements, or of `count` columns of n elements. x may be e or out, and e may be out for one
- * row. All but `mask` are of the table's element type and aligned to it, e and state to a vector. */
+ * row. All but `mask` are of the table's element type and aligned to it, e and state to a vector. Of a gradient x is that of the
+ * softmax's result p, x and p may be out, and there are no mask, no stream and no e. */
 typedef struct {
     const void *x;                    /* rows: (count, n); columns: (n, count); unit stride along the last */
     void *out;                        /* the same */
-    ptrdiff_t x_row, out_row;         /* strides in elements */
+    const void *p;                    /* the same */
+    ptrdiff_t x_row, out_row, p_row;  /* strides in elements */
     const uint8_t *mask;              /* 0: the element takes no part, and has weight 0; NULL: all do */
     ptrdiff_t mask_axis, mask_run;    /* strides in bytes: along n, along count */
     void *e;                          /* scratch, rows: (n); columns: (2, n, strip) */
@@ -296,6 +298,10 @@ typedef struct {
      * every element where an element that takes part is NaN or +inf. */
     void (*softmax_rows)(const qkv_softmax_tile *tile);
     void (*softmax_columns)(const qkv_softmax_tile *tile);
+
+    /* The same of its gradient, out <- p (x - sum of p x). Where p is 0, out is, and x counts for nothing. */
+    void (*softmax_grad_rows)(const qkv_softmax_tile *tile);
+    void (*softmax_grad_columns)(const qkv_softmax_tile *tile);
 
     void (*exp2)(const void *x, void *y, int64_t n);          /* elementwise, for tests */
     double (*fma)(int64_t rounds, double *flops);             /* keeps the FMA units busy; for the benchmark */

@@ -251,9 +251,10 @@ def test_words_of_others_are_answered_with_ours(word):
         "scores": lambda **o: qkv_fast.scores(X, X, **o),
         "weighted_values": lambda **o: qkv_fast.weighted_values(X[..., :5], X, **o),
         "softmax": lambda **o: qkv_fast.softmax(X, **o),
+        "softmax_grad": lambda **o: qkv_fast.softmax_grad(X, X, **o),
         "reference.attention": lambda **o: qkv_fast.reference.attention(X, X, X, **o),
     }
-    own = {"scores": {"softmax_scale"}, "softmax": set(), "weighted_values": set()}
+    own = {"scores": {"softmax_scale"}, "softmax": set(), "softmax_grad": set(), "weighted_values": set()}
     for name, call in calls.items():
         with pytest.raises(TypeError) as caught:
             call(**{word: None})

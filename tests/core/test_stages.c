@@ -51,8 +51,8 @@ static void test_softmax(int isa, qkv_type type, int64_t outer, int64_t n, int64
     for (int64_t i = 0; i < total; i++)
         mask[i] = masked ? (char)between(0, 1) : 1;
     qkv_softmax_problem p = {
-        .type = type, .out_type = type, .n_axes = 2, .axes = {outer, inner}, .x_at = {n * inner * size, size}, .mask_at = {n * inner, 1},
-        .out_at = {n * inner * size, size}, .n = n, .x_step = inner * size, .mask_step = inner, .out_step = inner * size,
+        .type = type, .out_type = type, .n_axes = 2, .axes = {outer, inner}, .x_at = {n * inner * size, size}, .with_at = {n * inner, 1},
+        .out_at = {n * inner * size, size}, .n = n, .x_step = inner * size, .with_step = inner, .out_step = inner * size,
         .x = x, .mask = masked ? mask : NULL, .out = out, .threads = 1, .isa = isa,
     };
     CHECK(qkv_softmax(&p) == QKV_OK, "softmax");
@@ -69,6 +69,30 @@ static void test_softmax(int isa, qkv_type type, int64_t outer, int64_t n, int64
     p.out = again;
     p.threads = 3;
     CHECK(qkv_softmax(&p) == QKV_OK && !memcmp(out, again, (size_t)(total * size)), "three threads: other bits");
+    if (!masked) {                    /* the gradient for dP = `before`, whose weights lie in `out`: in place of one and of the other */
+        void *weights = block(total * size);
+        memcpy(weights, out, (size_t)(total * size));
+        p.p = p.out = weights;
+        p.p_type = type;
+        p.with_at[0] = p.x_at[0];
+        p.with_at[1] = p.x_at[1];
+        p.with_step = p.x_step;
+        CHECK(qkv_softmax(&p) == QKV_OK, "softmax_grad");
+        for (int64_t i = 0; i < total; i++) {
+            int64_t first = i / inner / n * n * inner + i % inner;
+            double sum = 0;
+            for (int64_t e = 0; e < n; e++)
+                sum += load(type, out, first + e * inner) * load(type, before, first + e * inner);
+            double error = fabs(load(type, weights, i) - load(type, out, i) * (load(type, before, i) - sum));
+            CHECK(error <= tolerance(type), "element %lld of the gradient is off by %g", (long long)i, error);
+        }
+        memcpy(again, before, (size_t)(total * size));
+        p.x = p.out = again;
+        p.p = out;
+        p.threads = 1;
+        CHECK(qkv_softmax(&p) == QKV_OK && !memcmp(weights, again, (size_t)(total * size)), "one thread: other bits");
+        free(weights);
+    }
     if (masked)
         free(out);
     free(x);

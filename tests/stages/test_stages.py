@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from _fence import Fence
 from _patterns import PATTERNS
-from _stages import check_scores, check_softmax, check_values, stages
-from _util import TYPES, general_product, no_change, normal, pairs, qkv, same_bits
+from _stages import check_scores, check_softmax, check_softmax_grad, check_values, stages
+from _util import ALL_TYPES, TYPES, general_product, no_change, normal, pairs, qkv, same_bits
 
 import qkv_fast
 from qkv_fast import _runtime, reference
@@ -24,6 +24,8 @@ def test_every_length_and_dimension(dtype, request):
         q, k, v = qkv(n, dtype, heads=(2, 1), lengths=(i, j), dims=(j, i))
         p = check_softmax(check_scores(q, k))
         check_softmax(q, 1)
+        check_softmax_grad(p[::-1], p)
+        check_softmax_grad(p[::-1], p, 1)
         check_values(p, v)
         check_scores(q[:, :3], k[:, : 130 - j])
         check_values(p[:, :3, :7], v[:, :7])
@@ -246,7 +248,7 @@ def test_bits(dtype):
             continue
         for b in range(2):
             same_bits(stage(*(x[b] for x in stage.arrays)), one[b])
-        if stage.name == "softmax":
+        if stage.name.startswith("softmax"):
             same_bits(stage(*(x[:, 1:2] for x in stage.arrays)), one[:, 1:2])
         else:
             a, b = stage.arrays
@@ -270,6 +272,49 @@ def test_softmax_bits_along_any_axis(dtype):
                 same_bits(np.ascontiguousarray(got.transpose(np.argsort(order))), expected)
 
 
+@pytest.mark.parametrize("dtype", ALL_TYPES)
+@pytest.mark.parametrize("n", [5, 700, 9000, 300_000])
+def test_softmax_gradients(dtype, n):
+    """Along rows and across them, of one type and of two; the same bits, in place too."""
+    rng = np.random.default_rng(n)
+    dp = normal(rng, (3, n), dtype)
+    p = reference.softmax(normal(rng, (3, n)) * 3).astype(dtype)
+    got = check_softmax_grad(dp, p)
+    same_bits(qkv_fast.softmax_grad(np.ascontiguousarray(dp.T), np.ascontiguousarray(p.T), 0).T.copy(), got)
+    same_bits(np.ascontiguousarray(qkv_fast.softmax_grad(dp.T, p.T, 0).T), got)
+    check_softmax_grad(dp.T, p.T, 1)
+    for place in range(2):
+        given = [dp.copy(), p.copy()]
+        assert qkv_fast.softmax_grad(*given, out=given[place]) is given[place]
+        same_bits(given[place], got)
+    narrow = p.astype("float16" if dtype in TYPES else dtype)
+    same_bits(qkv_fast.softmax_grad(dp, narrow), qkv_fast.softmax_grad(dp, narrow.astype(dtype)))
+    check_softmax_grad(dp, narrow)
+
+
+def test_what_a_softmax_hides_has_no_gradient():
+    """Where a weight is 0, whatever is there; a NaN that counts is in all along its axis."""
+    for n in (7, 3000):
+        rng = np.random.default_rng(n)
+        x, dp = normal(rng, (2, 5, n))
+        mask = rng.random((5, n)) < 0.5
+        mask[3] = False
+        p = qkv_fast.softmax(x, mask=mask)
+        clean = qkv_fast.softmax_grad(np.where(mask, dp, 0), p)
+        for axis, turn in ((-1, np.asarray), (0, lambda x: np.ascontiguousarray(x.T))):
+            bad = np.where(mask, dp, np.where(rng.random((5, n)) < 0.5, np.nan, np.inf).astype("f4"))
+            got = turn(qkv_fast.softmax_grad(turn(bad), turn(p), axis))
+            same_bits(got, clean)
+            assert not got[3].any()
+            seen = np.argmax(mask[1])
+            bad[1, seen] = np.nan
+            got = turn(qkv_fast.softmax_grad(turn(bad), turn(p), axis))
+            assert (np.isnan(got) == mask * (np.arange(5) == 1)[:, None]).all()
+            bad[1, seen] = np.inf
+            got = turn(qkv_fast.softmax_grad(turn(bad), turn(p), axis))[1]
+            assert np.isnan(got[seen]) and (np.delete(got, seen)[np.delete(mask[1], seen)] == -np.inf).all()
+
+
 @dtypes
 def test_empty(dtype):
     for q, k, v in (
@@ -281,7 +326,7 @@ def test_empty(dtype):
         s = qkv_fast.scores(q, k)
         assert s.shape == (2, q.shape[1], k.shape[1]) and not s[..., : 0 if q.shape[2] else None].any()
         for axis in range(3):
-            assert qkv_fast.softmax(s, axis).shape == s.shape
+            assert qkv_fast.softmax(s, axis).shape == qkv_fast.softmax_grad(s, s, axis).shape == s.shape
         out = qkv_fast.weighted_values(s, v, out=np.full((2, q.shape[1], v.shape[2]), 7, dtype))
         assert not out.any()
 

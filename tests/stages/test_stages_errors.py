@@ -13,9 +13,11 @@ GOOD = {
     "scores": (dict(q=(2, 4, 5, 8), k=(2, 2, 9, 8)), (2, 4, 5, 9)),
     "weighted_values": (dict(p=(2, 4, 5, 9), v=(2, 2, 9, 6)), (2, 4, 5, 6)),
     "softmax": (dict(x=(2, 4, 5, 9)), (2, 4, 5, 9)),
+    "softmax_grad": (dict(dp=(2, 4, 5, 9), p=(2, 4, 5, 9)), (2, 4, 5, 9)),
 }
 functions = pytest.mark.parametrize("name", GOOD)
 products = pytest.mark.parametrize("name", ["scores", "weighted_values"])
+softmaxes = pytest.mark.parametrize("name", ["softmax", "softmax_grad"])
 
 
 def zeros(*shape, dtype="float32"):
@@ -84,7 +86,7 @@ def test_kinds(name, bad):
         refuses(name, TypeError, key, **{key: bad})
 
 
-@products
+@pytest.mark.parametrize("name", [name for name in GOOD if len(GOOD[name][0]) > 1])
 def test_wider_second_operand(name):
     first, second = GOOD[name][0]
     shape = GOOD[name][0][second]
@@ -105,18 +107,26 @@ def test_scale(bad, error):
 
 
 @pytest.mark.parametrize("bad", [4, -5, 2**40, -(2**70)])
-def test_axis_out_of_range(bad):
+@softmaxes
+def test_axis_out_of_range(name, bad):
     """NumPy's own exception, which is a ValueError and an IndexError."""
-    refuses("softmax", np.exceptions.AxisError, bad, (2, 4, 5, 9), axis=bad)
+    refuses(name, np.exceptions.AxisError, bad, (2, 4, 5, 9), axis=bad)
 
 
 @pytest.mark.parametrize("bad", [1.0, "1", None, (0, 1)])
-def test_axis_kind(bad):
-    refuses("softmax", TypeError, "axis", repr(bad), axis=bad)
+@softmaxes
+def test_axis_kind(name, bad):
+    refuses(name, TypeError, "axis", repr(bad), axis=bad)
 
 
 def test_no_axis():
     refuses("softmax", ValueError, "x", (), x=np.float32(3))
+    refuses("softmax_grad", ValueError, "dp", (), dp=np.float32(3))
+
+
+@pytest.mark.parametrize("shape", [(), (9,), (1, 4, 5, 9), (2, 4, 5, 8), (2, 4, 9, 5)])
+def test_weights_of_another_shape(shape):
+    refuses("softmax_grad", ValueError, "dp", "p", (2, 4, 5, 9), shape, p=zeros(*shape))
 
 
 @pytest.mark.parametrize("shape", [(8,), (2, 1, 4, 5, 9), (3, 4, 5, 9), (4, 5, 2)])

@@ -52,7 +52,7 @@ def test_softmax_of_nan_and_inf(dtype, axis, poison):
 @dtypes
 def test_products_of_nan_and_inf(dtype):
     """IEEE arithmetic: only the rows, or columns, of what is not finite, and 0 * NaN is NaN."""
-    for n, stage in enumerate(s for s in stages(13, dtype, heads=(1, 1)) if s.name != "softmax"):
+    for n, stage in enumerate(s for s in stages(13, dtype, heads=(1, 1)) if not s.name.startswith("softmax")):
         clean = stage()
         a, b = (x.copy() for x in stage.arrays)
         a[0, 0, 3, 5], a[1, 0, 4, 6] = np.nan, np.inf
