@@ -147,6 +147,10 @@ cdef qkv_type type_of(cnp.ndarray x) noexcept:
     return QKV_F16 if number == cnp.NPY_FLOAT16 else QKV_BF16         # which is not NumPy's: its number is not known
 
 
+cdef qkv_type quantised(str name) noexcept:
+    return QKV_I8 if name == "int8" else QKV_I4
+
+
 cdef const int64_t *integers_of(cnp.ndarray x) noexcept:
     return NULL if x is None else <const int64_t *>cnp.PyArray_DATA(x)
 
@@ -199,8 +203,10 @@ cdef bytearray fill_extras(qkv_problem *p, extras, cnp.ndarray out):
         p.len_k = extras.longest_k
         p.q_at.axis[0] = p.k_at.axis[0] = p.v_at.axis[0] = p.out_at.axis[0] = 0
         room = fill_runs(p, p.axes[0])
-    if extras.stored is not None:
-        p.kv_type = QKV_I8 if extras.stored == "int8" else QKV_I4
+    if extras.k_stored is not None:
+        p.k_type = quantised(extras.k_stored)
+    if extras.v_stored is not None:
+        p.v_type = quantised(extras.v_stored)
         p.dim_v = cnp.PyArray_DIM(out, cnp.PyArray_NDIM(out) - 1)
     if extras.runs is not None:
         p.len_k = extras.longest_k
@@ -258,7 +264,7 @@ cdef class Problem:
     lengths       the same
     extras        an Extras of _masks.py, or None; with its starts the rows of all arrays are those of packed sequences, and
                   offsets and lengths are given. With its runs k and v (..., heads, rows, dim) are where these point into,
-                  and lengths are given. With its `stored` the last axis of k and v is the bytes of a row.
+                  and lengths are given. With its `k_stored` or `v_stored` the last axis of k or v is the bytes of a row.
     threads, isa  how many, and which path
     counters      contiguous int64 in the order of COUNTERS, or None; or PLAN: nothing is to be computed
     """
@@ -359,7 +365,8 @@ def forward(Problem call not None, cnp.ndarray out not None, cnp.ndarray lse, in
     cdef int row = 2 if heads_first else 3, head = 5 - row
 
     p.type = type_of(q)
-    p.kv_type = type_of(k)
+    p.k_type = type_of(k)
+    p.v_type = type_of(v)
     p.out_type = type_of(out)
     p.swapped_q = cnp.PyArray_ISBYTESWAPPED(q)
     p.swapped_k = cnp.PyArray_ISBYTESWAPPED(k)
@@ -661,7 +668,7 @@ cdef int64_t length_of(cnp.ndarray x, int axis) noexcept:
 cdef void fill_storage(qkv_storage *s, cnp.ndarray x, cnp.ndarray rows, str stored, int isa) noexcept:
     cdef int i
     s.type = type_of(x)
-    s.stored = QKV_I8 if stored == "int8" else QKV_I4
+    s.stored = quantised(stored)
     s.swapped = cnp.PyArray_ISBYTESWAPPED(x)
     s.isa = isa
     for i in range(3):

@@ -125,7 +125,7 @@ alibi_slopes, sinks, softcap, scale, layout, return_lse, out, num_threads
         kernel += f"_bf16_{isa}"
     else:
         kernel += f"_{'f64' if dtype == 'float64' else 'f32'}_{isa.removesuffix('bf16')}"
-    stored = p.extras.stored if p.extras is not None and p.extras.stored else None
+    stored = {} if p.extras is None else {"k": p.extras.k_stored, "v": p.extras.v_stored}
     return Plan(
         isa=isa,
         dtype=dtype,
@@ -154,7 +154,7 @@ alibi_slopes, sinks, softcap, scale, layout, return_lse, out, num_threads
         pairs=report["pairs"],
         pairs_all=_all_pairs(p, planned.longest),
         shapes={name: x.shape for name, x in used.items()} | planned.shapes,
-        dtypes={name: stored if stored and name in "kv" else x.dtype.name for name, x in used.items()},
+        dtypes={name: stored.get(name) or x.dtype.name for name, x in used.items()},
         readings=tuple(_readings(p)),
         notes=tuple(_notes(planned, given, used, asked, index)),
     )

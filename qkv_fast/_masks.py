@@ -38,7 +38,8 @@ class Extras(NamedTuple):
     queries: Array | None = None  # (...,) int64
     starts: Array | None = None  # (...,) int64
     kept: int = 0  # questions: the first keys, that the window's left side hides from none
-    stored: str | None = None  # "int8" or "int4": rows of k and v are bytes, as qkv.h has them; None: their own type
+    k_stored: str | None = None  # "int8" or "int4": rows of k are bytes, as qkv.h has them; None: of their own type
+    v_stored: str | None = None
 
     def with_segments(self, spans: Array, q_ids: Array | None, k_ids: Array | None) -> "Extras":
         return self._replace(spans=spans, q_ids=q_ids, k_ids=k_ids)

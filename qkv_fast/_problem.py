@@ -298,21 +298,21 @@ OF_CACHES = "mask bias causal window alibi_slopes sinks softcap scale return_lse
 
 
 def check_newest(
-    where: str, q: Any, batch: int, kv_heads: int, dim: int, dim_v: int, dtype: np.dtype[Any], stored: str | None,
-    longest: int, mask: Any, bias: Any, causal: Any, window: Any, alibi_slopes: Any, sinks: Any, softcap: Any,
-    scale: Any, layout: Any, num_threads: Any, words: dict[str, Any],
+    where: str, q: Any, batch: int, kv_heads: int, dim: int, dim_v: int, dtypes: tuple[np.dtype[Any], ...],
+    stored: tuple[str | None, str | None], longest: int, mask: Any, bias: Any, causal: Any, window: Any,
+    alibi_slopes: Any, sinks: Any, softcap: Any, scale: Any, layout: Any, num_threads: Any, words: dict[str, Any],
 ) -> Problem:  # fmt: skip
-    """The problem of queries of the newest tokens of a cache, which stores `kv_heads` heads of `dtype` or `stored`, for
-    up to `longest` tokens. q is heads-first in it, whatever the layout; keys, offsets and lengths are the cache's."""
+    """The problem of queries of the newest tokens of a cache of `kv_heads` heads, for up to `longest` tokens. `dtypes`
+    are those of its keys and values that are not `stored` as bytes. q is heads-first in it, whatever the layout; keys,
+    offsets and lengths are the cache's."""
     if words:
         _fail_words(where, words, OF_CACHES)
     if type(q) is not np.ndarray:
         q = _as_array("q", q, where)
-    if stored:
+    if dtypes != (q.dtype,):
         _check_type(where, "q", q)
-    elif q.dtype != dtype:
-        _check_type(where, "q", q)
-        _check_narrower(where, {"q": q, "the cache": np.empty(0, dtype)})
+        for dtype in dtypes:
+            _check_narrower(where, {"q": q, "the cache": np.empty(0, dtype)})
     heads_first = layout == "bhld" or _check_layout(layout, where)
     given = q
     if not heads_first and q.ndim == 4:
@@ -330,10 +330,11 @@ def check_newest(
         if isinstance(causal, str):
             raise ValueError(f"{where}: causal must be True or False, got {causal!r}")
         left, right, _ = _check_positions(where, causal, window)
-    extras = Extras(stored=stored) if stored else None
+    k_stored, v_stored = stored
+    extras = Extras(k_stored=k_stored, v_stored=v_stored) if k_stored or v_stored else None
     if not (mask is bias is alibi_slopes is sinks is softcap is None):
         extras = _masks.check_extras(where, (*rows, longest), rows[1], mask, bias, alibi_slopes, sinks, softcap)
-        extras = extras._replace(stored=stored)
+        extras = extras._replace(k_stored=k_stored, v_stored=v_stored)
     threads, isa, counters = _runtime.current(num_threads, where)
     return Problem(
         where, q, None, None, heads_first, shape, rows, scale, left, right, None, None, extras, threads, isa, counters

@@ -62,7 +62,7 @@ cdef extern from "qkv.h" nogil:
         int64_t tasks, threads
 
     ctypedef struct qkv_problem:
-        qkv_type type, kv_type
+        qkv_type type, k_type, v_type
         qkv_type out_type
         int swapped_q, swapped_k, swapped_v, swapped_out
         int n_axes

@@ -141,7 +141,8 @@ static qkv_rows rows_from(few *t, int values, int64_t first, int64_t *last)
     const qkv_run *run = &p->runs[t->run];
     char *data = (char *)(values ? run->v : run->k) + (values ? t->v_offset : t->k_offset) + (first - run->first) * at->row;
     *last = qkv_min(*last, run->first + run->count);
-    return (qkv_rows){data, (ptrdiff_t)at->row, (ptrdiff_t)at->dim, p->kv_type, values ? p->swapped_v : p->swapped_k};
+    return (qkv_rows){data, (ptrdiff_t)at->row, (ptrdiff_t)at->dim, values ? p->v_type : p->k_type,
+                      values ? p->swapped_v : p->swapped_k};
 }
 
 /* The same, where they lie or a copy; the bytes from row to row, and the type. */
@@ -152,7 +153,7 @@ static const char *piece(few *t, int values, int64_t first, int64_t *last, ptrdi
     qkv_rows from = rows_from(t, values, first, last);
     if (!(values ? plan->few.copy_v : plan->few.copy_k)) {
         *row = from.row;
-        *as = p->kv_type;
+        *as = (int)from.type;
         return from.data;
     }
     *last = qkv_min(*last, first + plan->few.pass);

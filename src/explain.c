@@ -330,7 +330,7 @@ qkv_status qkv_explain(const qkv_problem *p, qkv_report *report)
     for (int64_t b = 0; b < plan.sequences; b++)
         rows += (double)p->heads_q * (double)qkv_queries(p, b);
     report->bytes = rows * sizes
-                    + all_keys * (double)(qkv_row_bytes(p->kv_type, p->dim) + qkv_row_bytes(p->kv_type, p->dim_v));
+                    + all_keys * (double)qkv_token_bytes(p);
     return QKV_OK;
 }
 

@@ -78,7 +78,8 @@ static void copy_rows(const qkv_query_tile *t, const pass_rows *kv, int values, 
         r = run_with(r, key);
         int64_t end = qkv_min(last, r->first + r->count);
         char *data = (char *)row_of(r, values, key, at) + offset;
-        qkv_rows from = {data, (ptrdiff_t)at->row, (ptrdiff_t)at->dim, p->kv_type, values ? p->swapped_v : p->swapped_k};
+        qkv_rows from = {data, (ptrdiff_t)at->row, (ptrdiff_t)at->dim, values ? p->v_type : p->k_type,
+                         values ? p->swapped_v : p->swapped_k};
         char *to = copy + (key - first) / pair * copy_row * plan->kernels->size;
         n = end - key;
         if (end < last && n > pair) {
@@ -122,7 +123,7 @@ static int add_span(const qkv_query_tile *t, pass_rows *kv, int n, int values, i
 {
     const qkv_problem *p = t->problem;
     const qkv_strides *at = values ? &p->v_at : &p->k_at;
-    int64_t bytes = qkv_row_bytes(p->kv_type, values ? p->dim_v : p->dim);
+    int64_t bytes = values ? qkv_row_bytes(p->v_type, p->dim_v) : qkv_row_bytes(p->k_type, p->dim);
     int64_t rows = qkv_min(last, kv->run->first + kv->run->count) - first;
     if (rows <= 0)
         return n;

@@ -61,15 +61,14 @@ static int pair_obstacles(const void *data, int n_axes, const qkv_strides *at, i
 static void choose_copies(const qkv_problem *p, qkv_plan *plan)
 {
     qkv_type arithmetic = qkv_arithmetic(p->type);
-    int kv_size = qkv_size(p->kv_type), widened = p->kv_type != arithmetic ? QKV_WIDENED : 0;
     int kv_axes = p->run_of ? 0 : p->n_axes;
     int pairs = plan->kernels->pair > 1;
-    plan->copy_k = pairs ? 0 : widened;
-    plan->copy_v = pairs ? QKV_UNPAIRED : widened;
+    plan->copy_k = !pairs && p->k_type != arithmetic ? QKV_WIDENED : 0;
+    plan->copy_v = pairs ? QKV_UNPAIRED : p->v_type != arithmetic ? QKV_WIDENED : 0;
     for (int64_t i = 0; i < p->n_runs; i++) {
         plan->copy_k |= pairs ? pair_obstacles(p->runs[i].k, kv_axes, &p->k_at, p->swapped_k, p->dim)
-                              : obstacles(p->runs[i].k, kv_axes, &p->k_at, p->swapped_k, kv_size);
-        plan->copy_v |= obstacles(p->runs[i].v, kv_axes, &p->v_at, p->swapped_v, kv_size);
+                              : obstacles(p->runs[i].k, kv_axes, &p->k_at, p->swapped_k, qkv_size(p->k_type));
+        plan->copy_v |= obstacles(p->runs[i].v, kv_axes, &p->v_at, p->swapped_v, qkv_size(p->v_type));
     }
     int row_axes = p->q_starts ? 0 : p->n_axes;
     plan->obstacles_q = pairs ? pair_obstacles(p->q, row_axes, &p->q_at, p->swapped_q, p->dim)
@@ -193,7 +192,7 @@ int qkv_has_few(const qkv_problem *p, const qkv_plan *plan, int64_t sequence)
 /* Pairs are multiplied where Q, K and V hold them, and what goes into Q is its sign alone. */
 static int multiplies_pairs(const qkv_problem *p, const qkv_plan *plan)
 {
-    int halves = p->type == QKV_BF16 && p->kv_type == QKV_BF16;
+    int halves = p->type == QKV_BF16 && p->k_type == QKV_BF16 && p->v_type == QKV_BF16;
     return !p->question && !p->answer && qkv_isa_at(p->isa)->pairs && halves && fabs(plan->q_factor) == 1;
 }
 
@@ -204,7 +203,8 @@ static void plan_few(const qkv_problem *p, qkv_plan *plan)
     int64_t size = plan->kernels->size, vector = plan->kernels->vector;
     if (plan->rows == 0 || p->question)
         return;
-    int64_t most = p->kv_type == qkv_arithmetic(p->type) ? FEW_BYTES / size : FEW_WIDENED;
+    qkv_type arithmetic = qkv_arithmetic(p->type);
+    int64_t most = p->k_type == arithmetic && p->v_type == arithmetic ? FEW_BYTES / size : FEW_WIDENED;
     few->most = qkv_min(most, qkv_max(FEW_LEAST, (p->dim + p->dim_v) / FEW_COLUMNS));
     plan->decode = plan->rows <= few->most;
     if (!plan->decode && !qkv_is_uneven(p))
@@ -451,7 +451,7 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     double bytes = 0, dims = (double)(p->dim + p->dim_v);               /* of K and V */
     if (plan->decode && dims > 0)
         bytes = flops / (2 * dims * (double)plan->rows)
-            * (double)(qkv_row_bytes(p->kv_type, p->dim) + qkv_row_bytes(p->kv_type, p->dim_v));
+            * (double)qkv_token_bytes(p);
     plan->threads = flops < SERIAL_FLOPS && bytes < SERIAL_BYTES ? 1 : p->threads;
     plan->small = flops < WORTH_WAKING * SERIAL_FLOPS && bytes < WORTH_WAKING * SERIAL_BYTES;
     plan->partial_bytes = plan->state_bytes * (size_t)(plan->tasks * plan->tile_panels);

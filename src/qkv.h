@@ -95,7 +95,7 @@ typedef struct {
 } qkv_counters;
 
 typedef struct {
-    qkv_type type, kv_type;           /* of q, and of k and v: the same or narrower. Of I8 and I4, strides along dim are 1 */
+    qkv_type type, k_type, v_type;    /* of q, k and v: those as q's or narrower. Of I8 and I4, strides along dim are 1 */
     qkv_type out_type;                /* of out: q's, or float32 for 16 bits. lse has the type of the arithmetic */
     int swapped_q, swapped_k, swapped_v, swapped_out;     /* byte order differs from the machine's */
 

@@ -14,6 +14,12 @@ static inline int64_t qkv_row_bytes(qkv_type type, int64_t dim)
     return type == QKV_I8 ? qkv_i8_bytes(dim) + 4 : type == QKV_I4 ? qkv_i4_bytes(dim) / 8 * 9 : dim * qkv_size(type);
 }
 
+/* Bytes of a token's key and value. */
+static inline int64_t qkv_token_bytes(const qkv_problem *p)
+{
+    return qkv_row_bytes(p->k_type, p->dim) + qkv_row_bytes(p->v_type, p->dim_v);
+}
+
 /* The type of products and sums. */
 static inline qkv_type qkv_arithmetic(qkv_type type) { return type == QKV_F64 ? QKV_F64 : QKV_F32; }
 

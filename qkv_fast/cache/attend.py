@@ -65,13 +65,13 @@ def check_tokens(
         k = _as_array("k", k, where)
     if type(v) is not np.ndarray:
         v = _as_array("v", v, where)
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype.num == _FLOAT32 or (x.dtype.num == form.dtype.num and not form.stored):
+    for name, x, rows in (("k", k, form.k), ("v", v, form.v)):
+        if x.dtype.num == _FLOAT32 or (x.dtype.num == rows.dtype.num and not rows.stored):
             continue
         _check_type(where, name, x)
-        if not form.stored and x.dtype.itemsize >= form.dtype.itemsize:
-            also = "" if form.dtype.num in (_FLOAT32, _FLOAT64) else ", float32"
-            raise TypeError(f"{where}: {name} must be {form.dtype} as the cache{also} or narrower, got {x.dtype}")
+        if not rows.stored and x.dtype.itemsize >= rows.dtype.itemsize:
+            also = "" if rows.dtype.num in (_FLOAT32, _FLOAT64) else ", float32"
+            raise TypeError(f"{where}: {name} must be {rows.dtype} as the cache{also} or narrower, got {x.dtype}")
     given = k, v
     heads_first = layout == "bhld" or _check_layout(layout, where)
     if not heads_first and k.ndim == v.ndim == 4:
@@ -143,8 +143,9 @@ def _newest(
 ) -> tuple[Problem, Any]:  # fmt: skip
     """The problem of the queries of the newest tokens, but for where keys lie; and how many queries each sequence has,
     one number or one each."""
+    stored = form.stored if dim_v else form.stored[:1] * 2  # without values those are none of the keys' elements
     p = _problem.check_newest(
-        where, q, len(tokens.lengths), form.kv_heads, form.dim, dim_v, form.dtype, form.stored, tokens.most, mask, bias,
+        where, q, len(tokens.lengths), form.kv_heads, form.dim, dim_v, form.dtypes, stored, tokens.most, mask, bias,
         causal, window, alibi_slopes, sinks, softcap, scale, layout, num_threads, words,
     )  # fmt: skip
     len_q = p.rows[2]

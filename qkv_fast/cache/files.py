@@ -25,12 +25,14 @@ try:
 except ImportError:  # not a POSIX system
     fcntl = None  # type: ignore[assignment]
 
-MAGIC, VERSION = b"QKVCACHE", 2
+MAGIC, VERSIONS = b"QKVCACHE", (2, 3)
 _MOST_TOKENS = 1 << 62  # far from where sums of such numbers overflow
 _PAGE = 1 << 16  # a multiple of every system's page, which a flush begins on
-# magic, version, bytes of one header, number of the commit, byte order and type, seven numbers of Geometry. Then
-# lengths, reach and starts, (batch,) int64 each, and CRC-32 of all that.
+# magic, version, bytes of one header, number of the commit, byte order and type, seven numbers of Geometry; of version
+# 3, which caches have that version 2 cannot describe, the type of the values. Then lengths, reach and starts, (batch,)
+# int64 each, and CRC-32 of all that.
 _HEAD = struct.Struct("<8sIQQ17s7q")
+_MORE = struct.Struct("<16s")
 
 
 class Geometry(NamedTuple):
@@ -44,7 +46,7 @@ class Geometry(NamedTuple):
 
     def is_possible(self) -> bool:
         """Whether a cache may have these numbers, which a file says."""
-        heads, dim, dim_v, *_ = self.form
+        heads, dim, dim_v = self.form.kv_heads, self.form.dim, self.form.dim_v
         ring = self.window >= 0 or (self.window == -1 and self.keep == 0)
         dims = 1 <= dim <= _core.MAX_DIM and 1 <= dim_v <= _core.MAX_DIM
         return dims and heads >= 1 and self.keep >= 0 and ring and self.capacity - self.keep > max(self.window, 0)
@@ -52,10 +54,17 @@ class Geometry(NamedTuple):
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return self.form.shapes(self.batch, self.form.kv_heads, self.capacity)
 
+    @property
+    def version(self) -> int:
+        """Of its file: the oldest that describes it, so that what has written one goes on with it."""
+        return 2 if self.form.k.name == self.form.v.name else 3
+
     def places(self) -> tuple[int, int, int, int]:
         """Bytes: of one header, before the keys, before the values, and of the file."""
-        head = _up(_HEAD.size + 24 * self.batch + 4)
-        size_k, size_v = (math.prod(shape) * self.form.dtype.itemsize for shape in self.shapes())
+        more = _MORE.size if self.version > 2 else 0
+        head = _up(_HEAD.size + more + 24 * self.batch + 4)
+        rows = zip(self.shapes(), (self.form.k, self.form.v), strict=True)
+        size_k, size_v = (math.prod(shape) * x.dtype.itemsize for shape, x in rows)
         return head, 2 * head, 2 * head + _up(size_k), 2 * head + _up(size_k) + _up(size_v)
 
     def __str__(self) -> str:
@@ -63,7 +72,7 @@ class Geometry(NamedTuple):
         ring = f", window {self.window}, keep {self.keep}" if self.window >= 0 else ""
         return (
             f"batch {self.batch}, kv_heads {form.kv_heads}, head_dim {form.dim}, value_dim {form.dim_v}, "
-            f"capacity {self.capacity}, {form.name}{ring}"
+            f"capacity {self.capacity}, {' and '.join(dict.fromkeys((form.k.name, form.v.name)))}{ring}"
         )
 
 
@@ -81,9 +90,9 @@ class Store:
             access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
             self._map = mmap.mmap(file.fileno(), 0, access=access)
         _, at_k, at_v, _ = self.geometry.places()
-        shape_k, shape_v = self.geometry.shapes()
-        self.k: Array = np.ndarray(shape_k, self.geometry.form.dtype, self._map, at_k)
-        self.v: Array = np.ndarray(shape_v, self.geometry.form.dtype, self._map, at_v)
+        (shape_k, shape_v), form = self.geometry.shapes(), self.geometry.form
+        self.k: Array = np.ndarray(shape_k, form.k.dtype, self._map, at_k)
+        self.v: Array = np.ndarray(shape_v, form.v.dtype, self._map, at_v)
 
     def is_at(self, path: Any) -> bool:
         """Whether this is the file of that name."""
@@ -181,7 +190,10 @@ def _up(size: int) -> int:
 def _header(geometry: Geometry, commit: int, *tables: Array) -> bytes:
     batch, capacity, window, keep, form = geometry
     numbers = (batch, form.kv_heads, form.dim, form.dim_v, capacity, window, keep)
-    made = _HEAD.pack(MAGIC, VERSION, geometry.places()[0], commit, _type_name(form.name), *numbers)
+    version = geometry.version
+    made = _HEAD.pack(MAGIC, version, geometry.places()[0], commit, _type_name(form.k.name), *numbers)
+    if version > 2:
+        made += _MORE.pack(form.v.name.encode())
     made += b"".join(table.astype("<i8").tobytes() for table in tables)
     return made + _checksum(made)
 
@@ -206,29 +218,33 @@ def _read_headers(where: str, path: Any, file: Any) -> tuple[Geometry, Array, in
     if len(begin) < _HEAD.size or begin[:8] != MAGIC:
         raise fail(f"is no cache of qkv_fast (it begins with {begin[:8]!r})")
     _, version, head, *_ = _HEAD.unpack(begin)
-    if version != VERSION:
-        raise fail(f"has version {version} of the format, this qkv_fast reads version {VERSION}")
+    if version not in VERSIONS:
+        known = " and ".join(map(str, VERSIONS))
+        raise fail(f"has version {version} of the format, this qkv_fast reads versions {known}")
+    room = _HEAD.size + (_MORE.size if version > 2 else 0)
     size = os.fstat(file.fileno()).st_size
     whole = []
     for at in (0, head):
         file.seek(min(at, size))
         made = file.read(min(head, size))
-        if len(made) < _HEAD.size or made[:8] != MAGIC:
+        if len(made) < room or made[:12] != begin[:12]:
             continue
         _, _, _, commit, name, batch, *numbers = _HEAD.unpack(made[: _HEAD.size])
-        end = _HEAD.size + 24 * batch
+        end = room + 24 * batch
         if batch < 1 or len(made) < end + 4 or made[end : end + 4] != _checksum(made[:end]):
             continue
-        whole.append((commit, name.rstrip(b"\0"), batch, numbers, made[_HEAD.size : end]))
+        names = name, name[:1] + made[_HEAD.size : room] if version > 2 else name
+        whole.append((commit, [x.rstrip(b"\0") for x in names], batch, numbers, made[room:end]))
     if not whole:
         raise fail("is damaged or truncated: neither of its headers is whole")
-    commit, name, batch, (heads, dim, dim_v, capacity, window, keep), tables = max(whole)
+    commit, names, batch, (heads, dim, dim_v, capacity, window, keep), tables = max(whole)
     named = {_type_name(known): known for known in types.NAMES}
-    if name not in named:
-        known = ", ".join(types.NAMES)
-        held = name.decode("ascii", "replace")
-        raise fail(f"holds {held} (l or b: byte order), this machine and version read {known}")
-    form = types.make_form(where, heads, dim, dim_v, named[name])
+    for name in names:
+        if name not in named:
+            known = ", ".join(types.NAMES)
+            held = name.decode("ascii", "replace")
+            raise fail(f"holds {held} (l or b: byte order), this machine and version read {known}")
+    form = types.make_form(where, heads, (dim, dim_v), (named[names[0]], named[names[1]]))
     geometry = Geometry(batch, capacity, window, keep, form)
     if not geometry.is_possible():
         raise fail(f"is damaged: there is no cache of {geometry}")

@@ -40,6 +40,8 @@ class PagedKVCache(PagedQuestions):
         Elements of a value; `head_dim` by default.
     dtype : dtype_like, default "float32"
         Of the stored keys and values, as for `KVCache`.
+    value_dtype : dtype_like, optional
+        Of the values, if it is another one; `dtype` by default.
 
     Raises
     ------
@@ -93,9 +95,10 @@ class PagedKVCache(PagedQuestions):
         page_size: int = 128,
         value_dim: int | None = None,
         dtype: Any = "float32",
+        value_dtype: Any = None,
     ) -> None:
         where = "PagedKVCache"
-        self._form = form = types.check_form(where, kv_heads, head_dim, value_dim, dtype)
+        self._form = form = types.check_form(where, kv_heads, head_dim, value_dim, dtype, value_dtype)
         pages, self._size = (
             types.count(where, name, n) for name, n in (("pages", pages), ("page_size", page_size))
         )
@@ -119,7 +122,8 @@ class PagedKVCache(PagedQuestions):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        _is_known(self._k.dtype)  # bfloat16, in a process that has not seen any
+        for x in (self._k, self._v):
+            _is_known(x.dtype)  # bfloat16, in a process that has not seen any
         self._k, self._v = self._form.empty(self._form.kv_heads, self._owners.size * self._size)
         rows = self._used()
         self._k[:, rows], self._v[:, rows] = state["_k"], state["_v"]
@@ -136,8 +140,12 @@ class PagedKVCache(PagedQuestions):
     pages = Shown("Pages in the pool.", "PagedKVCache(4, 64, 20).pages -> 20", lambda c: int(c._owners.size))
     page_size = Shown("Tokens in a page.", "PagedKVCache(4, 64, 20).page_size -> 128", lambda c: int(c._size))
     dtype = Shown(
-        "Name of the type that keys and values are stored in.", "PagedKVCache(4, 64, 20, dtype='int4').dtype -> 'int4'",
-        lambda c: str(c._form.name),
+        "Name of the type that keys are stored in.", "PagedKVCache(4, 64, 20, dtype='int8').dtype -> 'int8'",
+        lambda c: str(c._form.k.name),
+    )  # fmt: skip
+    value_dtype = Shown(
+        "Name of the type that values are stored in.", "PagedKVCache(4, 64, 20, dtype='int8').value_dtype -> 'int8'",
+        lambda c: str(c._form.v.name),
     )  # fmt: skip
 
     @property
@@ -182,7 +190,7 @@ class PagedKVCache(PagedQuestions):
         value_dim = f", value_dim={form.dim_v}" if form.dim_v != form.dim else ""
         return (
             f"PagedKVCache(kv_heads={form.kv_heads}, head_dim={form.dim}, pages={self._owners.size}, "
-            f"page_size={self._size}{value_dim}, dtype={form.name!r}, lengths={self._lengths})"
+            f"page_size={self._size}{value_dim}, {form.names}, lengths={self._lengths})"
         )
 
     def lengths(self, sequences: Sequence[int]) -> Array:
@@ -443,8 +451,8 @@ class PagedKVCache(PagedQuestions):
                     end, within = divmod(self._lengths[sequence] + done, self._size)
                     row = self._own(self._pages[sequence], end, within) * self._size + within
                     m = min(n - done, self._size - within)
-                    self._form.write(self._k[:, row : row + m], k[i, :, done : done + m])
-                    self._form.write(self._v[:, row : row + m], v[i, :, done : done + m])
+                    for stored, to, x in ((self._form.k, self._k, k), (self._form.v, self._v, v)):
+                        stored.write(to[:, row : row + m], x[i, :, done : done + m])
                     done += m
         except BaseException:  # Ctrl-C among them: pages beyond the lengths go back
             for sequence in chosen:
@@ -623,5 +631,4 @@ class PagedKVCache(PagedQuestions):
         sequence = self._known("PagedKVCache.gather", sequence)
         at = np.arange(self._lengths[sequence])
         rows = np.array(self._pages[sequence], np.int64)[at // self._size] * self._size + at % self._size
-        form = self._form
-        return form.read(self._k[:, rows], form.dim), form.read(self._v[:, rows], form.dim_v)
+        return self._form.k.read(self._k[:, rows]), self._form.v.read(self._v[:, rows])

@@ -42,6 +42,8 @@ class KVCache(Questions):
     dtype : dtype_like, default "float32"
         Of the stored keys and values: float32, float64, float16, bfloat16 (of the package ml_dtypes), int8 (a scale for
         each key and value) or int4 (a scale for each 32 elements of one).
+    value_dtype : dtype_like, optional
+        Of the values, if it is another one; `dtype` by default.
     window : int, optional
         Sequences grow without end, and a query sees the `window` tokens before it and itself: `attention`'s window of
         (window, None). The cache is then a ring of ``capacity - keep`` tokens, which must be more than `window`: with n
@@ -116,12 +118,13 @@ class KVCache(Questions):
         *,
         value_dim: int | None = None,
         dtype: Any = "float32",
+        value_dtype: Any = None,
         window: int | None = None,
         keep: int = 0,
         path: str | os.PathLike[str] | None = None,
     ) -> None:
         where = "KVCache"
-        form = types.check_form(where, kv_heads, head_dim, value_dim, dtype)
+        form = types.check_form(where, kv_heads, head_dim, value_dim, dtype, value_dtype)
         batch = types.count(where, "batch", batch)
         capacity = types.count(where, "capacity", capacity)
         keep = types.count(where, "keep", keep, 0)
@@ -186,7 +189,8 @@ class KVCache(Questions):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        _is_known(self._k.dtype)  # bfloat16, in a process that has not seen any
+        for x in (self._k, self._v):
+            _is_known(x.dtype)  # bfloat16, in a process that has not seen any
         form, rows = self._geometry.form, slice(state["_k"].shape[2])
         self._k, self._v = form.empty(self._geometry.batch, form.kv_heads, self._geometry.capacity)
         self._k[:, :, rows], self._v[:, :, rows] = state["_k"], state["_v"]
@@ -210,8 +214,12 @@ class KVCache(Questions):
         lambda c: int(c._geometry.capacity),
     )  # fmt: skip
     dtype = Shown(
-        "Name of the type that keys and values are stored in.", "KVCache(2, 4, 64, 100, dtype='int8').dtype -> 'int8'",
-        lambda c: str(c._geometry.form.name),
+        "Name of the type that keys are stored in.", "KVCache(2, 4, 64, 100, dtype='int8').dtype -> 'int8'",
+        lambda c: str(c._geometry.form.k.name),
+    )  # fmt: skip
+    value_dtype = Shown(
+        "Name of the type that values are stored in.", "KVCache(2, 4, 64, 100, dtype='int8').value_dtype -> 'int8'",
+        lambda c: str(c._geometry.form.v.name),
     )  # fmt: skip
     window = Shown(
         "Of a ring: tokens before its own that a query sees; else None.",
@@ -266,7 +274,7 @@ class KVCache(Questions):
         >>> cache.keys.shape
         (1, 2, 3, 8)
         """
-        return self._numbers(self._k, self._geometry.form.dim)
+        return self._numbers(self._k, self._geometry.form.k)
 
     @property
     def values(self) -> Array:
@@ -278,12 +286,12 @@ class KVCache(Questions):
         >>> qkv_fast.KVCache(1, 2, 8, 10, value_dim=4).values.shape
         (1, 2, 0, 4)
         """
-        return self._numbers(self._v, self._geometry.form.dim_v)
+        return self._numbers(self._v, self._geometry.form.v)
 
-    def _numbers(self, x: Array, dim: int) -> Array:
+    def _numbers(self, x: Array, stored: types.Rows) -> Array:
         rows = x[:, :, : self._most]
         rows.flags.writeable = False
-        return self._geometry.form.read(rows, dim)
+        return stored.read(rows)
 
     @property
     def nbytes(self) -> int:
@@ -322,7 +330,7 @@ class KVCache(Questions):
         starts = f", starts={self._starts.tolist()}" if self._padded else ""
         return (
             f"KVCache(batch={batch}, kv_heads={form.kv_heads}, head_dim={form.dim}, capacity={capacity}{value_dim}, "
-            f"dtype={form.name!r}{ring}, lengths={self._lengths.tolist()}{starts})"
+            f"{form.names}{ring}, lengths={self._lengths.tolist()}{starts})"
         )
 
     @documented
@@ -404,9 +412,10 @@ class KVCache(Questions):
 
     def _write(self, to_k: Array, to_v: Array, k: Array, v: Array, begin: int, n: int) -> None:
         """n tokens k and v to the rows of the tokens from `begin` on."""
+        form = self._geometry.form
         for row, t, many in self._ring.pieces(begin, n):
-            for to, x in ((to_k, k), (to_v, v)):
-                self._geometry.form.write(to[:, :, row : row + many], x if many == n else x[:, :, t : t + many])
+            for stored, to, x in ((form.k, to_k, k), (form.v, to_v, v)):
+                stored.write(to[:, :, row : row + many], x if many == n else x[:, :, t : t + many])
 
     @documented
     def attend(

@@ -20,29 +20,21 @@ _PIECE = 1 << 22  # elements that are quantised at a time: some 10 ms, between w
 NAMES = ("float32", "float64", "float16", "bfloat16", *_BYTES)
 
 
-class Form(NamedTuple):
-    """What every token of a cache has: a key (kv_heads, dim) and a value (kv_heads, dim_v) of one type."""
+class Rows(NamedTuple):
+    """How keys, or values, are stored: `dim` numbers in a row of an array."""
 
-    kv_heads: int
     dim: int
-    dim_v: int
-    dtype: np.dtype[Any]  # of the arrays
-    stored: str | None  # int8 or int4, whose arrays are of bytes
+    dtype: np.dtype[Any]  # of the array
+    stored: str | None  # int8 or int4, whose array is of bytes
 
     @property
     def name(self) -> str:
         return self.stored or str(self.dtype)
 
-    def shapes(self, *rows: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Those of the arrays of keys and values."""
-        dims = (self.dim, self.dim_v)
-        widths = [_BYTES[self.stored](dim) for dim in dims] if self.stored else dims
-        return (*rows, widths[0]), (*rows, widths[1])
-
-    def empty(self, *rows: int) -> tuple[Array, Array]:
-        """Arrays for keys and values; ValueError where NumPy has none as large."""
-        k, v = (np.empty(shape, self.dtype) for shape in self.shapes(*rows))
-        return k, v
+    @property
+    def width(self) -> int:
+        """The last axis of the array."""
+        return _BYTES[self.stored](self.dim) if self.stored else self.dim
 
     def write(self, to: Array, x: Array) -> None:
         """Numbers x (..., rows, dim) to stored rows."""
@@ -57,13 +49,45 @@ class Form(NamedTuple):
             with np.errstate(all="ignore"):  # what a narrower type cannot hold becomes infinite, as in results
                 to[...] = x
 
-    def read(self, rows: Array, dim: int) -> Array:
+    def read(self, rows: Array) -> Array:
         """Stored rows as numbers (..., rows, dim): themselves, or a copy in float32."""
         if not self.stored:
             return rows
-        x = np.empty((*rows.shape[:-1], dim), np.float32)
+        x = np.empty((*rows.shape[:-1], self.dim), np.float32)
         _core.dequantise(rows, x, self.stored, _runtime.current()[1])
         return x
+
+
+class Form(NamedTuple):
+    """What every token of a cache has: a key (kv_heads, dim) and a value (kv_heads, dim_v)."""
+
+    kv_heads: int
+    k: Rows
+    v: Rows
+    dtypes: tuple[np.dtype[Any], ...]  # of the two, as far as they are not bytes; each once
+    stored: tuple[str | None, str | None]  # of the two
+
+    @property
+    def dim(self) -> int:
+        return self.k.dim
+
+    @property
+    def dim_v(self) -> int:
+        return self.v.dim
+
+    @property
+    def names(self) -> str:
+        """Of the types, as arguments."""
+        return f"dtype={self.k.name!r}" + (f", value_dtype={self.v.name!r}" if self.v.name != self.k.name else "")
+
+    def shapes(self, *rows: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Those of the arrays of keys and values."""
+        return (*rows, self.k.width), (*rows, self.v.width)
+
+    def empty(self, *rows: int) -> tuple[Array, Array]:
+        """Arrays for keys and values; ValueError where NumPy has none as large."""
+        shape_k, shape_v = self.shapes(*rows)
+        return np.empty(shape_k, self.k.dtype), np.empty(shape_v, self.v.dtype)
 
 
 class Shown(Generic[_T]):
@@ -101,29 +125,43 @@ def count(where: str, name: str, n: Any, least: int = 1) -> int:
     return found
 
 
-def check_form(where: str, kv_heads: Any, head_dim: Any, value_dim: Any, dtype: Any) -> Form:
+def check_form(
+    where: str, kv_heads: Any, head_dim: Any, value_dim: Any, dtype: Any, value_dtype: Any
+) -> Form:
     heads, dim = count(where, "kv_heads", kv_heads), count(where, "head_dim", head_dim)
     dim_v = dim if value_dim is None else count(where, "value_dim", value_dim)
     if max(dim, dim_v) > _core.MAX_DIM:
         raise ValueError(f"{where}: head_dim and value_dim are at most {_core.MAX_DIM}, got {dim} and {dim_v}")
+    name = _check_name(where, "dtype", dtype)
+    name_v = name if value_dtype is None else _check_name(where, "value_dtype", value_dtype)
+    return make_form(where, heads, (dim, dim_v), (name, name_v))
+
+
+def _check_name(where: str, argument: str, dtype: Any) -> str:
     try:
         name = str(dtype if dtype is None else np.dtype(dtype))  # of None NumPy makes float64
     except TypeError:  # a word that NumPy does not know: int4, and bfloat16 before ml_dtypes is imported
         name = str(dtype)
     if name not in NAMES:
-        raise TypeError(f"{where}: dtype must be one of {', '.join(NAMES)}, got {dtype!r}")
-    return make_form(where, heads, dim, dim_v, name)
+        raise TypeError(f"{where}: {argument} must be one of {', '.join(NAMES)}, got {dtype!r}")
+    return name
 
 
-def make_form(where: str, kv_heads: int, dim: int, dim_v: int, name: str) -> Form:
-    """`name` is one of NAMES."""
+def make_form(where: str, kv_heads: int, dims: tuple[int, int], names: tuple[str, str]) -> Form:
+    """Of keys and values; the names are of NAMES."""
+    k, v = (Rows(dim, *_find_type(where, name)) for dim, name in zip(dims, names, strict=True))
+    dtypes = dict.fromkeys(x.dtype for x in (k, v) if not x.stored)
+    return Form(kv_heads, k, v, tuple(dtypes), (k.stored, v.stored))
+
+
+def _find_type(where: str, name: str) -> tuple[np.dtype[Any], str | None]:
     if name in _BYTES:
-        return Form(kv_heads, dim, dim_v, np.dtype(np.uint8), name)
+        return np.dtype(np.uint8), name
     if name == "bfloat16":
         try:
             import ml_dtypes
         except ImportError:
             raise ImportError(f"{where}: a cache of bfloat16 needs ml_dtypes: pip install ml_dtypes") from None
         _is_known(np.dtype(ml_dtypes.bfloat16))
-        return Form(kv_heads, dim, dim_v, np.dtype(ml_dtypes.bfloat16), None)
-    return Form(kv_heads, dim, dim_v, np.dtype(name), None)
+        return np.dtype(ml_dtypes.bfloat16), None
+    return np.dtype(name), None

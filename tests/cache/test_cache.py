@@ -256,8 +256,8 @@ def test_numbers_beyond_the_type_of_the_cache(make):
 
 def stop_at(monkeypatch, k):
     """The k-th write of rows from now on is interrupted."""
-    form = type(PagedKVCache(1, 1, 1)._form)
-    left, real = [k], form.write
+    rows = type(PagedKVCache(1, 1, 1)._form.k)
+    left, real = [k], rows.write
 
     def write(self, to, x):
         left[0] -= 1
@@ -265,7 +265,7 @@ def stop_at(monkeypatch, k):
             raise KeyboardInterrupt
         real(self, to, x)
 
-    monkeypatch.setattr(form, "write", write)
+    monkeypatch.setattr(rows, "write", write)
 
 
 @pytest.mark.parametrize("k", range(1, 7))

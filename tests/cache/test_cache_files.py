@@ -95,6 +95,33 @@ def test_saved_and_loaded(path, ring, dtype):
     assert os.listdir(path.parent) == [path.name]
 
 
+@pytest.mark.parametrize("dtype, value_dtype", [("float16", "int8"), ("int8", "int4"), ("float32", "bfloat16")])
+def test_keys_and_values_of_two_types(path, dtype, value_dtype):
+    """Version 3 of the format; what version 2 can say stays in it, so that older ones read it."""
+    cache = KVCache(2, 2, 8, 20, value_dim=4, path=path, dtype=dtype, value_dtype=value_dtype)
+    cache.append(*tokens(0, 7))
+    cache.flush()
+    reader, loaded = KVCache.open(path), KVCache.load(path)
+    q = normal(np.random.default_rng(9), (2, 4, 3, 8))
+    for copy in (reader, loaded):
+        same_tokens(copy, cache)
+        same_bits(copy.attend(q), cache.attend(q))
+        assert repr(copy) == repr(cache)
+    made(path.with_name("plain.kv"))
+    versions = [struct.unpack_from("<I", each.read_bytes(), 8)[0] for each in (path, path.with_name("plain.kv"))]
+    assert versions == [3, 2]
+    del cache, reader
+    with pytest.raises(ValueError, match=f"{dtype} and {value_dtype}; asked for was .* capacity 20, {dtype}"):
+        KVCache(2, 2, 8, 20, value_dim=4, path=path, dtype=dtype)
+    data = path.read_bytes()
+    name = data.index(value_dtype.encode(), HEADER + 101)
+    end = HEADER + 117 + 48
+    data = data[:name] + b"int9\0\0\0\0" + data[name + 8 :]
+    path.write_bytes(data[:end] + struct.pack("<I", zlib.crc32(data[HEADER:end])) + data[end + 4 :])
+    with pytest.raises(ValueError, match="int9"):
+        KVCache.open(path)
+
+
 def test_opened_for_reading_changes_nothing(path):
     made(path)
     before = path.read_bytes()
@@ -241,7 +268,7 @@ def checked(header):
 DAMAGE = {
     "empty": (lambda data: b"", "is no cache"),
     "other": (lambda data: b"\x93NUMPY" + data[6:], "is no cache .*NUMPY"),
-    "version": (lambda data: data[:8] + struct.pack("<I", 1) + data[12:], "version 1 .* reads version 2"),
+    "version": (lambda data: data[:8] + struct.pack("<I", 1) + data[12:], "version 1 .* reads versions 2 and 3"),
     "short": (lambda data: data[:-1], "is truncated or damaged"),
     "very short": (lambda data: data[:20], "is no cache"),
     "short of a header": (lambda data: data[:110], "is damaged or truncated"),

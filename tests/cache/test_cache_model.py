@@ -3,10 +3,12 @@ Questions are held to their own rule.
 
 The model stores what a cache of the type gives back: numbers rounded to it, dequantised for int8 and int4. The result
 is that of `attention` over them for each sequence alone, to the last bit, and that of `reference.attention` by the
-error rule. By the rule alone: quantised rows, whose kernels may multiply by a scale after a sum, and rings that have
-lost sight of kept tokens of some sequence.
+error rule. By the rule alone: quantised rows, whose kernels may multiply by a scale after a sum, keys and values of two
+types, which `attention` does not take, and rings that have lost sight of kept tokens of some sequence.
 Memory starts as NaN, which must never show.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -23,12 +25,27 @@ DIM, DIM_V = 8, 4
 TURNS = settings(stateful_step_count=25, max_examples=max(10, settings.default.max_examples // 2))
 
 
-class Model:
-    """The tokens of one sequence in a cache of this type: k (kv_heads, n, DIM) and v."""
+class Rows(NamedTuple):
+    """What a cache makes of keys and values."""
 
-    def __init__(self, heads, dtype):
-        self.dtype = dtype
-        self.k, self.v = (as_stored(np.empty((heads, 0, dim), "float32"), dtype) for dim in (DIM, DIM_V))
+    dtype: str
+    value_dtype: str
+
+    @property
+    def is_exact(self):
+        """Whether attention over the tokens is to have the same bits."""
+        return self.dtype == self.value_dtype and self.dtype not in QUANTISED
+
+    def store(self, k, v):
+        return as_stored(k, self.dtype), as_stored(v, self.value_dtype)
+
+
+class Model:
+    """The tokens of one sequence in a cache with such rows: k (kv_heads, n, DIM) and v."""
+
+    def __init__(self, heads, rows):
+        self.rows = rows
+        self.k, self.v = rows.store(*(np.empty((heads, 0, dim), "float32") for dim in (DIM, DIM_V)))
         self.start = 0
 
     def __len__(self):
@@ -36,7 +53,7 @@ class Model:
 
     def cut(self, n):
         cut = Model.__new__(Model)
-        cut.dtype = self.dtype
+        cut.rows = self.rows
         cut.k, cut.v = self.k[:, :n], self.v[:, :n]
         cut.start = min(self.start, len(cut))
         return cut
@@ -48,7 +65,7 @@ class Model:
         return taken
 
     def grow(self, k, v):
-        k, v = as_stored(k, self.dtype), as_stored(v, self.dtype)
+        k, v = self.rows.store(k, v)
         self.k, self.v = np.concatenate([self.k, k], 1), np.concatenate([self.v, v], 1)
 
     def check(self, got, q, exact=True, kept=0, window=None, **options):
@@ -60,7 +77,7 @@ class Model:
         if kept and len(self) - 1 > window:
             j = np.arange(len(self))
             options |= dict(window=None, mask=(j < kept) | (j >= at - window))
-        elif exact and self.dtype not in QUANTISED:
+        elif exact and self.rows.is_exact:
             same_bits(got, qkv_fast.attention(*inputs, return_lse=True, **options))
         compare(got, inputs, **options)
 
@@ -82,19 +99,25 @@ class Model:
             hold(got, name, q, self.k, causal=True, mask=seen, window=window, kv_starts=self.start, **options)
 
 
-def draw_type(data):
-    """A type of cache, and one for its queries: of 32 bits or less."""
+def draw_rows(data):
+    """Rows of a cache, and a type for its queries: of 32 bits or less."""
     dtype = data.draw(st.sampled_from([*ALL_TYPES, *QUANTISED]), "dtype")
-    fits = ["float32", "float16", "bfloat16"] if dtype in QUANTISED else {dtype, "float32"}
-    return dtype, "float64" if dtype == "float64" else data.draw(st.sampled_from(sorted(fits)), "queries' type")
+    value_dtype = data.draw(st.just(dtype) | st.sampled_from([*ALL_TYPES, *QUANTISED]), "value_dtype")
+    plain = {dtype, value_dtype} - {*QUANTISED}
+    fits = {"float32", "float16", "bfloat16"} if not plain else {*plain, "float32"} if len(plain) == 1 else {"float32"}
+    kind = "float64" if "float64" in plain else data.draw(st.sampled_from(sorted(fits)), "queries' type")
+    return Rows(dtype, value_dtype), kind
 
 
-def draw_tokens(data, heads, dtype, batch, most=9):
+def draw_tokens(data, heads, rows, batch, most=9):
     n = data.draw(st.integers(0, most), "tokens")
     seed = data.draw(st.integers(0, 2**32 - 1), "seed")
     rng = np.random.default_rng(seed)
-    given = "float32" if dtype in QUANTISED else data.draw(st.sampled_from(sorted({dtype, "float32"})), "given")
-    return normal(rng, (batch, heads, n, DIM), given), normal(rng, (batch, heads, n, DIM_V), given)
+    given = [
+        "float32" if dtype in QUANTISED else data.draw(st.sampled_from(sorted({dtype, "float32"})), "given")
+        for dtype in (rows.dtype, rows.value_dtype)
+    ]
+    return normal(rng, (batch, heads, n, DIM), given[0]), normal(rng, (batch, heads, n, DIM_V), given[1])
 
 
 def draw_counts(data, batch, most):
@@ -129,23 +152,23 @@ class Slab(RuleBasedStateMachine):
     def make(self, data):
         self.batch, self.heads = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 2))
         self.group = data.draw(st.integers(1, 3))
-        self.dtype, self.kind = draw_type(data)
+        self.rows, self.kind = draw_rows(data)
         self.window = data.draw(st.none() | st.integers(1, 12))
         self.keep = 0 if self.window is None else data.draw(st.integers(0, 5))
         least = 1 if self.window is None else self.keep + self.window + 1
         self.capacity = least + data.draw(st.integers(0, 20))
         self.cache = qkv_fast.KVCache(
-            self.batch, self.heads, DIM, self.capacity, value_dim=DIM_V, dtype=self.dtype, window=self.window,
-            keep=self.keep,
+            self.batch, self.heads, DIM, self.capacity, value_dim=DIM_V, window=self.window, keep=self.keep,
+            **self.rows._asdict(),
         )  # fmt: skip
         poison = np.full((self.batch, self.heads, self.capacity, DIM), np.nan, "float32")
         self.cache.append(poison, poison[..., :DIM_V])
         self.cache.truncate(0)
-        self.model = [Model(self.heads, self.dtype) for _ in range(self.batch)]
+        self.model = [Model(self.heads, self.rows) for _ in range(self.batch)]
 
     @rule(data=st.data())
     def append(self, data):
-        k, v = draw_tokens(data, self.heads, self.dtype, self.batch, most=30 if self.window else 9)
+        k, v = draw_tokens(data, self.heads, self.rows, self.batch, most=30 if self.window else 9)
         counts = draw_counts(data, self.batch, k.shape[2])
         added = [k.shape[2]] * self.batch if counts is None else counts
         if self.window is None and any(len(m) + n > self.capacity for m, n in zip(self.model, added, strict=True)):
@@ -259,9 +282,9 @@ class Pages(RuleBasedStateMachine):
 
     @initialize(data=st.data())
     def make(self, data):
-        self.dtype, self.kind = draw_type(data)
+        self.rows, self.kind = draw_rows(data)
         self.pool = qkv_fast.PagedKVCache(
-            self.HEADS, DIM, self.PAGES, page_size=self.SIZE, value_dim=DIM_V, dtype=self.dtype
+            self.HEADS, DIM, self.PAGES, page_size=self.SIZE, value_dim=DIM_V, **self.rows._asdict()
         )
         poison = np.full((1, self.HEADS, self.SIZE * self.PAGES, DIM), np.nan, "float32")
         everything = self.pool.add()
@@ -274,7 +297,7 @@ class Pages(RuleBasedStateMachine):
 
     @rule()
     def add(self):
-        self.model[self.pool.add()] = Model(self.HEADS, self.dtype)
+        self.model[self.pool.add()] = Model(self.HEADS, self.rows)
 
     @precondition(lambda self: self.model)
     @rule(data=st.data())
@@ -318,7 +341,7 @@ class Pages(RuleBasedStateMachine):
     @rule(data=st.data())
     def append(self, data):
         chosen = self.any_of(data)
-        k, v = draw_tokens(data, self.HEADS, self.dtype, len(chosen))
+        k, v = draw_tokens(data, self.HEADS, self.rows, len(chosen))
         counts = draw_counts(data, len(chosen), k.shape[2])
         try:
             self.pool.append(chosen, k, v, lengths=counts)

@@ -1,12 +1,14 @@
 """What caches of each type store: quantised rows bit for bit, what they read as, what is taken and what is refused."""
 
+import pickle
+
 import ml_dtypes
 import numpy as np
 import pytest
 from _quantised import QUANTISED, as_stored, dequantise, quantise
 from _util import ALL_TYPES, child_says, compare, normal, same_bits
 
-from qkv_fast import KVCache, PagedKVCache
+from qkv_fast import KVCache, PagedKVCache, explain
 
 pytestmark = pytest.mark.usefixtures("isa")
 CACHE_TYPES = (*ALL_TYPES, *QUANTISED)
@@ -120,6 +122,65 @@ def test_queries_of_every_type(dtype):
             compare(cache.attend(q, return_lse=True), (q, *held), causal=True)
     same_bits(cache.keys, as_stored(k, dtype))
     same_bits(cache.values, as_stored(v, dtype))
+
+
+MIXED = [
+    ("float16", "int8"), ("int8", "int4"), ("float32", "float16"), ("int4", "float32"), ("bfloat16", "float16"),
+    ("float64", "int8"), ("float16", "float64"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype, value_dtype", MIXED)
+@pytest.mark.parametrize("group", [1, 8])
+def test_keys_and_values_of_two_types(dtype, value_dtype, group):
+    """One to sixty rows of a head: both kinds of kernels."""
+    rng = np.random.default_rng(7)
+    k, v = normal(rng, (2, 2, 1100, 40)), normal(rng, (2, 2, 1100, 24))
+    cache = KVCache(2, 2, 40, 1200, value_dim=24, dtype=dtype, value_dtype=value_dtype)
+    pool = PagedKVCache(2, 40, 20, value_dim=24, dtype=dtype, value_dtype=value_dtype)
+    cache.append(k, v)
+    pool.append([pool.add(), pool.add()], k, v)
+    held = as_stored(k, dtype), as_stored(v, value_dtype)
+    same_bits((cache.keys, cache.values), held)
+    assert cache.nbytes == sum(KVCache(2, 2, n, 1200, dtype=d).nbytes // 2 for n, d in ((40, dtype), (24, value_dtype)))
+    kind = "float64" if "float64" in (dtype, value_dtype) else "float32"
+    if kind == "float64":  # which what is read back is rounded from
+        wide = zip(rows_of(cache), held, (dtype, value_dtype), strict=True)
+        held = [dequantise(rows, x.shape[3], d, kind) if d in QUANTISED else x for rows, x, d in wide]
+    for rows in (1, 7):
+        q = normal(rng, (2, 2 * group, rows, 40), kind)
+        got = cache.attend(q, return_lse=True)
+        compare(got, (q, *held), causal=True)
+        same_bits(pool.attend([0, 1], q, return_lse=True), got)
+        plan = explain(cache.attend, q)
+        assert (plan.dtypes["k"], plan.dtypes["v"]) == (dtype, value_dtype)
+    keys, half = KVCache(2, 2, 40, 1200, value_dim=24, dtype=dtype), normal(rng, (2, 2, 3, 40), kind)
+    keys.append(k, v.astype("float32"))
+    same_bits(cache.received(half), keys.received(half))  # which values have no part in
+
+
+@pytest.mark.parametrize("dtype, value_dtype", MIXED)
+def test_names_of_two_types(dtype, value_dtype):
+    cache = KVCache(1, 1, 8, 5, dtype=dtype, value_dtype=value_dtype)
+    assert (cache.dtype, cache.value_dtype) == (dtype, value_dtype)
+    assert repr(cache).endswith(f"dtype={dtype!r}, value_dtype={value_dtype!r}, lengths=[0])")
+    again = pickle.loads(pickle.dumps(cache))
+    assert (again.dtype, again.value_dtype) == (dtype, value_dtype)
+    with pytest.raises(TypeError, match=r"value_dtype must be one of .*, bfloat16, int8, int4, got 'int5'"):
+        KVCache(1, 1, 8, 5, dtype=dtype, value_dtype="int5")
+
+
+def test_each_type_is_checked_by_itself():
+    cache = KVCache(1, 2, 8, 5, dtype="float16", value_dtype="int8")
+    with pytest.raises(TypeError, match="k must be float16 as the cache, float32 or narrower, got float64"):
+        cache.append(K.astype("float64"), K.astype("float64"))
+    cache.append(K, K.astype("float64"))
+    with pytest.raises(TypeError, match="do not mix"):
+        cache.attend(K.astype(ml_dtypes.bfloat16))
+    wide = KVCache(1, 2, 8, 5, dtype="int8", value_dtype="float64")
+    wide.append(K, K)
+    with pytest.raises(TypeError, match="q's type or a narrower one, got float64 for float32"):
+        wide.attend(K)
 
 
 @pytest.mark.parametrize("dtype", CACHE_TYPES)

@@ -38,7 +38,7 @@ static problem make(qkv_type type, int64_t sequences, int64_t heads, int64_t gro
     problem x = {.sequences = sequences};
     qkv_problem *p = &x.p;
     int64_t size = size_of(type);
-    p->type = p->kv_type = p->out_type = type;
+    p->type = p->k_type = p->v_type = p->out_type = type;
     if (sequences > 1) {
         p->n_axes = 1;
         p->axes[0] = sequences;
@@ -139,7 +139,7 @@ static void check_result(const problem *x, const char *what)
         for (int64_t j = 0; j < n; j++) {
             double score = 0;
             for (int64_t d = 0; d < p->dim; d++)
-                score += load(p->type, x->q, row * p->dim + d) * load(p->kv_type, x->k, (keys + j) * p->dim + d);
+                score += load(p->type, x->q, row * p->dim + d) * load(p->k_type, x->k, (keys + j) * p->dim + d);
             score = changed(x, b, head, i, j, position, score * p->scale);
             weights[j] = exp(score);
             largest = isfinite(score) && fabs(score) > largest ? fabs(score) : largest;
@@ -153,7 +153,7 @@ static void check_result(const problem *x, const char *what)
         for (int64_t d = 0; d < p->dim_v; d++) {
             double exact = 0, got = load(p->type, x->out, row * p->dim_v + d);
             for (int64_t j = 0; j < n; j++)
-                exact += weights[j] * load(p->kv_type, x->v, (keys + j) * p->dim_v + d);
+                exact += weights[j] * load(p->v_type, x->v, (keys + j) * p->dim_v + d);
             exact = sum == 0 ? 0 : exact / sum;
             CHECK(fabs(got - exact) <= bound, "%s: column %lld of row %lld is %.9g, not %.9g (%lld keys)", what,
                   (long long)d, (long long)row, got, exact, (long long)n);

@@ -145,7 +145,7 @@ static void test_ragged(int isa, qkv_type type)
             runs[b] = (qkv_run){k + k_starts[b] * row_k, v + k_starts[b] * row_k, 0, length[b]};
         }
         qkv_problem p = {
-            .type = type, .kv_type = type, .out_type = type, .n_axes = 1, .axes = {SEQUENCES}, .heads_q = heads, .heads_kv = HEADS,
+            .type = type, .k_type = type, .v_type = type, .out_type = type, .n_axes = 1, .axes = {SEQUENCES}, .heads_q = heads, .heads_kv = HEADS,
             .len_q = most_q, .len_k = most_k, .dim = DIM, .dim_v = DIM, .q = q, .out = out, .lse = lse, .runs = runs,
             .n_runs = SEQUENCES, .run_of = run_of, .length = length, .left = QKV_OPEN, .right = i % 2 ? 0 : QKV_OPEN,
             .scale = 0.25, .threads = (int)between(1, 3), .isa = isa, .q_starts = q_starts, .k_starts = k_starts,

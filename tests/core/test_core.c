@@ -97,7 +97,7 @@ static void blhd(qkv_strides *at, int64_t heads, int64_t dim, int64_t size)
 
 static char *piece(const problem *x, const void *data, int64_t sequence, int64_t first, int64_t count, int64_t dim)
 {
-    int64_t size = size_of(x->p.kv_type), heads = x->p.heads_kv;
+    int64_t size = size_of(x->p.k_type), heads = x->p.heads_kv;
     char *copy = block(count * heads * dim * size);
     for (int64_t j = 0; j < count; j++)
         for (int64_t h = 0; h < heads; h++)

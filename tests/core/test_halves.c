@@ -42,9 +42,9 @@ static void check_halves(int isa, qkv_type type, int64_t heads, int64_t group, i
     p->scale = draw() % 2 ? p->scale : -0.125;
     x.eps = type == QKV_BF16 ? 0x1p-12 : 0;             /* times 32: a weight is off by 2^-9, and so may their sum be */
     for (p->threads = 1; p->threads <= 2; p->threads++) {
-        p->type = p->kv_type = type;
+        p->type = p->k_type = p->v_type = type;
         CHECK(run(&x) == QKV_OK, "16 bits");
-        p->type = p->kv_type = QKV_F32;
+        p->type = p->k_type = p->v_type = QKV_F32;
         if (!out) {
             void *halved[] = {x.q, x.k, x.v};
             x.q = q, x.k = k, x.v = v;
