@@ -132,6 +132,7 @@ cdef void fill_strides(qkv_strides *at, cnp.ndarray x, bint heads_first, cnp.nda
         at.dim = cnp.PyArray_ITEMSIZE(x)
     at.row = stride_of(x, 2 if heads_first else 3)
     at.head = stride_of(x, 3 if heads_first else 2)
+    at.beam = 0
     for i in range(axes):
         if cnp.PyArray_DIM(out, i) != 1:
             at.axis[n] = stride_of(x, axes - i + 3)
@@ -374,6 +375,7 @@ def forward(Problem call not None, cnp.ndarray out not None, cnp.ndarray lse, in
     p.swapped_out = cnp.PyArray_ISBYTESWAPPED(out)
 
     p.n_axes = fill_axes(p.axes, out)
+    p.beams = p.beam_step = 0
     if axes < 0:                                # 2-D
         heads_first = True
         row = 2

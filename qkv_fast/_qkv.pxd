@@ -42,7 +42,7 @@ cdef extern from "qkv.h" nogil:
 
     ctypedef struct qkv_strides:
         int64_t axis[64]
-        int64_t head, row, dim
+        int64_t head, row, dim, beam
 
     ctypedef struct qkv_run:
         const char *k
@@ -70,6 +70,7 @@ cdef extern from "qkv.h" nogil:
         int64_t heads_q, heads_kv
         int64_t len_q, len_k
         int64_t dim, dim_v
+        int64_t beams, beam_step
         const char *q
         char *out
         void *lse

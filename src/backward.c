@@ -83,7 +83,7 @@ static void add_changes(const qkv_query_tile *t, const qkv_panel *x, int lane, i
 {
     const qkv_problem *p = t->problem;
     int64_t lanes = t->plan->kernels->lanes, part = t->first / t->plan->share;
-    qkv_row r = qkv_row_of(x->row + lane, t->plan->group);
+    qkv_row r = qkv_row_of(x->row + lane, 1, t->plan->group);
     int64_t head = t->head * t->plan->group;
     char *bias = p->dbias;
     if (bias)

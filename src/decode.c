@@ -1,4 +1,4 @@
-/* Few query rows: all rows of one key head of one sequence at once, against its keys chunk by chunk.
+/* Few query rows: those of one key head of one sequence at once, of several beams that share its keys, against its keys chunk by chunk.
  *
  * A chunk is scored piece by piece (a piece lies in one run, or was copied to scratch), its scores become weights, then
  * its values are added up by the same pieces. Between the two products the scores of a chunk lie in scratch, (rows, chunk).
@@ -26,7 +26,7 @@ typedef struct {
     const qkv_problem *problem;
     const qkv_plan *plan;
     int64_t sequence, head;           /* head: a key head */
-    int64_t count;                    /* rows */
+    int64_t first, count;             /* rows */
     int64_t k_offset, v_offset, q_offset, out_offset;   /* bytes to them */
     qkv_range *sees;                  /* (rows): keys */
     qkv_range any;                    /* that some row sees */
@@ -39,17 +39,17 @@ typedef struct {
     changes *changes;                 /* filled if scores are adjusted */
 } few;
 
-/* Row r is position r / group, query head head * group + r % group. */
-static int64_t row_offset(const few *t, int64_t r, const qkv_strides *at)
+static qkv_row first_row(const few *t)
 {
-    return r / t->plan->group * at->row + r % t->plan->group * at->head;
+    return qkv_row_of(t->first, t->plan->beams, t->plan->group);
 }
 
 static void find_limits(few *t)
 {
     t->any = qkv_no_limits().any;
-    for (int64_t r = 0; r < t->count; r++) {
-        t->sees[r] = r % t->plan->group ? t->sees[r - 1] : qkv_visible(t->problem, t->sequence, r / t->plan->group);
+    qkv_row row = first_row(t);
+    for (int64_t r = 0; r < t->count; r++, qkv_next_row(&row)) {
+        t->sees[r] = r > 0 && !qkv_begins_query(&row) ? t->sees[r - 1] : qkv_visible(t->problem, t->sequence, row.position);
         if (t->sees[r].lo < t->sees[r].hi) {
             t->any.lo = qkv_min(t->any.lo, t->sees[r].lo);
             t->any.hi = qkv_max(t->any.hi, t->sees[r].hi);
@@ -62,8 +62,9 @@ static void stack_queries(few *t)
     const qkv_problem *p = t->problem;
     const qkv_plan *plan = t->plan;
     const void **rows = (const void **)(t->scratch + plan->few.at_rows);
-    for (int64_t r = 0; r < t->count; r++) {
-        char *from = (char *)p->q + t->q_offset + row_offset(t, r, &p->q_at);
+    qkv_row row = first_row(t);
+    for (int64_t r = 0; r < t->count; r++, qkv_next_row(&row)) {
+        char *from = (char *)p->q + t->q_offset + qkv_row_offset(&row, &p->q_at);
         rows[r] = from;
         if (plan->few.obstacles_q) {
             char *copy = t->scratch + plan->few.at_copies + (size_t)(r * p->dim) * (size_t)plan->few.kernels->size;
@@ -97,25 +98,25 @@ static void open_changes(few *t)
         .bias_copies = t->scratch + plan->few.at_bias, .mask_copies = (uint8_t *)t->scratch + plan->few.at_mask,
     };
     x->changes = (qkv_changes){0};
-    qkv_open_lanes(&x->elements, &x->lanes, 0, t->count, (t->count + vector - 1) / vector * vector,
+    qkv_open_lanes(&x->elements, &x->lanes, t->first, t->count, (t->count + vector - 1) / vector * vector,
                    t->scratch + plan->few.at_lanes);
 }
 
-static void open_rows(few *t, const qkv_call *job, int worker, int64_t sequence, int64_t head, changes *changes)
+static void open_rows(few *t, const qkv_call *job, int worker, int64_t sequence, int64_t head, int64_t tile, changes *changes)
 {
     const qkv_problem *p = job->problem;
     const qkv_plan *plan = job->plan;
     char *scratch = job->scratch[worker] + sizeof(qkv_counters);
     *t = (few){
-        .problem = p, .plan = plan, .sequence = sequence, .head = head, .count = qkv_queries(p, sequence) * plan->group,
-        .scratch = scratch, .counters = (qkv_counters *)job->scratch[worker], .changes = changes,
+        .problem = p, .plan = plan, .sequence = sequence, .head = head, .first = tile * plan->few.rows,
+        .count = qkv_min(plan->few.rows, qkv_queries(p, sequence) * plan->each - tile * plan->few.rows), .scratch = scratch, .counters = (qkv_counters *)job->scratch[worker], .changes = changes,
         .sees = (qkv_range *)(scratch + plan->few.at_limits), .run = p->run_of ? p->run_of[sequence] : 0,
     };
     t->lo = (int32_t *)(t->sees + t->count);
     t->hi = t->lo + t->count;
     t->stack = (qkv_stack){
         .q = scratch + plan->few.at_q, .s = scratch + plan->few.at_s, .sums = scratch + plan->few.at_sums,
-        .q_row = (ptrdiff_t)plan->few.q_row, .s_row = (ptrdiff_t)plan->chunk, .o_row = (ptrdiff_t)plan->few.o_row,
+        .q_row = (ptrdiff_t)plan->few.q_row, .s_row = (ptrdiff_t)plan->few.s_row, .o_row = (ptrdiff_t)plan->few.o_row,
         .lo = t->lo, .hi = t->hi, .c = plan->c, .rows = (int)t->count, .d = (int)p->dim, .dv = (int)p->dim_v,
         .streams = plan->few.streams,
     };
@@ -320,7 +321,7 @@ static void begin_total(few *t)
     memset(total, 0, (size_t)(t->count * t->plan->few.o_row * t->plan->few.kernels->size));
     see_nothing(t);
     t->plan->few.kernels->decode_weigh(&t->stack);
-    qkv_begin_sinks(t->problem, t->plan, t->head, 0, t->count, t->stack.m, t->stack.l);
+    qkv_begin_sinks(t->problem, t->plan, t->head, t->first, t->count, t->stack.m, t->stack.l);
 }
 
 /* All chunks that some row sees, into the total. Returns 0 if the call is given up before the last. */
@@ -351,20 +352,22 @@ static int write_rows(few *t)
     const qkv_plan *plan = t->plan;
     void **rows = (void **)(t->scratch + plan->few.at_rows);
     use_state(t, t->scratch + plan->few.at_total);
-    for (int64_t r = 0; r < t->count; r++)
+    qkv_row row = first_row(t);
+    for (int64_t r = 0; r < t->count; r++, qkv_next_row(&row))
         rows[r] = plan->direct_out
-            ? p->out + t->out_offset + row_offset(t, r, &p->out_at)
+            ? p->out + t->out_offset + qkv_row_offset(&row, &p->out_at)
             : t->scratch + plan->few.at_copies + (size_t)(r * p->dim_v) * (size_t)plan->few.kernels->size;
     int finite = plan->few.kernels->decode_finish(rows, &t->stack);
-    for (int64_t r = 0; r < t->count && !plan->direct_out; r++) {
-        qkv_rows to = {p->out + t->out_offset + row_offset(t, r, &p->out_at), 0, (ptrdiff_t)p->out_at.dim,
+    row = first_row(t);
+    for (int64_t r = 0; r < t->count && !plan->direct_out; r++, qkv_next_row(&row)) {
+        qkv_rows to = {p->out + t->out_offset + qkv_row_offset(&row, &p->out_at), 0, (ptrdiff_t)p->out_at.dim,
                        p->out_type, p->swapped_out};
         plan->few.kernels->scatter(&to, rows[r], 0, 1, (int)p->dim_v);
     }
     if (p->lse)
-        qkv_write_lse(p, plan, t->sequence, t->head, 0, t->count, t->stack.m, t->stack.l);
+        qkv_write_lse(p, plan, t->sequence, t->head, t->first, t->count, t->stack.m, t->stack.l);
     if (p->answer)
-        qkv_write_normalisers(p, plan, t->sequence, t->head, 0, t->count, t->stack.m, t->stack.l);
+        qkv_write_normalisers(p, plan, t->sequence, t->head, t->first, t->count, t->stack.m, t->stack.l);
     return finite;
 }
 
@@ -396,11 +399,11 @@ static void attend_split(qkv_call *job, int worker, few *t, int64_t base, int64_
     conclude(job, worker, t);
 }
 
-void qkv_decode(qkv_call *job, int worker, int64_t sequence, int64_t head, int64_t base, int64_t chunk)
+void qkv_decode(qkv_call *job, int worker, int64_t sequence, int64_t head, int64_t tile, int64_t base, int64_t chunk)
 {
     few t;
     changes changes;
-    open_rows(&t, job, worker, sequence, head, &changes);
+    open_rows(&t, job, worker, sequence, head, tile, &changes);
     if (job->plan->split)
         attend_split(job, worker, &t, base, chunk);
     else if (attend_all(job, worker, &t))

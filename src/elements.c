@@ -33,7 +33,7 @@ void qkv_open_lanes(const qkv_elements *e, qkv_lanes *x, int64_t row, int64_t n,
     const qkv_strides *summary_at = &e->plan->summary_at;
     int64_t summary_offset = e->summary ? qkv_sequence_offset(p, summary_at, e->sequence) + head * summary_at->head : 0;
     int64_t position = qkv_offset(p, e->sequence), query = qkv_query_index(p, e->sequence, 0);
-    qkv_row r = qkv_row_of(row, e->plan->group);
+    qkv_row r = qkv_row_of(row, e->plan->beams, e->plan->group);
     for (int64_t j = 0; j < lanes; j++) {
         if (j > 0 && j < n)           /* lanes without a row repeat the last one, as in Q */
             qkv_next_row(&r);
@@ -82,14 +82,14 @@ static const int32_t *key_ids(const qkv_problem *p, int64_t sequence)
     return p->k_ids + (p->k_starts ? p->k_starts[sequence] : sequence * p->len_k);
 }
 
-int64_t qkv_count_seen(const qkv_problem *p, int64_t sequence, int64_t head, int64_t i, qkv_range keys)
+int64_t qkv_count_seen(const qkv_problem *p, int64_t sequence, int64_t beam, int64_t head, int64_t i, qkv_range keys)
 {
     const char *mask = p->mask;
     int64_t before = mask ? qkv_max(0, qkv_min(keys.hi, mask_from(p, sequence)) - keys.lo) : 0;
     const int32_t *ids = p->q_ids ? key_ids(p, sequence) : NULL, id = p->q_ids ? p->q_ids[qkv_query_index(p, sequence, i)] : 0;
     int64_t seen = 0;
     if (mask)
-        mask += qkv_sequence_offset(p, &p->mask_at, sequence) + head * p->mask_at.head + i * p->mask_at.row
+        mask += qkv_sequence_offset(p, &p->mask_at, sequence) + beam * p->mask_at.beam + head * p->mask_at.head + i * p->mask_at.row
             - mask_from(p, sequence) * p->mask_at.dim;
     seen += before;
     keys.lo += before;
@@ -179,6 +179,10 @@ static const char *summarised_row(const qkv_problem *p, int64_t index)
     if (at->head) {
         row += index % p->heads_q * at->head;
         index /= p->heads_q;
+    }
+    if (at->beam) {
+        row += index % p->beams * at->beam;
+        index /= p->beams;
     }
     for (int i = p->n_axes; i-- > 0;) {
         if (at->axis[i]) {

@@ -53,7 +53,7 @@ qkv_kind qkv_look(const qkv_elements *elements, const qkv_lanes *lanes, int lane
 void qkv_set_changes(const qkv_elements *elements, const qkv_lanes *lanes, int lane, int n, int64_t first, int64_t last,
                      qkv_changes *to);
 
-/* Of these keys, those that mask and ids let query i of a head see. */
-int64_t qkv_count_seen(const qkv_problem *problem, int64_t sequence, int64_t head, int64_t i, qkv_range keys);
+/* Of these keys, those that mask and ids let query i of a beam and head see. */
+int64_t qkv_count_seen(const qkv_problem *problem, int64_t sequence, int64_t beam, int64_t head, int64_t i, qkv_range keys);
 
 #endif

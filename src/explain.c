@@ -10,6 +10,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "beams.h"
 #include "elements.h"
 #include "forward.h"
 #include "mask.h"
@@ -71,10 +72,10 @@ static void count_tiles(const qkv_problem *p, const qkv_plan *plan, int64_t sequ
 {
     int64_t lanes = plan->kernels->lanes, vector = plan->kernels->vector, rows = plan->tile_panels * lanes;
     int copies = (plan->copy_k != 0) + (plan->copy_v != 0);
-    if (plan->decode) {
-        qkv_limits limits = limits_of(p, plan->group, sequence, 0, plan->rows - 1);
+    for (int64_t first = 0; plan->decode && first < plan->rows; first += plan->few.rows) {
+        qkv_limits limits = limits_of(p, plan->each, sequence, first, qkv_min(first + plan->few.rows, plan->rows) - 1);
         if (limits.any.lo >= limits.any.hi)
-            return;
+            continue;
         int64_t visited = blocks_up_to(limits.any.hi, plan->chunk) - limits.any.lo / plan->chunk;
         if (plan->few.copy_k)
             count->tiles_copied += count_passes(plan, plan->few.pass, limits.any.lo, limits.any.hi);
@@ -84,12 +85,13 @@ static void count_tiles(const qkv_problem *p, const qkv_plan *plan, int64_t sequ
         if (plan->few.copy_v && lo < hi)
             count->tiles_copied += count_passes(plan, plan->few.pass, lo, hi);
         count_vectors(count, &limits, plan->chunk, visited, 1);
-        return;
     }
+    if (plan->decode)
+        return;
     int same = qkv_all_alike(p);
     for (int64_t tile = 0; tile < plan->tiles; tile++) {
         int64_t first = tile * rows, end = qkv_min(first + rows, plan->rows);
-        qkv_limits limits = limits_of(p, plan->group, sequence, first, end - 1);
+        qkv_limits limits = limits_of(p, plan->each, sequence, first, end - 1);
         if (limits.any.lo >= limits.any.hi)
             continue;
         int64_t begin = limits.any.lo / plan->block * plan->block;
@@ -100,7 +102,7 @@ static void count_tiles(const qkv_problem *p, const qkv_plan *plan, int64_t sequ
             continue;
         }
         for (int64_t row = first; row < end; row += vector) {
-            limits = limits_of(p, plan->group, sequence, row, qkv_min(row + vector, end) - 1);
+            limits = limits_of(p, plan->each, sequence, row, qkv_min(row + vector, end) - 1);
             count_vectors(count, &limits, plan->block, visited, 1);
         }
     }
@@ -232,6 +234,7 @@ static double count_seen(const qkv_problem *p, const qkv_plan *plan, int64_t seq
 {
     enum { ASK = 256 };               /* rows between two looks */
     int64_t heads = p->mask && p->mask_at.head ? p->heads_q : 1;       /* that see different keys */
+    int64_t beams = p->mask && p->mask_at.beam ? p->beams : 1;
     double pairs = 0;
     qkv_limits limits = qkv_no_limits();
     for (int64_t i = 0; i < qkv_queries(p, sequence); i++) {
@@ -239,13 +242,13 @@ static double count_seen(const qkv_problem *p, const qkv_plan *plan, int64_t seq
         qkv_add_row(&limits, row);
         if (!plan->masked)
             pairs += (double)(row.hi - row.lo);
-        for (int64_t head = 0; plan->masked && head < heads; head++)
-            pairs += (double)qkv_count_seen(p, sequence, head, i, row);
+        for (int64_t j = 0; plan->masked && j < beams * heads; j++)
+            pairs += (double)qkv_count_seen(p, sequence, j / heads, j % heads, i, row);
         if (plan->masked && i % ASK == ASK - 1 && p->interrupted && p->interrupted(p->interrupted_arg))
             return -1;
     }
     *keys = limits.any.lo < limits.any.hi ? (double)(limits.any.hi - limits.any.lo) : 0;
-    return pairs * (double)(p->heads_q / heads);
+    return pairs * (double)(p->heads_q / heads) * (double)(plan->beams / beams);
 }
 
 static qkv_status count_by_walking(const qkv_problem *p, const qkv_plan *plan, qkv_report *report, double *all_keys)
@@ -278,7 +281,7 @@ static void count_in_closed_form(const qkv_problem *p, const qkv_plan *plan, qkv
         report->counts.tiles_partial += one.tiles_partial * alike * p->heads_kv;
         report->counts.tiles_skipped += one.tiles_skipped * alike * p->heads_kv;
         report->counts.tiles_copied += one.tiles_copied * alike * p->heads_kv;
-        report->pairs += pairs * (double)alike * (double)p->heads_q;
+        report->pairs += pairs * (double)alike * (double)p->heads_q * (double)plan->beams;
         *all_keys += keys * (double)alike * (double)p->heads_kv;
     }
     report->counts.splits = plan->split ? plan->tasks : 0;
@@ -292,12 +295,14 @@ static double all_scratch(int threads, size_t bytes) { return (double)threads * 
 qkv_status qkv_explain(const qkv_problem *p, qkv_report *report)
 {
     qkv_plan plan;
+    qkv_problem folded;
+    p = qkv_fold(p, &folded);
     qkv_status status = qkv_make_plan(p, &plan);
     memset(report, 0, sizeof *report);
     report->pair = plan.decode ? plan.few.kernels->pair : plan.kernels->pair;
     report->decode = plan.decode;
-    report->panel_rows = plan.decode ? plan.rows : plan.kernels->lanes;
-    report->vector_rows = plan.decode ? plan.rows : plan.kernels->vector;
+    report->panel_rows = plan.decode ? plan.few.rows : plan.kernels->lanes;
+    report->vector_rows = plan.decode ? plan.few.rows : plan.kernels->vector;
     report->kernel_keys = plan.kernels->row_tile;
     if (status != QKV_OK || plan.tasks == 0 || (p->dim_v == 0 && !p->lse))
         return status;
@@ -328,7 +333,7 @@ qkv_status qkv_explain(const qkv_problem *p, qkv_report *report)
     report->operations = 2 * report->pairs * (double)(p->dim + p->dim_v);
     double rows = 0;
     for (int64_t b = 0; b < plan.sequences; b++)
-        rows += (double)p->heads_q * (double)qkv_queries(p, b);
+        rows += (double)p->heads_q * (double)plan.beams * (double)qkv_queries(p, b);
     report->bytes = rows * sizes
                     + all_keys * (double)qkv_token_bytes(p);
     return QKV_OK;

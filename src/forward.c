@@ -13,6 +13,7 @@
 #include <string.h>
 
 #include "backward.h"
+#include "beams.h"
 #include "call.h"
 #include "decode.h"
 #include "elements.h"
@@ -670,7 +671,7 @@ static void run_task(void *context, int64_t task, int worker)
     }
     place at = find_tile(job, base);
     if (qkv_has_few(job->problem, plan, at.sequence)) {
-        qkv_decode(job, worker, at.sequence, at.head, base, chunk);
+        qkv_decode(job, worker, at.sequence, at.head, at.tile, base, chunk);
         return;
     }
     if (job->problem->question == QKV_MOVED && !qkv_has_heavy(job->problem, plan, at.sequence, at.head, at.tile))
@@ -771,6 +772,8 @@ done:
 qkv_status qkv_forward(const qkv_problem *p)
 {
     qkv_plan plan;
+    qkv_problem folded;
+    p = qkv_fold(p, &folded);
     qkv_status status = qkv_make_plan(p, &plan);
     if (status != QKV_OK || plan.tasks == 0 || (p->dim_v == 0 && !p->lse && !p->answer))
         return status;

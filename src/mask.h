@@ -19,9 +19,17 @@ typedef enum { QKV_SKIP, QKV_FULL, QKV_PARTIAL } qkv_kind;
 static inline int64_t qkv_min(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t qkv_max(int64_t a, int64_t b) { return a > b ? a : b; }
 
+/* The number by which the caller knows a sequence: that of one of its beams, which share their limits. */
+static inline int64_t qkv_given(const qkv_problem *p, int64_t sequence, int64_t beam)
+{
+    if (p->beams <= 1)
+        return sequence;
+    return (sequence / p->beam_step * p->beams + beam) * p->beam_step + sequence % p->beam_step;
+}
+
 static inline int64_t qkv_length(const qkv_problem *p, int64_t sequence)
 {
-    return p->length ? p->length[sequence] : p->len_k;
+    return p->length ? p->length[qkv_given(p, sequence, 0)] : p->len_k;
 }
 
 static inline int64_t qkv_queries(const qkv_problem *p, int64_t sequence)
@@ -40,17 +48,17 @@ static inline int qkv_is_uneven(const qkv_problem *p)
 /* Where query i of a sequence stands in what has a row for each query of all sequences. */
 static inline int64_t qkv_query_index(const qkv_problem *p, int64_t sequence, int64_t i)
 {
-    return (p->q_starts ? p->q_starts[sequence] : sequence * p->len_q) + i;
+    return (p->q_starts ? p->q_starts[sequence] : qkv_given(p, sequence, 0) * p->len_q) + i;
 }
 
 static inline int64_t qkv_offset(const qkv_problem *p, int64_t sequence)
 {
-    return p->offset ? p->offset[sequence] : qkv_length(p, sequence) - qkv_queries(p, sequence);
+    return p->offset ? p->offset[qkv_given(p, sequence, 0)] : qkv_length(p, sequence) - qkv_queries(p, sequence);
 }
 
 static inline int64_t qkv_start(const qkv_problem *p, int64_t sequence)
 {
-    return p->start ? p->start[sequence] : 0;
+    return p->start ? p->start[qkv_given(p, sequence, 0)] : 0;
 }
 
 /* Where the queries first .. last of a sequence sit: the least and the largest of their positions. */

@@ -25,6 +25,7 @@ enum {
     FEW_LEAST = 4,
     FEW_BYTES = 48,
     FEW_WIDENED = 32,
+    FEW_BEAMS = 64,                   /* rows of a tile that several beams share: what is kept of a row is 5 KB */
     CHUNK = 1024,                     /* keys per chunk; merging chunks of about 1000 keeps the error of 64k keys small */
     PASS_BYTES = 256 << 10,           /* K and V of a pass: a quarter of L2, half of an older 512 KB one */
     STATE_BYTES = 192 << 10,          /* Q^T, O and totals of the panels that share a pass */
@@ -94,7 +95,7 @@ static void plan_summary(const qkv_problem *p, qkv_plan *plan)
     /* Rows that windows or spans cut short are looked at by the tiles that need them. */
     if (plan->decode || !p->mask || p->mask_from || p->q_ids || p->spans || p->left != QKV_OPEN || p->mask_at.dim > 1
         || p->mask_at.dim < 0 || most == 0
-        || !multiply(plan->sequences, p->heads_q, &all) || !multiply(all, p->len_q, &all))
+        || !multiply(plan->sequences, p->heads_q, &all) || !multiply(all, p->len_q, &all) || !multiply(all, plan->beams, &all))
         return;
     int64_t blocks = p->mask_at.dim ? ceil_div(most, BLOCK) : 1;
     at->dim = p->mask_at.dim ? 1 : 0;
@@ -102,6 +103,8 @@ static void plan_summary(const qkv_problem *p, qkv_plan *plan)
     rows = p->mask_at.row ? p->len_q : 1;
     at->head = p->mask_at.head ? rows * blocks : 0;
     int fits = !p->mask_at.head || multiply(rows, p->heads_q, &rows);
+    at->beam = p->mask_at.beam ? rows * blocks : 0;
+    fits = fits && (!p->mask_at.beam || multiply(rows, plan->beams, &rows));
     for (int i = p->n_axes; i-- > 0 && fits;) {
         at->axis[i] = p->mask_at.axis[i] ? rows * blocks : 0;
         fits = !p->mask_at.axis[i] || multiply(rows, p->axes[i], &rows);
@@ -206,7 +209,7 @@ static void plan_few(const qkv_problem *p, qkv_plan *plan)
     qkv_type arithmetic = qkv_arithmetic(p->type);
     int64_t most = p->k_type == arithmetic && p->v_type == arithmetic ? FEW_BYTES / size : FEW_WIDENED;
     few->most = qkv_min(most, qkv_max(FEW_LEAST, (p->dim + p->dim_v) / FEW_COLUMNS));
-    plan->decode = plan->rows <= few->most;
+    plan->decode = p->len_q * plan->group <= few->most;
     if (!plan->decode && !qkv_is_uneven(p))
         return;
     int pairs = multiplies_pairs(p, plan);
@@ -217,7 +220,7 @@ static void plan_few(const qkv_problem *p, qkv_plan *plan)
     few->copy_v = plan->copy_v & ~(widens && p->dim_v % vector == 0 ? QKV_WIDENED : anywhere);
     few->streams = (qkv_features() & QKV_CPU_STREAMS) != 0;
     few->obstacles_q = plan->obstacles_q & ~anywhere;
-    int64_t n = qkv_min(few->most, plan->rows);
+    int64_t n = few->rows = qkv_min(plan->beams > 1 ? FEW_BEAMS : few->most, plan->rows);
     size_t at = 0, rows = (size_t)n, lanes = (size_t)(ceil_div(n, vector) * vector);
     size_t dim = (size_t)qkv_max(p->dim, p->dim_v);
     few->pass = qkv_min(CHUNK, qkv_max(16, COPY_PASS_BYTES / ((p->dim + p->dim_v + 1) * size) / 16 * 16));
@@ -230,7 +233,8 @@ static void plan_few(const qkv_problem *p, qkv_plan *plan)
     TAKE(at_limits, rows * (sizeof(qkv_range) + 2 * sizeof(int32_t)));
     TAKE(at_rows, rows * sizeof(void *));
     TAKE(at_q, rows * (size_t)(few->q_row * size));
-    TAKE(at_s, rows * (size_t)(CHUNK * size));
+    few->s_row = CHUNK + COPY_PAD;
+    TAKE(at_s, rows * (size_t)(few->s_row * size));
     TAKE(at_sums, rows * (size_t)(few->o_row * size));
     TAKE(at_state, few->state_bytes);
     TAKE(at_total, few->state_bytes);
@@ -249,13 +253,13 @@ static void plan_few(const qkv_problem *p, qkv_plan *plan)
 
 static int64_t panels_of(const qkv_problem *p, const qkv_plan *plan, int64_t sequence)
 {
-    return ceil_div(qkv_queries(p, sequence) * plan->group, plan->kernels->lanes);
+    return ceil_div(qkv_queries(p, sequence) * plan->each, plan->kernels->lanes);
 }
 
 int64_t qkv_tiles_of(const qkv_problem *p, const qkv_plan *plan, int64_t sequence)
 {
     if (qkv_has_few(p, plan, sequence))
-        return qkv_queries(p, sequence) > 0;
+        return ceil_div(qkv_queries(p, sequence) * plan->each, qkv_max(1, plan->few.rows));
     return ceil_div(panels_of(p, plan, sequence), plan->tile_panels);
 }
 
@@ -277,7 +281,7 @@ static void find_reach(const qkv_problem *p, qkv_plan *plan)
 static int count_work(const qkv_problem *p, const qkv_plan *plan, int64_t *panels, double *flops)
 {
     int64_t heads;
-    double pairs = (double)plan->sequences * (double)p->len_q * (double)plan->reach;
+    double pairs = (double)plan->sequences * (double)plan->beams * (double)p->len_q * (double)plan->reach;
     if (!multiply(plan->sequences, plan->heads, &heads)
         || !multiply(heads, ceil_div(plan->rows, plan->kernels->lanes), panels))
         return 0;
@@ -381,7 +385,8 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     plan->heads = plan->by_key || p->question == QKV_GROUPS || qkv_asks_cells(p) ? p->heads_q : p->heads_kv;
     plan->group = plan->heads ? p->heads_q / plan->heads : 0;
     plan->sharing = p->heads_kv ? plan->heads / p->heads_kv : 0;
-    if (!multiply(p->len_q, plan->group, &plan->rows))
+    plan->beams = qkv_max(1, p->beams);
+    if (!multiply(plan->beams, plan->group, &plan->each) || !multiply(p->len_q, plan->each, &plan->rows))
         return QKV_OVERFLOW;
 
     if (qkv_asks_cells(p) && !plan_columns(p, plan))
@@ -431,7 +436,7 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     int64_t wanted = p->threads > 1 ? qkv_max(least, base / ((int64_t)p->threads * TASKS_PER_THREAD)) : most;
     double panel_flops = 2.0 * (double)(p->dim + p->dim_v) * (double)kernels->lanes * (double)plan->reach;
     most = qkv_min(most, (int64_t)(TASK_FLOPS / (panel_flops + 1)));
-    plan->tiles = plan->decode ? 1 : ceil_div(panels, qkv_max(1, qkv_min(qkv_min(most, wanted), panels)));
+    plan->tiles = plan->decode ? ceil_div(plan->rows, plan->few.rows) : ceil_div(panels, qkv_max(1, qkv_min(qkv_min(most, wanted), panels)));
     plan->tile_panels = plan->decode ? 1 : qkv_max(1, ceil_div(panels, qkv_max(1, plan->tiles)));     /* of about one size */
     plan->tasks = plan->sequences * plan->heads * plan->tiles;
     if (qkv_is_uneven(p)) {

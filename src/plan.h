@@ -9,14 +9,15 @@ enum { QKV_PANEL_BYTES = 128 };       /* room for a qkv_panel of tile.h */
 enum { QKV_SHARE_BYTES = 48 };        /* room for a qkv_share of spotlight.c */
 enum { QKV_LANE_BYTES = 48 };         /* room for what a lane has in qkv_lanes of elements.h */
 
-/* Few rows: all those of a sequence and key head are a tile of their own kind (decode.c), and a chunk is its block. */
+/* Few rows: those of a sequence and key head, of some of its beams, are a tile of their own kind (decode.c), and a chunk is its block. */
 typedef struct {
     const qkv_kernels *kernels;       /* the table of pairs where these are multiplied */
     int copy_k, copy_v, obstacles_q;
     int streams;                      /* the CPU has QKV_CPU_STREAMS */
-    int64_t most;                     /* rows that are few */
+    int64_t most;                     /* rows of one beam that are few */
+    int64_t rows;                     /* in a tile */
     int64_t pass;                     /* keys that are copied at a time */
-    int64_t q_row, o_row;             /* elements per row of Q and O, whole vectors; of pairs those of Q, and two vectors of O */
+    int64_t q_row, s_row, o_row;      /* elements per row of Q, S and O, whole vectors; of pairs those of Q, and two vectors of O */
     size_t l_bytes, state_bytes;      /* l, as m; O, m and l */
     /* Scratch of one worker, where that of tiles is otherwise. */
     size_t at_limits, at_rows, at_q, at_state, at_total, at_s, at_sums, at_k, at_v, at_pair, at_copies;
@@ -25,7 +26,7 @@ typedef struct {
 } qkv_few_plan;
 
 /* The work is a grid: sequences x key heads x query tiles, and, if split, x chunks of keys. A query tile is some panels
- * of one (sequence, key head); its rows are (position, head of the group) pairs, the head running fastest. Where sums over
+ * of one (sequence, key head); its rows are those of rows.h. Where sums over
  * queries are asked for, it is sequences x query heads x ranges of keys; of cells, x rows of these x ranges of columns. */
 typedef struct {
     const qkv_kernels *kernels;
@@ -43,7 +44,8 @@ typedef struct {
     /* Rows that share their keys are those of all query heads of a key head, or of one query head where it is asked what each
      * of these gives. `heads` are what rows are of, `group` query heads in each, and so many of them share a key head. */
     int64_t sequences, heads, group, sharing;
-    int64_t rows;                     /* of one head: len_q * group; in ragged batches, at most */
+    int64_t beams, each;              /* of a sequence, at least 1, and rows of one query: beams * group */
+    int64_t rows;                     /* of one head: len_q * each; in ragged batches, at most */
     int decode;                       /* all sequences have few rows */
     qkv_few_plan few;
     int64_t tile_panels;              /* panels in a query tile */

@@ -31,7 +31,7 @@ static inline int multiply(int64_t a, int64_t b, int64_t *product)
 /* A number that is a multiple of a power of two if all addresses of rows are. */
 static inline int64_t places(const void *data, int n_axes, const qkv_strides *at)
 {
-    int64_t bits = (int64_t)(uintptr_t)data | at->head | at->row;
+    int64_t bits = (int64_t)(uintptr_t)data | at->head | at->row | at->beam;
     for (int i = 0; i < n_axes; i++)
         bits |= at->axis[i];
     return bits;

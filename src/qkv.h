@@ -64,10 +64,10 @@ typedef enum {
     QKV_MEANS, QKV_MAXIMA, QKV_INFLUENCE, QKV_MOVED, QKV_GROUPS, QKV_GRADIENTS
 } qkv_question;
 
-/* Byte strides of a (batch axes..., head, row, dim) view. A broadcast axis has stride 0. */
+/* Byte strides of a (batch axes..., head, row, dim) view. A broadcast axis has stride 0. `beam` is the core's own, and 0. */
 typedef struct {
     int64_t axis[QKV_MAX_AXES];
-    int64_t head, row, dim;
+    int64_t head, row, dim, beam;
 } qkv_strides;
 
 /* A run of keys and values that lie at regular strides: key positions [first, first + count). */
@@ -104,6 +104,8 @@ typedef struct {
     int64_t heads_q, heads_kv;        /* heads_q is a multiple of heads_kv */
     int64_t len_q, len_k;
     int64_t dim, dim_v;
+    /* The core's own, and 0: an axis of sequences that share their keys, when it has become one of rows. See beams.h. */
+    int64_t beams, beam_step;
 
     const char *q;                    /* (axes..., heads_q, len_q, dim) */
     char *out;                        /* (axes..., heads_q, len_q, dim_v); overlaps no input */

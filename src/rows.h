@@ -4,20 +4,32 @@
 
 #include "qkv.h"
 
-/* Rows of a key head in order: row r is query r / group of the sequence, head r % group of the group. */
-typedef struct { int64_t position, head, group; } qkv_row;
+/* Rows of a key head in order: of each query of the sequence those of its beams, of each of these those of the heads of the group.
+ * So neighbours see nearly the same keys. */
+typedef struct { int64_t position, beam, head, beams, group; } qkv_row;
 
-static inline qkv_row qkv_row_of(int64_t row, int64_t group)
+static inline qkv_row qkv_row_of(int64_t row, int64_t beams, int64_t group)
 {
-    return (qkv_row){row / group, row % group, group};
+    if (beams == 1)
+        return (qkv_row){row / group, 0, row % group, 1, group};
+    return (qkv_row){row / group / beams, row / group % beams, row % group, beams, group};
 }
 
 static inline void qkv_next_row(qkv_row *r)
 {
-    if (++r->head == r->group) {
-        r->head = 0;
-        r->position++;
-    }
+    if (++r->head < r->group)
+        return;
+    r->head = 0;
+    if (++r->beam < r->beams)
+        return;
+    r->beam = 0;
+    r->position++;
+}
+
+/* Whether it is another query than that of the row before. */
+static inline int qkv_begins_query(const qkv_row *r)
+{
+    return r->head == 0 && r->beam == 0;
 }
 
 /* The first of n things in cell i, of `cells` that they are shared out to. */
@@ -35,7 +47,7 @@ static inline int64_t qkv_cell_of(int64_t i, int64_t n, int64_t cells)
 /* From where the rows of a sequence and key head begin, in bytes. */
 static inline int64_t qkv_row_offset(const qkv_row *r, const qkv_strides *at)
 {
-    return r->position * at->row + r->head * at->head;
+    return r->position * at->row + r->beam * at->beam + r->head * at->head;
 }
 
 /* Where a sequence begins, in bytes, by the strides of its axes. */

@@ -144,7 +144,7 @@ static qkv_weights rows_of(const qkv_query_tile *t, const qkv_panel *x, int lane
     const qkv_problem *p = t->problem;
     int64_t before = qkv_max(0, qkv_max(p->answer_first, t->any.lo) - key), size = t->plan->kernels->size;
     qkv_weights to = {.row = (void **)(t->scratch + t->plan->at_rows), .first = (int)before};
-    qkv_row r = qkv_row_of(x->row + lane, t->plan->group);
+    qkv_row r = qkv_row_of(x->row + lane, 1, t->plan->group);
     for (int j = 0; j < nv * t->plan->kernels->vector; j++, qkv_next_row(&r)) {
         int64_t at = lane + j < x->n ? qkv_result_index(p, t->plan, t->sequence, t->head, &r) : -1;
         to.row[j] = at < 0 ? NULL : (char *)p->answer + (at * p->answer_n + key + before - p->answer_first) * size;
@@ -433,7 +433,7 @@ int qkv_has_heavy(const qkv_problem *p, const qkv_plan *plan, int64_t sequence, 
 {
     int64_t rows = plan->tile_panels * plan->kernels->lanes;
     int64_t last = qkv_min((tile + 1) * rows, qkv_queries(p, sequence) * plan->group);
-    qkv_row r = qkv_row_of(tile * rows, plan->group);
+    qkv_row r = qkv_row_of(tile * rows, 1, plan->group);
     for (int64_t i = tile * rows; i < last; i++, qkv_next_row(&r))
         if (p->answer_keys[qkv_result_index(p, plan, sequence, head, &r)] >= 0)
             return 1;

@@ -1,7 +1,6 @@
 /* Query tiles: from rows of Q to panels, and from panels to rows of O.
  *
- * A row is a (position, head of the group) pair, the head running fastest, so that neighbours in a panel see nearly the
- * same keys. Rows are read and written where they lie if the kernels can, else through a row of scratch each.
+ * Rows are read and written where they lie if the kernels can, else through a row of scratch each.
  */
 #include "tile.h"
 
@@ -84,7 +83,7 @@ void qkv_find_limits(qkv_query_tile *t, int kept)
             /* Lanes without a row repeat the last one, in Q as well. */
             if (j > 0 && j < x->n) {
                 qkv_next_row(&r);
-                keys = r.head ? keys : visible(t, r.position, kept);
+                keys = qkv_begins_query(&r) ? visible(t, r.position, kept) : keys;
             }
             x->rows[j] = keys;
             qkv_add_row(&x->limits[1 + j / w], keys);
@@ -206,7 +205,7 @@ static double sink_of(const qkv_problem *p, const qkv_plan *plan, int64_t head)
 
 void qkv_begin_sinks(const qkv_problem *p, const qkv_plan *plan, int64_t head, int64_t row, int64_t n, void *m, void *l)
 {
-    qkv_row r = qkv_row_of(row, plan->group);
+    qkv_row r = qkv_row_of(row, plan->beams, plan->group);
     for (int64_t j = 0; p->sinks && j < n; j++, qkv_next_row(&r)) {
         double sink = sink_of(p, plan, head * plan->group + r.head);
         if (sink == -INFINITY)
@@ -234,13 +233,13 @@ int64_t qkv_result_index(const qkv_problem *p, const qkv_plan *plan, int64_t seq
     int64_t query_head = head * plan->group + r->head;
     if (p->q_starts)
         return query_head * p->q_starts[plan->sequences] + p->q_starts[sequence] + r->position;
-    return (sequence * p->heads_q + query_head) * p->len_q + r->position;
+    return (qkv_given(p, sequence, r->beam) * p->heads_q + query_head) * p->len_q + r->position;
 }
 
 void qkv_write_lse(const qkv_problem *p, const qkv_plan *plan, int64_t sequence, int64_t head, int64_t row, int64_t n,
                    const void *m, const void *l)
 {
-    qkv_row r = qkv_row_of(row, plan->group);
+    qkv_row r = qkv_row_of(row, plan->beams, plan->group);
     for (int64_t j = 0; j < n; j++, qkv_next_row(&r)) {
         int64_t at = qkv_result_index(p, plan, sequence, head, &r);
         int wide = p->type == QKV_F64;
@@ -260,7 +259,7 @@ void qkv_write_lse(const qkv_problem *p, const qkv_plan *plan, int64_t sequence,
 void qkv_write_normalisers(const qkv_problem *p, const qkv_plan *plan, int64_t sequence, int64_t head, int64_t row, int64_t n,
                            const void *m, const void *l)
 {
-    qkv_row r = qkv_row_of(row, plan->group);
+    qkv_row r = qkv_row_of(row, plan->beams, plan->group);
     for (int64_t j = 0; j < n; j++, qkv_next_row(&r)) {
         int64_t at = 2 * qkv_result_index(p, plan, sequence, head, &r);
         int wide = p->type == QKV_F64;

@@ -53,7 +53,7 @@ static inline void qkv_set_element(const qkv_problem *p, void *x, int64_t i, dou
 
 static inline qkv_row qkv_first_row(const qkv_query_tile *t, const qkv_panel *x)
 {
-    return qkv_row_of(x->row, t->plan->group);
+    return qkv_row_of(x->row, t->plan->beams, t->plan->group);
 }
 
 /* Lays out the tile of some rows of a key head in scratch, no more than its panels hold, finds its limits within `keys`, and
@@ -69,7 +69,7 @@ const void **qkv_output_rows(const qkv_query_tile *tile, const qkv_panel *panel)
 static inline qkv_range qkv_tile_rows(const qkv_problem *p, const qkv_plan *plan, int64_t sequence, int64_t index)
 {
     int64_t rows = plan->tile_panels * plan->kernels->lanes;
-    return (qkv_range){index * rows, qkv_min((index + 1) * rows, qkv_queries(p, sequence) * plan->group)};
+    return (qkv_range){index * rows, qkv_min((index + 1) * rows, qkv_queries(p, sequence) * plan->each)};
 }
 
 /* What the rows see: of the keys that no window hides, or of all others, as qkv_open_tile has it. */

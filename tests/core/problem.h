@@ -10,6 +10,7 @@ typedef struct {
     void *q, *k, *v, *out, *lse;
     int64_t sequences, out_bytes, lse_bytes;
     int64_t *offset, *length;
+    int shared;                       /* all sequences have the keys of the first */
 
     /* What changes scores, or NULL: mask and bias (sequences, heads or 1, len_q, len_k), spans, ids, and one per head. */
     char *mask;
@@ -132,7 +133,7 @@ static void check_result(const problem *x, const char *what)
     int64_t group = p->heads_q / p->heads_kv;
     for (int64_t row = 0; row < x->sequences * p->heads_q * p->len_q; row++) {
         int64_t i = row % p->len_q, head = row / p->len_q % p->heads_q, b = row / p->len_q / p->heads_q;
-        int64_t keys = (b * p->heads_kv + head / group) * p->len_k;
+        int64_t keys = ((x->shared ? 0 : b) * p->heads_kv + head / group) * p->len_k;
         int64_t n = x->length ? x->length[b] : p->len_k;
         int64_t position = i + (x->offset ? x->offset[b] : n - p->len_q);
         double sum = x->sinks ? exp(x->sinks[head]) : 0, largest = 0;

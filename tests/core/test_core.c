@@ -40,10 +40,13 @@ static void test_random(int isa, qkv_type type)
 {
     for (int i = 0; i < share_of(60); i++) {
         int64_t len_k = i % 10 == 0 ? between(1000, 2500) : between(0, 200), len_q = between(0, 70);
-        problem x = make(type, between(1, 3), between(1, 2), between(1, 3), len_q, len_k, between(0, 70),
+        problem x = make(type, i % 7 == 0 ? 30 : between(1, 3), between(1, 2), between(1, 3), len_q, len_k, between(0, 70),
                          between(0, 70));
         x.p.isa = isa;
         x.p.threads = (int)between(1, 3);
+        x.shared = draw() % 3 == 0;
+        if (x.shared)
+            x.p.k_at.axis[0] = x.p.v_at.axis[0] = 0;
         if (i % 4)
             random_limits(&x);
         CHECK(run(&x) == QKV_OK, "random problem %d", i);
