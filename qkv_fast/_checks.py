@@ -6,7 +6,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from . import _core
+from . import _core, _foreign
+from ._foreign import kind_of
 
 Array = np.ndarray[Any, Any]
 
@@ -43,34 +44,22 @@ def _as_array(name: str, x: Any, where: str = "attention") -> Array:
     if isinstance(x, np.matrix):
         raise TypeError(f"{where}: {name} is a numpy.matrix; pass numpy.asarray({name})")
     try:
-        return np.asarray(x)
+        return _foreign.read(name, x, where) if _foreign.is_foreign(x) else np.asarray(x)
     except ValueError as error:
         raise ValueError(f"{where}: {name} is no array: {error}") from None
-    except (TypeError, RuntimeError) as error:  # what torch says of tensors that NumPy cannot have
-        raise TypeError(f"{where}: {name}: NumPy cannot read this {_kind_of(x)}{_way_out(name, x)} ({error})") from None
+    except (TypeError, RuntimeError) as error:
+        if str(error).startswith(f"{where}: "):  # says it all
+            raise
+        raise TypeError(f"{where}: {name}: NumPy cannot read this {kind_of(x)} ({error})") from None
 
 
 def _restated(x: Any) -> str:
     """What was given, in short: of an array its shape."""
     shape = getattr(x, "shape", None)
     if isinstance(shape, tuple) and shape:
-        return f"{_kind_of(x)} of shape {tuple(shape)}"
+        return f"{kind_of(x)} of shape {tuple(shape)}"
     text = repr(x)
     return text if len(text) <= 80 else f"{text[:60]} …"
-
-
-def _kind_of(x: Any) -> str:
-    module = type(x).__module__.partition(".")[0]
-    return type(x).__name__ if module == "builtins" else f"{module}.{type(x).__name__}"
-
-
-def _way_out(name: str, x: Any) -> str:
-    """Of a torch tensor, whose module is not imported for this."""
-    if getattr(x, "requires_grad", False) is True:
-        return f"; pass {name}.detach(), or see qkv_fast.integrations.torch"
-    if str(getattr(x, "dtype", "")) == "torch.bfloat16":
-        return f"; pass {name}.view(torch.int16).numpy().view(ml_dtypes.bfloat16), or see qkv_fast.integrations.torch"
-    return ""
 
 
 def _check_count(where: str, name: str, count: Any) -> int:
@@ -107,7 +96,7 @@ def _arithmetic(number: int) -> int:
 def _check_type(where: str, name: str, x: Array) -> None:
     if not _is_known(x.dtype):
         way_out = f"; pass {name}.astype('float32')" if x.dtype.kind in "biuf" or _is_small(x.dtype) else ""
-        held = f" holding a {_kind_of(x.flat[0])}" if x.dtype == object and x.size else ""
+        held = f" holding a {kind_of(x.flat[0])}" if x.dtype == object and x.size else ""
         raise TypeError(f"{where}: {name} must be {_NAMES}, got {x.dtype}{held}{way_out}{_hint_of_bits(name, x)}")
 
 

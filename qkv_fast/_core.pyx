@@ -5,7 +5,8 @@ released, and raise_status turns the core's status into an exception: the only p
 """
 cimport cython
 cimport numpy as cnp
-from libc.stdint cimport int32_t, int64_t
+from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from ._qkv cimport *
 
@@ -64,6 +65,40 @@ def build_info():
         "paths": {path: tuple([name for i, name in enumerate(features) if qkv_built_needs(<int>n) >> i & 1])
                   for n, path in enumerate(built)},
     }
+
+
+cdef struct dl_tensor:                           # DLPack's DLTensor, ABI of major version 1, up to its type
+    void *data
+    int32_t device_type, device_id, ndim
+    uint8_t code, bits                          # of an element; code 1 is an unsigned integer, 4 bfloat16
+    uint16_t lanes
+
+
+cdef struct dl_versioned:                       # DLManagedTensorVersioned; the older DLManagedTensor begins with dl_tensor
+    uint32_t major, minor
+    void *manager
+    void *deleter
+    uint64_t flags
+    dl_tensor tensor
+
+
+def bfloat16_as_bits(capsule):
+    """Of a capsule that `__dlpack__` made, whether it holds bfloat16, which then is called unsigned 16 bits."""
+    cdef dl_tensor *tensor
+    cdef dl_versioned *versioned
+    if PyCapsule_IsValid(capsule, "dltensor_versioned"):
+        versioned = <dl_versioned *>PyCapsule_GetPointer(capsule, "dltensor_versioned")
+        if versioned.major != 1:                # laid out in some other way: NumPy will say so
+            return False
+        tensor = &versioned.tensor
+    elif PyCapsule_IsValid(capsule, "dltensor"):
+        tensor = <dl_tensor *>PyCapsule_GetPointer(capsule, "dltensor")
+    else:
+        return False
+    if tensor.code != 4 or tensor.bits != 16 or tensor.lanes != 1:
+        return False
+    tensor.code = 1
+    return True
 
 
 COUNTERS = ("tiles_full", "tiles_partial", "tiles_skipped", "tiles_copied", "panels_careful", "splits", "tasks",

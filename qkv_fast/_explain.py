@@ -12,6 +12,7 @@ from . import _core, _runtime
 from ._attention import attention
 from ._checks import Array, _arithmetic, _as_array
 from ._core import Problem
+from ._foreign import is_foreign, kind_of
 from ._problem import Planned
 from ._stages import PlannedStage, scores, softmax, softmax_grad, weighted_values
 from ._varlen import attention_varlen
@@ -93,7 +94,7 @@ alibi_slopes, sinks, softcap, scale, layout, return_lse, out, num_threads
     if call and isinstance(call[0], (KVCache, PagedKVCache)):
         raise TypeError(f"explain: of a cache pass its method, cache.attend, got {call[0]!r}")
     verb = attention
-    if call and callable(call[0]) and not hasattr(call[0], "__array__"):
+    if call and callable(call[0]) and not is_foreign(call[0]):
         verb, *call = call  # type: ignore[assignment]
         if getattr(verb, "__func__", verb) not in _VERBS:
             names = ", ".join(sorted(f"{known.__qualname__}" for known in _VERBS))
@@ -198,11 +199,9 @@ def _of_stage(planned: PlannedStage, given: dict[str, Any], source: str) -> "Sta
 
 def _made(x: Any) -> Any:
     """x, or what its own code makes of it; masked arrays and matrices are left to the checks."""
-    if isinstance(x, (tuple, list)) and any(hasattr(part, "__array__") for part in x):
+    if isinstance(x, (tuple, list)) and any(map(is_foreign, x)):
         return type(x)(_made(part) for part in x)
-    if hasattr(x, "__array__") and not isinstance(x, (np.ndarray, np.generic)):
-        return _as_array("an argument", x, "explain")
-    return x
+    return _as_array("an argument", x, "explain") if is_foreign(x) else x
 
 
 def _all_pairs(p: Problem, longest: int | None) -> float:
@@ -259,7 +258,10 @@ def _notes(planned: Planned, given: dict[str, Any], used: dict[str, Array], aske
         notes += _array_notes(name, x, given, report[f"obstacles_{name}"], _COPIED[name])
     for name in ("mask", "bias"):
         y = None if extras is None else getattr(extras, name)
-        if y is not None and (found := _obstacles(y, used["q"])):
+        if y is None:
+            continue
+        notes += _made_notes(name, y, given)
+        if found := _obstacles(y, used["q"]):
             notes.append(f"{name}: {' and '.join(found)}; copied a tile at a time ({y.dtype}, strides {y.strides})")
     notes += _temporary_notes(planned.given_out, used["out"])
     rows, vector = report["rows"], report["vector_rows"]
@@ -287,14 +289,22 @@ def _stage_notes(planned: PlannedStage, given: dict[str, Any]) -> list[str]:
 
 
 def _array_notes(name: str, x: Array, given: dict[str, Any], obstacles: int, copied: str) -> list[str]:
-    """What an array was made of, and why it is copied."""
-    notes = []
-    if name != "out" and name in given and not isinstance(given[name], np.ndarray):
-        notes.append(f"{name}: a {type(given[name]).__name__}, made an array in every call")
+    """Why an array is copied."""
+    notes = _made_notes(name, x, given)
     if obstacles:
         why = " and ".join(words for bit, words in _core.OBSTACLES.items() if obstacles & bit)
         notes.append(f"{name}: {why}; {copied} ({x.dtype}, strides {x.strides})")
     return notes
+
+
+def _made_notes(name: str, x: Array, given: dict[str, Any]) -> list[str]:
+    """Whether x was copied from what was given. What is made anew by being asked once more was."""
+    made = given.get(name, x)
+    if name == "out" or isinstance(made, np.ndarray) or not x.size:
+        return []
+    if is_foreign(made) and np.may_share_memory(_as_array(name, made, "explain"), x):
+        return []
+    return [f"{name}: a {kind_of(made)}, copied to an array in every call"]
 
 
 def _temporary_notes(given_out: Array | None, target: Array) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Never
 import numpy as np
 
 from . import _core, _problem
-from ._checks import Array
+from ._checks import Array, _as_array
 from ._core import Problem
 from ._help import documented
 
@@ -230,7 +230,7 @@ def _gradients(p: Problem, delta: Array, want: tuple[str, ...]) -> Gradients:
 
 def _like(x: Array, given: Any) -> Array:
     """Summed over what broadcasts in `given`, and of its type in native byte order."""
-    given = np.asarray(given)
+    given = _as_array("given", given)
     shape = (*(1,) * (x.ndim - given.ndim), *given.shape)
     if axes := tuple(i for i, n in enumerate(shape) if n != x.shape[i]):
         with np.errstate(all="ignore"):

@@ -177,7 +177,7 @@ class MultiHeadAttention:
         else:
             q, k, v = map(get, parts)
             if "in_proj_bias" in here:  # torch's, of all three
-                biases = np.split(np.asarray(weights[prefix + "in_proj_bias"]), 3)
+                biases = np.split(_as_array("in_proj_bias", weights[prefix + "in_proj_bias"], where), 3)
                 q, k, v = ((w, b) for (w, _), b in zip((q, k, v), biases, strict=True))
         if num_kv_heads is None:
             num_kv_heads = max(1, k[0].shape[0] * num_heads // max(1, q[0].shape[0]))

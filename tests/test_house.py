@@ -71,7 +71,8 @@ IMPORTS = {
     "docs/*.py": PUBLIC,
     "scripts/*.py": PUBLIC,
     "qkv_fast/integrations/threadpoolctl.py": f"{PUBLIC} _threadpoolctl",
-    "qkv_fast/integrations/*.py": f"{PUBLIC} _tensors _model_types",
+    "qkv_fast/integrations/_tensors.py": f"{PUBLIC} _foreign",
+    "qkv_fast/integrations/*.py": f"{PUBLIC} _foreign _tensors _model_types",
     "qkv_fast/plot/*.py": f"{PUBLIC} _checks _help",
     "qkv_fast/_help.py": "",
     "qkv_fast/__init__.py": "*",
@@ -80,7 +81,8 @@ IMPORTS = {
     "qkv_fast/_runtime.py": "_core",
     "qkv_fast/_config.py": "_core _runtime _version",
     "qkv_fast/_threadpoolctl.py": "_core _runtime _version",
-    "qkv_fast/_checks.py": "_core",
+    "qkv_fast/_foreign.py": "_core",
+    "qkv_fast/_checks.py": "_core _foreign",
     "qkv_fast/_masks.py": "_checks",
     "qkv_fast/_problem.py": "_core _runtime _checks _masks",
     "qkv_fast/_attention.py": "_problem _checks _help",
@@ -92,7 +94,7 @@ IMPORTS = {
     "qkv_fast/_rope.py": "_checks _help",
     "qkv_fast/_merge.py": "_checks _help",
     "qkv_fast/_plans.py": "_runtime",
-    "qkv_fast/_explain.py": f"{PUBLIC} _core _runtime _problem _checks _attention _varlen _stages _plans",
+    "qkv_fast/_explain.py": f"{PUBLIC} _core _runtime _problem _checks _foreign _attention _varlen _stages _plans",
     "qkv_fast/cache/*.py": f"{PUBLIC} _core _runtime _problem _checks _masks _merge _help _answers",  # questions
     "qkv_fast/spotlight/*.py": f"{PUBLIC} _core _problem _checks _help",
     "qkv_fast/reference/*.py": f"{PUBLIC} _checks _help",  # what positions, masks and shapes mean is its own code

@@ -1,4 +1,4 @@
-"""What adapters for torch share: which tensors are read, and how their memory becomes an array and back.
+"""What adapters for torch share: which tensors are read, and how an array becomes one.
 
 A tensor that is not what its memory says (fake, nested, inside of a transform, of a class of its own) is refused by
 name, never read raw.
@@ -11,10 +11,9 @@ import torch
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from .._foreign import is_plain
+
 TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-# Of classes that say nothing of their own on what a function does with them; torch.nn.Parameter turns the hook off.
-_TORCH_FUNCTION: Any = torch.Tensor.__torch_function__
-_PLAIN_FUNCTIONS = (_TORCH_FUNCTION.__func__, torch.nn.Parameter.__torch_function__)
 
 
 def refuse(where: str, what: str) -> NoReturn:
@@ -29,7 +28,7 @@ def check_tensor(where: str, name: str, x: Any, types: tuple[torch.dtype, ...]) 
         refuse(where, f"no nested tensors: {name} is one; pass its parts one by one, or padded with an attn_mask")
     if not x.is_cpu or x.layout != torch.strided:
         refuse(where, f"strided tensors on the CPU only: {name} is {x.layout} on {x.device}")
-    if type(x) is not torch.Tensor and not _is_plain(type(x)):
+    if type(x) is not torch.Tensor and not is_plain(type(x)):
         refuse(
             where,
             f"no tensors whose class gives them a meaning of its own: {name} is a {type(x).__name__}; "
@@ -64,32 +63,8 @@ def detached(where: str, name: str, x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def as_array(where: str, x: torch.Tensor) -> Any:
-    """A view of a tensor that records nothing, or a copy where torch is lazy."""
-    if x._is_zerotensor():  # has no memory, such as a tangent that torch knows to be 0
-        x = torch.zeros(x.shape, dtype=x.dtype)
-    elif x.is_neg():  # the bits are those of its opposite
-        x = x.resolve_neg()
-    if x.dtype != torch.bfloat16:
-        return x.numpy()
-    try:
-        import ml_dtypes
-    except ImportError:
-        raise ImportError(f"{where}: bfloat16 needs ml_dtypes: pip install ml_dtypes") from None
-    return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-
-
 def as_tensor(x: Any) -> torch.Tensor:
     """NumPy knows bfloat16 by ml_dtypes, and torch's only as bits."""
     if x.dtype.kind == "V":
         return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(x)
-
-
-def _is_plain(kind: type[torch.Tensor]) -> bool:
-    """Whether the memory of tensors of this class is what they mean, as far as the class says."""
-    function = kind.__torch_function__
-    return (
-        getattr(function, "__func__", function) in _PLAIN_FUNCTIONS
-        and kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
-    )

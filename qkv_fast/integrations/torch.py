@@ -24,7 +24,8 @@ from typing import Any, NoReturn
 import torch
 
 from .. import attention, attention_grad
-from ._tensors import TYPES, as_array, as_tensor, check_tensor, check_unrecorded, detached, refuse
+from .._foreign import memory_of
+from ._tensors import TYPES, as_tensor, check_tensor, check_unrecorded, detached, refuse
 
 _NAME = "scaled_dot_product_attention"
 
@@ -137,7 +138,7 @@ def scaled_dot_product_attention(
         q, k, v = _share_heads(q, k, v, enable_gqa)
     if recorded:
         return _Attention.apply(causal, scale, q, k, v, *masks)
-    q, k, v, *masks = (as_array(_NAME, x) for x in (q, k, v, *masks))
+    q, k, v, *masks = (memory_of(_NAME, x) for x in (q, k, v, *masks))
     return as_tensor(attention(q, k, v, causal=causal, scale=scale, **_added(masks)))
 
 
@@ -146,7 +147,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, causal: Any, scale: float | None, *tensors: torch.Tensor) -> torch.Tensor:
-        q, k, v, *masks = (as_array(_NAME, x.detach()) for x in tensors)
+        q, k, v, *masks = (memory_of(_NAME, x.detach()) for x in tensors)
         out, lse = attention(q, k, v, causal=causal, scale=scale, return_lse=True, **_added(masks))
         result = as_tensor(out)
         ctx.save_for_backward(result, *tensors)
@@ -164,7 +165,7 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, others: Any, needed: tuple[bool, ...], *tensors: torch.Tensor) -> tuple[Any, ...]:
         lse, causal, scale = others
-        dout, out, q, k, v, *masks = (as_array(_NAME, x.detach()) for x in tensors)
+        dout, out, q, k, v, *masks = (memory_of(_NAME, x.detach()) for x in tensors)
         names = ("q", "k", "v", "bias")[: len(needed)]
         want = tuple(name for name, is_needed in zip(names, needed, strict=True) if is_needed)
         gradients = attention_grad(dout, q, k, v, out, lse, want=want, causal=causal, scale=scale, **_added(masks))

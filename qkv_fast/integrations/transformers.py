@@ -23,8 +23,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from .. import attention, spotlight
+from .._foreign import memory_of
 from ._model_types import MODEL_TYPES
-from ._tensors import TYPES, as_array, as_tensor, check_tensor, check_unrecorded, detached, refuse
+from ._tensors import TYPES, as_tensor, check_tensor, check_unrecorded, detached, refuse
 
 __all__ = ["MODEL_TYPES", "attention_forward", "attention_mask"]
 
@@ -145,13 +146,13 @@ def attention_forward(
             attention_mask, added = _split(attention_mask)
             if added is not None:
                 position_bias = added if position_bias is None else position_bias + added
-        arguments["mask"] = as_array(_NAME, detached(_NAME, "attention_mask", attention_mask))
+        arguments["mask"] = memory_of(_NAME, detached(_NAME, "attention_mask", attention_mask))
     if position_bias is not None:
-        arguments["bias"] = as_array(_NAME, detached(_NAME, "position_bias", position_bias))
+        arguments["bias"] = memory_of(_NAME, detached(_NAME, "position_bias", position_bias))
     if s_aux is not None:
-        arguments["sinks"] = as_array(_NAME, detached(_NAME, "s_aux", s_aux))
+        arguments["sinks"] = memory_of(_NAME, detached(_NAME, "s_aux", s_aux))
 
-    q, k, v = (as_array(_NAME, detached(_NAME, name, tensors[name])) for name in ("query", "key", "value"))
+    q, k, v = (memory_of(_NAME, detached(_NAME, name, tensors[name])) for name in ("query", "key", "value"))
     weights = spotlight.weights(q, k, **arguments) if output_attentions else None
     out = attention(q, k, v, **arguments)
     result = as_tensor(out).transpose(1, 2).contiguous()

@@ -10,12 +10,14 @@ import numpy.typing as npt
 
 import qkv_fast
 
+from .._checks import _as_array
+
 Array = npt.NDArray[Any]
 
 
 def head(where: str, q: Any, k: Any) -> tuple[Array, Array]:
     """q (Lq, D) and k (Lk, D) of one head; their elements are checked by who computes with them."""
-    q, k = np.asanyarray(q), np.asanyarray(k)  # masked arrays and matrices stay what attention refuses
+    q, k = _as_array("q", q, where), _as_array("k", k, where)
     if not q.ndim == k.ndim == 2:
         raise ValueError(
             f"{where}: one head is shown, q (Lq, D) and k (Lk, D), such as q[0, h] and k[0, h // (Hq // Hkv)] of "

@@ -281,29 +281,6 @@ def test_values_of_others_are_answered_with_ours():
     fails(TypeError, "scale must be a real number", qkv_fast.attention, X, X, X, scale=np.array([0.5]))
 
 
-class Tensor:
-    """As torch's: NumPy asks it for an array, and it refuses."""
-
-    def __init__(self, dtype="torch.float32", requires_grad=False, error=RuntimeError):
-        self.dtype, self.requires_grad, self.error = dtype, requires_grad, error
-
-    def __array__(self, *_args, **_options):
-        raise self.error("Can't call numpy() on this")
-
-
-Tensor.__module__ = "torch"
-
-
-def test_what_numpy_cannot_read():
-    fails(TypeError, "k: NumPy cannot read this torch.Tensor; pass k.detach(), or see qkv_fast.integrations.torch",
-          qkv_fast.attention, X, Tensor(requires_grad=True), X)  # fmt: skip
-    fails(TypeError, "this torch.Tensor; pass q.view(torch.int16).numpy().view(ml_dtypes.bfloat16)",
-          qkv_fast.attention, Tensor("torch.bfloat16", error=TypeError), X, X)  # fmt: skip
-    fails(TypeError, "attention: mask: NumPy cannot read this torch.Tensor (Can't call numpy() on this)",
-          qkv_fast.attention, X, X, X, mask=Tensor())  # fmt: skip
-    fails(TypeError, "x: NumPy cannot read this torch.Tensor", qkv_fast.softmax, Tensor())
-
-
 @pytest.mark.parametrize("name", ["float8_e4m3fn", "int4"])
 def test_small_types_of_ml_dtypes(name):
     x = X.astype(getattr(ml_dtypes, name))

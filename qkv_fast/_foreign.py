@@ -1,0 +1,140 @@
+"""Arrays of other libraries, read where they lie: what the checks do with objects that are no arrays of NumPy.
+
+An object says what it holds by `__dlpack__`, in memory of the CPU, or by `__array__`. No library is imported here: who
+has such an object has imported its library. What would be lost without a word (names of axes, an index, a gradient),
+what lies elsewhere, and what is not what its memory says is a TypeError with the way out.
+"""
+
+import sys
+from typing import Any, NoReturn
+
+import numpy as np
+
+from . import _core
+
+Array = np.ndarray[Any, Any]
+
+_CPU = (1, 3, 11)  # DLPack's numbers of devices: the CPU, and its memory that CUDA or ROCm has pinned
+_DEVICES = {2: "CUDA", 4: "OpenCL", 7: "Vulkan", 8: "Metal", 10: "ROCm", 13: "CUDA-managed", 14: "oneAPI"}
+_TO_CPU = {"cupy": "cupy.asnumpy({})", "torch": "{}.cpu()", "jax": "jax.device_get({})", "jaxlib": "jax.device_get({})"}
+
+
+def is_foreign(x: Any) -> bool:
+    return not isinstance(x, (np.ndarray, np.generic)) and (hasattr(x, "__dlpack__") or hasattr(x, "__array__"))
+
+
+def read(name: str, x: Any, where: str) -> Array:
+    """The array that x is: its memory, if NumPy can have it as it is, and else what `__array__` makes of it."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, getattr(torch, "Tensor", ())):
+        return _of_torch(name, x, where)
+    libraries = {kind.__module__.partition(".")[0] for kind in type(x).__mro__}
+    if "pandas" in libraries:
+        _refuse(where, name, x, "whose index would be lost", f"{name}.to_numpy()")
+    if "xarray" in libraries and any(not str(axis).startswith("dim_") for axis in getattr(x, "dims", ())):
+        axes = ", ".join(map(str, x.dims))
+        way_out = f"{name}.transpose(...).to_numpy(), with its axes in the order that {where} has"
+        _refuse(where, name, x, f"whose axes have names ({axes}) that would not be asked about", way_out)
+    why: Exception | None = None
+    if hasattr(x, "__dlpack__") and _is_on_cpu(name, x, where):
+        try:
+            return _of_dlpack(where, x)
+        except (BufferError, RuntimeError, TypeError, ValueError) as error:  # types and layouts that it cannot say
+            why = error
+    if why is not None and not hasattr(x, "__array__"):
+        raise TypeError(f"{where}: {name}: NumPy cannot read this {kind_of(x)} ({why})") from None
+    return np.asarray(x)
+
+
+def kind_of(x: Any) -> str:
+    module = type(x).__module__.partition(".")[0]
+    return type(x).__name__ if module == "builtins" else f"{module}.{type(x).__name__}"
+
+
+def memory_of(where: str, tensor: Any) -> Array:
+    """The memory of a torch tensor that records nothing and is what its memory says, or a copy where torch is lazy."""
+    torch = sys.modules["torch"]
+    if tensor._is_zerotensor():  # has no memory, such as a tangent that torch knows to be 0
+        tensor = torch.zeros(tensor.shape, dtype=tensor.dtype)
+    elif tensor.is_neg():  # the bits are those of its opposite
+        tensor = tensor.resolve_neg()
+    if tensor.dtype != torch.bfloat16:
+        found: Array = tensor.numpy()
+        return found
+    return _from_bits(where, tensor.view(torch.int16).numpy())
+
+
+def is_plain(kind: type[Any]) -> bool:
+    """Whether the memory of torch tensors of this class is what they mean, as far as the class says."""
+    torch = sys.modules["torch"]
+    function = kind.__torch_function__
+    # Of classes that say nothing of their own on what a function does with them; torch.nn.Parameter turns the hook off.
+    plain = (torch.Tensor.__torch_function__.__func__, torch.nn.Parameter.__torch_function__)
+    dispatch: bool = kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+    return dispatch and getattr(function, "__func__", function) in plain
+
+
+def _refuse(where: str, name: str, x: Any, what: str, way_out: str) -> NoReturn:
+    raise TypeError(f"{where}: {name} is a {kind_of(x)}, {what}; pass {way_out}")
+
+
+def _of_torch(name: str, x: Any, where: str) -> Array:
+    """Not by DLPack, which has the memory of a tensor that is lazy or of a class of its own, whatever it means."""
+    torch = sys.modules["torch"]
+    if x.device.type != "cpu":
+        _refuse(where, name, x, f"on {x.device}", _TO_CPU["torch"].format(name))
+    if not is_plain(type(x)):
+        _refuse(where, name, x, "of a class that may give it a meaning of its own", "a torch.Tensor of its numbers")
+    if x.requires_grad:
+        way_out = f"{name}.detach(), or see qkv_fast.integrations.torch"
+        _refuse(where, name, x, "whose gradient would be lost", way_out)
+    if torch._is_functional_tensor(x):
+        _refuse(where, name, x, "inside of a transform of torch.func", "what it stands for, outside of it")
+    return memory_of(where, x)
+
+
+def _is_on_cpu(name: str, x: Any, where: str) -> bool:
+    """Or it is refused, and where it does not say `__array__` is asked."""
+    library = type(x).__module__.partition(".")[0]
+    try:
+        # JAX has no one device for an array in parts, which `__array__` then puts together.
+        if library in ("jax", "jaxlib"):
+            device = next((found.platform for found in x.devices() if found.platform != "cpu"), None)
+        else:
+            number = int(x.__dlpack_device__()[0])
+            device = None if number in _CPU else _DEVICES.get(number, f"device {number} of DLPack")
+    except Exception:  # whatever a library raises for what has no memory, such as a tracer
+        return False
+    if device is not None:
+        way_out = _TO_CPU.get(library, "a copy of {} in the CPU's memory").format(name)
+        _refuse(where, name, x, f"in memory of another device than the CPU ({device})", way_out)
+    return True
+
+
+class _AsBits:
+    """What DLPack makes of x, with bfloat16, which NumPy does not know by itself, as 16 bits."""
+
+    def __init__(self, x: Any) -> None:
+        self.x, self.is_bfloat16 = x, False
+
+    def __dlpack_device__(self) -> Any:
+        return self.x.__dlpack_device__()
+
+    def __dlpack__(self, **options: Any) -> Any:
+        capsule = self.x.__dlpack__(**options)
+        self.is_bfloat16 = _core.bfloat16_as_bits(capsule)
+        return capsule
+
+
+def _of_dlpack(where: str, x: Any) -> Array:
+    given = _AsBits(x)
+    found: Array = np.from_dlpack(given)
+    return _from_bits(where, found) if given.is_bfloat16 else found
+
+
+def _from_bits(where: str, bits: Array) -> Array:
+    try:
+        import ml_dtypes
+    except ImportError:
+        raise ImportError(f"{where}: bfloat16 needs ml_dtypes: pip install ml_dtypes") from None
+    return bits.view(ml_dtypes.bfloat16)

@@ -1,0 +1,143 @@
+"""The arrays of torch, JAX, PyArrow, xarray and pandas in place of NumPy's, in every verb: read where they lie, or
+refused with the way out."""
+
+import re
+
+import ml_dtypes
+import numpy as np
+import pytest
+from _util import same_bits
+from _verbs import VERBS, K, Q, V
+
+import qkv_fast
+
+
+def host(name):
+    return pytest.importorskip(name, reason="the extra [test] leaves it out: its arrays are given to ours")
+
+
+def to_torch(x):
+    torch = host("torch")
+    if x.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(x)
+
+
+def to_jax(x):
+    jax = host("jax")
+    return jax.device_put(x)  # with the strides of a contiguous array
+
+
+def to_arrow(x):
+    return host("pyarrow").Tensor.from_numpy(x)
+
+
+def to_xarray(x):
+    return host("xarray").DataArray(x)
+
+
+HOSTS = {"torch": to_torch, "jax": to_jax, "pyarrow": to_arrow, "xarray": to_xarray}
+TYPES = ("float32", "float64", "float16", "bfloat16")
+
+
+@pytest.mark.parametrize("make", HOSTS)
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_reads_them(verb, make):
+    """The same bits as of NumPy's arrays; PyArrow has no tensors of bool, and JAX no integers of 64 bits."""
+    convert = HOSTS[make]
+    if make == "pyarrow":
+        convert = lambda x: x if x.dtype == bool else to_arrow(x)  # noqa: E731
+    found, expected = VERBS[verb](convert), VERBS[verb](lambda x: x)
+    for x, y in zip(*(r if isinstance(r, tuple) else (r,) for r in (found, expected)), strict=True):
+        assert type(x) is np.ndarray
+        same_bits(x, y)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("make", HOSTS)
+def test_types_without_a_copy(make, dtype):
+    if (make, dtype) in (("pyarrow", "bfloat16"), ("jax", "float64")):
+        pytest.skip(f"{make} has no {dtype} (by default)")
+    arrays = [x.astype(dtype) for x in (Q, K, V)]
+    given = [HOSTS[make](x) for x in arrays]
+    same_bits(qkv_fast.attention(*given), qkv_fast.attention(*arrays))
+    assert not [note for note in qkv_fast.explain(*given).notes if "copied to an array" in note]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_views_of_torch(dtype):
+    """Any strides; what torch has put off is computed first, never read raw."""
+    torch = host("torch")
+    q, k, v = (to_torch(x.astype(dtype)) for x in (Q, K, V))
+    expected = qkv_fast.attention(q, k, v)
+    same_bits(qkv_fast.attention(q.mT.contiguous().mT, k.transpose(1, 2).contiguous().transpose(1, 2), v), expected)
+    same_bits(qkv_fast.attention(torch._neg_view(-q), torch._neg_view(-k), v), expected)
+    same_bits(qkv_fast.attention(torch._efficientzerotensor(q.shape, dtype=q.dtype), k, v),
+              qkv_fast.attention(torch.zeros_like(q), k, v))  # fmt: skip
+    if dtype in ("float32", "float64"):
+        imaginary = torch.complex(q, -k.repeat_interleave(2, 1)[:, :, :5]).conj().imag
+        assert imaginary.is_neg()
+        same_bits(qkv_fast.softmax(imaginary), qkv_fast.softmax(imaginary.resolve_neg()))
+    with torch.inference_mode():
+        same_bits(qkv_fast.attention(q.clone(), k, v), expected)
+    same_bits(qkv_fast.attention(torch.nn.Parameter(q, requires_grad=False), k, v), expected)
+
+
+def torchs(make):
+    torch = host("torch")
+
+    class Own(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    return make(torch, torch.from_numpy(Q), Own)
+
+
+REFUSED = {
+    "whose gradient would be lost; pass q.detach(), or see": lambda torch, x, _: x.clone().requires_grad_(),
+    "q is a torch.Parameter, whose gradient": lambda torch, x, _: torch.nn.Parameter(x),
+    "of a class that may give it a meaning of its own; pass a torch.Tensor": lambda torch, x, own: x.as_subclass(own),
+    "q is a torch.Tensor, on meta; pass q.cpu()": lambda torch, x, _: x.to("meta"),
+    "q: NumPy cannot read this torch.Tensor (can't convert Sparse": lambda torch, x, _: x.to_sparse(),
+    "q: NumPy cannot read this torch.Tensor (Got unsupported ScalarType Float8": lambda torch, x, _: x.to(
+        torch.float8_e4m3fn
+    ),
+    "that has conjugate bit set": lambda torch, x, _: torch.complex(x, x).conj(),
+    "q: NumPy cannot read this torch.Tensor": lambda torch, x, _: torch.nested.nested_tensor(list(x)),
+    "q must be float16, bfloat16, float32 or float64, got int64": lambda torch, x, _: x.long(),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
+@pytest.mark.parametrize("words", REFUSED)
+def test_torchs_that_are_refused(words):
+    given = torchs(REFUSED[words])
+    with pytest.raises(TypeError, match=re.escape(words)):
+        qkv_fast.attention(given, K, V)
+
+
+def test_transforms_of_torch():
+    torch = host("torch")
+    x = torch.from_numpy(Q)
+    for transform in (torch.vmap, torch.func.functionalize, torch.func.grad):
+        with pytest.raises(TypeError, match=r"q is a torch\.Tensor|NumPy cannot read this torch\.Tensor"):
+            transform(lambda x: torch.as_tensor(qkv_fast.attention(x, K, V)).sum())(x)
+
+
+def test_inside_of_a_program_of_jax():
+    jax = host("jax")
+    with pytest.raises(TypeError, match=r"q: NumPy cannot read this jax\.\w+"):
+        jax.jit(lambda x: qkv_fast.attention(x, K, V))(Q)
+
+
+def test_pandas_and_names_are_refused():
+    frame = host("pandas").DataFrame(K[0, 0])
+    with pytest.raises(TypeError, match=r"k is a pandas\.DataFrame, whose index would be lost; pass k\.to_numpy\(\)"):
+        qkv_fast.attention(Q[0, 0], frame, V[0, 0])
+    with pytest.raises(TypeError, match=r"kv_lengths is a pandas\.Series, whose index"):
+        qkv_fast.attention(Q, K, V, kv_lengths=host("pandas").Series([6]))
+    named = host("xarray").DataArray(Q, dims=("batch", "head", "query", "dim"))
+    with pytest.raises(TypeError, match=r"axes have names \(batch, head, query, dim\).*pass q\.transpose\("):
+        qkv_fast.attention(named, K, V)
+    same_bits(qkv_fast.attention(named.to_numpy(), K, V), qkv_fast.attention(Q, K, V))
