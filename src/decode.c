@@ -109,7 +109,8 @@ static void open_rows(few *t, const qkv_call *job, int worker, int64_t sequence,
     char *scratch = job->scratch[worker] + sizeof(qkv_counters);
     *t = (few){
         .problem = p, .plan = plan, .sequence = sequence, .head = head, .first = tile * plan->few.rows,
-        .count = qkv_min(plan->few.rows, qkv_queries(p, sequence) * plan->each - tile * plan->few.rows), .scratch = scratch, .counters = (qkv_counters *)job->scratch[worker], .changes = changes,
+        .count = qkv_min(plan->few.rows, qkv_queries(p, sequence) * plan->each - tile * plan->few.rows),
+        .scratch = scratch, .counters = (qkv_counters *)job->scratch[worker], .changes = changes,
         .sees = (qkv_range *)(scratch + plan->few.at_limits), .run = p->run_of ? p->run_of[sequence] : 0,
     };
     t->lo = (int32_t *)(t->sees + t->count);

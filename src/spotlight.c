@@ -385,7 +385,7 @@ static void find_centre(const qkv_query_tile *t)
     for (int64_t d = 0; d < p->dim_v; d++)
         qkv_set_element(p, centre, d, 0);
     for (int64_t i = 0; i < queries; i += step) {
-        qkv_row r = {i, 0, 1};
+        qkv_row r = {.position = i, .beams = 1, .group = 1};
         const void *o = qkv_output_row(t, &r);
         double sum = 0;
         for (int64_t d = 0; d < p->dim_v; d++)
