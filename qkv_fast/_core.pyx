@@ -630,6 +630,65 @@ def softmax(cnp.ndarray x not None, cnp.ndarray mask, cnp.ndarray out not None, 
     raise_status(status)
 
 
+def angles(cnp.ndarray positions not None, cnp.ndarray frequencies not None, double factor, cnp.ndarray cos not None,
+           cnp.ndarray sin not None, int threads):
+    """cos and sin (rows, pairs) = factor times those of positions (rows), int64, times frequencies (pairs), float64. All are
+    contiguous."""
+    cdef qkv_angles_problem p
+    cdef qkv_status status
+    p.type = type_of(cos)
+    p.rows = cnp.PyArray_DIM(positions, 0)
+    p.pairs = cnp.PyArray_DIM(frequencies, 0)
+    p.positions = integers_of(positions)
+    p.frequencies = doubles_of(frequencies)
+    p.factor = factor
+    p.cos = cnp.PyArray_DATA(cos)
+    p.sin = cnp.PyArray_DATA(sin)
+    p.threads = threads
+    p.interrupted = check_signals
+    p.interrupted_arg = PyThreadState_Get()
+    with nogil:
+        status = qkv_angles(&p)
+    raise_status(status)
+
+
+def rotate(cnp.ndarray x not None, cnp.ndarray out not None, cnp.ndarray cos not None, cnp.ndarray sin not None,
+           bint neighbours, bint heads_first, int threads, int isa, counters):
+    """out = x with pairs of elements turned. x is as in `product`; cos and sin, of the type of the arithmetic, have the axes of a
+    result with its heads first, an axis of 1 for the heads, and rows without gaps."""
+    cdef qkv_rotation_problem p
+    cdef qkv_status status
+    p.n_axes = fill_axes(p.axes, out)
+    if cnp.PyArray_NDIM(out) < 3:                              # 2-D
+        heads_first = True
+    p.heads = length_of(x, 3 if heads_first else 2)
+    p.rows = length_of(x, 2 if heads_first else 3)
+    p.dim = length_of(x, 1)
+    p.pairs = length_of(cos, 1)
+    p.type = type_of(x)
+    p.out_type = type_of(out)
+    p.swapped_x = cnp.PyArray_ISBYTESWAPPED(x)
+    p.swapped_out = cnp.PyArray_ISBYTESWAPPED(out)
+    p.neighbours = neighbours
+    p.x = <const char *>cnp.PyArray_DATA(x)
+    p.out = <char *>cnp.PyArray_DATA(out)
+    p.cos = <const char *>cnp.PyArray_DATA(cos)
+    p.sin = <const char *>cnp.PyArray_DATA(sin)
+    fill_strides(&p.x_at, x, heads_first, out)
+    fill_strides(&p.out_at, out, heads_first, out)
+    fill_strides(&p.table_at, cos, True, out)
+    p.threads = threads
+    p.isa = isa
+    p.counters = NULL
+    p.interrupted = check_signals
+    p.interrupted_arg = PyThreadState_Get()
+    if counters is not None:
+        p.counters = <qkv_counters *>cnp.PyArray_DATA(counters)
+    with nogil:
+        status = qkv_rotate(&p)
+    raise_status(status)
+
+
 def pool_threads():
     return qkv_pool_threads()
 

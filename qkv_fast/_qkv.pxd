@@ -200,6 +200,39 @@ cdef extern from "qkv.h" nogil:
 
     qkv_status qkv_softmax(const qkv_softmax_problem *problem)
 
+    ctypedef struct qkv_angles_problem:
+        qkv_type type
+        int64_t rows, pairs
+        const int64_t *positions
+        const double *frequencies
+        double factor
+        void *cos
+        void *sin
+        int threads
+        int (*interrupted)(void *) noexcept nogil
+        void *interrupted_arg
+
+    qkv_status qkv_angles(const qkv_angles_problem *problem)
+
+    ctypedef struct qkv_rotation_problem:
+        qkv_type type, out_type
+        int swapped_x, swapped_out
+        int neighbours
+        int n_axes
+        int64_t axes[64]
+        int64_t heads, rows, dim, pairs
+        const char *x
+        char *out
+        const char *cos
+        const char *sin
+        qkv_strides x_at, out_at, table_at
+        int threads, isa
+        qkv_counters *counters
+        int (*interrupted)(void *) noexcept nogil
+        void *interrupted_arg
+
+    qkv_status qkv_rotate(const qkv_rotation_problem *problem)
+
     ctypedef struct qkv_stage_report:
         qkv_counters counts
         int64_t across

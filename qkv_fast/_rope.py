@@ -10,6 +10,7 @@ from typing import Any, Never
 
 import numpy as np
 
+from . import _core, _runtime
 from ._checks import (
     _TYPES,
     Array,
@@ -25,7 +26,6 @@ from ._checks import (
 from ._help import documented
 
 _FARTHEST = 2**53  # integers up to here are floats
-_PIECE = 1 << 16  # elements that are turned at a time: they and their products stay in L2
 
 
 @documented
@@ -40,6 +40,7 @@ def rope(
     interleaved: bool = False,
     layout: str = "bhld",
     out: Array | None = None,
+    num_threads: int | None = None,
     **words: Never,
 ) -> Array:
     """Queries or keys with rotary positions: pair i is turned by ``position * base ** (-2 * i / rotary_dim)`` radians.
@@ -71,6 +72,7 @@ def rope(
         It is that of x and of the result.
     <out>
         It may be x itself.
+    <num_threads>
 
     Returns
     -------
@@ -84,8 +86,10 @@ def rope(
     ValueError
         Shapes that do not fit, positions out of range, a scaling that does not exist, keys that it does not have or
         that it lacks.
+    OverflowError
+        A size too large for 63 bits, or a row of 2**30 elements or more.
     MemoryError
-        No memory for the result.
+        No memory for the result, for the cosines and sines of its positions, or for scratch space.
 
     See Also
     --------
@@ -132,56 +136,28 @@ def rope(
     else:
         base, scaling, rotary_dim = _check_scaling(where, base, scaling, rotary_dim, x)
         at = np.arange(length) if at is None else at
-        frequencies, factor = _frequencies(where, base, rotary_dim, scaling, int(at.max(initial=0)) + 1)
-        angles = at[..., None] * frequencies
-        cos, sin = np.cos(angles) * factor, np.sin(angles) * factor
+        scaled = _frequencies(where, base, rotary_dim, scaling, int(at.max(initial=0)) + 1)
+    threads, isa, counters = _runtime.current(num_threads, where)
     arithmetic = _TYPES[_arithmetic(number)]
-    cos, sin = cos.astype(arithmetic, copy=False), sin.astype(arithmetic, copy=False)
     if out is None:
-        result = np.empty(x.shape, _TYPES[number])
+        result = _core.empty(where, x.shape, number)
     else:
         result = _check_out(out, x.shape, number, where, "x")
-        tables = [np.asarray(y) for y in cos_sin or ()]
         same = x.strides == out.strides and x.ctypes.data == out.ctypes.data and x.dtype == out.dtype
         if np.may_share_memory(out, x) and not same:
             x = x.copy()
-        if any(np.may_share_memory(out, y) for y in tables):
+    if cos_sin is None:
+        cos, sin = np.empty((2, *at.shape, rotary_dim // 2), arithmetic)
+        places = np.ascontiguousarray(at, np.int64).reshape(-1)
+        _core.angles(places, *scaled, cos, sin, threads)
+    else:
+        cos, sin = (np.require(y, arithmetic, "CA") for y in (cos, sin))
+        if out is not None and (np.may_share_memory(out, cos) or np.may_share_memory(out, sin)):
             cos, sin = cos.copy(), sin.copy()
-    _turn_all(x, result, cos, sin, bool(interleaved), heads_first)
+    if x.ndim > 2:  # for all heads of a sequence
+        cos, sin = (np.broadcast_to(y, (*batch, *y.shape[-2:]))[..., None, :, :] for y in (cos, sin))
+    _core.rotate(x, result, cos, sin, bool(interleaved), heads_first, threads, isa, counters)
     return result
-
-
-def _turn_all(x: Array, out: Array, cos: Array, sin: Array, interleaved: bool, heads_first: bool) -> None:
-    """Sequence by sequence, some tokens of all heads at a time. cos and sin are (..., L, half)."""
-    if x.ndim == 2:
-        x, out = x[None], out[None]
-    elif not heads_first:
-        x, out = x.swapaxes(-2, -3), out.swapaxes(-2, -3)
-    batch, (heads, length, dim) = x.shape[:-3], x.shape[-3:]
-    cos, sin = (np.broadcast_to(y, (*batch, *y.shape[-2:])) for y in (cos, sin))
-    step = max(1, _PIECE // max(1, heads * dim))
-    with np.errstate(all="ignore"):
-        for index in np.ndindex(batch):
-            for i in range(0, length, step):
-                rows = slice(i, i + step)
-                _turn(x[index][:, rows], out[index][:, rows], cos[index][rows], sin[index][rows], interleaved)
-
-
-def _turn(x: Array, out: Array, cos: Array, sin: Array, interleaved: bool) -> None:
-    """Of a few tokens (heads, tokens, dim). Both products are there before anything is written: out may be x."""
-    half = cos.shape[-1]
-    first: Any
-    second: Any
-    first, second = np.s_[..., :half], np.s_[..., half : 2 * half]
-    if interleaved:
-        first, second = np.s_[..., : 2 * half : 2], np.s_[..., 1 : 2 * half : 2]
-    a, b = x[first].astype(cos.dtype, copy=False), x[second].astype(cos.dtype, copy=False)
-    c, d = a * cos, b * cos
-    c -= b * sin
-    d += a * sin
-    out[first], out[second] = c, d
-    if 2 * half < x.shape[-1]:
-        out[..., 2 * half :] = x[..., 2 * half :]
 
 
 def _check_positions(where: str, positions: Any, batch: tuple[int, ...], length: int, x: Array) -> Array:

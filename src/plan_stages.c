@@ -1,4 +1,4 @@
-/* A stage's problem -> its plan: the blocks of a product, the rows or strips of a softmax. */
+/* A stage's problem -> its plan: the blocks of a product, the rows or strips of a softmax, the tokens of a rotation. */
 #include "plan_stages.h"
 
 #include "mask.h"
@@ -19,7 +19,12 @@ enum {
     SOFTMAX_TASK = 64 << 10,          /* elements of a task: about 20 us */
     STRIPS_TASK = 1 << 24,            /* of a task of strips, the first and last of which have no others beside them: 10 ms */
     STREAM_C_BYTES = 4 << 20,         /* a larger product is written without being read first: 0.72 -> 0.85 of the peak */
-    STREAM_BYTES = 32 << 20           /* a larger result would only push other data out of L3 */
+    STREAM_BYTES = 32 << 20,          /* a larger result would only push other data out of L3 */
+    ANGLES_TASK = 4096,               /* pairs of a task: about 60 us */
+    ROTATE_RUN = 8192,                /* elements of a head that a task turns one after the other */
+    ROTATE_TASK = 256 << 10,          /* elements of a task: about 50 us */
+    ROTATE_COPY = 8 << 10,            /* bytes of rows in scratch: they stay in L1 beside their tables */
+    ROTATE_AHEAD = 4 << 10            /* bytes of x that are asked for before they are turned: 0.8 of the time from memory */
 };
 
 /* Row r of a tile is row r % length of head r / length: with one row per head, heads become the rows. */
@@ -213,5 +218,43 @@ qkv_status qkv_plan_softmax(const qkv_softmax_problem *p, qkv_softmax_plan *plan
     }
     plan->tasks = outer * plan->pieces;
     plan->threads = (int)qkv_min(plan->threads, plan->tasks);
+    return QKV_OK;
+}
+
+int64_t qkv_angles_rows(const qkv_angles_problem *p) { return qkv_max(1, ANGLES_TASK / qkv_max(1, p->pairs)); }
+
+qkv_status qkv_plan_rotation(const qkv_rotation_problem *p, qkv_rotation_plan *plan)
+{
+    *plan = (qkv_rotation_plan){.kernels = kernels_of(p->isa, p->type), .sequences = 1};
+    int64_t size = plan->kernels->size, rows, total;
+    for (int i = 0; i < p->n_axes; i++)
+        if (!multiply(plan->sequences, p->axes[i], &plan->sequences))
+            return QKV_OVERFLOW;
+    if (!multiply(plan->sequences, p->heads, &rows) || !multiply(rows, p->rows, &rows) || !multiply(rows, p->dim, &total)
+        || !multiply(total, size, &total) || p->dim > INT32_MAX / 2)
+        return QKV_OVERFLOW;
+    if (total == 0)
+        return QKV_OK;
+    plan->copy_x = widened(p->type, qkv_arithmetic(p->type)) | obstacles(p->x, p->n_axes, &p->x_at, p->swapped_x, qkv_size(p->type));
+    plan->copy_out = widened(p->out_type, qkv_arithmetic(p->out_type))
+        | obstacles(p->out, p->n_axes, &p->out_at, p->swapped_out, qkv_size(p->out_type));
+    plan->by_token = p->rows == 1 || (p->heads > 1 && distance(p->out_at.head) < distance(p->out_at.row));
+
+    plan->block = qkv_max(1, qkv_min(p->rows, ROTATE_RUN / p->dim));
+    plan->blocks = ceil_div(p->rows, plan->block);
+    plan->heads = qkv_max(1, qkv_min(p->heads, ROTATE_TASK / (plan->block * p->dim)));
+    plan->head_blocks = ceil_div(p->heads, plan->heads);
+    plan->tasks = plan->sequences * plan->blocks * plan->head_blocks;
+    plan->threads = total / size < SOFTMAX_TASK ? 1 : (int)qkv_min(p->threads, plan->tasks);
+
+    /* What is turned in place is in the caches when it is written. */
+    plan->stream = p->x != p->out && !plan->copy_x && !plan->copy_out && total >= STREAM_BYTES
+        && (plan->by_token ? p->out_at.head : p->out_at.row) == p->dim * size;
+    plan->ahead = plan->copy_x ? 0
+        : qkv_max(1, ROTATE_AHEAD / (p->dim * size)) * ((plan->by_token ? p->x_at.head : p->x_at.row) / size);
+    plan->group_rows = qkv_max(1, ROTATE_COPY / (p->dim * size));
+    plan->at_sin = p->neighbours ? align((size_t)(plan->block * 2 * p->pairs * size)) : 0;
+    plan->at_rows = 2 * plan->at_sin;
+    plan->scratch_bytes = plan->at_rows + align((size_t)(plan->group_rows * p->dim * size)) + QKV_LINE;
     return QKV_OK;
 }

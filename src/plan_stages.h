@@ -1,4 +1,4 @@
-/* How the stages will be computed: a product, and the softmax of an axis. */
+/* How the stages will be computed: a product, the softmax of an axis, a rotation. */
 #ifndef QKV_PLAN_STAGES_H
 #define QKV_PLAN_STAGES_H
 
@@ -50,5 +50,26 @@ typedef struct {
 } qkv_softmax_plan;
 
 qkv_status qkv_plan_softmax(const qkv_softmax_problem *problem, qkv_softmax_plan *plan);
+
+/* Of angles, in a task. */
+int64_t qkv_angles_rows(const qkv_angles_problem *problem);
+
+/* A rotation: a grid of sequences x blocks of tokens x blocks of heads. */
+typedef struct {
+    const qkv_kernels *kernels;
+    int64_t sequences;
+    int64_t block, blocks;            /* tokens */
+    int64_t heads, head_blocks;       /* query heads of a task */
+    int by_token;                     /* the heads of a token are nearer to each other than the tokens of a head */
+    int copy_x, copy_out;             /* rows go through scratch, because of these obstacles */
+    int64_t group_rows;               /* of them at a time */
+    int64_t ahead;                    /* elements between what is read and what is fetched */
+    int stream;
+    int64_t tasks;
+    int threads;
+    size_t at_sin, at_rows, scratch_bytes;              /* of neighbours, a block's cosines come first */
+} qkv_rotation_plan;
+
+qkv_status qkv_plan_rotation(const qkv_rotation_problem *problem, qkv_rotation_plan *plan);
 
 #endif

@@ -287,6 +287,44 @@ typedef struct {
 
 qkv_status qkv_softmax(const qkv_softmax_problem *problem);
 
+/* Cosines and sines of positions times frequencies, in float64: times the factor, and rounded, only then. */
+typedef struct {
+    qkv_type type;                    /* of the results: QKV_F32 or QKV_F64 */
+    int64_t rows, pairs;
+    const int64_t *positions;         /* (rows), up to 2^53 in size */
+    const double *frequencies;        /* (pairs): radians per position */
+    double factor;
+    void *cos, *sin;                  /* (rows, pairs), contiguous */
+    int threads;
+    int (*interrupted)(void *);       /* or NULL */
+    void *interrupted_arg;
+} qkv_angles_problem;
+
+qkv_status qkv_angles(const qkv_angles_problem *problem);
+
+/* Rotary positions: out <- x with the first 2 * pairs elements of each row turned, a pair (a, b) to (a cos - b sin, b cos + a sin). */
+typedef struct {
+    qkv_type type, out_type;          /* of x, and of out: the same, or float32 for 16 bits */
+    int swapped_x, swapped_out;
+    int neighbours;                   /* a pair is two neighbours; else its elements lie `pairs` apart */
+
+    int n_axes;
+    int64_t axes[QKV_MAX_AXES];
+    int64_t heads, rows, dim, pairs;
+
+    const char *x;                    /* (axes..., heads, rows, dim) */
+    char *out;                        /* x itself, or overlaps no input */
+    const char *cos, *sin;            /* (axes..., rows, pairs), of the type of the arithmetic, aligned, pairs side by side */
+    qkv_strides x_at, out_at, table_at;
+
+    int threads, isa;
+    qkv_counters *counters;           /* or NULL: tiles_copied, tasks and threads */
+    int (*interrupted)(void *);       /* or NULL */
+    void *interrupted_arg;
+} qkv_rotation_problem;
+
+qkv_status qkv_rotate(const qkv_rotation_problem *problem);
+
 /* What a stage would do; all 0 if it has nothing to compute. */
 typedef struct {
     qkv_counters counts;              /* as the call will count, if the pool is free */

@@ -1,9 +1,12 @@
-/* The stages of attention on their own: products (scores, weighted values) and softmax, each a grid of like tasks.
+/* The stages of attention on their own: products (scores, weighted values), softmax and rotary positions, each a grid of like
+ * tasks.
  *
  * A product's task is a tile of rows against a tile of columns. B becomes panels in scratch, a pass of terms at a time; rows
  * of A are used where they lie, or copied a few at a time, and meet every panel while they are in L1.
- * A softmax's task is some rows, or some columns; so is that of its gradient.
+ * A softmax's task is some rows, or some columns; so is that of its gradient. A rotation's task is some tokens, whose cosines and
+ * sines all heads share.
  */
+#include <math.h>
 #include <string.h>
 
 #include "mask.h"
@@ -343,5 +346,133 @@ qkv_status qkv_softmax(const qkv_softmax_problem *p)
         return status;
     stage job = {.problem = p, .plan = &plan};
     return run_stage(&job, softmax_task, plan.tasks, plan.threads, plan.scratch_bytes, p->counters, p->interrupted,
+                     p->interrupted_arg);
+}
+
+static void angles_task(void *context, int64_t task, int worker)
+{
+    const stage *job = context;
+    const qkv_angles_problem *p = job->problem;
+    int64_t rows = qkv_angles_rows(p), last = qkv_min(p->rows, (task + 1) * rows);
+    (void)worker;
+    for (int64_t r = task * rows; r < last; r++) {
+        double position = (double)p->positions[r];
+        for (int64_t i = r * p->pairs, j = 0; j < p->pairs; i++, j++) {
+            double angle = position * p->frequencies[j], c = cos(angle) * p->factor, s = sin(angle) * p->factor;
+            if (p->type == QKV_F64) {
+                ((double *)p->cos)[i] = c;
+                ((double *)p->sin)[i] = s;
+            } else {
+                ((float *)p->cos)[i] = (float)c;
+                ((float *)p->sin)[i] = (float)s;
+            }
+        }
+    }
+}
+
+qkv_status qkv_angles(const qkv_angles_problem *p)
+{
+    if (p->rows == 0 || p->pairs == 0)
+        return QKV_OK;
+    int64_t rows = qkv_angles_rows(p), tasks = (p->rows - 1) / rows + 1;
+    stage job = {.problem = p};
+    return run_stage(&job, angles_task, tasks, (int)qkv_min(p->threads, tasks), 0, NULL, p->interrupted, p->interrupted_arg);
+}
+
+/* Cosines and sines of some tokens as rotate has them for neighbours. */
+static void spread_tables(const qkv_rotation_problem *p, const char *cos, const char *sin, int64_t rows, char *to_cos, char *to_sin)
+{
+    for (int64_t r = 0; r < rows; r++, cos += p->table_at.row, sin += p->table_at.row)
+        for (int64_t i = 0; i < p->pairs; i++) {
+            int64_t at = 2 * (r * p->pairs + i);
+            if (p->type == QKV_F64) {
+                double c = ((const double *)cos)[i], s = ((const double *)sin)[i];
+                ((double *)to_cos)[at] = ((double *)to_cos)[at + 1] = c;
+                ((double *)to_sin)[at] = -s;
+                ((double *)to_sin)[at + 1] = s;
+            } else {
+                float c = ((const float *)cos)[i], s = ((const float *)sin)[i];
+                ((float *)to_cos)[at] = ((float *)to_cos)[at + 1] = c;
+                ((float *)to_sin)[at] = -s;
+                ((float *)to_sin)[at + 1] = s;
+            }
+        }
+}
+
+/* n rows, of the tokens of a head or of the heads of a token; `tile` has their tables. */
+static void rotate_run(const qkv_rotation_problem *p, const qkv_rotation_plan *plan, qkv_rotation_tile tile, const char *x,
+                       ptrdiff_t x_row, char *out, ptrdiff_t out_row, int64_t n, char *scratch)
+{
+    const qkv_kernels *kernels = plan->kernels;
+    int64_t size = kernels->size, most = plan->copy_x || plan->copy_out ? plan->group_rows : n;
+    for (int64_t i = 0; i < n; i += most) {
+        qkv_rows from = {(char *)x + i * x_row, x_row, (ptrdiff_t)p->x_at.dim, p->type, p->swapped_x};
+        qkv_rows to = {out + i * out_row, out_row, (ptrdiff_t)p->out_at.dim, p->out_type, p->swapped_out};
+        tile.n = (int)qkv_min(most, n - i);
+        tile.out = plan->copy_out ? scratch : to.data;
+        tile.out_row = plan->copy_out ? (ptrdiff_t)p->dim : (ptrdiff_t)(out_row / size);
+        tile.x = from.data;
+        tile.x_row = (ptrdiff_t)(x_row / size);
+        if (plan->copy_x) {
+            kernels->gather(tile.out, tile.out_row, &from, tile.n, tile.dim);
+            tile.x = tile.out;
+            tile.x_row = tile.out_row;
+        }
+        kernels->rotate(&tile);
+        if (plan->copy_out)
+            kernels->scatter(&to, scratch, (ptrdiff_t)p->dim, tile.n, tile.dim);
+        tile.cos = (const char *)tile.cos + tile.n * tile.table_row * size;
+        tile.sin = (const char *)tile.sin + tile.n * tile.table_row * size;
+    }
+}
+
+static void rotate_task(void *context, int64_t task, int worker)
+{
+    stage *job = context;
+    const qkv_rotation_problem *p = job->problem;
+    const qkv_rotation_plan *plan = job->plan;
+    char *scratch = job->scratch[worker] + sizeof(qkv_counters), *rows = scratch + plan->at_rows;
+    int64_t size = plan->kernels->size, rest = task / plan->head_blocks, sequence = rest / plan->blocks;
+    int64_t head = task % plan->head_blocks * plan->heads, heads = qkv_min(plan->heads, p->heads - head);
+    int64_t token = rest % plan->blocks * plan->block, tokens = qkv_min(plan->block, p->rows - token);
+    const char *x = p->x + offset_of(sequence, p->n_axes, p->axes, p->x_at.axis) + head * p->x_at.head + token * p->x_at.row;
+    char *out = p->out + offset_of(sequence, p->n_axes, p->axes, p->out_at.axis) + head * p->out_at.head + token * p->out_at.row;
+    int64_t table = offset_of(sequence, p->n_axes, p->axes, p->table_at.axis) + token * p->table_at.row;
+    const char *cos = p->cos + table, *sin = p->sin + table;
+    int64_t table_row = p->table_at.row / size;
+    if (p->neighbours) {
+        spread_tables(p, cos, sin, tokens, scratch, scratch + plan->at_sin);
+        cos = scratch;
+        sin = scratch + plan->at_sin;
+        table_row = 2 * p->pairs;
+    }
+    qkv_rotation_tile tile = {.dim = (int)p->dim, .pairs = (int)p->pairs, .neighbours = p->neighbours, .ahead = (ptrdiff_t)plan->ahead,
+                              .buffer = plan->stream ? rows : NULL, .buffer_rows = (int)plan->group_rows};
+    int64_t outer = plan->by_token ? tokens : heads;
+    for (int64_t i = 0; i < outer && !qkv_must_stop(&job->stop, worker); i++) {
+        int64_t at = plan->by_token ? i * table_row * size : 0;
+        tile.cos = cos + at;
+        tile.sin = sin + at;
+        tile.table_row = plan->by_token ? 0 : (ptrdiff_t)table_row;
+        if (plan->by_token)
+            rotate_run(p, plan, tile, x + i * p->x_at.row, (ptrdiff_t)p->x_at.head, out + i * p->out_at.row,
+                       (ptrdiff_t)p->out_at.head, heads, rows);
+        else
+            rotate_run(p, plan, tile, x + i * p->x_at.head, (ptrdiff_t)p->x_at.row, out + i * p->out_at.head,
+                       (ptrdiff_t)p->out_at.row, tokens, rows);
+    }
+    counters_of(job, worker)->tiles_copied += plan->copy_x != 0;
+    if (plan->stream)
+        plan->kernels->fence();
+}
+
+qkv_status qkv_rotate(const qkv_rotation_problem *p)
+{
+    qkv_rotation_plan plan;
+    qkv_status status = qkv_plan_rotation(p, &plan);
+    if (status != QKV_OK || plan.tasks == 0)
+        return status;
+    stage job = {.problem = p, .plan = &plan};
+    return run_stage(&job, rotate_task, plan.tasks, plan.threads, plan.scratch_bytes, p->counters, p->interrupted,
                      p->interrupted_arg);
 }

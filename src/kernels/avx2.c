@@ -92,6 +92,12 @@ static inline vec_f32 power_f32(vec_f32 t)
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_permutevar8x32_epi32(fraction, n), _mm256_slli_epi32(n, 20)));
 }
 
+static inline void exchange_f32(vec_f32 *x, vec_f32 *y)
+{
+    *x = _mm256_permute_ps(*x, 0xb1);
+    *y = _mm256_permute_ps(*y, 0xb1);
+}
+
 static inline void transpose_f32(vec_f32 x[8])
 {
     vec_f32 y[8];
@@ -198,6 +204,12 @@ static inline vec_f64 power_f64(vec_f64 t)
 {
     __m256i bits = _mm256_slli_epi64(_mm256_castpd_si256(t), 52);
     return _mm256_castsi256_pd(_mm256_add_epi64(bits, _mm256_set1_epi64x((int64_t)1023 << 52)));
+}
+
+static inline void exchange_f64(vec_f64 *x, vec_f64 *y)
+{
+    *x = _mm256_permute_pd(*x, 0x5);
+    *y = _mm256_permute_pd(*y, 0x5);
 }
 
 static inline void transpose_f64(vec_f64 x[4])

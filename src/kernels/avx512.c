@@ -92,6 +92,12 @@ static inline vec_f64 power_f64(vec_f64 t)
     return _mm512_castsi512_pd(_mm512_add_epi64(_mm512_permutexvar_epi64(n, fraction), _mm512_slli_epi64(n, 49)));
 }
 
+static inline void exchange_f64(vec_f64 *x, vec_f64 *y)
+{
+    *x = _mm512_permute_pd(*x, 0x55);
+    *y = _mm512_permute_pd(*y, 0x55);
+}
+
 static inline void transpose_f64(vec_f64 x[8])
 {
     vec_f64 y[8];

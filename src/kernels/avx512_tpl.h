@@ -61,6 +61,12 @@ static inline vec_f32 power_f32(vec_f32 t)
     return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_permutexvar_epi32(n, fraction), _mm512_slli_epi32(n, 20)));
 }
 
+static inline void exchange_f32(vec_f32 *x, vec_f32 *y)
+{
+    *x = _mm512_permute_ps(*x, 0xb1);
+    *y = _mm512_permute_ps(*y, 0xb1);
+}
+
 static inline void transpose_f32(vec_f32 x[16])
 {
     vec_f32 y[16];

@@ -49,6 +49,7 @@
  *   less(x, y)  equal(x, y)  beyond(x, y) = !(x <= y)      comparisons; select(mask, x, y) = mask ? x : y; any(mask)
  *   power(t)                 2^n, where t is n + 1.5 * 2^mantissa / EXP2_STEPS in its own rounding: n, a multiple of
  *                            1 / EXP2_STEPS, lies in t's low bits. 0 at the lowest exponent, infinity past the highest
+ *   exchange(x, y)           neighbours change places among the elements of *x and those of *y behind them; unless PAIR is 2
  *   transpose(x)             x[w] as a w * w matrix, in place
  *   sum_each(x)              of x[w], which it may change: element i is the sum of x[i], all of them in the same order
  */
@@ -91,9 +92,11 @@ _Static_assert(EXP2_STEPS == 1 || EXP2_STEPS == 8, "exp2_poly.h has no other pol
 #if PAIR == 1
 #include "product_tpl.h"
 #include "softmax_tpl.h"
+#include "rotate_tpl.h"
 #define UNPAIRED \
     .multiply = X(multiply), .fence = X(fence), .softmax_rows = X(softmax_rows), .softmax_columns = X(softmax_columns), \
     .softmax_grad_rows = X(softmax_grad_rows), .softmax_grad_columns = X(softmax_grad_columns), \
+    .rotate = X(rotate), \
     .grad_scores = X(grad_scores), .grad_values = X(grad_values), .finite_rows = X(finite_rows),
 #else
 #define UNPAIRED

@@ -173,6 +173,21 @@ typedef struct {
     int stream;                       /* write past the caches */
 } qkv_softmax_tile;
 
+/* Rows whose first 2 * pairs elements are turned, pair by pair: element i of a row with element i + pairs or, of neighbours, 2 i
+ * with 2 i + 1. The others are copied. x is out or overlaps neither it nor cos and sin. All are of the table's element type. */
+typedef struct {
+    const void *x;                    /* (n, dim) */
+    void *out;
+    ptrdiff_t x_row, out_row;         /* strides in elements */
+    const void *cos, *sin;            /* (n, pairs); of neighbours (n, 2 pairs): each twice, the first sine with the other sign */
+    ptrdiff_t table_row;              /* 0 where all rows are of one token */
+    int n, dim, pairs;
+    int neighbours;
+    ptrdiff_t ahead;                  /* elements between what is read of x and what is fetched */
+    void *buffer;                     /* NULL, or: write past the caches, rows without gaps, by way of this; `fence` follows */
+    int buffer_rows;                  /* that it holds, and a line */
+} qkv_rotation_tile;
+
 /* Types in memory, numbered as qkv_type. */
 enum { QKV_AS_F32, QKV_AS_F64, QKV_AS_F16, QKV_AS_BF16, QKV_AS_I8, QKV_AS_I4 };
 
@@ -302,6 +317,8 @@ typedef struct {
     /* The same of its gradient, out <- p (x - sum of p x). Where p is 0, out is, and x counts for nothing. */
     void (*softmax_grad_rows)(const qkv_softmax_tile *tile);
     void (*softmax_grad_columns)(const qkv_softmax_tile *tile);
+
+    void (*rotate)(const qkv_rotation_tile *tile);
 
     void (*exp2)(const void *x, void *y, int64_t n);          /* elementwise, for tests */
     double (*fma)(int64_t rounds, double *flops);             /* keeps the FMA units busy; for the benchmark */

@@ -136,6 +136,12 @@ static inline vec_f64 power_f64(vec_f64 t)
     return vreinterpretq_f64_s64(vaddq_s64(vshlq_n_s64(vreinterpretq_s64_f64(t), 52), vdupq_n_s64((int64_t)1023 << 52)));
 }
 
+static inline void exchange_f64(vec_f64 *x, vec_f64 *y)
+{
+    *x = vextq_f64(*x, *x, 1);
+    *y = vextq_f64(*y, *y, 1);
+}
+
 static inline void transpose_f64(vec_f64 x[2])
 {
     vec_f64 first = vzip1q_f64(x[0], x[1]);

@@ -80,6 +80,12 @@ static inline vec_f32 power_f32(vec_f32 t)
     return vreinterpretq_f32_s32(vaddq_s32(vshlq_n_s32(vreinterpretq_s32_f32(t), 23), vdupq_n_s32(127 << 23)));
 }
 
+static inline void exchange_f32(vec_f32 *x, vec_f32 *y)
+{
+    *x = vrev64q_f32(*x);
+    *y = vrev64q_f32(*y);
+}
+
 static inline void transpose_f32(vec_f32 x[4])
 {
     float64x2_t a = vreinterpretq_f64_f32(vtrn1q_f32(x[0], x[1])), b = vreinterpretq_f64_f32(vtrn2q_f32(x[0], x[1]));

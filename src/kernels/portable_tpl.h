@@ -125,6 +125,17 @@ static inline P(vec) P(power)(P(vec) t)
     return P(from_bits)((P(bits)(t) << MANTISSA_BITS) + ((BITS_TYPE)EXPONENT_BIAS << MANTISSA_BITS));
 }
 
+static inline void P(exchange)(P(vec) *x, P(vec) *y)
+{
+    P(real) from[2 * P(width)], to[2 * P(width)];
+    P(store)(from, *x);
+    P(store)(from + P(width), *y);
+    for (int i = 0; i < 2 * P(width); i++)
+        to[i] = from[i ^ 1];
+    *x = P(load)(to);
+    *y = P(load)(to + P(width));
+}
+
 static inline void P(transpose)(P(vec) *x)
 {
     P(real) from[P(width)][P(width)], to[P(width)][P(width)];

@@ -1,5 +1,5 @@
-/* The stages in every CPU path, against plain loops in double: products and softmax of random shapes and strides, one thread
- * against three, an interrupt, failing allocations. Run under the sanitizers: every array is a block of exactly its size. */
+/* The stages in every CPU path, against plain loops in double: products, softmax and rotary positions of random shapes and
+ * strides, one thread against three, an interrupt, failing allocations. Run under the sanitizers: every array is a block of exactly its size. */
 #include "check.h"
 
 static double tolerance(qkv_type type) { return type == QKV_F32 ? 1e-5 : 1e-13; }
@@ -101,16 +101,83 @@ static void test_softmax(int isa, qkv_type type, int64_t outer, int64_t n, int64
     free(mask);
 }
 
+/* (2, heads, rows, dim), or with heads and rows exchanged in memory, random gaps between rows of x; positions of both sequences. */
+static APART void test_rotation(int isa, qkv_type type, int64_t heads, int64_t rows, int64_t dim, int64_t pairs, int neighbours,
+                                int by_token, int in_place)
+{
+    int64_t size = size_of(type), row = dim + (in_place ? 0 : between(0, 3)), n = 2 * heads * rows, tables = 2 * rows * pairs;
+    int64_t head_at = by_token ? 1 : rows, row_at = by_token ? heads : 1;
+    void *x = uniform(type, n * row), *out = in_place ? x : block(n * dim * size), *before = block(n * row * size);
+    void *cosines = block(tables * size), *sines = block(tables * size), *again = block(n * dim * size);
+    int64_t *positions = block(2 * rows * 8);
+    double *frequencies = block(pairs * 8);
+    memcpy(before, x, (size_t)(n * row * size));
+    for (int64_t i = 0; i < 2 * rows; i++)
+        positions[i] = between(-1000000, 1000000);
+    for (int64_t i = 0; i < pairs; i++)
+        frequencies[i] = (double)between(1, 1000) / 1000;
+    qkv_angles_problem angles = {
+        .type = type, .rows = 2 * rows, .pairs = pairs, .positions = positions, .frequencies = frequencies, .factor = 0.5,
+        .cos = cosines, .sin = sines, .threads = 2,
+    };
+    CHECK(qkv_angles(&angles) == QKV_OK, "angles");
+    for (int64_t i = 0; i < tables; i++) {
+        double angle = (double)positions[i / pairs] * frequencies[i % pairs], eps = type == QKV_F32 ? 4e-8 : 1e-16;
+        CHECK(fabs(load(type, cosines, i) - cos(angle) / 2) <= eps && fabs(load(type, sines, i) - sin(angle) / 2) <= eps, "angle %g", angle);
+    }
+    qkv_counters counters = {0};
+    qkv_rotation_problem p = {
+        .type = type, .out_type = type, .neighbours = neighbours, .n_axes = 1, .axes = {2}, .heads = heads, .rows = rows, .dim = dim,
+        .pairs = pairs, .x = x, .out = out, .cos = cosines, .sin = sines, .threads = 1, .isa = isa, .counters = &counters,
+        .x_at = {.axis = {heads * rows * row * size}, .head = head_at * row * size, .row = row_at * row * size, .dim = size},
+        .out_at = {.axis = {heads * rows * dim * size}, .head = head_at * dim * size, .row = row_at * dim * size, .dim = size},
+        .table_at = {.axis = {rows * pairs * size}, .row = pairs * size, .dim = size},
+    };
+    CHECK(qkv_rotate(&p) == QKV_OK && counters.tiles_copied == 0, "rotate");
+    for (int64_t i = 0; i < n * dim; i += n > 50000 ? 7 : 1) {
+        int64_t e = i % dim, r = i / dim, in_sequence = r % (heads * rows);
+        int64_t token = r / (heads * rows) * rows + (by_token ? in_sequence / heads : in_sequence % rows);
+        double expected = load(type, before, r * row + e);
+        if (e < 2 * pairs) {
+            int64_t pair = neighbours ? e / 2 : e % pairs, second = neighbours ? e % 2 : e >= pairs, apart = neighbours ? 1 : pairs;
+            double other = load(type, before, r * row + (second ? e - apart : e + apart)), c = load(type, cosines, token * pairs + pair);
+            double s = load(type, sines, token * pairs + pair);
+            expected = expected * c + (second ? other * s : -other * s);
+        }
+        double error = fabs(load(type, out, i) - expected);
+        CHECK(e < 2 * pairs ? error <= tolerance(type) : error == 0, "element %lld is off by %g", (long long)i, error);
+    }
+    p.x = before;
+    p.out = again;
+    p.threads = 3;
+    CHECK(qkv_rotate(&p) == QKV_OK && !memcmp(out, again, (size_t)(n * dim * size)), "three threads: other bits");
+    p.dim = INT32_MAX;
+    CHECK(qkv_rotate(&p) == QKV_OVERFLOW, "a row too long");
+    if (!in_place)
+        free(out);
+    free(x);
+    free(before);
+    free(again);
+    free(cosines);
+    free(sines);
+    free(positions);
+    free(frequencies);
+}
+
 static void test_random(int isa, qkv_type type)
 {
     for (int i = 0; i < share_of(60); i++) {
         test_product(isa, type, between(1, 2), between(1, 3), between(1, 40), between(0, 40), between(1, 110), i % 2);
         test_softmax(isa, type, between(1, 3), between(1, 70), between(1, 70), i % 2);
         test_softmax(isa, type, between(1, 20), between(1, 150), 1, i % 2);
+        int64_t pairs = between(0, 40);
+        test_rotation(isa, type, between(1, 5), between(1, 60), 2 * pairs + between(i % 3 == 0, 9), pairs, i % 2, i / 2 % 2, i / 4 % 2);
     }
     for (int transposed = 0; transposed < 2; transposed++)
         test_product(isa, type, 3, 1, 90, 1100, 130, transposed);
     test_softmax(isa, type, 1, 2100, 20, 0);
+    for (int by_token = 0; by_token < share_of(2) && type == QKV_F32; by_token++)
+        test_rotation(isa, type, 3, 11000, 128, 60, by_token, by_token, 0);      /* whose result goes past the caches */
 }
 
 static int interrupt(void *count) { return ++*(int *)count >= 2; }
