@@ -70,6 +70,7 @@ cdef extern from "qkv.h" nogil:
         int64_t heads_q, heads_kv
         int64_t len_q, len_k
         int64_t dim, dim_v
+        int latent
         const char *q
         char *out
         void *lse

@@ -70,7 +70,7 @@ static int64_t count_passes(const qkv_plan *plan, int64_t pass, int64_t first, i
 static void count_tiles(const qkv_problem *p, const qkv_plan *plan, int64_t sequence, qkv_counters *count)
 {
     int64_t lanes = plan->kernels->lanes, vector = plan->kernels->vector, rows = plan->tile_panels * lanes;
-    int copies = (plan->copy_k != 0) + (plan->copy_v != 0);
+    int copies = (plan->copy_k != 0) + (plan->copy_v != 0 && !plan->one);
     if (plan->decode) {
         qkv_limits limits = limits_of(p, plan->group, sequence, 0, plan->rows - 1);
         if (limits.any.lo >= limits.any.hi)

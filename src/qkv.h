@@ -104,6 +104,7 @@ typedef struct {
     int64_t heads_q, heads_kv;        /* heads_q is a multiple of heads_kv */
     int64_t len_q, len_k;
     int64_t dim, dim_v;
+    int latent;                       /* V is the first dim_v elements of the rows of K: types, runs and strides are one */
 
     const char *q;                    /* (axes..., heads_q, len_q, dim) */
     char *out;                        /* (axes..., heads_q, len_q, dim_v); overlaps no input */

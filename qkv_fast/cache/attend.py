@@ -63,6 +63,12 @@ def check_tokens(
     """k and v as (batch, heads, tokens, dim), the number of tokens, and those of each sequence if they differ."""
     if type(k) is not np.ndarray:
         k = _as_array("k", k, where)
+    if form.latent:
+        if v is not None:
+            raise TypeError(f"{where}: a latent cache takes keys alone: values are their first elements; pass no v")
+        v = k[..., : form.dim_v] if k.ndim == 4 else k
+    elif v is None:
+        raise TypeError(f"{where}: v is missing; only a cache with latent=True takes keys alone")
     if type(v) is not np.ndarray:
         v = _as_array("v", v, where)
     for name, x, rows in (("k", k, form.k), ("v", v, form.v)):
@@ -82,6 +88,8 @@ def check_tokens(
     ):  # fmt: skip
         axes = f"{form.kv_heads}, tokens" if heads_first else f"tokens, {form.kv_heads}"
         fits = f"({batch}, {axes}, {form.dim}) and ({batch}, {axes}, {form.dim_v})"
+        if form.latent:
+            _fail_shapes(where, f"k must be of shape ({batch}, {axes}, {form.dim})", k=given[0])
         _fail_shapes(where, f"k and v must be of shapes {fits}", k=given[0], v=given[1])
     return k, v, shape[2], _own_counts(where, lengths, batch, shape[2], "tokens")
 
@@ -154,6 +162,8 @@ def _newest(
             reach = "without end" if p.left is None else p.left
             raise ValueError(f"{where}: window reaches {reach} back, the cache keeps {limit} (window={window!r})")
         p.left = limit if window is None else p.left
+    if form.latent and dim_v:
+        p.extras = (p.extras or Extras())._replace(latent=True)
     if tokens.starts is not None:
         p.extras = (p.extras or Extras())._replace(starts=tokens.starts)
     queries: Any = len_q

@@ -42,6 +42,10 @@ class PagedKVCache(PagedQuestions):
         Of the stored keys and values, as for `KVCache`.
     value_dtype : dtype_like, optional
         Of the values, if it is another one; `dtype` by default.
+    latent : bool, default False
+        Values are the first `value_dim` elements of their keys, and are stored once: multi-head latent attention. Then
+        `append` takes keys alone. The scale is the model's own, so pass it to `attend`: 1/sqrt(192) in DeepSeek's
+        models, whose queries have 128 + 64 elements before they are absorbed, and not 1/sqrt(576).
 
     Raises
     ------
@@ -96,9 +100,10 @@ class PagedKVCache(PagedQuestions):
         value_dim: int | None = None,
         dtype: Any = "float32",
         value_dtype: Any = None,
+        latent: bool = False,
     ) -> None:
         where = "PagedKVCache"
-        self._form = form = types.check_form(where, kv_heads, head_dim, value_dim, dtype, value_dtype)
+        self._form = form = types.check_form(where, kv_heads, head_dim, value_dim, dtype, value_dtype, latent)
         pages, self._size = (
             types.count(where, name, n) for name, n in (("pages", pages), ("page_size", page_size))
         )
@@ -117,16 +122,21 @@ class PagedKVCache(PagedQuestions):
         return copy.deepcopy(self)  # as of an array: pages and counters are its own
 
     def __getstate__(self) -> dict[str, Any]:
-        rows = self._used()
-        return self.__dict__ | {"_last": None, "_k": self._k[:, rows], "_v": self._v[:, rows]}
+        used = [x[:, self._used()] for x in self._arrays]
+        return self.__dict__ | {"_last": None, "_k": None, "_v": None, "used": used}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        used = state.pop("used")
         self.__dict__.update(state)
-        for x in (self._k, self._v):
-            _is_known(x.dtype)  # bfloat16, in a process that has not seen any
         self._k, self._v = self._form.empty(self._form.kv_heads, self._owners.size * self._size)
-        rows = self._used()
-        self._k[:, rows], self._v[:, rows] = state["_k"], state["_v"]
+        for to, x in zip(self._arrays, used, strict=True):
+            _is_known(x.dtype)  # bfloat16, in a process that has not seen any
+            to[:, self._used()] = x
+
+    @property
+    def _arrays(self) -> tuple[Array, ...]:
+        """What is stored: keys, and values if they are not in them."""
+        return self._form.parts(self._k, self._v)
 
     def _used(self) -> Array:
         """Rows of pages that some sequence has."""
@@ -170,7 +180,7 @@ class PagedKVCache(PagedQuestions):
         >>> qkv_fast.PagedKVCache(1, 8, 20, page_size=10).nbytes
         12800
         """
-        return self._k.nbytes + self._v.nbytes
+        return sum(x.nbytes for x in self._arrays)
 
     @property
     def sequences(self) -> list[int]:
@@ -187,10 +197,9 @@ class PagedKVCache(PagedQuestions):
 
     def __repr__(self) -> str:
         form = self._form
-        value_dim = f", value_dim={form.dim_v}" if form.dim_v != form.dim else ""
         return (
             f"PagedKVCache(kv_heads={form.kv_heads}, head_dim={form.dim}, pages={self._owners.size}, "
-            f"page_size={self._size}{value_dim}, {form.names}, lengths={self._lengths})"
+            f"page_size={self._size}{form.dims}, {form.names}, lengths={self._lengths})"
         )
 
     def lengths(self, sequences: Sequence[int]) -> Array:
@@ -358,13 +367,14 @@ class PagedKVCache(PagedQuestions):
         if needed > len(self._free):
             raise ValueError(f"{where}: {needed} new pages are needed, {len(self._free)} are free")
         own = self._rows(pages, chosen + n)
-        moved = self._k[:, own], self._v[:, own]  # copies
+        moved = [x[:, own] for x in self._arrays]  # copies
         self._lengths[sequence] = n
         try:
             for i in written:
                 self._own(pages, i, min(max(n - i * self._size, 0), self._size))
             rows = self._rows(pages, np.arange(n, end))
-            self._k[:, rows], self._v[:, rows] = moved
+            for x, those in zip(self._arrays, moved, strict=True):
+                x[:, rows] = those
             self._lengths[sequence] = end
         finally:
             self.truncate(sequence, self._lengths[sequence])  # pages beyond go back
@@ -404,7 +414,9 @@ class PagedKVCache(PagedQuestions):
         del self._pages[sequence], self._lengths[sequence]
 
     @documented
-    def append(self, sequences: Sequence[int], k: Any, v: Any, *, lengths: Any = None, layout: str = "bhld") -> None:
+    def append(
+        self, sequences: Sequence[int], k: Any, v: Any = None, *, lengths: Any = None, layout: str = "bhld"
+    ) -> None:
         """Add tokens to the ends of some sequences.
 
         Parameters
@@ -451,8 +463,8 @@ class PagedKVCache(PagedQuestions):
                     end, within = divmod(self._lengths[sequence] + done, self._size)
                     row = self._own(self._pages[sequence], end, within) * self._size + within
                     m = min(n - done, self._size - within)
-                    for stored, to, x in ((self._form.k, self._k, k), (self._form.v, self._v, v)):
-                        stored.write(to[:, row : row + m], x[i, :, done : done + m])
+                    to = self._k[:, row : row + m], self._v[:, row : row + m]
+                    self._form.write(*to, k[i, :, done : done + m], v[i, :, done : done + m])
                     done += m
         except BaseException:  # Ctrl-C among them: pages beyond the lengths go back
             for sequence in chosen:
@@ -483,7 +495,7 @@ class PagedKVCache(PagedQuestions):
             pages.append(page)
             return page
         old, new = pages[i] * self._size, page * self._size
-        for x in (self._k, self._v):
+        for x in self._arrays:
             x[:, new : new + used] = x[:, old : old + used]
         self._release(pages[i])
         pages[i] = page

@@ -44,6 +44,10 @@ class KVCache(Questions):
         each key and value) or int4 (a scale for each 32 elements of one).
     value_dtype : dtype_like, optional
         Of the values, if it is another one; `dtype` by default.
+    latent : bool, default False
+        Values are the first `value_dim` elements of their keys, and are stored once: multi-head latent attention. Then
+        `append` takes keys alone. The scale is the model's own, so pass it to `attend`: 1/sqrt(192) in DeepSeek's
+        models, whose queries have 128 + 64 elements before they are absorbed, and not 1/sqrt(576).
     window : int, optional
         Sequences grow without end, and a query sees the `window` tokens before it and itself: `attention`'s window of
         (window, None). The cache is then a ring of ``capacity - keep`` tokens, which must be more than `window`: with n
@@ -119,12 +123,13 @@ class KVCache(Questions):
         value_dim: int | None = None,
         dtype: Any = "float32",
         value_dtype: Any = None,
+        latent: bool = False,
         window: int | None = None,
         keep: int = 0,
         path: str | os.PathLike[str] | None = None,
     ) -> None:
         where = "KVCache"
-        form = types.check_form(where, kv_heads, head_dim, value_dim, dtype, value_dtype)
+        form = types.check_form(where, kv_heads, head_dim, value_dim, dtype, value_dtype, latent)
         batch = types.count(where, "batch", batch)
         capacity = types.count(where, "capacity", capacity)
         keep = types.count(where, "keep", keep, 0)
@@ -184,16 +189,22 @@ class KVCache(Questions):
         if self._store is not None:
             raise TypeError("KVCache: a cache in a file is not copied or pickled: save(path) writes a copy, open(path) "
                             "has the same tokens, load(path) has them in memory")  # fmt: skip
-        rows = self._used()
-        return self.__dict__ | {"_laps": None, "_k": self._k[:, :, rows], "_v": self._v[:, :, rows]}
+        used = [x[:, :, self._used()] for x in self._arrays]
+        return self.__dict__ | {"_laps": None, "_k": None, "_v": None, "used": used}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        used = state.pop("used")
         self.__dict__.update(state)
-        for x in (self._k, self._v):
-            _is_known(x.dtype)  # bfloat16, in a process that has not seen any
-        form, rows = self._geometry.form, slice(state["_k"].shape[2])
+        form = self._geometry.form
         self._k, self._v = form.empty(self._geometry.batch, form.kv_heads, self._geometry.capacity)
-        self._k[:, :, rows], self._v[:, :, rows] = state["_k"], state["_v"]
+        for to, x in zip(self._arrays, used, strict=True):
+            _is_known(x.dtype)  # bfloat16, in a process that has not seen any
+            to[:, :, : x.shape[2]] = x
+
+    @property
+    def _arrays(self) -> tuple[Array, ...]:
+        """What is stored: keys, and values if they are not in them."""
+        return self._geometry.form.parts(self._k, self._v)
 
     def _used(self) -> slice:
         """Rows that hold tokens."""
@@ -295,7 +306,7 @@ class KVCache(Questions):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values that there is room for.
+        """Bytes of all keys and values that there is room for; latent values take none.
 
         Examples
         --------
@@ -303,7 +314,7 @@ class KVCache(Questions):
         >>> [qkv_fast.KVCache(1, 2, 128, 100, dtype=d).nbytes // 100 for d in ("float32", "float16", "int8", "int4")]
         [2048, 1024, 528, 288]
         """
-        return self._k.nbytes + self._v.nbytes
+        return sum(x.nbytes for x in self._arrays)
 
     @property
     def positions(self) -> Array:
@@ -325,16 +336,17 @@ class KVCache(Questions):
 
     def __repr__(self) -> str:
         batch, capacity, window, keep, form = self._geometry
-        value_dim = f", value_dim={form.dim_v}" if form.dim_v != form.dim else ""
         ring = f", window={window}, keep={keep}" if window >= 0 else ""
         starts = f", starts={self._starts.tolist()}" if self._padded else ""
         return (
-            f"KVCache(batch={batch}, kv_heads={form.kv_heads}, head_dim={form.dim}, capacity={capacity}{value_dim}, "
+            f"KVCache(batch={batch}, kv_heads={form.kv_heads}, head_dim={form.dim}, capacity={capacity}{form.dims}, "
             f"{form.names}{ring}, lengths={self._lengths.tolist()}{starts})"
         )
 
     @documented
-    def append(self, k: Any, v: Any, *, lengths: Any = None, starts: Any = None, layout: str = "bhld") -> None:
+    def append(
+        self, k: Any, v: Any = None, *, lengths: Any = None, starts: Any = None, layout: str = "bhld"
+    ) -> None:
         """Add tokens to the ends of the sequences.
 
         Parameters
@@ -412,10 +424,9 @@ class KVCache(Questions):
 
     def _write(self, to_k: Array, to_v: Array, k: Array, v: Array, begin: int, n: int) -> None:
         """n tokens k and v to the rows of the tokens from `begin` on."""
-        form = self._geometry.form
         for row, t, many in self._ring.pieces(begin, n):
-            for stored, to, x in ((form.k, to_k, k), (form.v, to_v, v)):
-                stored.write(to[:, :, row : row + many], x if many == n else x[:, :, t : t + many])
+            new = (k, v) if many == n else (k[:, :, t : t + many], v[:, :, t : t + many])
+            self._geometry.form.write(to_k[:, :, row : row + many], to_v[:, :, row : row + many], *new)
 
     @documented
     def attend(
@@ -623,13 +634,13 @@ class KVCache(Questions):
                 if lost[b] or ((own >= keep) & (own < self._reach[b] - self._ring.size)).any():
                     held = f"the ring holds the tokens from {self._reach[b] - self._ring.size} on"
                     raise ValueError(f"{where}: sequence {b} would lack tokens, {held} (n={stay[b]})")
-        moved = [[x[b][:, self._ring.rows(own)] for x in (self._k, self._v)] for b, own in enumerate(tokens)]
+        moved = [[x[b][:, self._ring.rows(own)] for x in self._arrays] for b, own in enumerate(tokens)]
         if self._store is not None:
             self._store.withdraw(np.minimum(self._store.lengths, stay))
         ends = stay + [len(own) for own in tokens]
         for b, new in enumerate(moved):
             rows = self._ring.rows(np.arange(stay[b], ends[b]))
-            for x, those in zip((self._k, self._v), new, strict=True):
+            for x, those in zip(self._arrays, new, strict=True):
                 x[b][:, rows] = those
         if window >= 0:
             self._reach = np.where(stay <= keep, stay, self._reach)
@@ -680,12 +691,12 @@ class KVCache(Questions):
         changed = np.flatnonzero(order != np.arange(batch))
         source = order[changed]
         rows = slice(int(self._lengths[source].max(initial=0)) if self._geometry.window < 0 else None)
-        moved = [x[source, :, rows] for x in (self._k, self._v)]  # copies: memory that is not there changes nothing
+        moved = [x[source, :, rows] for x in self._arrays]  # copies: memory that is not there changes nothing
         if self._store is not None:
             confirmed = self._store.lengths.copy()
             confirmed[changed] = 0
             self._store.withdraw(confirmed)
-        for x, new in zip((self._k, self._v), moved, strict=True):
+        for x, new in zip(self._arrays, moved, strict=True):
             x[changed, :, rows] = new
         self._reach, self._starts = self._reach[order], self._starts[order]
         self._set_lengths(self._lengths[order])
@@ -802,7 +813,8 @@ class KVCache(Questions):
         files.check_free("KVCache.save", path)
         with files.creating(path, self._geometry, over=True) as new:
             store = Store("KVCache.save", new, True)
-            store.k[:, :, rows], store.v[:, :, rows] = self._k[:, :, rows], self._v[:, :, rows]
+            for to, x in zip(store.arrays, self._arrays, strict=True):
+                to[:, :, rows] = x[:, :, rows]
             store.commit(self._lengths, reach, self._starts)
             del store
 
@@ -843,5 +855,6 @@ class KVCache(Questions):
         cache._set_lengths(store.lengths.copy())
         cache._begin(store.starts)
         rows = slice(min(int(cache._reach.max()), store.geometry.capacity))
-        cache._k[:, :, rows], cache._v[:, :, rows] = store.k[:, :, rows], store.v[:, :, rows]
+        for to, x in zip(cache._arrays, store.arrays, strict=True):
+            to[:, :, rows] = x[:, :, rows]
         return cache

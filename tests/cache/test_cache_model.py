@@ -30,6 +30,7 @@ class Rows(NamedTuple):
 
     dtype: str
     value_dtype: str
+    latent: bool
 
     @property
     def is_exact(self):
@@ -37,7 +38,12 @@ class Rows(NamedTuple):
         return self.dtype == self.value_dtype and self.dtype not in QUANTISED
 
     def store(self, k, v):
-        return as_stored(k, self.dtype), as_stored(v, self.value_dtype)
+        k = as_stored(k, self.dtype)
+        return k, k[..., :DIM_V] if self.latent else as_stored(v, self.value_dtype)
+
+    def given(self, k, v):
+        """What append takes."""
+        return (k,) if self.latent else (k, v)
 
 
 class Model:
@@ -101,12 +107,13 @@ class Model:
 
 def draw_rows(data):
     """Rows of a cache, and a type for its queries: of 32 bits or less."""
-    dtype = data.draw(st.sampled_from([*ALL_TYPES, *QUANTISED]), "dtype")
-    value_dtype = data.draw(st.just(dtype) | st.sampled_from([*ALL_TYPES, *QUANTISED]), "value_dtype")
+    types = st.sampled_from([*ALL_TYPES, *QUANTISED])
+    dtype, latent = data.draw(types, "dtype"), data.draw(st.integers(0, 2), "latent") == 2
+    value_dtype = dtype if latent else data.draw(st.just(dtype) | types, "value_dtype")
     plain = {dtype, value_dtype} - {*QUANTISED}
     fits = {"float32", "float16", "bfloat16"} if not plain else {*plain, "float32"} if len(plain) == 1 else {"float32"}
     kind = "float64" if "float64" in plain else data.draw(st.sampled_from(sorted(fits)), "queries' type")
-    return Rows(dtype, value_dtype), kind
+    return Rows(dtype, value_dtype, latent), kind
 
 
 def draw_tokens(data, heads, rows, batch, most=9):
@@ -162,7 +169,7 @@ class Slab(RuleBasedStateMachine):
             **self.rows._asdict(),
         )  # fmt: skip
         poison = np.full((self.batch, self.heads, self.capacity, DIM), np.nan, "float32")
-        self.cache.append(poison, poison[..., :DIM_V])
+        self.cache.append(*self.rows.given(poison, poison[..., :DIM_V]))
         self.cache.truncate(0)
         self.model = [Model(self.heads, self.rows) for _ in range(self.batch)]
 
@@ -173,12 +180,12 @@ class Slab(RuleBasedStateMachine):
         added = [k.shape[2]] * self.batch if counts is None else counts
         if self.window is None and any(len(m) + n > self.capacity for m, n in zip(self.model, added, strict=True)):
             with pytest.raises(ValueError, match=f"capacity is {self.capacity}"):
-                self.cache.append(k, v, lengths=counts)
+                self.cache.append(*self.rows.given(k, v), lengths=counts)
             return
         starts = None
         if data.draw(st.integers(0, 2)) == 0:
             starts = [0 if len(m) else data.draw(st.integers(0, n)) for m, n in zip(self.model, added, strict=True)]
-        self.cache.append(k, v, lengths=counts, starts=starts)
+        self.cache.append(*self.rows.given(k, v), lengths=counts, starts=starts)
         for b, n in enumerate(added):
             self.model[b].start += starts[b] if starts else 0
             self.model[b].grow(k[b, :, :n], v[b, :, :n])
@@ -288,7 +295,7 @@ class Pages(RuleBasedStateMachine):
         )
         poison = np.full((1, self.HEADS, self.SIZE * self.PAGES, DIM), np.nan, "float32")
         everything = self.pool.add()
-        self.pool.append([everything], poison, poison[..., :DIM_V])
+        self.pool.append([everything], *self.rows.given(poison, poison[..., :DIM_V]))
         self.pool.remove(everything)
         self.model = {}
 
@@ -344,7 +351,7 @@ class Pages(RuleBasedStateMachine):
         k, v = draw_tokens(data, self.HEADS, self.rows, len(chosen))
         counts = draw_counts(data, len(chosen), k.shape[2])
         try:
-            self.pool.append(chosen, k, v, lengths=counts)
+            self.pool.append(chosen, *self.rows.given(k, v), lengths=counts)
         except ValueError as error:
             assert "new pages are needed" in str(error)  # nothing has changed, as the invariant sees
             assert self.pool.free_pages < sum(-(-9 // self.SIZE) + 1 for _ in chosen)
