@@ -7,7 +7,7 @@ well copies it first.
 
 import copy
 from collections.abc import Sequence
-from typing import Any, Never, Self
+from typing import Any, NamedTuple, Never, Self
 
 import numpy as np
 
@@ -18,6 +18,18 @@ from . import types
 from .attend import Held, Keys, Tokens, ask_newest, attend_newest, check_chosen, check_index, check_tokens
 from .paged_questions import PagedQuestions
 from .types import Shown
+
+
+class New(NamedTuple):
+    """Tokens that are about to be appended."""
+
+    chosen: list[int]
+    k: Array  # (len(chosen), kv_heads, n, dim)
+    v: Array
+    n: int
+    counts: Array | None  # of each sequence, where not all get n
+    many: list[int]  # the same, always
+    ends: list[int]  # how many tokens there will be
 
 
 class PagedKVCache(PagedQuestions):
@@ -446,7 +458,9 @@ class PagedKVCache(PagedQuestions):
         >>> token = np.ones((1, 1, 1, 8), "float32")
         >>> pool.append([pool.add()], token, token)
         """
-        where = "PagedKVCache.append"
+        self._add(self._check_new("PagedKVCache.append", sequences, k, v, lengths, layout))
+
+    def _check_new(self, where: str, sequences: Any, k: Any, v: Any, lengths: Any, layout: str) -> New:
         chosen = self._check(where, sequences)
         if len(set(chosen)) < len(chosen):
             raise ValueError(f"{where}: sequences must be different ones, got {chosen}")
@@ -456,8 +470,12 @@ class PagedKVCache(PagedQuestions):
         if needed > len(self._free):
             given = f"{sum(many)} tokens for {len(chosen)} sequence{'s' * (len(chosen) != 1)}, {self._size} in a page"
             raise ValueError(f"{where}: {needed} new pages are needed, {len(self._free)} are free ({given})")
+        return New(chosen, k, v, n, counts, many, [self._lengths[s] + m for s, m in zip(chosen, many, strict=True)])
+
+    def _add(self, new: New) -> None:
+        _, k, v, *_ = new
         try:
-            for i, (sequence, n) in enumerate(zip(chosen, many, strict=True)):
+            for i, (sequence, n) in enumerate(zip(new.chosen, new.many, strict=True)):
                 done = 0
                 while done < n:
                     end, within = divmod(self._lengths[sequence] + done, self._size)
@@ -467,11 +485,10 @@ class PagedKVCache(PagedQuestions):
                     self._form.write(*to, k[i, :, done : done + m], v[i, :, done : done + m])
                     done += m
         except BaseException:  # Ctrl-C among them: pages beyond the lengths go back
-            for sequence in chosen:
+            for sequence in new.chosen:
                 self.truncate(sequence, self._lengths[sequence])
             raise
-        for sequence, n in zip(chosen, many, strict=True):
-            self._lengths[sequence] += n
+        self._lengths.update(zip(new.chosen, new.ends, strict=True))
 
     def _count_needed(self, chosen: list[int], many: list[int]) -> int:
         """Pages that an append takes: new ones at the ends, and copies of last ones that are shared."""
@@ -577,19 +594,120 @@ class PagedKVCache(PagedQuestions):
         8.0
         """
         where = "PagedKVCache.attend"
+        held = self._held(where, self._check(where, sequences))
         return attend_newest(
-            where, self._held(where, sequences), q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap,
-            scale, layout, return_lse, out, num_threads, words, tree,
+            where, held, q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale, layout,
+            return_lse, out, num_threads, words, tree,
         )  # fmt: skip
 
-    def _ask(self, where: str, sequences: Any, q: Any, *arguments: Any, values: bool = False) -> Problem:
-        return ask_newest(where, self._held(where, sequences), q, *arguments, values=values)
+    @documented
+    def step(
+        self,
+        sequences: Sequence[int],
+        q: Any,
+        k: Any,
+        v: Any,
+        *,
+        lengths: Any = None,
+        tree: Any = None,
+        mask: Any = None,
+        bias: Any = None,
+        causal: bool = True,
+        window: int | tuple[int | None, int | None] | None = None,
+        alibi_slopes: Any = None,
+        sinks: Any = None,
+        softcap: float | None = None,
+        scale: float | None = None,
+        layout: str = "bhld",
+        return_lse: bool = False,
+        out: Array | None = None,
+        num_threads: int | None = None,
+        **words: Never,
+    ) -> Any:
+        """Append tokens and attend with their queries, in one call: `append(sequences, k, v)`, then
+        `attend(sequences, q)`.
 
-    def _held(self, where: str, sequences: Any) -> Held:
-        chosen = self._check(where, sequences)
+        What is checked is checked before anything is appended, and once; so a step is quicker than the two calls, and
+        the cache is as it was where one fails.
+
+        Parameters
+        ----------
+        sequences : sequence of int
+            Their numbers, each once, at least one.
+        <newest_q>
+            The batch is that of `sequences`; here those of the tokens of k and v.
+        <new_k>
+        <new_v>
+        <new_lengths>
+            As many of its queries count, and the results of the others are 0.
+        <tree>
+        <mask>
+            Here Lq is L, and Lk the tokens of the longest sequence, the new ones among them.
+        <bias>
+        <causal>
+            True by default, and here not "top-left": a query sees no token after its own.
+        <window>
+        <alibi_slopes>
+        <sinks>
+        <softcap>
+        <scale>
+        <layout>
+            It is that of q, k, v and the result.
+        <return_lse>
+        <out>
+        <num_threads>
+
+        Returns
+        -------
+        out : ndarray, shape (len(sequences), Hq, L, value_dim)
+            In q's type.
+        lse : ndarray, shape (len(sequences), Hq, L)
+            Only with ``return_lse=True``.
+
+        Raises
+        ------
+        TypeError, ValueError, OverflowError, MemoryError
+            As of `append` and `attend`. What ends a call later (no memory for its work, Ctrl-C) takes the new tokens
+            back.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import qkv_fast
+        >>> pool = qkv_fast.PagedKVCache(1, 8, 20)
+        >>> a, token = pool.add(), np.ones((1, 1, 1, 8), "float32")
+        >>> for _ in range(3):
+        ...     out = pool.step([a], token, token, token)
+        >>> out.shape, pool.lengths([a])
+        ((1, 1, 1, 8), array([3]))
+        """
+        where = "PagedKVCache.step"
+        new = self._check_new(where, sequences, k, v, lengths, layout)
+        form, tokens, find, limit, keep = self._held(where, new.chosen, new.ends)
+
+        def found(*asked: Any) -> Keys:
+            self._add(new)
+            return find(*asked)
+
+        before = [self._lengths[s] for s in new.chosen]
+        try:
+            return attend_newest(
+                where, (form, tokens, found, limit, keep), q, new.counts, mask, bias, causal, window, alibi_slopes,
+                sinks, softcap, scale, layout, return_lse, out, num_threads, words, tree, new.n,
+            )  # fmt: skip
+        except BaseException:  # Ctrl-C among them
+            for sequence, n in zip(new.chosen, before, strict=True):
+                self.truncate(sequence, n)
+            raise
+
+    def _ask(self, where: str, sequences: Any, q: Any, *arguments: Any, values: bool = False) -> Problem:
+        return ask_newest(where, self._held(where, self._check(where, sequences)), q, *arguments, values=values)
+
+    def _held(self, where: str, chosen: list[int], ends: list[int] | None = None) -> Held:
+        """What these have, or will have when they have so many tokens."""
         if not chosen:
             raise ValueError(f"{where}: at least one sequence is needed")
-        lengths = [self._lengths[s] for s in chosen]
+        lengths = [self._lengths[s] for s in chosen] if ends is None else ends
         tables = [self._pages[s] for s in chosen]
         tokens = Tokens(np.array(lengths, np.int64), min(lengths), max(lengths))
         return self._form, tokens, lambda *_: self._find(tables), None, 0

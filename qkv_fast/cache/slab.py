@@ -21,6 +21,10 @@ from .questions import Questions
 from .ring import Ring
 from .types import Shown
 
+# What is about to be appended: k and v (batch, kv_heads, n, dim), n, how many of these each sequence gets (None: all),
+# and the tokens that there will be.
+New = tuple[Array, Array, int, Array | None, Tokens]
+
 
 class KVCache(Questions):
     """Keys and values of a batch of growing sequences, and attention of new queries over them.
@@ -380,50 +384,50 @@ class KVCache(Questions):
         >>> cache.lengths
         array([9, 5])
         """
-        where = "KVCache.append"
+        self._add(self._check_new("KVCache.append", k, v, lengths, starts, layout))
+
+    def _check_new(self, where: str, k: Any, v: Any, lengths: Any, starts: Any, layout: str) -> New:
         geometry = self._geometry
         k, v, n, counts = check_tokens(where, geometry.form, geometry.batch, k, v, lengths, layout)
-        begins = None
+        ends = self._lengths + (n if counts is None else counts)
+        least, most = self._least + n, self._most + n
+        if counts is not None:
+            least, most = int(ends.min()), int(ends.max())
+        begins = self._starts if self._padded else None
         if starts is not None:
-            ends = self._lengths + (n if counts is None else counts)
-            begins = check_starts(where, starts, self._lengths, ends)
+            begins = np.maximum(self._starts, check_starts(where, starts, self._lengths, ends))
+            begins = begins if begins.any() else None
         if self._store is not None:
             self._store.check_writable(where)
-        if geometry.window >= 0 and (np.may_share_memory(k, self._k) or np.may_share_memory(v, self._v)):
-            k, v = k.copy(), v.copy()  # rows of the ring itself, which are about to be overwritten
-        if counts is None and self._least == self._most:
-            if geometry.window < 0 and self._most + n > geometry.capacity:
-                self._fail_capacity(where, self._most, n)
-            if geometry.window >= 0:  # first: whatever happens then, nobody reads what is overwritten
-                np.maximum(self._reach, self._most + n, out=self._reach)
-            self._write(self._k, self._v, k, v, self._most, n)
-            self._least = self._most = self._most + n
-            self._lengths.fill(self._most)
-            if begins is not None:
-                self._begin(begins)
-            return
-        ends = self._lengths + (n if counts is None else counts)
-        if geometry.window < 0 and ends.max() > geometry.capacity:
+        if geometry.window < 0 and most > geometry.capacity:
             at = int(ends.argmax())
-            self._fail_capacity(where, int(self._lengths[at]), int(ends[at] - self._lengths[at]))
-        np.maximum(self._reach, ends, out=self._reach)
-        for b, (begin, end) in enumerate(zip(self._lengths.tolist(), ends.tolist(), strict=True)):
-            n = end - begin
-            self._write(self._k[b : b + 1], self._v[b : b + 1], k[b : b + 1, :, :n], v[b : b + 1, :, :n], begin, n)
-        self._set_lengths(ends)
-        if begins is not None:
-            self._begin(begins)
+            used, capacity = int(self._lengths[at]), geometry.capacity
+            raise ValueError(f"{where}: {most - used} tokens after {used} are {most}, the capacity is {capacity}")
+        return k, v, n, counts, Tokens(ends, least, most, begins)
 
-    def _begin(self, starts: Array) -> None:
-        self._starts = np.maximum(self._starts, starts)
-        self._padded = bool(self._starts.any())
-
-    def _fail_capacity(self, where: str, used: int, more: int) -> None:
-        capacity = self._geometry.capacity
-        raise ValueError(f"{where}: {more} tokens after {used} are {used + more}, the capacity is {capacity}")
+    def _add(self, new: New) -> None:
+        k, v, n, counts, tokens = new
+        if self._geometry.window >= 0:
+            if np.may_share_memory(k, self._k) or np.may_share_memory(v, self._v):
+                k, v = k.copy(), v.copy()  # rows of the ring itself, which are about to be overwritten
+            # first: whatever happens then, nobody reads what is overwritten
+            np.maximum(self._reach, tokens.lengths, out=self._reach)
+        if counts is None and self._least == self._most:
+            self._write(self._k, self._v, k, v, self._most, n)
+        else:
+            many = [n] * len(self._lengths) if counts is None else counts.tolist()
+            for b, (begin, n) in enumerate(zip(self._lengths.tolist(), many, strict=True)):
+                self._write(self._k[b : b + 1], self._v[b : b + 1], k[b : b + 1, :, :n], v[b : b + 1, :, :n], begin, n)
+        self._lengths, self._least, self._most, starts = tokens
+        if starts is not None:
+            self._starts, self._padded = starts, True
 
     def _write(self, to_k: Array, to_v: Array, k: Array, v: Array, begin: int, n: int) -> None:
         """n tokens k and v to the rows of the tokens from `begin` on."""
+        if self._geometry.window < 0:
+            self._geometry.form.write(to_k[:, :, begin : begin + n], k)
+            self._geometry.form.write(to_v[:, :, begin : begin + n], v)
+            return
         for row, t, many in self._ring.pieces(begin, n):
             new = (k, v) if many == n else (k[:, :, t : t + many], v[:, :, t : t + many])
             self._geometry.form.write(to_k[:, :, row : row + many], to_v[:, :, row : row + many], *new)
@@ -507,23 +511,134 @@ class KVCache(Questions):
             layout, return_lse, out, num_threads, words, tree,
         )  # fmt: skip
 
+    @documented
+    def step(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        *,
+        lengths: Any = None,
+        starts: Any = None,
+        tree: Any = None,
+        mask: Any = None,
+        bias: Any = None,
+        causal: bool = True,
+        window: int | tuple[int | None, int | None] | None = None,
+        alibi_slopes: Any = None,
+        sinks: Any = None,
+        softcap: float | None = None,
+        scale: float | None = None,
+        layout: str = "bhld",
+        return_lse: bool = False,
+        out: Array | None = None,
+        num_threads: int | None = None,
+        **words: Never,
+    ) -> Any:
+        """Append tokens and attend with their queries, in one call: `append(k, v)`, then `attend(q)`.
+
+        What is checked is checked before anything is appended, and once; so a step is quicker than the two calls, and
+        the cache is as it was where one fails.
+
+        Parameters
+        ----------
+        <newest_q>
+            Here those of the tokens of k and v.
+        <new_k>
+        <new_v>
+        <new_lengths>
+            As many of its queries count, and the results of the others are 0.
+        <new_starts>
+        <tree>
+        <mask>
+            Here Lq is L, and Lk the tokens of the longest sequence, the new ones among them.
+        <bias>
+        <causal>
+            True by default, and here not "top-left": a query sees no token after its own.
+        <window>
+            For a ring: not further to the left than its own window, which is the default.
+        <alibi_slopes>
+        <sinks>
+        <softcap>
+        <scale>
+        <layout>
+            It is that of q, k, v and the result.
+        <return_lse>
+        <out>
+        <num_threads>
+
+        Returns
+        -------
+        out : ndarray, shape (batch, Hq, L, value_dim)
+            In q's type.
+        lse : ndarray, shape (batch, Hq, L)
+            Only with ``return_lse=True``.
+
+        Raises
+        ------
+        TypeError, ValueError, OverflowError, MemoryError
+            As of `append` and `attend`. What ends a call later (no memory for its work, Ctrl-C) takes the new tokens
+            back; a ring has then lost what they overwrote, as after `truncate`.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import qkv_fast
+        >>> rng = np.random.default_rng(0)
+        >>> cache = qkv_fast.KVCache(2, 4, 64, capacity=100)
+        >>> for _ in range(3):
+        ...     q, (k, v) = rng.standard_normal((2, 8, 1, 64)), rng.standard_normal((2, 2, 4, 1, 64), dtype="float32")
+        ...     out = cache.step(q.astype("float32"), k, v)
+        >>> out.shape, cache.lengths
+        ((2, 8, 1, 64), array([3, 3]))
+        """
+        where = "KVCache.step"
+        new = _, _, n, counts, tokens = self._check_new(where, k, v, lengths, starts, layout)
+        form, _, find, limit, keep = self._held(tokens)
+
+        def found(*asked: Any) -> Keys:
+            keys = find(*asked)  # or an error
+            self._add(new)
+            return keys
+
+        before = self._lengths, self._least, self._most, self._starts, self._padded
+        try:
+            return attend_newest(
+                where, (form, tokens, found, limit, keep), q, counts, mask, bias, causal, window, alibi_slopes, sinks,
+                softcap, scale, layout, return_lse, out, num_threads, words, tree, n,
+            )  # fmt: skip
+        except BaseException:  # Ctrl-C among them
+            self._lengths, self._least, self._most, self._starts, self._padded = before
+            raise
+
     def _ask(self, where: str, q: Any, *arguments: Any, values: bool = False) -> Problem:
         return ask_newest(where, self._held(), q, *arguments, values=values)
 
-    def _held(self) -> Held:
-        _, _, reach, keep, form = self._geometry
-        tokens = Tokens(self._lengths, self._least, self._most, self._starts if self._padded else None)
-        return form, tokens, self._find, None if reach < 0 else reach, keep
+    def _held(self, soon: Tokens | None = None) -> Held:
+        """What it has, or what it will have with more tokens."""
+        _, _, window, keep, form = self._geometry
+        if window < 0:
+            tokens = soon or self._tokens()
+            k, v = self._k[:, :, : tokens.most], self._v[:, :, : tokens.most]
+            return form, tokens, lambda *_: Keys(k, v), None, 0
+        tokens, reach = soon or self._tokens(), self._reach
+        if soon is not None:
+            reach = np.maximum(reach, soon.lengths)
+        starts = self._starts if tokens.starts is None else tokens.starts
+        return form, tokens, lambda *asked: self._find(tokens.lengths, reach, starts, *asked), window, keep
 
-    def _find(self, where: str, left: int | None, queries: Any, join: bool) -> Keys:
-        if self._geometry.window < 0:
-            return Keys(self._k[:, :, : self._most], self._v[:, :, : self._most])
-        assert left is not None
+    def _tokens(self) -> Tokens:
+        return Tokens(self._lengths, self._least, self._most, self._starts if self._padded else None)
+
+    def _find(
+        self, lengths: Array, reach: Array, starts: Array, where: str, left: int, queries: Any, join: bool
+    ) -> Keys:
+        """Of a ring."""
         ring, steps = self._ring, [(x.strides[0], x.strides[2]) for x in (self._k, self._v)]
-        many = [queries] * len(self._lengths) if isinstance(queries, int) else queries.tolist()
-        laps = ring.laps(where, self._lengths, self._reach, self._starts, many, left)
+        many = [queries] * len(lengths) if isinstance(queries, int) else queries.tolist()
+        laps = ring.laps(where, lengths, reach, starts, many, left)
         if join:
-            return Keys(self._k, self._v, *ring.joined(self._lengths, left, steps))
+            return Keys(self._k, self._v, *ring.joined(lengths, left, steps))
         last = self._laps
         if last is None or last[0] != laps:
             self._laps = last = laps, Keys(self._k, self._v, *ring.runs(laps, steps))
@@ -852,8 +967,8 @@ class KVCache(Questions):
         cache = cls.__new__(cls)
         cache._take(store.geometry, None)
         cache._reach = store.reach.copy()
+        cache._starts, cache._padded = store.starts.copy(), bool(store.starts.any())
         cache._set_lengths(store.lengths.copy())
-        cache._begin(store.starts)
         rows = slice(min(int(cache._reach.max()), store.geometry.capacity))
         for to, x in zip(cache._arrays, store.arrays, strict=True):
             to[:, :, rows] = x[:, :, rows]

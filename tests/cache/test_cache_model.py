@@ -8,6 +8,8 @@ types, which `attention` does not take, and rings that have lost sight of kept t
 Memory starts as NaN, which must never show.
 """
 
+import copy
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -151,6 +153,22 @@ def draw_options(data, heads):
     return drawn
 
 
+def hold_step(cache, sequences, q, k, v, lengths, options, **of_append):
+    """A step gives what a copy gives that appends and then attends, or its error, and nothing has changed. Returns
+    whether it has."""
+    other, options = copy.deepcopy(cache), dict(options, return_lse=True)
+    try:
+        other.append(*sequences, k, v, lengths=lengths, **of_append)
+        expected = other.attend(*sequences, q, lengths=lengths, **options)
+    except ValueError as error:
+        words = re.escape(str(error).partition(": ")[2])
+        with pytest.raises(ValueError, match=rf"\.step: {words}"):
+            cache.step(*sequences, q, k, v, lengths=lengths, **of_append, **options)
+        return False
+    same_bits(cache.step(*sequences, q, k, v, lengths=lengths, **of_append, **options), expected)
+    return True
+
+
 @TURNS
 class Slab(RuleBasedStateMachine):
     """KVCache, as a slab or a ring."""
@@ -251,6 +269,21 @@ class Slab(RuleBasedStateMachine):
         for b, (m, n) in enumerate(zip(self.model, counts, strict=True)):
             m.check((out[b, :, :n], lse[b, :, :n]), q[b, :, :n], exact, self.keep, self.window, **options)
             assert not out[b, :, n:].any()
+
+    @rule(data=st.data())
+    def step(self, data):
+        k, v = draw_tokens(data, self.heads, self.dtype, self.batch)
+        n, heads = k.shape[2], self.heads * self.group
+        counts = draw_counts(data, self.batch, n)
+        added = [n] * self.batch if counts is None else counts
+        starts = None
+        if data.draw(st.integers(0, 2)) == 0:
+            starts = [0 if len(m) else data.draw(st.integers(0, n)) for m, n in zip(self.model, added, strict=True)]
+        q = normal(np.random.default_rng(n), (self.batch, heads, n, DIM), self.kind)
+        if hold_step(self.cache, [], q, k, v, counts, draw_options(data, heads), starts=starts):
+            for b, n in enumerate(added):
+                self.model[b].start += starts[b] if starts else 0
+                self.model[b].grow(k[b, :, :n], v[b, :, :n])
 
     @rule(data=st.data(), name=st.sampled_from(OF_CACHES))
     def ask(self, data, name):
@@ -370,6 +403,19 @@ class Pages(RuleBasedStateMachine):
         out, lse = self.pool.attend(chosen, q, lengths=lengths, return_lse=True, **options)
         for b, (m, n) in enumerate(zip(models, counts, strict=True)):
             m.check((out[b, :, :n], lse[b, :, :n]), q[b, :, :n], **options)
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def step(self, data):
+        chosen, heads = self.any_of(data), self.HEADS * self.GROUP
+        k, v = draw_tokens(data, self.HEADS, self.dtype, len(chosen))
+        n = k.shape[2]
+        counts = draw_counts(data, len(chosen), n)
+        q = normal(np.random.default_rng(n), (len(chosen), heads, n, DIM), self.kind)
+        if hold_step(self.pool, [chosen], q, k, v, counts, draw_options(data, heads)):
+            for b, s in enumerate(chosen):
+                m = n if counts is None else counts[b]
+                self.model[s].grow(k[b, :, :m], v[b, :, :m])
 
     @precondition(lambda self: self.model)
     @rule(data=st.data(), name=st.sampled_from(OF_CACHES))
