@@ -516,7 +516,7 @@ class KVCache(Questions):
         self,
         q: Any,
         k: Any,
-        v: Any,
+        v: Any = None,
         *,
         lengths: Any = None,
         starts: Any = None,
