@@ -315,6 +315,8 @@ def _index(x: Any) -> int | None:
 def _per_sequence(where: str, name: str, values: Any, batch: tuple[int, ...]) -> Array:
     """int64, contiguous, of the shape of the batch: one integer for all, or an array that broadcasts to it."""
     given = _integers(where, name, values)
+    if given.shape == batch and given.flags.c_contiguous:
+        return given
     try:
         spread = np.broadcast_to(given, batch)
     except ValueError:

@@ -221,6 +221,7 @@ cdef bytearray fill_extras(qkv_problem *p, extras, cnp.ndarray out):
     p.sinks = doubles_of(extras.sinks)
     p.softcap = extras.softcap
     p.kept = extras.kept
+    p.latent = extras.latent
     if mask is not None:
         p.mask = <const char *>cnp.PyArray_DATA(mask)
         p.mask_from = integers_of(extras.mask_from)
@@ -300,7 +301,8 @@ cdef class Problem:
     lengths       the same
     extras        an Extras of _masks.py, or None; with its starts the rows of all arrays are those of packed sequences, and
                   offsets and lengths are given. With its runs k and v (..., heads, rows, dim) are where these point into,
-                  and lengths are given. With its `k_stored` or `v_stored` the last axis of k or v is the bytes of a row.
+                  and lengths are given. With its `k_stored` or `v_stored` the last axis of k or v is the bytes of a row. If it is
+                  `latent`, v are the first elements of the rows of k.
     threads, isa  how many, and which path
     counters      contiguous int64 in the order of COUNTERS, or None; or PLAN: nothing is to be computed
     """
@@ -422,6 +424,7 @@ def forward(Problem call not None, cnp.ndarray out not None, cnp.ndarray lse, in
     p.len_k = cnp.PyArray_DIM(k, cnp.PyArray_NDIM(k) - row)
     p.dim = cnp.PyArray_DIM(q, cnp.PyArray_NDIM(q) - 1)
     p.dim_v = cnp.PyArray_DIM(v, cnp.PyArray_NDIM(v) - 1)
+    p.latent = 0
 
     p.q = <const char *>cnp.PyArray_DATA(q)
     p.out = <char *>cnp.PyArray_DATA(out)

@@ -101,7 +101,7 @@ new_k : array_like, shape (batch, kv_heads, L, head_dim)
     Keys of L tokens per sequence, of the cache's type, float32 or narrower (lists become float64); of any
     type that `attention` takes for int8 and int4. What a narrower type cannot hold becomes infinite in it.
 new_v : array_like, shape (batch, kv_heads, L, value_dim)
-    Their values.
+    Their values; left out where these are latent.
 new_lengths : int or array_like of int, optional
     How many of the L tokens each sequence gets: its first ones. All by default.
 new_starts : int or array_like of int, optional

@@ -40,6 +40,7 @@ class Extras(NamedTuple):
     kept: int = 0  # questions: the first keys, that the window's left side hides from none
     k_stored: str | None = None  # "int8" or "int4": rows of k are bytes, as qkv.h has them; None: of their own type
     v_stored: str | None = None
+    latent: bool = False  # caches: v is k, or the first elements of its rows
 
     def with_segments(self, spans: Array, q_ids: Array | None, k_ids: Array | None) -> "Extras":
         return self._replace(spans=spans, q_ids=q_ids, k_ids=k_ids)

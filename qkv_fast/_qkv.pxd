@@ -71,6 +71,7 @@ cdef extern from "qkv.h" nogil:
         int64_t len_q, len_k
         int64_t dim, dim_v
         int64_t beams, beam_step
+        int latent
         const char *q
         char *out
         void *lse

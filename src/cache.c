@@ -117,10 +117,11 @@ void qkv_quantise(const qkv_storage *s, const char *x, char *rows)
 void qkv_dequantise(const qkv_storage *s, const char *rows, float *x)
 {
     const qkv_kernels *kernels = qkv_kernels_at(s->isa, QKV_F32);
+    int64_t at = s->stored == QKV_I8 ? qkv_i8_bytes(s->dim) : qkv_i4_bytes(s->dim);
     for (int64_t b = 0; b < s->count[0]; b++)
         for (int64_t h = 0; h < s->count[1]; h++)
             for (int64_t t = 0; t < s->count[2]; t++, x += s->dim) {
-                qkv_rows from = {.data = (char *)row_at(rows, s->rows_at, b, h, t), .col = 1, .type = (int)s->stored};
+                qkv_rows from = {.data = (char *)row_at(rows, s->rows_at, b, h, t), .col = (ptrdiff_t)at, .type = (int)s->stored};
                 kernels->gather(x, s->dim, &from, 1, (int)s->dim);
             }
 }

@@ -119,6 +119,7 @@ static void open_rows(few *t, const qkv_call *job, int worker, int64_t sequence,
         .q = scratch + plan->few.at_q, .s = scratch + plan->few.at_s, .sums = scratch + plan->few.at_sums,
         .q_row = (ptrdiff_t)plan->few.q_row, .s_row = (ptrdiff_t)plan->few.s_row, .o_row = (ptrdiff_t)plan->few.o_row,
         .lo = t->lo, .hi = t->hi, .c = plan->c, .rows = (int)t->count, .d = (int)p->dim, .dv = (int)p->dim_v,
+        .k_scales = (ptrdiff_t)qkv_scales_at(p, 0), .v_scales = (ptrdiff_t)qkv_scales_at(p, 1),
         .streams = plan->few.streams,
     };
     t->q_offset = qkv_rows_offset(p, &p->q_at, sequence) + head * plan->group * p->q_at.head;
@@ -143,8 +144,7 @@ static qkv_rows rows_from(few *t, int values, int64_t first, int64_t *last)
     const qkv_run *run = &p->runs[t->run];
     char *data = (char *)(values ? run->v : run->k) + (values ? t->v_offset : t->k_offset) + (first - run->first) * at->row;
     *last = qkv_min(*last, run->first + run->count);
-    return (qkv_rows){data, (ptrdiff_t)at->row, (ptrdiff_t)at->dim, values ? p->v_type : p->k_type,
-                      values ? p->swapped_v : p->swapped_k};
+    return qkv_rows_at(p, values, data);
 }
 
 /* The same, where they lie or a copy; the bytes from row to row, and the type. */
@@ -155,7 +155,7 @@ static const char *piece(few *t, int values, int64_t first, int64_t *last, ptrdi
     qkv_rows from = rows_from(t, values, first, last);
     if (!(values ? plan->few.copy_v : plan->few.copy_k)) {
         *row = from.row;
-        *as = (int)from.type;
+        *as = from.type;
         return from.data;
     }
     *last = qkv_min(*last, first + plan->few.pass);

@@ -71,7 +71,7 @@ static int64_t count_passes(const qkv_plan *plan, int64_t pass, int64_t first, i
 static void count_tiles(const qkv_problem *p, const qkv_plan *plan, int64_t sequence, qkv_counters *count)
 {
     int64_t lanes = plan->kernels->lanes, vector = plan->kernels->vector, rows = plan->tile_panels * lanes;
-    int copies = (plan->copy_k != 0) + (plan->copy_v != 0);
+    int copies = (plan->copy_k != 0) + (plan->copy_v != 0 && !plan->one);
     for (int64_t first = 0; plan->decode && first < plan->rows; first += plan->few.rows) {
         qkv_limits limits = limits_of(p, plan->each, sequence, first, qkv_min(first + plan->few.rows, plan->rows) - 1);
         if (limits.any.lo >= limits.any.hi)

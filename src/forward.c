@@ -79,8 +79,7 @@ static void copy_rows(const qkv_query_tile *t, const pass_rows *kv, int values, 
         r = run_with(r, key);
         int64_t end = qkv_min(last, r->first + r->count);
         char *data = (char *)row_of(r, values, key, at) + offset;
-        qkv_rows from = {data, (ptrdiff_t)at->row, (ptrdiff_t)at->dim, values ? p->v_type : p->k_type,
-                         values ? p->swapped_v : p->swapped_k};
+        qkv_rows from = qkv_rows_at(p, values, data);
         char *to = copy + (key - first) / pair * copy_row * plan->kernels->size;
         n = end - key;
         if (end < last && n > pair) {
@@ -113,7 +112,10 @@ static void need(const qkv_query_tile *t, pass_rows *kv)
 {
     if (!kv->k) {
         kv->k = fetch(t, kv, 0, &kv->k_row);
-        kv->v = t->plan->values || t->problem->question == QKV_GRADIENTS ? fetch(t, kv, 1, &kv->v_row) : kv->k;
+        kv->v = kv->k;
+        kv->v_row = kv->k_row;
+        if ((t->plan->values || t->problem->question == QKV_GRADIENTS) && !t->plan->one)
+            kv->v = fetch(t, kv, 1, &kv->v_row);
         kv->careful = t->problem->question == QKV_GRADIENTS
             && !qkv_are_finite(t, kv->k, kv->k_row, kv->v, kv->v_row, kv->last - kv->first);
     }
@@ -146,7 +148,7 @@ static qkv_ahead *look_ahead(const qkv_query_tile *t, pass_rows *kv, int64_t fir
     kv->ahead = (qkv_ahead){.rate = begun ? 1 : 2};
     if (!begun)
         n = add_span(t, kv, n, 0, first + soon, last);
-    if (t->plan->values)
+    if (t->plan->values && !t->plan->one)
         n = add_span(t, kv, n, 1, first, last);
     add_span(t, kv, n, 0, last, qkv_min(last + plan->block, end));
     return &kv->ahead;

@@ -140,7 +140,8 @@ static void lay_out_scratch(const qkv_problem *p, qkv_plan *plan)
     int gradients = p->question == QKV_GRADIENTS;       /* dS and products beside S */
     TAKE(at_s, (size_t)plan->block * lanes * size * (gradients ? 3 : 1));
     TAKE(at_k, plan->copy_k || p->n_runs > 1 ? (size_t)(plan->pass * plan->copy_row_k) * size : 0);
-    int64_t copied_v = p->question == QKV_INFLUENCE ? plan->range : plan->copy_v || p->n_runs > 1 ? plan->pass / pair : 0;
+    int64_t copied_v = (plan->copy_v || p->n_runs > 1) && !plan->one ? plan->pass / pair : 0;
+    copied_v = p->question == QKV_INFLUENCE ? plan->range : copied_v;
     TAKE(at_v, (size_t)(copied_v * plan->copy_row_v) * size);
     /* Who reads O has a row more for it. */
     TAKE(at_tile, plan->direct_q && plan->direct_out && !reads_out(p) ? 0 : (lanes + 1) * (dim > dim_v ? dim : dim_v) * size);
@@ -413,7 +414,8 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
         choose_copies(p, plan);
     }
     plan->terms = ceil_div(p->dim, kernels->pair);
-    int64_t row_bytes = (p->dim + p->dim_v) * kernels->size / kernels->pair;
+    plan->one = p->latent && kernels->pair == 1;
+    int64_t row_bytes = (p->dim + (plan->one ? 0 : p->dim_v)) * kernels->size / kernels->pair;
     /* Copies want many panels to share them, and leave them the room by being short. */
     int copies = (plan->copy_k | plan->copy_v) != 0;
     double cold_bytes = (double)plan->sequences * (double)p->heads_kv * (double)plan->reach * (double)row_bytes;

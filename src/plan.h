@@ -58,6 +58,7 @@ typedef struct {
     int64_t pass;                     /* keys that all panels of a tile see before the next; a multiple of block, at most chunk */
     int split;                        /* chunks are tasks of their own */
     int copy_k, copy_v;               /* passes are copied to scratch first, because of these obstacles */
+    int one;                          /* V is the beginning of K's rows, also where these are copies */
     int cold;                         /* the first panel of a pass asks for its K and V ahead */
     int direct_q, direct_out;         /* rows can be read and written where they lie: there are no */
     int obstacles_q, obstacles_out;

@@ -106,6 +106,7 @@ typedef struct {
     int64_t dim, dim_v;
     /* The core's own, and 0: an axis of sequences that share their keys, when it has become one of rows. See beams.h. */
     int64_t beams, beam_step;
+    int latent;                       /* V is the first dim_v elements of the rows of K: types, runs and strides are one */
 
     const char *q;                    /* (axes..., heads_q, len_q, dim) */
     char *out;                        /* (axes..., heads_q, len_q, dim_v); overlaps no input */

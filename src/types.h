@@ -17,7 +17,23 @@ static inline int64_t qkv_row_bytes(qkv_type type, int64_t dim)
 /* Bytes of a token's key and value. */
 static inline int64_t qkv_token_bytes(const qkv_problem *p)
 {
-    return qkv_row_bytes(p->k_type, p->dim) + qkv_row_bytes(p->v_type, p->dim_v);
+    return qkv_row_bytes(p->k_type, p->dim) + (p->latent ? 0 : qkv_row_bytes(p->v_type, p->dim_v));
+}
+
+/* Bytes in front of the scales of a row of K or V, if these are of I8 or I4. */
+static inline int64_t qkv_scales_at(const qkv_problem *p, int values)
+{
+    int64_t dim = values && !p->latent ? p->dim_v : p->dim;
+    return (values ? p->v_type : p->k_type) == QKV_I8 ? qkv_i8_bytes(dim) : qkv_i4_bytes(dim);
+}
+
+/* Rows of K or V from `data` on. */
+static inline qkv_rows qkv_rows_at(const qkv_problem *p, int values, char *data)
+{
+    const qkv_strides *at = values ? &p->v_at : &p->k_at;
+    qkv_type type = values ? p->v_type : p->k_type;
+    int64_t col = type >= QKV_I8 ? qkv_scales_at(p, values) : at->dim;
+    return (qkv_rows){data, (ptrdiff_t)at->row, (ptrdiff_t)col, (int)type, values ? p->swapped_v : p->swapped_k};
 }
 
 /* The type of products and sums. */

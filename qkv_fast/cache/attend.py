@@ -63,6 +63,12 @@ def check_tokens(
     """k and v as (batch, heads, tokens, dim), the number of tokens, and those of each sequence if they differ."""
     if type(k) is not np.ndarray:
         k = _as_array("k", k, where)
+    if form.latent:
+        if v is not None:
+            raise TypeError(f"{where}: a latent cache takes keys alone: values are their first elements; pass no v")
+        v = k[..., : form.dim_v] if k.ndim == 4 else k
+    elif v is None:
+        raise TypeError(f"{where}: v is missing; only a cache with latent=True takes keys alone")
     if type(v) is not np.ndarray:
         v = _as_array("v", v, where)
     for name, x, rows in (("k", k, form.k), ("v", v, form.v)):
@@ -82,6 +88,8 @@ def check_tokens(
     ):  # fmt: skip
         axes = f"{form.kv_heads}, tokens" if heads_first else f"tokens, {form.kv_heads}"
         fits = f"({batch}, {axes}, {form.dim}) and ({batch}, {axes}, {form.dim_v})"
+        if form.latent:
+            _fail_shapes(where, f"k must be of shape ({batch}, {axes}, {form.dim})", k=given[0])
         _fail_shapes(where, f"k and v must be of shapes {fits}", k=given[0], v=given[1])
     return k, v, shape[2], _own_counts(where, lengths, batch, shape[2], "tokens")
 
@@ -102,15 +110,21 @@ def check_starts(where: str, starts: Any, lengths: Array, ends: Array) -> Array:
 def check_counts(where: str, lengths: Any, batch: int, most: int, of: str) -> Array:
     """One count of 0..most per sequence."""
     counts = _per_sequence(where, "lengths", lengths, (batch,))
-    if (wrong := (counts < 0) | (counts > most)).any():
-        raise ValueError(f"{where}: lengths must be in 0..{most} (the {of} given), got {counts[wrong][0]}")
+    for n in counts.tolist():
+        if not 0 <= n <= most:
+            raise ValueError(f"{where}: lengths must be in 0..{most} (the {of} given), got {n}")
     return counts
 
 
 def _own_counts(where: str, lengths: Any, batch: int, most: int, of: str) -> Array | None:
-    """None where all have the most: it costs less."""
-    counts = None if lengths is None else check_counts(where, lengths, batch, most, of)
-    return None if counts is None or (counts == most).all() else counts
+    """None where all have the most, which a step says in every call: it costs less."""
+    if lengths is None:
+        return None
+    plain = lengths.tolist() if type(lengths) is np.ndarray and lengths.dtype.kind in "iu" else lengths
+    if type(plain) is list and plain == [most] * batch and {*map(type, plain)} == {int}:
+        return None
+    counts = check_counts(where, lengths, batch, most, of)
+    return None if counts.tolist().count(most) == batch else counts
 
 
 def check_index(where: str, index: Any, batch: int | None, lengths: Any = None) -> list[Array]:
@@ -139,21 +153,25 @@ def check_chosen(where: str, chosen: Array, n: int, length: int, sequence: int) 
 def _newest(
     where: str, form: Form, tokens: Tokens, limit: int | None, dim_v: int, q: Any, lengths: Any, mask: Any, bias: Any,
     causal: Any, window: Any, alibi_slopes: Any, sinks: Any, softcap: Any, scale: Any, layout: str,
-    num_threads: int | None, words: dict[str, Any],
+    num_threads: int | None, words: dict[str, Any], new: int | None = None,
 ) -> tuple[Problem, Any]:  # fmt: skip
     """The problem of the queries of the newest tokens, but for where keys lie; and how many queries each sequence has,
-    one number or one each."""
+    one number or one each. `new`: how many there must be."""
     stored = form.stored if dim_v else form.stored[:1] * 2  # without values those are none of the keys' elements
     p = _problem.check_newest(
         where, q, len(tokens.lengths), form.kv_heads, form.dim, dim_v, form.dtypes, stored, tokens.most, mask, bias,
         causal, window, alibi_slopes, sinks, softcap, scale, layout, num_threads, words,
     )  # fmt: skip
     len_q = p.rows[2]
+    if new is not None and len_q != new:
+        raise ValueError(f"{where}: q must be of the tokens that k and v are of, {new} each, got {len_q}")
     if limit is not None:
         if window is not None and (p.left is None or p.left > limit):
             reach = "without end" if p.left is None else p.left
             raise ValueError(f"{where}: window reaches {reach} back, the cache keeps {limit} (window={window!r})")
         p.left = limit if window is None else p.left
+    if form.latent and dim_v:
+        p.extras = (p.extras or Extras())._replace(latent=True)
     if tokens.starts is not None:
         p.extras = (p.extras or Extras())._replace(starts=tokens.starts)
     queries: Any = len_q
@@ -244,13 +262,15 @@ def attend_newest(
     num_threads: int | None,
     words: dict[str, Any],
     tree: Any = None,
+    new: int | None = None,
 ) -> Any:
-    """Attention of the queries of the newest tokens over the cache."""
+    """Attention of the queries of the newest tokens over the cache. What is checked is checked before keys are found:
+    a step appends its `new` tokens there."""
     form, tokens, find, limit, keep = held
     batch, longest = len(tokens.lengths), tokens.most
     p, queries = _newest(
         where, form, tokens, limit, form.dim_v, q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap,
-        scale, layout, num_threads, words,
+        scale, layout, num_threads, words, new,
     )  # fmt: skip
     len_q = p.rows[2]
     if tree is not None:

@@ -6,7 +6,6 @@ there. A writer holds a lock on the file, where the system has such locks.
 """
 
 import contextlib
-import math
 import os
 import struct
 import sys
@@ -29,10 +28,10 @@ MAGIC, VERSIONS = b"QKVCACHE", (2, 3)
 _MOST_TOKENS = 1 << 62  # far from where sums of such numbers overflow
 _PAGE = 1 << 16  # a multiple of every system's page, which a flush begins on
 # magic, version, bytes of one header, number of the commit, byte order and type, seven numbers of Geometry; of version
-# 3, which caches have that version 2 cannot describe, the type of the values. Then lengths, reach and starts, (batch,)
-# int64 each, and CRC-32 of all that.
+# 3, which caches have that version 2 cannot describe, the type of the values and whether they are latent. Then lengths,
+# reach and starts, (batch,) int64 each, and CRC-32 of all that.
 _HEAD = struct.Struct("<8sIQQ17s7q")
-_MORE = struct.Struct("<16s")
+_MORE = struct.Struct("<16sQ")
 
 
 class Geometry(NamedTuple):
@@ -49,30 +48,29 @@ class Geometry(NamedTuple):
         heads, dim, dim_v = self.form.kv_heads, self.form.dim, self.form.dim_v
         ring = self.window >= 0 or (self.window == -1 and self.keep == 0)
         dims = 1 <= dim <= _core.MAX_DIM and 1 <= dim_v <= _core.MAX_DIM
+        dims = dims and (dim_v <= dim or not self.form.latent)
         return dims and heads >= 1 and self.keep >= 0 and ring and self.capacity - self.keep > max(self.window, 0)
-
-    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return self.form.shapes(self.batch, self.form.kv_heads, self.capacity)
 
     @property
     def version(self) -> int:
         """Of its file: the oldest that describes it, so that what has written one goes on with it."""
-        return 2 if self.form.k.name == self.form.v.name else 3
+        return 2 if self.form.k.name == self.form.v.name and not self.form.latent else 3
 
     def places(self) -> tuple[int, int, int, int]:
         """Bytes: of one header, before the keys, before the values, and of the file."""
         more = _MORE.size if self.version > 2 else 0
         head = _up(_HEAD.size + more + 24 * self.batch + 4)
-        rows = zip(self.shapes(), (self.form.k, self.form.v), strict=True)
-        size_k, size_v = (math.prod(shape) * x.dtype.itemsize for shape, x in rows)
-        return head, 2 * head, 2 * head + _up(size_k), 2 * head + _up(size_k) + _up(size_v)
+        rows, form = self.batch * self.form.kv_heads * self.capacity, self.form
+        size_k, size_v = (_up(rows * x.width * x.dtype.itemsize) for x in (form.k, form.v))
+        return head, 2 * head, 2 * head + size_k, 2 * head + size_k + (0 if form.latent else size_v)
 
     def __str__(self) -> str:
         form = self.form
+        latent = ", latent" if form.latent else ""
         ring = f", window {self.window}, keep {self.keep}" if self.window >= 0 else ""
         return (
             f"batch {self.batch}, kv_heads {form.kv_heads}, head_dim {form.dim}, value_dim {form.dim_v}, "
-            f"capacity {self.capacity}, {' and '.join(dict.fromkeys((form.k.name, form.v.name)))}{ring}"
+            f"capacity {self.capacity}, {' and '.join(dict.fromkeys((form.k.name, form.v.name)))}{latent}{ring}"
         )
 
 
@@ -90,9 +88,12 @@ class Store:
             access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
             self._map = mmap.mmap(file.fileno(), 0, access=access)
         _, at_k, at_v, _ = self.geometry.places()
-        (shape_k, shape_v), form = self.geometry.shapes(), self.geometry.form
-        self.k: Array = np.ndarray(shape_k, form.k.dtype, self._map, at_k)
-        self.v: Array = np.ndarray(shape_v, form.v.dtype, self._map, at_v)
+        batch, capacity, *_, form = self.geometry
+        self.arrays: tuple[Array, ...] = tuple(
+            np.ndarray((batch, form.kv_heads, capacity, x.width), x.dtype, self._map, at)
+            for x, at in form.parts((form.k, at_k), (form.v, at_v))
+        )
+        self.k, self.v = form.views(*self.arrays)
 
     def is_at(self, path: Any) -> bool:
         """Whether this is the file of that name."""
@@ -193,7 +194,7 @@ def _header(geometry: Geometry, commit: int, *tables: Array) -> bytes:
     version = geometry.version
     made = _HEAD.pack(MAGIC, version, geometry.places()[0], commit, _type_name(form.k.name), *numbers)
     if version > 2:
-        made += _MORE.pack(form.v.name.encode())
+        made += _MORE.pack(form.v.name.encode(), form.latent)
     made += b"".join(table.astype("<i8").tobytes() for table in tables)
     return made + _checksum(made)
 
@@ -233,18 +234,21 @@ def _read_headers(where: str, path: Any, file: Any) -> tuple[Geometry, Array, in
         end = room + 24 * batch
         if batch < 1 or len(made) < end + 4 or made[end : end + 4] != _checksum(made[:end]):
             continue
-        names = name, name[:1] + made[_HEAD.size : room] if version > 2 else name
-        whole.append((commit, [x.rstrip(b"\0") for x in names], batch, numbers, made[room:end]))
+        more = _MORE.unpack(made[_HEAD.size : room]) if version > 2 else (name[1:], 0)
+        names = [x.rstrip(b"\0") for x in (name, name[:1] + more[0])]
+        whole.append((commit, names, more[1], batch, numbers, made[room:end]))
     if not whole:
         raise fail("is damaged or truncated: neither of its headers is whole")
-    commit, names, batch, (heads, dim, dim_v, capacity, window, keep), tables = max(whole)
+    commit, names, latent, batch, (heads, dim, dim_v, capacity, window, keep), tables = max(whole)
     named = {_type_name(known): known for known in types.NAMES}
     for name in names:
         if name not in named:
             known = ", ".join(types.NAMES)
             held = name.decode("ascii", "replace")
             raise fail(f"holds {held} (l or b: byte order), this machine and version read {known}")
-    form = types.make_form(where, heads, (dim, dim_v), (named[names[0]], named[names[1]]))
+    if latent > 1 or (latent and names[0] != names[1]):
+        raise fail(f"is damaged: there are no latent values of {names[1].decode()} in {names[0].decode()} ({latent})")
+    form = types.make_form(where, heads, (dim, dim_v), (named[names[0]], named[names[1]]), latent == 1)
     geometry = Geometry(batch, capacity, window, keep, form)
     if not geometry.is_possible():
         raise fail(f"is damaged: there is no cache of {geometry}")

@@ -1,8 +1,8 @@
 """PagedKVCache: sequences that come and go share one pool of pages; those with a common beginning share its pages.
 
-Page p is the rows p * page_size to (p + 1) * page_size of k (kv_heads, rows, dim) and v. A sequence is a list of pages,
-and attention reads pages that follow one another in the pool as one run. Who appends to a page that others have as
-well copies it first.
+Page p is the rows p * page_size to (p + 1) * page_size of k (kv_heads, rows, dim) and v. pages.py says which ones a
+sequence has; attention reads pages that follow one another in the pool as one run. Who appends to a page that others
+have as well copies it first.
 """
 
 import copy
@@ -15,9 +15,15 @@ from .._checks import Array, _index, _is_known
 from .._core import Problem
 from .._help import documented
 from . import types
-from .attend import Held, Keys, Tokens, ask_newest, attend_newest, check_chosen, check_index, check_tokens
+from .attend import Held, Keys, Tokens, ask_newest, attend_newest, check_chosen, check_index, check_starts, check_tokens
 from .paged_questions import PagedQuestions
+from .pages import Stretch, Table
+from .ring import BLOCK
 from .types import Shown
+
+# What is about to be appended: the sequences, k and v (len(sequences), kv_heads, n, dim), n, how many of these each
+# gets (None: all), how many of its tokens will be padding, and how many there will be.
+New = tuple[list[Stretch], Array, Array, int, Array | None, list[int], list[int]]
 
 
 class PagedKVCache(PagedQuestions):
@@ -42,6 +48,13 @@ class PagedKVCache(PagedQuestions):
         Of the stored keys and values, as for `KVCache`.
     value_dtype : dtype_like, optional
         Of the values, if it is another one; `dtype` by default.
+    latent : bool, default False
+        Values are the first `value_dim` elements of their keys, and are stored once: multi-head latent attention. Then
+        `append` takes keys alone. The scale is the model's own, so pass it to `attend`: 1/sqrt(192) in DeepSeek's
+        models, whose queries have 128 + 64 elements before they are absorbed, and not 1/sqrt(576).
+    window : int, optional
+        Sequences grow without end, and a query sees the `window` tokens before it and itself: `attention`'s window of
+        (window, None). An `append` first gives back the pages that none of its tokens sees.
 
     Raises
     ------
@@ -56,7 +69,7 @@ class PagedKVCache(PagedQuestions):
 
     See Also
     --------
-    KVCache : A batch that grows together; rings and files.
+    KVCache : A batch that grows together; rings, and files that are written in place.
 
     Notes
     -----
@@ -64,8 +77,9 @@ class PagedKVCache(PagedQuestions):
     rounding. Pages are from W. Kwon et al., "Efficient Memory Management for Large Language Model Serving with
     PagedAttention", 2023, section 4.
 
-    A cache is not to be changed by two threads at once. Pages are in memory alone: there is no file
-    of them.
+    Padding on the left takes no pages, but for the one that the first token of a sequence is in.
+
+    A cache is not to be changed by two threads at once.
 
     Examples
     --------
@@ -96,20 +110,19 @@ class PagedKVCache(PagedQuestions):
         value_dim: int | None = None,
         dtype: Any = "float32",
         value_dtype: Any = None,
+        latent: bool = False,
+        window: int | None = None,
     ) -> None:
         where = "PagedKVCache"
-        self._form = form = types.check_form(where, kv_heads, head_dim, value_dim, dtype, value_dtype)
-        pages, self._size = (
-            types.count(where, name, n) for name, n in (("pages", pages), ("page_size", page_size))
-        )
+        self._form = form = types.check_form(where, kv_heads, head_dim, value_dim, dtype, value_dtype, latent)
+        pages, size = (types.count(where, name, n) for name, n in (("pages", pages), ("page_size", page_size)))
+        self._window = None if window is None else types.count(where, "window", window, 0)
         try:
-            self._k, self._v = form.empty(form.kv_heads, pages * self._size)
+            self._k, self._v = form.empty(form.kv_heads, pages * size)
         except ValueError:
-            raise OverflowError(f"{where}: no array is as large as {pages} pages of {self._size} tokens") from None
-        self._owners = np.zeros(pages, np.int64)  # sequences that have the page
-        self._free = list(range(pages - 1, -1, -1))  # the first ones are taken first
-        self._pages: dict[int, list[int]] = {}
-        self._lengths: dict[int, int] = {}
+            raise OverflowError(f"{where}: no array is as large as {pages} pages of {size} tokens") from None
+        self._table = Table(pages, size)
+        self._sequences: dict[int, Stretch] = {}
         self._next = 0
         self._last: tuple[Any, Keys] | None = None  # the runs of the last call, and what they were made for
 
@@ -117,28 +130,34 @@ class PagedKVCache(PagedQuestions):
         return copy.deepcopy(self)  # as of an array: pages and counters are its own
 
     def __getstate__(self) -> dict[str, Any]:
-        rows = self._used()
-        return self.__dict__ | {"_last": None, "_k": self._k[:, rows], "_v": self._v[:, rows]}
+        used = [x[:, self._used()] for x in self._arrays]
+        return self.__dict__ | {"_last": None, "_k": None, "_v": None, "used": used}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        used = state.pop("used")
         self.__dict__.update(state)
-        for x in (self._k, self._v):
+        self._k, self._v = self._form.empty(self._form.kv_heads, len(self._table.owners) * self._table.size)
+        for to, x in zip(self._arrays, used, strict=True):
             _is_known(x.dtype)  # bfloat16, in a process that has not seen any
-        self._k, self._v = self._form.empty(self._form.kv_heads, self._owners.size * self._size)
-        rows = self._used()
-        self._k[:, rows], self._v[:, rows] = state["_k"], state["_v"]
+            to[:, self._used()] = x
+
+    @property
+    def _arrays(self) -> tuple[Array, ...]:
+        """What is stored: keys, and values if they are not in them."""
+        return self._form.parts(self._k, self._v)
 
     def _used(self) -> Array:
         """Rows of pages that some sequence has."""
-        return (np.flatnonzero(self._owners)[:, None] * self._size + np.arange(self._size)).ravel()
+        table = self._table
+        return (np.flatnonzero(table.owners)[:, None] * table.size + np.arange(table.size)).ravel()
 
     kv_heads = Shown(
         "Heads of keys and values.", "PagedKVCache(4, 64, 20).kv_heads -> 4", lambda c: int(c._form.kv_heads)
     )
     head_dim = Shown("Elements of a key.", "PagedKVCache(4, 64, 20).head_dim -> 64", lambda c: int(c._form.dim))
     value_dim = Shown("Elements of a value.", "PagedKVCache(4, 64, 20).value_dim -> 64", lambda c: int(c._form.dim_v))
-    pages = Shown("Pages in the pool.", "PagedKVCache(4, 64, 20).pages -> 20", lambda c: int(c._owners.size))
-    page_size = Shown("Tokens in a page.", "PagedKVCache(4, 64, 20).page_size -> 128", lambda c: int(c._size))
+    pages = Shown("Pages in the pool.", "PagedKVCache(4, 64, 20).pages -> 20", lambda c: len(c._table.owners))
+    page_size = Shown("Tokens in a page.", "PagedKVCache(4, 64, 20).page_size -> 128", lambda c: int(c._table.size))
     dtype = Shown(
         "Name of the type that keys are stored in.", "PagedKVCache(4, 64, 20, dtype='int8').dtype -> 'int8'",
         lambda c: str(c._form.k.name),
@@ -146,6 +165,10 @@ class PagedKVCache(PagedQuestions):
     value_dtype = Shown(
         "Name of the type that values are stored in.", "PagedKVCache(4, 64, 20, dtype='int8').value_dtype -> 'int8'",
         lambda c: str(c._form.v.name),
+    )  # fmt: skip
+    window = Shown(
+        "Tokens before its own that a query sees; None for all.", "PagedKVCache(4, 64, 20, window=9).window -> 9",
+        lambda c: None if c._window is None else int(c._window),
     )  # fmt: skip
 
     @property
@@ -158,7 +181,7 @@ class PagedKVCache(PagedQuestions):
         >>> qkv_fast.PagedKVCache(1, 8, 20).free_pages
         20
         """
-        return len(self._free)
+        return len(self._table.free)
 
     @property
     def nbytes(self) -> int:
@@ -170,7 +193,7 @@ class PagedKVCache(PagedQuestions):
         >>> qkv_fast.PagedKVCache(1, 8, 20, page_size=10).nbytes
         12800
         """
-        return self._k.nbytes + self._v.nbytes
+        return sum(x.nbytes for x in self._arrays)
 
     @property
     def sequences(self) -> list[int]:
@@ -183,14 +206,17 @@ class PagedKVCache(PagedQuestions):
         >>> pool.add(), pool.add(), pool.sequences
         (0, 1, [0, 1])
         """
-        return list(self._pages)
+        return list(self._sequences)
 
     def __repr__(self) -> str:
-        form = self._form
-        value_dim = f", value_dim={form.dim_v}" if form.dim_v != form.dim else ""
+        form, held = self._form, self._sequences
+        window = "" if self._window is None else f", window={self._window}"
+        starts = {s: found.start for s, found in held.items() if found.start}
+        shown = f", starts={starts}" if starts else ""
         return (
-            f"PagedKVCache(kv_heads={form.kv_heads}, head_dim={form.dim}, pages={self._owners.size}, "
-            f"page_size={self._size}{value_dim}, {form.names}, lengths={self._lengths})"
+            f"PagedKVCache(kv_heads={form.kv_heads}, head_dim={form.dim}, pages={self.pages}, "
+            f"page_size={self.page_size}{form.dims}, {form.names}{window}, "
+            f"lengths={ {s: found.length for s, found in held.items()} }{shown})"
         )
 
     def lengths(self, sequences: Sequence[int]) -> Array:
@@ -213,19 +239,53 @@ class PagedKVCache(PagedQuestions):
         >>> pool.lengths([pool.add()])
         array([0])
         """
-        return np.array([self._lengths[s] for s in self._check("PagedKVCache.lengths", sequences)], np.int64)
+        return np.array([s.length for s in self._check("PagedKVCache.lengths", sequences)], np.int64)
 
-    def _check(self, where: str, sequences: Any) -> list[int]:
+    def starts(self, sequences: Sequence[int]) -> Array:
+        """Tokens of these sequences that are padding, their first ones, int64.
+
+        Parameters
+        ----------
+        sequences : sequence of int
+            Their numbers.
+
+        Raises
+        ------
+        TypeError, ValueError
+            What is no sequence here.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import qkv_fast
+        >>> pool = qkv_fast.PagedKVCache(1, 8, 20)
+        >>> prompts, both = np.zeros((2, 1, 6, 8), "float32"), [pool.add(), pool.add()]
+        >>> pool.append(both, prompts, prompts, starts=[0, 4])
+        >>> pool.starts(both)
+        array([0, 4])
+        """
+        return np.array([s.start for s in self._check("PagedKVCache.starts", sequences)], np.int64)
+
+    def _check(self, where: str, sequences: Any) -> list[Stretch]:
+        return [self._sequences[s] for s in self._numbers(where, sequences)]
+
+    def _numbers(self, where: str, sequences: Any, name: str = "sequences") -> list[int]:
         if not hasattr(sequences, "__iter__"):
-            raise TypeError(f"{where}: sequences must be a list of their numbers, got {sequences!r}")
+            raise TypeError(f"{where}: {name} must be a list of their numbers, got {sequences!r}")
         return [self._known(where, s) for s in sequences]
+
+    def _distinct(self, where: str, sequences: Any) -> list[int]:
+        chosen = self._numbers(where, sequences)
+        if len(set(chosen)) < len(chosen):
+            raise ValueError(f"{where}: sequences must be different ones, got {chosen}")
+        return chosen
 
     def _known(self, where: str, sequence: Any) -> int:
         found = None if isinstance(sequence, (bool, np.bool_)) else _index(sequence)
         if found is None:
             raise TypeError(f"{where}: a sequence's number is an integer, got {sequence!r}")
-        if found not in self._pages:
-            raise ValueError(f"{where}: there is no sequence {found}; there are {list(self._pages)}")
+        if found not in self._sequences:
+            raise ValueError(f"{where}: there is no sequence {found}; there are {list(self._sequences)}")
         return found
 
     def add(self) -> int:
@@ -244,7 +304,7 @@ class PagedKVCache(PagedQuestions):
         """
         made = self._next
         self._next += 1
-        self._pages[made], self._lengths[made] = [], 0
+        self._sequences[made] = Stretch()
         return made
 
     def fork(self, sequence: int, n: int | None = None) -> int:
@@ -265,7 +325,7 @@ class PagedKVCache(PagedQuestions):
         Raises
         ------
         TypeError, ValueError
-            No sequence here, or more tokens than it has.
+            No sequence here, more tokens than it has, or ones whose window has been given back.
 
         Examples
         --------
@@ -276,18 +336,24 @@ class PagedKVCache(PagedQuestions):
         """
         where = "PagedKVCache.fork"
         sequence = self._known(where, sequence)
-        n = self._check_length(where, sequence, self._lengths[sequence] if n is None else n)
-        pages = self._pages[sequence][: -(-n // self._size)]
+        s, stay = self._check_length(where, sequence, n)
         made = self.add()
-        self._pages[made], self._lengths[made] = pages, n
-        self._owners[pages] += 1
+        self._sequences[made] = self._table.share(s)
+        self._table.cut(self._sequences[made], stay)
         return made
 
-    def _check_length(self, where: str, sequence: int, n: Any) -> int:
-        stay = types.count(where, "n", n, 0)
-        if stay > self._lengths[sequence]:
-            raise ValueError(f"{where}: n must be in 0..{self._lengths[sequence]} for sequence {sequence}, got {stay}")
-        return stay
+    def _check_length(self, where: str, sequence: int, n: Any) -> tuple[Stretch, int]:
+        """A sequence, and how many of its tokens stay, all by default; one that goes on there must have its window."""
+        s = self._sequences[sequence]
+        stay = s.length if n is None else types.count(where, "n", n, 0)
+        if stay > s.length:
+            raise ValueError(f"{where}: n must be in 0..{s.length} for sequence {sequence}, got {stay}")
+        if self._table.lacks(s, stay, self._window):
+            assert self._window is not None
+            begin = f"the window of token {stay} begins at {max(stay - self._window, s.start)}"
+            held = f"of sequence {sequence} the pages from token {self._table.first(s)} on are there"
+            raise ValueError(f"{where}: {begin}, {held}")
+        return s, stay
 
     def truncate(self, sequence: int, n: int) -> None:
         """Forget the tokens of a sequence from number `n` on.
@@ -302,7 +368,8 @@ class PagedKVCache(PagedQuestions):
         Raises
         ------
         TypeError, ValueError
-            No sequence here, or `n` out of range.
+            No sequence here, `n` out of range, or one whose window has been given back: what the last `append` added
+            can always be taken away, and so can all tokens.
 
         Examples
         --------
@@ -312,11 +379,7 @@ class PagedKVCache(PagedQuestions):
         """
         where = "PagedKVCache.truncate"
         sequence = self._known(where, sequence)
-        n = self._check_length(where, sequence, n)
-        pages = self._pages[sequence]
-        while len(pages) > -(-n // self._size):
-            self._release(pages.pop())
-        self._lengths[sequence] = n
+        self._table.cut(*self._check_length(where, sequence, types.count(where, "n", n, 0)))
 
     def select(self, sequence: int, n: int, index: Any) -> None:
         """Keep the first `n` tokens of a sequence, and some of those after them, as the draft that is accepted.
@@ -334,7 +397,7 @@ class PagedKVCache(PagedQuestions):
         ------
         TypeError, ValueError
             No sequence here, a number out of range or twice, or more new pages than are free, where tokens go to pages
-            that other sequences have as well; the cache is then as it was.
+            that other sequences have as well, or tokens that have been given back; the cache is then as it was.
 
         Examples
         --------
@@ -349,34 +412,75 @@ class PagedKVCache(PagedQuestions):
         """
         where = "PagedKVCache.select"
         sequence = self._known(where, sequence)
-        n = self._check_length(where, sequence, n)
+        s, n = self._check_length(where, sequence, types.count(where, "n", n, 0))
         (chosen,) = check_index(where, index, None)
-        check_chosen(where, chosen, n, self._lengths[sequence], sequence)
-        pages, end = self._pages[sequence], n + len(chosen)
-        written = range(n // self._size, -(-end // self._size) if end > n else n // self._size)
-        needed = sum(int(self._owners[pages[i]]) > 1 for i in written)
-        if needed > len(self._free):
-            raise ValueError(f"{where}: {needed} new pages are needed, {len(self._free)} are free")
-        own = self._rows(pages, chosen + n)
-        moved = self._k[:, own], self._v[:, own]  # copies
-        self._lengths[sequence] = n
+        check_chosen(where, chosen, n, s.length, sequence)
+        if len(chosen) and n < s.start:
+            raise ValueError(f"{where}: sequence {sequence} begins at token {s.start}, n must not be less, got {n}")
+        table, end = self._table, n + len(chosen)
+        written = range(n // table.size, -(-end // table.size) if end > n else n // table.size)
+        needed = sum(table.owners[s.pages[i - s.gone]] > 1 for i in written)
+        if needed > len(table.free):
+            raise ValueError(f"{where}: {needed} new pages are needed, {len(table.free)} are free")
+        own = table.rows(s, chosen + n)
+        moved = [x[:, own] for x in self._arrays]  # copies
+        stay = n
         try:
             for i in written:
-                self._own(pages, i, min(max(n - i * self._size, 0), self._size))
-            rows = self._rows(pages, np.arange(n, end))
-            self._k[:, rows], self._v[:, rows] = moved
-            self._lengths[sequence] = end
+                self._own(s, i, min(max(n - i * table.size, 0), table.size))
+            rows = table.rows(s, np.arange(n, end))
+            for x, those in zip(self._arrays, moved, strict=True):
+                x[:, rows] = those
+            stay = end
         finally:
-            self.truncate(sequence, self._lengths[sequence])  # pages beyond go back
+            table.cut(s, stay)  # pages beyond go back
 
-    def _rows(self, pages: list[int], tokens: Array) -> Array:
-        rows: Array = np.array(pages, np.int64)[tokens // self._size] * self._size + tokens % self._size
-        return rows
+    def reorder(self, sequences: Sequence[int], parents: Sequence[int]) -> None:
+        """Replace sequences by others, as beam search wants it: each goes on with the tokens of its parent.
 
-    def _release(self, page: int) -> None:
-        self._owners[page] -= 1
-        if not self._owners[page]:
-            self._free.append(page)
+        Parameters
+        ----------
+        sequences : sequence of int
+            Their numbers, each once.
+        parents : sequence of int
+            For each of them the number of the one whose tokens, as they are now, it goes on with: any sequences of the
+            pool, also several times.
+
+        Raises
+        ------
+        TypeError, ValueError
+            What is no sequence here, one of `sequences` twice, or another number of parents. The cache is then as it
+            was.
+
+        See Also
+        --------
+        fork, remove : More sequences, and fewer.
+
+        Notes
+        -----
+        No token is copied: pages are shared, and who appends to one that others have copies that one.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import qkv_fast
+        >>> pool = qkv_fast.PagedKVCache(1, 1, 20)
+        >>> beams, tokens = [pool.add(), pool.add()], np.array([1, 2], "float32").reshape(2, 1, 1, 1)
+        >>> pool.append(beams, tokens, tokens)
+        >>> pool.reorder(beams, [beams[1], beams[1]])
+        >>> pool.gather(beams[0])[0].ravel(), pool.free_pages
+        (array([2.], dtype=float32), 19)
+        """
+        where = "PagedKVCache.reorder"
+        chosen = self._distinct(where, sequences)
+        sources = self._numbers(where, parents, "parents")
+        if len(sources) != len(chosen):
+            raise ValueError(f"{where}: parents must be one for each of {len(chosen)} sequences, got {len(sources)}")
+        changed = [pair for pair in zip(chosen, sources, strict=True) if pair[0] != pair[1]]
+        made = [(sequence, self._table.share(self._sequences[parent])) for sequence, parent in changed]
+        for sequence, new in made:
+            self._table.cut(self._sequences[sequence], 0)
+            self._sequences[sequence] = new
 
     def remove(self, sequence: int) -> None:
         """End a sequence; the pages that it shares with none are free.
@@ -400,11 +504,19 @@ class PagedKVCache(PagedQuestions):
         []
         """
         sequence = self._known("PagedKVCache.remove", sequence)
-        self.truncate(sequence, 0)
-        del self._pages[sequence], self._lengths[sequence]
+        self._table.cut(self._sequences.pop(sequence), 0)
 
     @documented
-    def append(self, sequences: Sequence[int], k: Any, v: Any, *, lengths: Any = None, layout: str = "bhld") -> None:
+    def append(
+        self,
+        sequences: Sequence[int],
+        k: Any,
+        v: Any = None,
+        *,
+        lengths: Any = None,
+        starts: Any = None,
+        layout: str = "bhld",
+    ) -> None:
         """Add tokens to the ends of some sequences.
 
         Parameters
@@ -415,6 +527,7 @@ class PagedKVCache(PagedQuestions):
             The batch is that of `sequences`.
         <new_v>
         <new_lengths>
+        <new_starts>
         <layout>
             It is that of k and v.
 
@@ -423,8 +536,8 @@ class PagedKVCache(PagedQuestions):
         TypeError
             Other element types.
         ValueError
-            Unknown or repeated sequences, shapes that do not fit, lengths out of range, or more new pages than are
-            free; the cache is then as it was.
+            Unknown or repeated sequences, shapes that do not fit, lengths out of range, starts of a sequence that is
+            not empty, or more new pages than are free and given back; the cache is then as it was.
 
         Examples
         --------
@@ -434,58 +547,65 @@ class PagedKVCache(PagedQuestions):
         >>> token = np.ones((1, 1, 1, 8), "float32")
         >>> pool.append([pool.add()], token, token)
         """
-        where = "PagedKVCache.append"
-        chosen = self._check(where, sequences)
-        if len(set(chosen)) < len(chosen):
-            raise ValueError(f"{where}: sequences must be different ones, got {chosen}")
-        k, v, n, counts = check_tokens(where, self._form, len(chosen), k, v, lengths, layout)
-        many = [n] * len(chosen) if counts is None else counts.tolist()
-        needed = self._count_needed(chosen, many)
-        if needed > len(self._free):
-            given = f"{sum(many)} tokens for {len(chosen)} sequence{'s' * (len(chosen) != 1)}, {self._size} in a page"
-            raise ValueError(f"{where}: {needed} new pages are needed, {len(self._free)} are free ({given})")
+        self._add(self._check_new("PagedKVCache.append", sequences, k, v, lengths, starts, layout))
+
+    def _check_new(
+        self, where: str, sequences: Any, k: Any, v: Any, lengths: Any, starts: Any, layout: str
+    ) -> New:
+        found = [self._sequences[s] for s in self._distinct(where, sequences)]
+        k, v, n, counts = check_tokens(where, self._form, len(found), k, v, lengths, layout)
+        many = [n] * len(found) if counts is None else counts.tolist()
+        ends = [s.length + m for s, m in zip(found, many, strict=True)]
+        begins = [s.start for s in found]
+        if starts is not None and found:
+            given = check_starts(where, starts, np.array([s.length for s in found]), np.array(ends))
+            begins = [max(pair) for pair in zip(begins, given.tolist(), strict=True)]
+        table = self._table
+        firsts = [max(s.length, begin) for s, begin in zip(found, begins, strict=True)]
+        needed = table.count(found, firsts, ends, self._window)
+        if needed > len(table.free):
+            given = f"{sum(many)} tokens for {len(found)} sequence{'s' * (len(found) != 1)}, {table.size} in a page"
+            raise ValueError(f"{where}: {needed} new pages are needed, {len(table.free)} are free ({given})")
+        return found, k, v, n, counts, begins, ends
+
+    def _add(self, new: New) -> None:
+        found, k, v, _, _, begins, ends = new
+        table, size = self._table, self._table.size
         try:
-            for i, (sequence, n) in enumerate(zip(chosen, many, strict=True)):
-                done = 0
-                while done < n:
-                    end, within = divmod(self._lengths[sequence] + done, self._size)
-                    row = self._own(self._pages[sequence], end, within) * self._size + within
-                    m = min(n - done, self._size - within)
-                    for stored, to, x in ((self._form.k, self._k, k), (self._form.v, self._v, v)):
-                        stored.write(to[:, row : row + m], x[i, :, done : done + m])
+            if self._window is not None:
+                for s, begin, end in zip(found, begins, ends, strict=True):
+                    table.drop(s, table.unseen(s, self._window) if end > max(s.length, begin) else 0)
+            for i, (s, begin, end) in enumerate(zip(found, begins, ends, strict=True)):
+                done = max(s.length, begin)
+                if not s.pages:
+                    s.gone = done // size
+                while done < end:
+                    at, within = divmod(done, size)
+                    row = self._own(s, at, within) * size + within
+                    m, t = min(end - done, size - within), done - s.length
+                    to = self._k[:, row : row + m], self._v[:, row : row + m]
+                    self._form.write(*to, k[i, :, t : t + m], v[i, :, t : t + m])
                     done += m
         except BaseException:  # Ctrl-C among them: pages beyond the lengths go back
-            for sequence in chosen:
-                self.truncate(sequence, self._lengths[sequence])
+            for s in found:
+                table.cut(s, s.length)
             raise
-        for sequence, n in zip(chosen, many, strict=True):
-            self._lengths[sequence] += n
+        for s, begin, end in zip(found, begins, ends, strict=True):
+            s.start, s.length = begin, end
 
-    def _count_needed(self, chosen: list[int], many: list[int]) -> int:
-        """Pages that an append takes: new ones at the ends, and copies of last ones that are shared."""
-        needed, left = 0, dict[int, int]()
-        for sequence, n in zip(chosen, many, strict=True):
-            pages, length = self._pages[sequence], self._lengths[sequence]
-            needed += -(-(length + n) // self._size) - len(pages)
-            if n and length % self._size:
-                owners = left.get(pages[-1], int(self._owners[pages[-1]]))
-                needed += owners > 1
-                left[pages[-1]] = owners - 1
-        return needed
-
-    def _own(self, pages: list[int], i: int, used: int) -> int:
-        """Page number i of a sequence as its own: taken if it has none, copied if others have it as well."""
-        if i < len(pages) and self._owners[pages[i]] == 1:
+    def _own(self, s: Stretch, at: int, used: int) -> int:
+        """Page number `at` of a sequence as its own: taken if it has none, copied if others have it as well."""
+        pages, i = s.pages, at - s.gone
+        if i < len(pages) and self._table.owners[pages[i]] == 1:
             return pages[i]
-        page = self._free.pop()
-        self._owners[page] = 1
+        page = self._table.take()
         if i == len(pages):
             pages.append(page)
             return page
-        old, new = pages[i] * self._size, page * self._size
-        for x in (self._k, self._v):
+        old, new = pages[i] * self._table.size, page * self._table.size
+        for x in self._arrays:
             x[:, new : new + used] = x[:, old : old + used]
-        self._release(pages[i])
+        self._table.release(pages[i])
         pages[i] = page
         return page
 
@@ -529,6 +649,7 @@ class PagedKVCache(PagedQuestions):
         <causal>
             True by default, and here not "top-left": a query sees no token after its own.
         <window>
+            Not further to the left than the cache's own, which is the default.
         <alibi_slopes>
         <sinks>
         <softcap>
@@ -565,45 +686,175 @@ class PagedKVCache(PagedQuestions):
         8.0
         """
         where = "PagedKVCache.attend"
+        held = self._held(where, self._check(where, sequences))
         return attend_newest(
-            where, self._held(where, sequences), q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap,
-            scale, layout, return_lse, out, num_threads, words, tree,
+            where, held, q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale, layout,
+            return_lse, out, num_threads, words, tree,
         )  # fmt: skip
 
+    @documented
+    def step(
+        self,
+        sequences: Sequence[int],
+        q: Any,
+        k: Any,
+        v: Any = None,
+        *,
+        lengths: Any = None,
+        starts: Any = None,
+        tree: Any = None,
+        mask: Any = None,
+        bias: Any = None,
+        causal: bool = True,
+        window: int | tuple[int | None, int | None] | None = None,
+        alibi_slopes: Any = None,
+        sinks: Any = None,
+        softcap: float | None = None,
+        scale: float | None = None,
+        layout: str = "bhld",
+        return_lse: bool = False,
+        out: Array | None = None,
+        num_threads: int | None = None,
+        **words: Never,
+    ) -> Any:
+        """Append tokens and attend with their queries, in one call: `append(sequences, k, v)`, then
+        `attend(sequences, q)`.
+
+        What is checked is checked before anything is appended, and once; so a step is quicker than the two calls, and
+        the cache is as it was where one fails.
+
+        Parameters
+        ----------
+        sequences : sequence of int
+            Their numbers, each once, at least one.
+        <newest_q>
+            The batch is that of `sequences`; here those of the tokens of k and v.
+        <new_k>
+        <new_v>
+        <new_lengths>
+            As many of its queries count, and the results of the others are 0.
+        <new_starts>
+        <tree>
+        <mask>
+            Here Lq is L, and Lk the tokens of the longest sequence, the new ones among them.
+        <bias>
+        <causal>
+            True by default, and here not "top-left": a query sees no token after its own.
+        <window>
+            Not further to the left than the cache's own, which is the default.
+        <alibi_slopes>
+        <sinks>
+        <softcap>
+        <scale>
+        <layout>
+            It is that of q, k, v and the result.
+        <return_lse>
+        <out>
+        <num_threads>
+
+        Returns
+        -------
+        out : ndarray, shape (len(sequences), Hq, L, value_dim)
+            In q's type.
+        lse : ndarray, shape (len(sequences), Hq, L)
+            Only with ``return_lse=True``.
+
+        Raises
+        ------
+        TypeError, ValueError, OverflowError, MemoryError
+            As of `append` and `attend`. What ends a call later (no memory for its work, Ctrl-C) takes the new tokens
+            back.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import qkv_fast
+        >>> pool = qkv_fast.PagedKVCache(1, 8, 20)
+        >>> a, token = pool.add(), np.ones((1, 1, 1, 8), "float32")
+        >>> for _ in range(3):
+        ...     out = pool.step([a], token, token, token)
+        >>> out.shape, pool.lengths([a])
+        ((1, 1, 1, 8), array([3]))
+        """
+        where = "PagedKVCache.step"
+        new = self._check_new(where, sequences, k, v, lengths, starts, layout)
+        found, _, _, n, counts, begins, ends = new
+        form, tokens, find, limit, keep = self._held(where, found, begins, ends)
+
+        def place(*asked: Any) -> Keys:
+            self._add(new)
+            return find(*asked)
+
+        before = [(s.length, s.start) for s in found]
+        try:
+            return attend_newest(
+                where, (form, tokens, place, limit, keep), q, counts, mask, bias, causal, window, alibi_slopes, sinks,
+                softcap, scale, layout, return_lse, out, num_threads, words, tree, n,
+            )  # fmt: skip
+        except BaseException:  # Ctrl-C among them
+            for s, (length, start) in zip(found, before, strict=True):
+                s.start = start
+                self._table.cut(s, length)
+            raise
+
     def _ask(self, where: str, sequences: Any, q: Any, *arguments: Any, values: bool = False) -> Problem:
-        return ask_newest(where, self._held(where, sequences), q, *arguments, values=values)
+        return ask_newest(where, self._held(where, self._check(where, sequences)), q, *arguments, values=values)
 
-    def _held(self, where: str, sequences: Any) -> Held:
-        chosen = self._check(where, sequences)
-        if not chosen:
+    def _held(
+        self, where: str, found: list[Stretch], begins: list[int] | None = None, ends: list[int] | None = None
+    ) -> Held:
+        """What these have, or will have when they begin and end there."""
+        if not found:
             raise ValueError(f"{where}: at least one sequence is needed")
-        lengths = [self._lengths[s] for s in chosen]
-        tables = [self._pages[s] for s in chosen]
-        tokens = Tokens(np.array(lengths, np.int64), min(lengths), max(lengths))
-        return self._form, tokens, lambda *_: self._find(tables), None, 0
+        lengths = [s.length for s in found] if ends is None else ends
+        starts = [s.start for s in found] if begins is None else begins
+        padded = np.array(starts, np.int64) if any(starts) else None
+        tokens = Tokens(np.array(lengths, np.int64), min(lengths), max(lengths), padded)
+        if self._window is None:
+            return self._form, tokens, lambda *_: self._find(found), None, 0
+        return self._form, tokens, lambda *asked: self._find_window(found, *asked), self._window, 0
 
-    def _find(self, tables: list[list[int]]) -> Keys:
-        last = self._last
-        if last is None or last[0] != tables:
-            self._last = last = [list(pages) for pages in tables], self._make_runs(tables)
+    def _find_window(self, found: list[Stretch], where: str, left: int, queries: Any, _: bool) -> Keys:
+        for i, s in enumerate(found):
+            n = queries if isinstance(queries, int) else int(queries[i])
+            begin = max(s.length - n - left, s.start)
+            if n and s.length > begin < self._table.first(s):
+                raise ValueError(
+                    f"{where}: the first query's window begins at token {begin}, those from {self._table.first(s)} on "
+                    f"are there: attend to the tokens of the last append (window={left})"
+                )
+        return self._find(found)
+
+    def _find(self, found: list[Stretch]) -> Keys:
+        last, wanted = self._last, [(s.gone, s.start, s.pages) for s in found]
+        if last is None or last[0] != wanted:
+            made = self._make_runs(found)
+            self._last = last = [(gone, start, pages.copy()) for gone, start, pages in wanted], made
         return last[1]
 
-    def _make_runs(self, tables: list[list[int]]) -> Keys:
-        """Pages that follow one another in the pool are one run."""
-        size, k_row, v_row = self._size, self._k.strides[1], self._v.strides[1]
+    def _make_runs(self, found: list[Stretch]) -> Keys:
+        """Pages that follow one another in the pool are one run. Any rows stand for those that have been given back,
+        which are in blocks of keys that the core fetches, and hidden by the window."""
+        size, k_row, v_row = self._table.size, self._k.strides[1], self._v.strides[1]
         table: list[list[int]] = []
         run_of = [0]
-        for pages in tables:
-            for i, page in enumerate(pages):
-                if i and page == pages[i - 1] + 1:
+        for s in found:
+            first = s.gone * size
+            if first > s.start:
+                for at in range(max(first - BLOCK, 0), first, self._k.shape[1]):
+                    table.append([0, 0, at, min(first - at, self._k.shape[1])])
+            for i, page in enumerate(s.pages):
+                if i and page == s.pages[i - 1] + 1:
                     table[-1][3] += size
                 else:
-                    table.append([page * size * k_row, page * size * v_row, i * size, size])
+                    table.append([page * size * k_row, page * size * v_row, first + i * size, size])
             run_of.append(len(table))
         return Keys(self._k, self._v, np.array(table, np.int64).reshape(-1, 4), np.array(run_of, np.int64))
 
     def gather(self, sequence: int) -> tuple[Array, Array]:
         """Copies of the keys and values of one sequence, in order: float32 for int8 and int4.
+
+        Padding is left out, and with `window` what has been given back: the tokens are the last ones of the sequence.
 
         Parameters
         ----------
@@ -628,7 +879,6 @@ class PagedKVCache(PagedQuestions):
         >>> k.shape
         (1, 0, 8)
         """
-        sequence = self._known("PagedKVCache.gather", sequence)
-        at = np.arange(self._lengths[sequence])
-        rows = np.array(self._pages[sequence], np.int64)[at // self._size] * self._size + at % self._size
+        s = self._sequences[self._known("PagedKVCache.gather", sequence)]
+        rows = self._table.rows(s, np.arange(self._table.first(s), s.length))
         return self._form.k.read(self._k[:, rows]), self._form.v.read(self._v[:, rows])

@@ -12,7 +12,7 @@ import numpy as np
 
 from .._checks import Array
 
-_BLOCK = 1024  # keys, at most, that the core fetches together: those of a block before the window need a place too
+BLOCK = 1024  # keys, at most, that the core fetches together: those of a block before the window need a place too
 
 Laps = list[tuple[int, int]]  # for each sequence the first and the last lap that a call needs
 Steps = Sequence[tuple[int, int]]  # bytes between sequences and between rows, of k and of v
@@ -66,7 +66,7 @@ class Ring(NamedTuple):
                     f"from {end - size} on: append and attend to fewer tokens at a time, or make it with "
                     f"capacity={keep + left + new}, keep + window + queries (window={left})"
                 )
-            found.append((max((first - _BLOCK - keep) // size, 0), max((n - 1 - keep) // size, 0)))
+            found.append((max((first - BLOCK - keep) // size, 0), max((n - 1 - keep) // size, 0)))
         return found
 
     def runs(self, laps: Laps, steps: Steps) -> tuple[Array, Array]:

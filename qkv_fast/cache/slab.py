@@ -21,6 +21,10 @@ from .questions import Questions
 from .ring import Ring
 from .types import Shown
 
+# What is about to be appended: k and v (batch, kv_heads, n, dim), n, how many of these each sequence gets (None: all),
+# and the tokens that there will be.
+New = tuple[Array, Array, int, Array | None, Tokens]
+
 
 class KVCache(Questions):
     """Keys and values of a batch of growing sequences, and attention of new queries over them.
@@ -44,6 +48,10 @@ class KVCache(Questions):
         each key and value) or int4 (a scale for each 32 elements of one).
     value_dtype : dtype_like, optional
         Of the values, if it is another one; `dtype` by default.
+    latent : bool, default False
+        Values are the first `value_dim` elements of their keys, and are stored once: multi-head latent attention. Then
+        `append` takes keys alone. The scale is the model's own, so pass it to `attend`: 1/sqrt(192) in DeepSeek's
+        models, whose queries have 128 + 64 elements before they are absorbed, and not 1/sqrt(576).
     window : int, optional
         Sequences grow without end, and a query sees the `window` tokens before it and itself: `attention`'s window of
         (window, None). The cache is then a ring of ``capacity - keep`` tokens, which must be more than `window`: with n
@@ -119,12 +127,13 @@ class KVCache(Questions):
         value_dim: int | None = None,
         dtype: Any = "float32",
         value_dtype: Any = None,
+        latent: bool = False,
         window: int | None = None,
         keep: int = 0,
         path: str | os.PathLike[str] | None = None,
     ) -> None:
         where = "KVCache"
-        form = types.check_form(where, kv_heads, head_dim, value_dim, dtype, value_dtype)
+        form = types.check_form(where, kv_heads, head_dim, value_dim, dtype, value_dtype, latent)
         batch = types.count(where, "batch", batch)
         capacity = types.count(where, "capacity", capacity)
         keep = types.count(where, "keep", keep, 0)
@@ -184,16 +193,22 @@ class KVCache(Questions):
         if self._store is not None:
             raise TypeError("KVCache: a cache in a file is not copied or pickled: save(path) writes a copy, open(path) "
                             "has the same tokens, load(path) has them in memory")  # fmt: skip
-        rows = self._used()
-        return self.__dict__ | {"_laps": None, "_k": self._k[:, :, rows], "_v": self._v[:, :, rows]}
+        used = [x[:, :, self._used()] for x in self._arrays]
+        return self.__dict__ | {"_laps": None, "_k": None, "_v": None, "used": used}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        used = state.pop("used")
         self.__dict__.update(state)
-        for x in (self._k, self._v):
-            _is_known(x.dtype)  # bfloat16, in a process that has not seen any
-        form, rows = self._geometry.form, slice(state["_k"].shape[2])
+        form = self._geometry.form
         self._k, self._v = form.empty(self._geometry.batch, form.kv_heads, self._geometry.capacity)
-        self._k[:, :, rows], self._v[:, :, rows] = state["_k"], state["_v"]
+        for to, x in zip(self._arrays, used, strict=True):
+            _is_known(x.dtype)  # bfloat16, in a process that has not seen any
+            to[:, :, : x.shape[2]] = x
+
+    @property
+    def _arrays(self) -> tuple[Array, ...]:
+        """What is stored: keys, and values if they are not in them."""
+        return self._geometry.form.parts(self._k, self._v)
 
     def _used(self) -> slice:
         """Rows that hold tokens."""
@@ -295,7 +310,7 @@ class KVCache(Questions):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values that there is room for.
+        """Bytes of all keys and values that there is room for; latent values take none.
 
         Examples
         --------
@@ -303,7 +318,7 @@ class KVCache(Questions):
         >>> [qkv_fast.KVCache(1, 2, 128, 100, dtype=d).nbytes // 100 for d in ("float32", "float16", "int8", "int4")]
         [2048, 1024, 528, 288]
         """
-        return self._k.nbytes + self._v.nbytes
+        return sum(x.nbytes for x in self._arrays)
 
     @property
     def positions(self) -> Array:
@@ -325,16 +340,17 @@ class KVCache(Questions):
 
     def __repr__(self) -> str:
         batch, capacity, window, keep, form = self._geometry
-        value_dim = f", value_dim={form.dim_v}" if form.dim_v != form.dim else ""
         ring = f", window={window}, keep={keep}" if window >= 0 else ""
         starts = f", starts={self._starts.tolist()}" if self._padded else ""
         return (
-            f"KVCache(batch={batch}, kv_heads={form.kv_heads}, head_dim={form.dim}, capacity={capacity}{value_dim}, "
+            f"KVCache(batch={batch}, kv_heads={form.kv_heads}, head_dim={form.dim}, capacity={capacity}{form.dims}, "
             f"{form.names}{ring}, lengths={self._lengths.tolist()}{starts})"
         )
 
     @documented
-    def append(self, k: Any, v: Any, *, lengths: Any = None, starts: Any = None, layout: str = "bhld") -> None:
+    def append(
+        self, k: Any, v: Any = None, *, lengths: Any = None, starts: Any = None, layout: str = "bhld"
+    ) -> None:
         """Add tokens to the ends of the sequences.
 
         Parameters
@@ -368,54 +384,53 @@ class KVCache(Questions):
         >>> cache.lengths
         array([9, 5])
         """
-        where = "KVCache.append"
+        self._add(self._check_new("KVCache.append", k, v, lengths, starts, layout))
+
+    def _check_new(self, where: str, k: Any, v: Any, lengths: Any, starts: Any, layout: str) -> New:
         geometry = self._geometry
         k, v, n, counts = check_tokens(where, geometry.form, geometry.batch, k, v, lengths, layout)
-        begins = None
+        ends = self._lengths + (n if counts is None else counts)
+        least, most = self._least + n, self._most + n
+        if counts is not None:
+            least, most = int(ends.min()), int(ends.max())
+        begins = self._starts if self._padded else None
         if starts is not None:
-            ends = self._lengths + (n if counts is None else counts)
-            begins = check_starts(where, starts, self._lengths, ends)
+            begins = np.maximum(self._starts, check_starts(where, starts, self._lengths, ends))
+            begins = begins if begins.any() else None
         if self._store is not None:
             self._store.check_writable(where)
-        if geometry.window >= 0 and (np.may_share_memory(k, self._k) or np.may_share_memory(v, self._v)):
-            k, v = k.copy(), v.copy()  # rows of the ring itself, which are about to be overwritten
-        if counts is None and self._least == self._most:
-            if geometry.window < 0 and self._most + n > geometry.capacity:
-                self._fail_capacity(where, self._most, n)
-            if geometry.window >= 0:  # first: whatever happens then, nobody reads what is overwritten
-                np.maximum(self._reach, self._most + n, out=self._reach)
-            self._write(self._k, self._v, k, v, self._most, n)
-            self._least = self._most = self._most + n
-            self._lengths.fill(self._most)
-            if begins is not None:
-                self._begin(begins)
-            return
-        ends = self._lengths + (n if counts is None else counts)
-        if geometry.window < 0 and ends.max() > geometry.capacity:
+        if geometry.window < 0 and most > geometry.capacity:
             at = int(ends.argmax())
-            self._fail_capacity(where, int(self._lengths[at]), int(ends[at] - self._lengths[at]))
-        np.maximum(self._reach, ends, out=self._reach)
-        for b, (begin, end) in enumerate(zip(self._lengths.tolist(), ends.tolist(), strict=True)):
-            n = end - begin
-            self._write(self._k[b : b + 1], self._v[b : b + 1], k[b : b + 1, :, :n], v[b : b + 1, :, :n], begin, n)
-        self._set_lengths(ends)
-        if begins is not None:
-            self._begin(begins)
+            used, capacity = int(self._lengths[at]), geometry.capacity
+            raise ValueError(f"{where}: {most - used} tokens after {used} are {most}, the capacity is {capacity}")
+        return k, v, n, counts, Tokens(ends, least, most, begins)
 
-    def _begin(self, starts: Array) -> None:
-        self._starts = np.maximum(self._starts, starts)
-        self._padded = bool(self._starts.any())
-
-    def _fail_capacity(self, where: str, used: int, more: int) -> None:
-        capacity = self._geometry.capacity
-        raise ValueError(f"{where}: {more} tokens after {used} are {used + more}, the capacity is {capacity}")
+    def _add(self, new: New) -> None:
+        k, v, n, counts, tokens = new
+        if self._geometry.window >= 0:
+            if np.may_share_memory(k, self._k) or np.may_share_memory(v, self._v):
+                k, v = k.copy(), v.copy()  # rows of the ring itself, which are about to be overwritten
+            # first: whatever happens then, nobody reads what is overwritten
+            np.maximum(self._reach, tokens.lengths, out=self._reach)
+        if counts is None and self._least == self._most:
+            self._write(self._k, self._v, k, v, self._most, n)
+        else:
+            many = [n] * len(self._lengths) if counts is None else counts.tolist()
+            for b, (begin, n) in enumerate(zip(self._lengths.tolist(), many, strict=True)):
+                self._write(self._k[b : b + 1], self._v[b : b + 1], k[b : b + 1, :, :n], v[b : b + 1, :, :n], begin, n)
+        self._lengths, self._least, self._most, starts = tokens
+        if starts is not None:
+            self._starts, self._padded = starts, True
 
     def _write(self, to_k: Array, to_v: Array, k: Array, v: Array, begin: int, n: int) -> None:
         """n tokens k and v to the rows of the tokens from `begin` on."""
-        form = self._geometry.form
+        if self._geometry.window < 0:
+            self._geometry.form.write(to_k[:, :, begin : begin + n], k)
+            self._geometry.form.write(to_v[:, :, begin : begin + n], v)
+            return
         for row, t, many in self._ring.pieces(begin, n):
-            for stored, to, x in ((form.k, to_k, k), (form.v, to_v, v)):
-                stored.write(to[:, :, row : row + many], x if many == n else x[:, :, t : t + many])
+            new = (k, v) if many == n else (k[:, :, t : t + many], v[:, :, t : t + many])
+            self._geometry.form.write(to_k[:, :, row : row + many], to_v[:, :, row : row + many], *new)
 
     @documented
     def attend(
@@ -496,23 +511,134 @@ class KVCache(Questions):
             layout, return_lse, out, num_threads, words, tree,
         )  # fmt: skip
 
+    @documented
+    def step(
+        self,
+        q: Any,
+        k: Any,
+        v: Any = None,
+        *,
+        lengths: Any = None,
+        starts: Any = None,
+        tree: Any = None,
+        mask: Any = None,
+        bias: Any = None,
+        causal: bool = True,
+        window: int | tuple[int | None, int | None] | None = None,
+        alibi_slopes: Any = None,
+        sinks: Any = None,
+        softcap: float | None = None,
+        scale: float | None = None,
+        layout: str = "bhld",
+        return_lse: bool = False,
+        out: Array | None = None,
+        num_threads: int | None = None,
+        **words: Never,
+    ) -> Any:
+        """Append tokens and attend with their queries, in one call: `append(k, v)`, then `attend(q)`.
+
+        What is checked is checked before anything is appended, and once; so a step is quicker than the two calls, and
+        the cache is as it was where one fails.
+
+        Parameters
+        ----------
+        <newest_q>
+            Here those of the tokens of k and v.
+        <new_k>
+        <new_v>
+        <new_lengths>
+            As many of its queries count, and the results of the others are 0.
+        <new_starts>
+        <tree>
+        <mask>
+            Here Lq is L, and Lk the tokens of the longest sequence, the new ones among them.
+        <bias>
+        <causal>
+            True by default, and here not "top-left": a query sees no token after its own.
+        <window>
+            For a ring: not further to the left than its own window, which is the default.
+        <alibi_slopes>
+        <sinks>
+        <softcap>
+        <scale>
+        <layout>
+            It is that of q, k, v and the result.
+        <return_lse>
+        <out>
+        <num_threads>
+
+        Returns
+        -------
+        out : ndarray, shape (batch, Hq, L, value_dim)
+            In q's type.
+        lse : ndarray, shape (batch, Hq, L)
+            Only with ``return_lse=True``.
+
+        Raises
+        ------
+        TypeError, ValueError, OverflowError, MemoryError
+            As of `append` and `attend`. What ends a call later (no memory for its work, Ctrl-C) takes the new tokens
+            back; a ring has then lost what they overwrote, as after `truncate`.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import qkv_fast
+        >>> rng = np.random.default_rng(0)
+        >>> cache = qkv_fast.KVCache(2, 4, 64, capacity=100)
+        >>> for _ in range(3):
+        ...     q, (k, v) = rng.standard_normal((2, 8, 1, 64)), rng.standard_normal((2, 2, 4, 1, 64), dtype="float32")
+        ...     out = cache.step(q.astype("float32"), k, v)
+        >>> out.shape, cache.lengths
+        ((2, 8, 1, 64), array([3, 3]))
+        """
+        where = "KVCache.step"
+        new = _, _, n, counts, tokens = self._check_new(where, k, v, lengths, starts, layout)
+        form, _, find, limit, keep = self._held(tokens)
+
+        def found(*asked: Any) -> Keys:
+            keys = find(*asked)  # or an error
+            self._add(new)
+            return keys
+
+        before = self._lengths, self._least, self._most, self._starts, self._padded
+        try:
+            return attend_newest(
+                where, (form, tokens, found, limit, keep), q, counts, mask, bias, causal, window, alibi_slopes, sinks,
+                softcap, scale, layout, return_lse, out, num_threads, words, tree, n,
+            )  # fmt: skip
+        except BaseException:  # Ctrl-C among them
+            self._lengths, self._least, self._most, self._starts, self._padded = before
+            raise
+
     def _ask(self, where: str, q: Any, *arguments: Any, values: bool = False) -> Problem:
         return ask_newest(where, self._held(), q, *arguments, values=values)
 
-    def _held(self) -> Held:
-        _, _, reach, keep, form = self._geometry
-        tokens = Tokens(self._lengths, self._least, self._most, self._starts if self._padded else None)
-        return form, tokens, self._find, None if reach < 0 else reach, keep
+    def _held(self, soon: Tokens | None = None) -> Held:
+        """What it has, or what it will have with more tokens."""
+        _, _, window, keep, form = self._geometry
+        if window < 0:
+            tokens = soon or self._tokens()
+            k, v = self._k[:, :, : tokens.most], self._v[:, :, : tokens.most]
+            return form, tokens, lambda *_: Keys(k, v), None, 0
+        tokens, reach = soon or self._tokens(), self._reach
+        if soon is not None:
+            reach = np.maximum(reach, soon.lengths)
+        starts = self._starts if tokens.starts is None else tokens.starts
+        return form, tokens, lambda *asked: self._find(tokens.lengths, reach, starts, *asked), window, keep
 
-    def _find(self, where: str, left: int | None, queries: Any, join: bool) -> Keys:
-        if self._geometry.window < 0:
-            return Keys(self._k[:, :, : self._most], self._v[:, :, : self._most])
-        assert left is not None
+    def _tokens(self) -> Tokens:
+        return Tokens(self._lengths, self._least, self._most, self._starts if self._padded else None)
+
+    def _find(
+        self, lengths: Array, reach: Array, starts: Array, where: str, left: int, queries: Any, join: bool
+    ) -> Keys:
+        """Of a ring."""
         ring, steps = self._ring, [(x.strides[0], x.strides[2]) for x in (self._k, self._v)]
-        many = [queries] * len(self._lengths) if isinstance(queries, int) else queries.tolist()
-        laps = ring.laps(where, self._lengths, self._reach, self._starts, many, left)
+        many = [queries] * len(lengths) if isinstance(queries, int) else queries.tolist()
+        laps = ring.laps(where, lengths, reach, starts, many, left)
         if join:
-            return Keys(self._k, self._v, *ring.joined(self._lengths, left, steps))
+            return Keys(self._k, self._v, *ring.joined(lengths, left, steps))
         last = self._laps
         if last is None or last[0] != laps:
             self._laps = last = laps, Keys(self._k, self._v, *ring.runs(laps, steps))
@@ -623,13 +749,13 @@ class KVCache(Questions):
                 if lost[b] or ((own >= keep) & (own < self._reach[b] - self._ring.size)).any():
                     held = f"the ring holds the tokens from {self._reach[b] - self._ring.size} on"
                     raise ValueError(f"{where}: sequence {b} would lack tokens, {held} (n={stay[b]})")
-        moved = [[x[b][:, self._ring.rows(own)] for x in (self._k, self._v)] for b, own in enumerate(tokens)]
+        moved = [[x[b][:, self._ring.rows(own)] for x in self._arrays] for b, own in enumerate(tokens)]
         if self._store is not None:
             self._store.withdraw(np.minimum(self._store.lengths, stay))
         ends = stay + [len(own) for own in tokens]
         for b, new in enumerate(moved):
             rows = self._ring.rows(np.arange(stay[b], ends[b]))
-            for x, those in zip((self._k, self._v), new, strict=True):
+            for x, those in zip(self._arrays, new, strict=True):
                 x[b][:, rows] = those
         if window >= 0:
             self._reach = np.where(stay <= keep, stay, self._reach)
@@ -680,12 +806,12 @@ class KVCache(Questions):
         changed = np.flatnonzero(order != np.arange(batch))
         source = order[changed]
         rows = slice(int(self._lengths[source].max(initial=0)) if self._geometry.window < 0 else None)
-        moved = [x[source, :, rows] for x in (self._k, self._v)]  # copies: memory that is not there changes nothing
+        moved = [x[source, :, rows] for x in self._arrays]  # copies: memory that is not there changes nothing
         if self._store is not None:
             confirmed = self._store.lengths.copy()
             confirmed[changed] = 0
             self._store.withdraw(confirmed)
-        for x, new in zip((self._k, self._v), moved, strict=True):
+        for x, new in zip(self._arrays, moved, strict=True):
             x[changed, :, rows] = new
         self._reach, self._starts = self._reach[order], self._starts[order]
         self._set_lengths(self._lengths[order])
@@ -802,7 +928,8 @@ class KVCache(Questions):
         files.check_free("KVCache.save", path)
         with files.creating(path, self._geometry, over=True) as new:
             store = Store("KVCache.save", new, True)
-            store.k[:, :, rows], store.v[:, :, rows] = self._k[:, :, rows], self._v[:, :, rows]
+            for to, x in zip(store.arrays, self._arrays, strict=True):
+                to[:, :, rows] = x[:, :, rows]
             store.commit(self._lengths, reach, self._starts)
             del store
 
@@ -840,8 +967,9 @@ class KVCache(Questions):
         cache = cls.__new__(cls)
         cache._take(store.geometry, None)
         cache._reach = store.reach.copy()
+        cache._starts, cache._padded = store.starts.copy(), bool(store.starts.any())
         cache._set_lengths(store.lengths.copy())
-        cache._begin(store.starts)
         rows = slice(min(int(cache._reach.max()), store.geometry.capacity))
-        cache._k[:, :, rows], cache._v[:, :, rows] = store.k[:, :, rows], store.v[:, :, rows]
+        for to, x in zip(cache._arrays, store.arrays, strict=True):
+            to[:, :, rows] = x[:, :, rows]
         return cache

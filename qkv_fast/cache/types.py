@@ -21,9 +21,10 @@ NAMES = ("float32", "float64", "float16", "bfloat16", *_BYTES)
 
 
 class Rows(NamedTuple):
-    """How keys, or values, are stored: `dim` numbers in a row of an array."""
+    """How keys, or values, are stored: the first `dim` numbers in a row of an array."""
 
     dim: int
+    whole: int  # all numbers of the row: latent values are the beginnings of keys
     dtype: np.dtype[Any]  # of the array
     stored: str | None  # int8 or int4, whose array is of bytes
 
@@ -34,7 +35,7 @@ class Rows(NamedTuple):
     @property
     def width(self) -> int:
         """The last axis of the array."""
-        return _BYTES[self.stored](self.dim) if self.stored else self.dim
+        return _BYTES[self.stored](self.whole) if self.stored else self.dim
 
     def write(self, to: Array, x: Array) -> None:
         """Numbers x (..., rows, dim) to stored rows."""
@@ -53,9 +54,9 @@ class Rows(NamedTuple):
         """Stored rows as numbers (..., rows, dim): themselves, or a copy in float32."""
         if not self.stored:
             return rows
-        x = np.empty((*rows.shape[:-1], self.dim), np.float32)
+        x = np.empty((*rows.shape[:-1], self.whole), np.float32)
         _core.dequantise(rows, x, self.stored, _runtime.current()[1])
-        return x
+        return x if self.dim == self.whole else x[..., : self.dim]
 
 
 class Form(NamedTuple):
@@ -66,6 +67,7 @@ class Form(NamedTuple):
     v: Rows
     dtypes: tuple[np.dtype[Any], ...]  # of the two, as far as they are not bytes; each once
     stored: tuple[str | None, str | None]  # of the two
+    latent: bool  # values are the beginnings of keys
 
     @property
     def dim(self) -> int:
@@ -80,14 +82,30 @@ class Form(NamedTuple):
         """Of the types, as arguments."""
         return f"dtype={self.k.name!r}" + (f", value_dtype={self.v.name!r}" if self.v.name != self.k.name else "")
 
-    def shapes(self, *rows: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Those of the arrays of keys and values."""
-        return (*rows, self.k.width), (*rows, self.v.width)
+    @property
+    def dims(self) -> str:
+        """What else there is to say of values, as arguments."""
+        value_dim = f", value_dim={self.dim_v}" if self.dim_v != self.dim else ""
+        return value_dim + (", latent=True" if self.latent else "")
+
+    def parts(self, k: _T, v: _T) -> tuple[_T, ...]:
+        """Of what belongs to keys and to values, that which is stored."""
+        return (k,) if self.latent else (k, v)
 
     def empty(self, *rows: int) -> tuple[Array, Array]:
         """Arrays for keys and values; ValueError where NumPy has none as large."""
-        shape_k, shape_v = self.shapes(*rows)
-        return np.empty(shape_k, self.k.dtype), np.empty(shape_v, self.v.dtype)
+        arrays = [np.empty((*rows, x.width), x.dtype) for x in self.parts(self.k, self.v)]
+        return self.views(*arrays)
+
+    def views(self, k: Array, v: Array | None = None) -> tuple[Array, Array]:
+        """Keys and values of the arrays that are stored."""
+        return k, k[..., : self.v.width] if v is None else v
+
+    def write(self, to_k: Array, to_v: Array, k: Array, v: Array) -> None:
+        """Numbers k and v (..., rows, dim) to stored rows."""
+        self.k.write(to_k, k)
+        if not self.latent:
+            self.v.write(to_v, v)
 
 
 class Shown(Generic[_T]):
@@ -126,7 +144,7 @@ def count(where: str, name: str, n: Any, least: int = 1) -> int:
 
 
 def check_form(
-    where: str, kv_heads: Any, head_dim: Any, value_dim: Any, dtype: Any, value_dtype: Any
+    where: str, kv_heads: Any, head_dim: Any, value_dim: Any, dtype: Any, value_dtype: Any, latent: Any
 ) -> Form:
     heads, dim = count(where, "kv_heads", kv_heads), count(where, "head_dim", head_dim)
     dim_v = dim if value_dim is None else count(where, "value_dim", value_dim)
@@ -134,7 +152,12 @@ def check_form(
         raise ValueError(f"{where}: head_dim and value_dim are at most {_core.MAX_DIM}, got {dim} and {dim_v}")
     name = _check_name(where, "dtype", dtype)
     name_v = name if value_dtype is None else _check_name(where, "value_dtype", value_dtype)
-    return make_form(where, heads, (dim, dim_v), (name, name_v))
+    if latent and dim_v > dim:
+        known = "latent values are the first elements of keys"
+        raise ValueError(f"{where}: {known}, value_dim is at most head_dim, got {dim_v} and {dim}")
+    if latent and name != name_v:
+        raise ValueError(f"{where}: latent values are of their keys' type, got value_dtype={name_v!r} for {name!r}")
+    return make_form(where, heads, (dim, dim_v), (name, name_v), bool(latent))
 
 
 def _check_name(where: str, argument: str, dtype: Any) -> str:
@@ -147,11 +170,12 @@ def _check_name(where: str, argument: str, dtype: Any) -> str:
     return name
 
 
-def make_form(where: str, kv_heads: int, dims: tuple[int, int], names: tuple[str, str]) -> Form:
+def make_form(where: str, kv_heads: int, dims: tuple[int, int], names: tuple[str, str], latent: bool) -> Form:
     """Of keys and values; the names are of NAMES."""
-    k, v = (Rows(dim, *_find_type(where, name)) for dim, name in zip(dims, names, strict=True))
+    k = Rows(dims[0], dims[0], *_find_type(where, names[0]))
+    v = Rows(dims[1], dims[0] if latent else dims[1], *_find_type(where, names[1]))
     dtypes = dict.fromkeys(x.dtype for x in (k, v) if not x.stored)
-    return Form(kv_heads, k, v, tuple(dtypes), (k.stored, v.stored))
+    return Form(kv_heads, k, v, tuple(dtypes), (k.stored, v.stored), latent)
 
 
 def _find_type(where: str, name: str) -> tuple[np.dtype[Any], str | None]:

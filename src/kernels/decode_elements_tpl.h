@@ -38,13 +38,13 @@ static QKV_INLINE VEC X(decode_load)(const int as, const char *from, const char 
 }
 
 #if WIDENS
-/* Positions at .. at + n of S take the scales of n rows of int8; if `keep`, not where they are negative. */
-static void X(decode_scale)(const qkv_stack *t, const char *rows, ptrdiff_t row, int d, int at, int n, int keep)
+/* Positions at .. at + n of S take the scales of n rows of int8, of which the first is `scales`; if `keep`, not where they are negative. */
+static void X(decode_scale)(const qkv_stack *t, const char *scales, ptrdiff_t row, int at, int n, int keep)
 {
     REAL scale[PART];
     for (int i = 0; i < n; i++) {
         float x;
-        memcpy(&x, rows + i * row + qkv_i8_bytes(d), sizeof x);
+        memcpy(&x, scales + i * row, sizeof x);
         scale[i] = (REAL)x;
     }
     for (int r = 0; r < t->rows; r++) {
@@ -85,7 +85,7 @@ static QKV_INLINE void X(decode_score_tile)(const int as, const int nr, const in
     X(decode_clear)(c);
     QKV_UNROLL
     for (int i = 0; i < nk; i += few) {
-        const char *first = k + (i < n ? i : n - 1) * k_row, *from = first, *scale = first + X(decode_bytes)(as, t->d);
+        const char *first = k + (i < n ? i : n - 1) * k_row, *from = first, *scale = first + X(decode_end)(as, t->d, t->k_scales);
         const REAL *first_q = (const REAL *)t->q + row * t->q_row, *q = first_q;
         ptrdiff_t key[4];
         int e = 0;
@@ -161,7 +161,7 @@ static QKV_INLINE void X(decode_score_as)(const int as, const qkv_stack *t, cons
 #undef TILES
 #if WIDENS
         if (as == QKV_AS_I8)
-            X(decode_scale)(t, k, k_row, t->d, at, some, 0);
+            X(decode_scale)(t, k + t->k_scales, k_row, at, some, 0);
 #endif
     }
 }
@@ -180,7 +180,7 @@ static QKV_INLINE void X(decode_value_tile)(const int as, const int nr, const in
     X(decode_take_sums)(nr, nc, t, sums, begins, c);
     /* Of int4 only tiles of whole groups know their elements' numbers at compile time. */
     const int known = as != QKV_AS_I4 || nc * W % 32 == 0, group = known ? e : e / 32 * 32;
-    const char *scale = v + X(decode_bytes)(as, t->dv) + e / 32 * 2;
+    const char *scale = v + X(decode_end)(as, t->dv, t->v_scales) + e / 32 * 2;
     /* Tiles narrower than a cache line fetch it once: the first in it, and the last of a row its scales. */
     const int line = X(decode_line)(as), narrow = as != OWN && nc * W < line;
     ptrdiff_t fetch = e % line == 0 ? ahead : 0;

@@ -39,6 +39,12 @@ static QKV_INLINE ptrdiff_t X(decode_bytes)(const int as, int e)
     return wide ? e * (ptrdiff_t)sizeof(REAL) : as == QKV_AS_I8 ? e : as == QKV_AS_I4 ? qkv_i4_bytes(e) : e * 2;
 }
 
+/* And where they end in a row of d, or its scales begin. */
+static QKV_INLINE ptrdiff_t X(decode_end)(const int as, int d, ptrdiff_t scales)
+{
+    return as == QKV_AS_I8 || as == QKV_AS_I4 ? scales : X(decode_bytes)(as, d);
+}
+
 /* Bytes from where rows of d elements are read to where they are fetched. Of 16 bits, where one row meets them, or two whose
  * pairs are multiplied, that is just the next row if the CPU itself is far ahead of what they need. */
 static QKV_INLINE ptrdiff_t X(decode_ahead)(const int as, const qkv_stack *t, ptrdiff_t row, int d)
@@ -247,7 +253,7 @@ static QKV_INLINE void X(decode_value_as)(const int as, const qkv_stack *t, cons
 #define TILES(nr, careful) (X(decode_value_rows)(as, nr, careful, t, row, v, v_row, ahead, at, some, begins, ends), row += nr)
 #if WIDENS
         if (as == QKV_AS_I8)
-            X(decode_scale)(t, v, v_row, t->dv, at, some, t->careful);
+            X(decode_scale)(t, v + t->v_scales, v_row, at, some, t->careful);
 #endif
         while (t->careful && row < t->rows)
             TILES(1, 1);

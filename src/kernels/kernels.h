@@ -136,6 +136,7 @@ typedef struct {
     const int32_t *lo, *hi;           /* (rows): row r sees the positions lo[r] <= i < hi[r], between first and last */
     double c;                         /* log2(e) * what of the scale is not in q; positive */
     int rows, d, dv;
+    ptrdiff_t k_scales, v_scales;     /* of I8 and I4: bytes in front of a row's scales */
     int first, last;                  /* positions that some row sees */
     int careful;                      /* take nothing from V where the row's key is excluded, even NaN */
     int streams;                      /* the CPU has QKV_CPU_STREAMS */
@@ -192,7 +193,7 @@ typedef struct {
 enum { QKV_AS_F32, QKV_AS_F64, QKV_AS_F16, QKV_AS_BF16, QKV_AS_I8, QKV_AS_I4 };
 
 /* A run of rows anywhere in memory, for copies: element (i, j) lies at data + i * row + j * col bytes; rows of I8 and I4 are
- * bytes that qkv.h describes. */
+ * bytes that qkv.h describes, the first of their scales at `col`. */
 typedef struct {
     char *data;
     ptrdiff_t row, col;

@@ -145,16 +145,15 @@ static void X(widen_row)(REAL *to, const char *data, const qkv_rows *from, int d
 }
 
 /* Rows of bytes with their scales (qkv.h). The product is exact but for that of int8 in float32, which is rounded. */
-static void X(dequantise_row)(REAL *to, const char *data, int type, int d)
+static void X(dequantise_row)(REAL *to, const char *data, const char *scales, int type, int d)
 {
     if (type == QKV_AS_I8) {
         float scale;
-        memcpy(&scale, data + qkv_i8_bytes(d), sizeof scale);
+        memcpy(&scale, scales, sizeof scale);
         for (int e = 0; e < d; e++)
             to[e] = (REAL)scale * (REAL)((const signed char *)data)[e];
         return;
     }
-    const char *scales = data + qkv_i4_bytes(d);
     for (int e = 0; e < d; e++) {
         uint16_t half;
         memcpy(&half, scales + e / 32 * 2, sizeof half);
@@ -189,7 +188,7 @@ static void X(gather)(void *to, ptrdiff_t to_row, const qkv_rows *from, int n, i
                 row[e] = (REAL)(isfinite(x) ? x > most ? most : x < -most ? -most : x : x);
             }
         else if (from->type >= QKV_AS_I8)
-            X(dequantise_row)(row, data, from->type, d);
+            X(dequantise_row)(row, data, data + from->col, from->type, d);
         else
             X(widen_row)(row, data, from, d);
     }

@@ -1,5 +1,6 @@
 """KVCache and PagedKVCache: what single calls give, and what is refused without a change."""
 
+import copy
 import subprocess
 import sys
 
@@ -299,6 +300,74 @@ def test_an_interrupted_append_of_a_ring(monkeypatch):
     assert cache.lengths.tolist() == [25] and cache.positions.tolist() == [[20, 21, 22, 23, 24, -1, -1, 17, 18, 19]]
     with pytest.raises(ValueError, match="the ring holds 10 tokens from 17 on"):
         cache.attend(K[:1, :1, :1])
+
+
+STEPS = {
+    "q of fewer": (dict(q=np.ones((2, 4, 2, 4), "float32")), ValueError, "tokens that k and v are of, 3 each, got 2"),
+    "q": (dict(q=np.ones((2, 3, 3, 4), "float32")), ValueError, "q must be of shape"),
+    "k": (dict(k=K[:1]), ValueError, r"k.shape=\(1,"),
+    "v": (dict(v=K.astype(complex)), TypeError, "complex"),
+    "lengths": (dict(lengths=[4, 0]), ValueError, r"0\.\.3 \(the tokens given\), got 4"),
+    "lengths that are no integers": (dict(lengths=[3.0, 3.0]), TypeError, "lengths"),
+    "lengths that are bools": (dict(lengths=[True, True]), TypeError, "lengths"),
+    "mask": (dict(mask=np.ones((3, 9), bool)), ValueError, r"mask does not broadcast .* 3, 6\)"),
+    "bias": (dict(bias=np.ones(6, int)), TypeError, "bias"),
+    "sinks": (dict(sinks=np.ones(3)), ValueError, "sinks"),
+    "tree": (dict(tree=np.ones((2, 2), bool)), ValueError, r"tree must be of shape \(3, 3\)"),
+    "out": (dict(out=np.ones((2, 4, 3, 5), "float32")), ValueError, "out"),
+    "scale": (dict(scale=np.nan), ValueError, "scale"),
+    "window": (dict(window=-1), ValueError, "window"),
+    "threads": (dict(num_threads=0), ValueError, "num_threads"),
+    "words": (dict(attn_mask=None), TypeError, "mask="),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_that_is_refused_appends_nothing(name):
+    wrong, error, message = STEPS[name]
+    cache, pool = KVCache(2, 2, 4, 10), PagedKVCache(2, 4, 6, page_size=4)
+    pool.add(), pool.add()
+    cache.append(K, K)
+    pool.append([0, 1], K, K)
+    before = state(cache), state(pool)
+    call = dict(q=np.ones((2, 4, 3, 4), "float32"), k=K, v=K) | wrong
+    with pytest.raises(error, match=rf"^KVCache\.step.*{message}"):
+        cache.step(**call)
+    with pytest.raises(error, match=rf"^PagedKVCache\.step.*{message}"):
+        pool.step([0, 1], **call)
+    assert (state(cache), state(pool)) == before
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_a_step_that_is_ended_takes_its_tokens_back(monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    q, rng = np.ones((2, 4, 3, 4), "float32"), np.random.default_rng(0)
+    cache, ring, pool = KVCache(2, 2, 4, 10), KVCache(2, 2, 4, 10, window=4), PagedKVCache(2, 4, 6, page_size=4)
+    pool.add(), pool.add()
+    held = cache, ring, pool
+    for each, sequences in zip(held, ([], [], [[0, 1]]), strict=True):
+        for n in (3, 1):
+            each.append(*sequences, *normal(rng, (2, 2, 2, n, 4)))
+        before = state(each) if each is not ring else each.lengths.tolist()
+        with monkeypatch.context() as patch:
+            patch.setattr(qkv_fast._problem, "forward", fail)
+            with pytest.raises(error):
+                each.step(*sequences, q, K, K)
+        assert before == (state(each) if each is not ring else each.lengths.tolist())
+        other = copy.deepcopy(each)
+        other.append(*sequences, K, K)
+        same_bits(each.step(*sequences, q, K, K), other.attend(*sequences, q))
+
+
+def test_steps_of_a_file(tmp_path):
+    cache, q = KVCache(2, 2, 4, 10, path=tmp_path / "x.kv"), np.ones((2, 4, 3, 4), "float32")
+    cache.step(q, K, K)
+    cache.flush()
+    with pytest.raises(ValueError, match=r"KVCache\.step: .*opened for reading"):
+        KVCache.open(tmp_path / "x.kv").step(q, K, K)
+    assert KVCache.open(tmp_path / "x.kv").lengths.tolist() == [3, 3]
 
 
 REORDER = """

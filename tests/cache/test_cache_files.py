@@ -115,11 +115,45 @@ def test_keys_and_values_of_two_types(path, dtype, value_dtype):
         KVCache(2, 2, 8, 20, value_dim=4, path=path, dtype=dtype)
     data = path.read_bytes()
     name = data.index(value_dtype.encode(), HEADER + 101)
-    end = HEADER + 117 + 48
+    end = HEADER + 125 + 48
     data = data[:name] + b"int9\0\0\0\0" + data[name + 8 :]
     path.write_bytes(data[:end] + struct.pack("<I", zlib.crc32(data[HEADER:end])) + data[end + 4 :])
     with pytest.raises(ValueError, match="int9"):
         KVCache.open(path)
+
+
+@dtypes
+def test_latent_values(path, dtype):
+    """One copy of rows in the file as well."""
+    form = dict(value_dim=4, dtype=dtype, latent=True)
+    cache = KVCache(2, 2, 8, 20, path=path, **form)
+    cache.append(tokens(0, 9)[0], lengths=[9, 6])
+    cache.reorder([1, 1])
+    cache.flush()
+    assert path.stat().st_size == 2 * HEADER + -(-cache.nbytes // HEADER) * HEADER
+    q = normal(np.random.default_rng(9), (2, 4, 3, 8), "float64" if dtype == "float64" else "float32")
+    ring = KVCache(2, 2, 8, 20, window=6, keep=2, **form)
+    ring.append(tokens(0, 30)[0])
+    ring.save(path.with_name("ring.kv"))
+    for each, at in ((cache, path), (ring, path.with_name("ring.kv"))):
+        for copy in (KVCache.open(at), KVCache.load(at)):
+            same_tokens(copy, each)
+            same_bits(copy.attend(q), each.attend(q))
+            assert repr(copy) == repr(each)
+            assert copy.nbytes == each.nbytes
+    del cache, copy
+    with pytest.raises(ValueError, match=f"capacity 20, {dtype}, latent; asked for was .* capacity 20, {dtype}$"):
+        KVCache(2, 2, 8, 20, value_dim=4, dtype=dtype, path=path)
+    for at, number in ((69, 9), (117, 2)):  # value_dim; what says that values are latent
+        data = bytearray(path.read_bytes())
+        for first in (0, HEADER):
+            struct.pack_into("<q", data, first + at, number)
+            end = first + 125 + 48
+            struct.pack_into("<I", data, end, zlib.crc32(data[first:end]))
+        wrong = path.with_name("wrong.kv")
+        wrong.write_bytes(data)
+        with pytest.raises(ValueError, match="is damaged"):
+            KVCache.open(wrong)
 
 
 def test_opened_for_reading_changes_nothing(path):

@@ -8,6 +8,8 @@ types, which `attention` does not take, and rings that have lost sight of kept t
 Memory starts as NaN, which must never show.
 """
 
+import copy
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +32,7 @@ class Rows(NamedTuple):
 
     dtype: str
     value_dtype: str
+    latent: bool
 
     @property
     def is_exact(self):
@@ -37,7 +40,12 @@ class Rows(NamedTuple):
         return self.dtype == self.value_dtype and self.dtype not in QUANTISED
 
     def store(self, k, v):
-        return as_stored(k, self.dtype), as_stored(v, self.value_dtype)
+        k = as_stored(k, self.dtype)
+        return k, k[..., :DIM_V] if self.latent else as_stored(v, self.value_dtype)
+
+    def given(self, k, v):
+        """What append takes."""
+        return (k,) if self.latent else (k, v)
 
 
 class Model:
@@ -101,12 +109,13 @@ class Model:
 
 def draw_rows(data):
     """Rows of a cache, and a type for its queries: of 32 bits or less."""
-    dtype = data.draw(st.sampled_from([*ALL_TYPES, *QUANTISED]), "dtype")
-    value_dtype = data.draw(st.just(dtype) | st.sampled_from([*ALL_TYPES, *QUANTISED]), "value_dtype")
+    types = st.sampled_from([*ALL_TYPES, *QUANTISED])
+    dtype, latent = data.draw(types, "dtype"), data.draw(st.integers(0, 2), "latent") == 2
+    value_dtype = dtype if latent else data.draw(st.just(dtype) | types, "value_dtype")
     plain = {dtype, value_dtype} - {*QUANTISED}
     fits = {"float32", "float16", "bfloat16"} if not plain else {*plain, "float32"} if len(plain) == 1 else {"float32"}
     kind = "float64" if "float64" in plain else data.draw(st.sampled_from(sorted(fits)), "queries' type")
-    return Rows(dtype, value_dtype), kind
+    return Rows(dtype, value_dtype, latent), kind
 
 
 def draw_tokens(data, heads, rows, batch, most=9):
@@ -144,6 +153,22 @@ def draw_options(data, heads):
     return drawn
 
 
+def hold_step(cache, sequences, q, tokens, lengths, options, **of_append):
+    """A step gives what a copy gives that appends and then attends, or its error, and nothing has changed. Returns
+    whether it has."""
+    other, options = copy.deepcopy(cache), dict(options, return_lse=True)
+    try:
+        other.append(*sequences, *tokens, lengths=lengths, **of_append)
+        expected = other.attend(*sequences, q, lengths=lengths, **options)
+    except ValueError as error:
+        words = re.escape(str(error).partition(": ")[2])
+        with pytest.raises(ValueError, match=rf"\.step: {words}"):
+            cache.step(*sequences, q, *tokens, lengths=lengths, **of_append, **options)
+        return False
+    same_bits(cache.step(*sequences, q, *tokens, lengths=lengths, **of_append, **options), expected)
+    return True
+
+
 @TURNS
 class Slab(RuleBasedStateMachine):
     """KVCache, as a slab or a ring."""
@@ -162,7 +187,7 @@ class Slab(RuleBasedStateMachine):
             **self.rows._asdict(),
         )  # fmt: skip
         poison = np.full((self.batch, self.heads, self.capacity, DIM), np.nan, "float32")
-        self.cache.append(poison, poison[..., :DIM_V])
+        self.cache.append(*self.rows.given(poison, poison[..., :DIM_V]))
         self.cache.truncate(0)
         self.model = [Model(self.heads, self.rows) for _ in range(self.batch)]
 
@@ -173,12 +198,12 @@ class Slab(RuleBasedStateMachine):
         added = [k.shape[2]] * self.batch if counts is None else counts
         if self.window is None and any(len(m) + n > self.capacity for m, n in zip(self.model, added, strict=True)):
             with pytest.raises(ValueError, match=f"capacity is {self.capacity}"):
-                self.cache.append(k, v, lengths=counts)
+                self.cache.append(*self.rows.given(k, v), lengths=counts)
             return
         starts = None
         if data.draw(st.integers(0, 2)) == 0:
             starts = [0 if len(m) else data.draw(st.integers(0, n)) for m, n in zip(self.model, added, strict=True)]
-        self.cache.append(k, v, lengths=counts, starts=starts)
+        self.cache.append(*self.rows.given(k, v), lengths=counts, starts=starts)
         for b, n in enumerate(added):
             self.model[b].start += starts[b] if starts else 0
             self.model[b].grow(k[b, :, :n], v[b, :, :n])
@@ -245,6 +270,21 @@ class Slab(RuleBasedStateMachine):
             m.check((out[b, :, :n], lse[b, :, :n]), q[b, :, :n], exact, self.keep, self.window, **options)
             assert not out[b, :, n:].any()
 
+    @rule(data=st.data())
+    def step(self, data):
+        k, v = draw_tokens(data, self.heads, self.rows, self.batch)
+        n, heads = k.shape[2], self.heads * self.group
+        counts = draw_counts(data, self.batch, n)
+        added = [n] * self.batch if counts is None else counts
+        starts = None
+        if data.draw(st.integers(0, 2)) == 0:
+            starts = [0 if len(m) else data.draw(st.integers(0, n)) for m, n in zip(self.model, added, strict=True)]
+        q = normal(np.random.default_rng(n), (self.batch, heads, n, DIM), self.kind)
+        if hold_step(self.cache, [], q, self.rows.given(k, v), counts, draw_options(data, heads), starts=starts):
+            for b, n in enumerate(added):
+                self.model[b].start += starts[b] if starts else 0
+                self.model[b].grow(k[b, :, :n], v[b, :, :n])
+
     @rule(data=st.data(), name=st.sampled_from(OF_CACHES))
     def ask(self, data, name):
         heads = self.heads * self.group
@@ -276,36 +316,65 @@ class Slab(RuleBasedStateMachine):
 
 @TURNS
 class Pages(RuleBasedStateMachine):
-    """PagedKVCache: a small pool, so that pages run out and are used again."""
+    """PagedKVCache: a small pool, so that pages run out and are used again. With a window the model knows which tokens
+    are gone: those that no token of the last append sees."""
 
     SIZE, PAGES, HEADS, GROUP = 3, 20, 2, 2
 
     @initialize(data=st.data())
     def make(self, data):
         self.rows, self.kind = draw_rows(data)
+        self.window = data.draw(st.none() | st.integers(0, 12), "window")
         self.pool = qkv_fast.PagedKVCache(
-            self.HEADS, DIM, self.PAGES, page_size=self.SIZE, value_dim=DIM_V, **self.rows._asdict()
+            self.HEADS, DIM, self.PAGES, page_size=self.SIZE, value_dim=DIM_V, window=self.window,
+            **self.rows._asdict(),
         )
         poison = np.full((1, self.HEADS, self.SIZE * self.PAGES, DIM), np.nan, "float32")
         everything = self.pool.add()
-        self.pool.append([everything], poison, poison[..., :DIM_V])
+        self.pool.append([everything], *self.rows.given(poison, poison[..., :DIM_V]))
         self.pool.remove(everything)
         self.model = {}
 
     def any_of(self, data, least=1):
         return data.draw(st.lists(st.sampled_from(sorted(self.model)), min_size=least, max_size=3, unique=True))
 
+    def first(self, m):
+        """The first token that is there: whole pages go."""
+        return max(m.start, m.gone // self.SIZE * self.SIZE)
+
+    def lacks(self, m, n):
+        """Whether, cut down to n tokens, it would lack some that the next one sees."""
+        return self.window is not None and n > m.start and max(n - self.window, m.start) < self.first(m)
+
+    def grow(self, m, k, v, start=0):
+        if k.shape[1] > start and self.window is not None:
+            m.gone = max(m.gone, len(m) - self.window)
+        m.grow(k, v)
+        m.start += start
+
+    def cut(self, m, n):
+        made = m.cut(n)
+        made.gone = m.gone if len(made) > made.start else 0
+        return made
+
     @rule()
     def add(self):
-        self.model[self.pool.add()] = Model(self.HEADS, self.rows)
+        s = self.pool.add()
+        self.model[s] = Model(self.HEADS, self.rows)
+        self.model[s].gone = 0
 
     @precondition(lambda self: self.model)
     @rule(data=st.data())
     def fork(self, data):
         (s,) = self.any_of(data)[:1]
-        n = data.draw(st.none() | st.integers(0, len(self.model[s])))
+        m = self.model[s]
+        n = data.draw(st.none() | st.integers(0, len(m)))
         free = self.pool.free_pages
-        self.model[self.pool.fork(s, n)] = self.model[s].cut(n)
+        if n is not None and self.lacks(m, n):
+            with pytest.raises(ValueError, match=f"window of token {n} begins at"):
+                self.pool.fork(s, n)
+        else:
+            self.model[self.pool.fork(s, n)] = self.cut(m, n)
         assert self.pool.free_pages == free
 
     @precondition(lambda self: self.model)
@@ -313,22 +382,41 @@ class Pages(RuleBasedStateMachine):
     def truncate(self, data):
         (s,) = self.any_of(data)[:1]
         n = data.draw(st.integers(0, len(self.model[s])))
+        if self.lacks(self.model[s], n):
+            with pytest.raises(ValueError, match=f"window of token {n} begins at"):
+                self.pool.truncate(s, n)
+            return
         self.pool.truncate(s, n)
-        self.model[s] = self.model[s].cut(n)
+        self.model[s] = self.cut(self.model[s], n)
 
     @precondition(lambda self: self.model)
     @rule(data=st.data())
     def select(self, data):
         (s,) = self.any_of(data)[:1]
-        n = data.draw(st.integers(0, len(self.model[s])))
-        rest = data.draw(st.permutations(range(len(self.model[s]) - n)))
+        m = self.model[s]
+        n = data.draw(st.integers(0, len(m)))
+        rest = data.draw(st.permutations(range(len(m) - n)))
         index = rest[: data.draw(st.integers(0, len(rest)))]
+        if self.lacks(m, n) or (index and n < m.start):
+            with pytest.raises(ValueError, match=f"window of token {n} begins at|begins at token {m.start}"):
+                self.pool.select(s, n, index)
+            return
         try:
             self.pool.select(s, n, index)
         except ValueError as error:
             assert "new pages are needed" in str(error)
             return
-        self.model[s] = self.model[s].take([*range(n), *(n + i for i in index)])
+        taken = m.take([*range(n), *(n + i for i in index)])
+        taken.gone = m.gone if len(taken) > taken.start else 0
+        self.model[s] = taken
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def reorder(self, data):
+        chosen = self.any_of(data)
+        parents = data.draw(st.lists(st.sampled_from(sorted(self.model)), min_size=len(chosen), max_size=len(chosen)))
+        self.pool.reorder(chosen, parents)
+        self.model |= {s: self.cut(self.model[p], None) for s, p in zip(chosen, parents, strict=True)}
 
     @precondition(lambda self: self.model)
     @rule(data=st.data())
@@ -337,55 +425,90 @@ class Pages(RuleBasedStateMachine):
         self.pool.remove(s)
         del self.model[s]
 
+    def draw_new(self, data):
+        """Sequences, their new tokens, and how they are given."""
+        chosen = self.any_of(data)
+        k, v = draw_tokens(data, self.HEADS, self.rows, len(chosen))
+        counts, starts = draw_counts(data, len(chosen), k.shape[2]), None
+        added = [k.shape[2]] * len(chosen) if counts is None else counts
+        if data.draw(st.integers(0, 2)) == 0:
+            empty = [not len(self.model[s]) for s in chosen]
+            starts = [data.draw(st.integers(0, n * new)) for n, new in zip(added, empty, strict=True)]
+        return chosen, k, v, counts, added, starts
+
+    def take_new(self, chosen, k, v, added, starts):
+        for b, s in enumerate(chosen):
+            self.grow(self.model[s], k[b, :, : added[b]], v[b, :, : added[b]], starts[b] if starts else 0)
+
     @precondition(lambda self: self.model)
     @rule(data=st.data())
     def append(self, data):
-        chosen = self.any_of(data)
-        k, v = draw_tokens(data, self.HEADS, self.rows, len(chosen))
-        counts = draw_counts(data, len(chosen), k.shape[2])
+        chosen, k, v, counts, added, starts = self.draw_new(data)
         try:
-            self.pool.append(chosen, k, v, lengths=counts)
+            self.pool.append(chosen, *self.rows.given(k, v), lengths=counts, starts=starts)
         except ValueError as error:
             assert "new pages are needed" in str(error)  # nothing has changed, as the invariant sees
             assert self.pool.free_pages < sum(-(-9 // self.SIZE) + 1 for _ in chosen)
             return
-        for b, s in enumerate(chosen):
-            n = k.shape[2] if counts is None else counts[b]
-            self.model[s].grow(k[b, :, :n], v[b, :, :n])
+        self.take_new(chosen, k, v, added, starts)
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def step(self, data):
+        chosen, k, v, counts, added, starts = self.draw_new(data)
+        heads = self.HEADS * self.GROUP
+        q = normal(np.random.default_rng(len(chosen)), (len(chosen), heads, k.shape[2], DIM), self.kind)
+        if hold_step(self.pool, [chosen], q, self.rows.given(k, v), counts, draw_options(data, heads), starts=starts):
+            self.take_new(chosen, k, v, added, starts)
+
+    def draw_call(self, data):
+        """Sequences, of which one may come twice, with queries; and whether their windows are all there."""
+        chosen = data.draw(st.lists(st.sampled_from(sorted(self.model)), min_size=1, max_size=4))
+        models, heads = [self.model[s] for s in chosen], self.HEADS * self.GROUP
+        q, lengths, counts = draw_queries(data, [len(m) for m in models], heads, self.kind)
+        there = self.window is None or not any(
+            n and len(m) > (begin := max(len(m) - n - self.window, m.start)) and begin < self.first(m)
+            for m, n in zip(models, counts, strict=True)
+        )
+        return chosen, models, q, lengths, counts, draw_options(data, heads), there
 
     @precondition(lambda self: self.model)
     @rule(data=st.data())
     def attend(self, data):
-        chosen = data.draw(st.lists(st.sampled_from(sorted(self.model)), min_size=1, max_size=4))  # one may come twice
-        models, heads = [self.model[s] for s in chosen], self.HEADS * self.GROUP
-        q, lengths, counts = draw_queries(data, [len(m) for m in models], heads, self.kind)
-        options = draw_options(data, heads)
+        chosen, models, q, lengths, counts, options, there = self.draw_call(data)
+        if not there:
+            with pytest.raises(ValueError, match="the first query's window begins at"):
+                self.pool.attend(chosen, q, lengths=lengths, **options)
+            return
         out, lse = self.pool.attend(chosen, q, lengths=lengths, return_lse=True, **options)
         for b, (m, n) in enumerate(zip(models, counts, strict=True)):
-            m.check((out[b, :, :n], lse[b, :, :n]), q[b, :, :n], **options)
+            m.check((out[b, :, :n], lse[b, :, :n]), q[b, :, :n], window=self.window, **options)
 
     @precondition(lambda self: self.model)
     @rule(data=st.data(), name=st.sampled_from(OF_CACHES))
     def ask(self, data, name):
-        chosen = data.draw(st.lists(st.sampled_from(sorted(self.model)), min_size=1, max_size=4))
-        models, heads = [self.model[s] for s in chosen], self.HEADS * self.GROUP
-        q, lengths, counts = draw_queries(data, [len(m) for m in models], heads, self.kind)
-        options = draw_options(data, heads)
+        chosen, models, q, lengths, counts, options, there = self.draw_call(data)
+        if not there:
+            with pytest.raises(ValueError, match=f"^PagedKVCache.{name}: the first query's window begins at"):
+                getattr(self.pool, name)(chosen, q, lengths=lengths, **options)
+            return
         got = getattr(self.pool, name)(chosen, q, lengths=lengths, **options)
         for b, (m, n) in enumerate(zip(models, counts, strict=True)):
-            m.check_answer(name, got, b, q[b, :, :n], **options)
+            m.check_answer(name, got, b, q[b, :, :n], window=self.window, **options)
 
     @invariant()
     def holds_the_tokens(self):
         if not hasattr(self, "pool"):
             return
         assert self.pool.sequences == sorted(self.model)
+        held = 0
         for s, m in self.model.items():
-            k, v = self.pool.gather(s)
-            same_bits((k, v), (m.k, m.v))
+            first = min(self.first(m), len(m))
+            same_bits(self.pool.gather(s), (m.k[:, first:], m.v[:, first:]))
+            held += -(-len(m) // self.SIZE) - first // self.SIZE if first < len(m) else 0
         assert self.pool.lengths(list(self.model)).tolist() == [len(m) for m in self.model.values()]
-        most = sum(-(-len(m) // self.SIZE) for m in self.model.values())
-        assert self.PAGES - most <= self.pool.free_pages <= self.PAGES
+        assert self.pool.starts(list(self.model)).tolist() == [m.start for m in self.model.values()]
+        assert self.PAGES - held <= self.pool.free_pages <= self.PAGES
 
 
 TestSlab = Slab.TestCase

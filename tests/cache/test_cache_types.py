@@ -8,7 +8,7 @@ import pytest
 from _quantised import QUANTISED, as_stored, dequantise, quantise
 from _util import ALL_TYPES, child_says, compare, normal, same_bits
 
-from qkv_fast import KVCache, PagedKVCache, explain
+from qkv_fast import KVCache, PagedKVCache, attention, explain, num_threads
 
 pytestmark = pytest.mark.usefixtures("isa")
 CACHE_TYPES = (*ALL_TYPES, *QUANTISED)
@@ -181,6 +181,68 @@ def test_each_type_is_checked_by_itself():
     wide.append(K, K)
     with pytest.raises(TypeError, match="q's type or a narrower one, got float64 for float32"):
         wide.attend(K)
+
+
+@pytest.mark.parametrize("dtype", CACHE_TYPES)
+@pytest.mark.parametrize("dim, dim_v", [(96, 64), (40, 24), (37, 21), (33, 33)])
+def test_latent_values_are_the_first_elements_of_keys(dtype, dim, dim_v):
+    """Of whole vectors and others, of few rows and many; with a window the first block is cut."""
+    rng = np.random.default_rng(8)
+    k = normal(rng, (2, 1, 1100, dim))
+    cache = KVCache(2, 1, dim, 1200, value_dim=dim_v, dtype=dtype, latent=True)
+    pool = PagedKVCache(1, dim, 20, value_dim=dim_v, dtype=dtype, latent=True)
+    cache.append(k)
+    pool.append([pool.add(), pool.add()], k.swapaxes(1, 2), layout="blhd")
+    held = as_stored(k, dtype)
+    same_bits((cache.keys, cache.values), (held, held[..., :dim_v]))
+    same_bits(pool.gather(1), (held[1], held[1, ..., :dim_v]))
+    assert cache.nbytes == KVCache(2, 1, dim, 1200, dtype=dtype).nbytes // 2
+    assert pool.nbytes == PagedKVCache(1, dim, 20, dtype=dtype).nbytes // 2
+    kind = "float64" if dtype == "float64" else "float32"
+    for heads, rows in ((1, 1), (16, 1), (3, 40)):
+        q = normal(rng, (2, heads, rows, dim), kind)
+        options = dict(scale=0.07, window=None if rows == 1 else 300)
+        got = cache.attend(q, return_lse=True, **options)
+        inputs = q, held, held[..., :dim_v]
+        compare(got, inputs, causal=True, **options)
+        if dtype not in QUANTISED:
+            same_bits(got, attention(*inputs, causal=True, return_lse=True, **options))
+        same_bits(pool.attend([0, 1], q, return_lse=True, **options), got)
+    apart = KVCache(2, 1, dim, 1200, value_dim=dim_v, dtype=dtype)
+    apart.append(k, k[..., :dim_v])
+    with num_threads(1):
+        plan, other = explain(cache.attend, q), explain(apart.attend, q)
+    assert plan.bytes == other.bytes - apart._v[:, :, :1100].nbytes  # rows are read once
+    assert dtype in ("float32", "float64") or plan.tiles_copied <= other.tiles_copied // 2
+
+
+def test_the_bytes_of_a_latent_token():
+    """As in DeepSeek's models."""
+    sizes = {
+        dtype: KVCache(1, 1, 576, 10, value_dim=512, dtype=dtype, latent=True).nbytes // 10 for dtype in CACHE_TYPES
+    }
+    assert sizes == {"float32": 2304, "float64": 4608, "float16": 1152, "bfloat16": 1152, "int8": 580, "int4": 324}
+
+
+def test_what_latent_caches_refuse():
+    for make, sizes in ((KVCache, (1, 2, 8, 5)), (PagedKVCache, (2, 8, 5))):
+        with pytest.raises(ValueError, match="value_dim is at most head_dim, got 9 and 8"):
+            make(*sizes, value_dim=9, latent=True)
+        with pytest.raises(ValueError, match="of their keys' type, got value_dtype='int8' for 'float32'"):
+            make(*sizes, value_dtype="int8", latent=True)
+    cache, pool = KVCache(1, 2, 8, 5, value_dim=4, latent=True), PagedKVCache(2, 8, 5, value_dim=4, latent=True)
+    plain, s = KVCache(1, 2, 8, 5), pool.add()
+    for call in (lambda: cache.append(K, K[..., :4]), lambda: pool.append([s], K, K[..., :4])):
+        with pytest.raises(TypeError, match="a latent cache takes keys alone"):
+            call()
+    with pytest.raises(TypeError, match="v is missing"):
+        plain.append(K)
+    with pytest.raises(ValueError, match=r"k must be of shape \(1, 2, tokens, 8\) \(k.shape=\(1, 2, 3, 7\)\)"):
+        cache.append(K[..., :7])
+    assert cache.lengths.tolist() == pool.lengths([s]).tolist() == plain.lengths.tolist() == [0]
+    assert repr(cache) == (
+        "KVCache(batch=1, kv_heads=2, head_dim=8, capacity=5, value_dim=4, latent=True, dtype='float32', lengths=[0])"
+    )
 
 
 @pytest.mark.parametrize("dtype", CACHE_TYPES)

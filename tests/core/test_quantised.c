@@ -100,6 +100,38 @@ static void check_stored(int isa, qkv_type type, qkv_type stored, qkv_type store
     destroy(&x);
 }
 
+/* V is the first elements of the rows of K, in two runs again. */
+static void check_latent(int isa, qkv_type type, qkv_type stored, int64_t group, int64_t len_q, int64_t len_k, int64_t dim,
+                         int64_t dim_v)
+{
+    problem x = make(type, 1, 1, group, len_q, len_k, dim, dim_v);
+    qkv_problem *p = &x.p;
+    qkv_run runs[2];
+    int64_t run_of[2] = {0, 2}, cut = between(1, len_k), bytes = row_bytes(stored, dim);
+    for (int64_t i = 0; i < 2; i++) {
+        int64_t first = i ? cut : 0, count = i ? len_k - cut : cut;
+        runs[i] = (qkv_run){.k = fill_run(&x, stored, x.k, 0, first, count, dim), .first = first, .count = count};
+        runs[i].v = runs[i].k;
+    }
+    for (int64_t j = 0; j < len_k; j++)
+        for (int64_t e = 0; e < dim_v; e++)
+            store(type, x.v, j * dim_v + e, load(type, x.k, j * dim + e));
+    p->isa = isa;
+    p->runs = runs;
+    p->n_runs = 2;
+    p->run_of = run_of;
+    byte_rows(&p->k_at, bytes);
+    byte_rows(&p->v_at, bytes);
+    p->k_type = p->v_type = stored;
+    p->latent = 1;
+    CHECK(run(&x) == QKV_OK, "latent rows");
+    p->k_type = p->v_type = type;     /* of x.k and x.v */
+    check_result(&x, "latent");
+    free((void *)runs[0].k);
+    free((void *)runs[1].k);
+    destroy(&x);
+}
+
 int main(void)
 {
     for (int isa = 0; tested_path(isa); isa++)
@@ -111,6 +143,9 @@ int main(void)
                 for (int i = 0; i < share_of(20); i++)
                     check_stored(isa, type, stored, i % 3 ? stored : other, between(1, 4), between(1, 60), between(1, 300),
                                  between(1, 140), between(1, 140));
+                for (int64_t dim = 1; dim <= 130; dim++)
+                    check_latent(isa, type, stored, dim % 5 + 1, dim % 7 ? 1 : 30, between(1, 150), dim, between(1, dim));
+                check_latent(isa, type, stored, 16, 1, 1500, 576, 512);
                 check_stored(isa, type, stored, other, 4, 1, 3000, 64, 96);
                 check_stored(isa, type, stored, stored, 3, 2, 2500, 33, 31);
                 check_stored(isa, type, stored, stored, 2, 40, 2200, 24, 40);
