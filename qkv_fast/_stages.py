@@ -356,17 +356,17 @@ def softmax_grad(
     return _along(where, {"dp": dp, "p": p}, None, axis, out, num_threads)
 
 
-def _check_axis(where: str, axis: Any, **given: Array) -> int:
+def _check_axis(where: str, axis: int, **given: Array) -> int:
     ((name, x),) = given.items()
     if x.ndim == 0:
         _fail_shapes(where, f"{name} needs an axis", **given)
     try:
-        axis = operator.index(None if isinstance(axis, (bool, np.bool_)) else axis)
+        axis = operator.index(None if isinstance(axis, (bool, np.bool_)) else axis)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(f"{where}: axis must be an integer, got {axis!r}") from None
     if not -x.ndim <= axis < x.ndim:
         raise np.exceptions.AxisError(axis, x.ndim, f"{where}: {name}.shape={x.shape}")
-    return int(axis)
+    return axis
 
 
 def _along(

@@ -29,7 +29,8 @@ int qkv_are_finite(const qkv_query_tile *t, const char *k, ptrdiff_t k_row, cons
     return kernels->finite_rows(k, k_row, n, (int)t->problem->dim) && kernels->finite_rows(v, v_row, n, (int)t->problem->dim_v);
 }
 
-/* m, l and delta of a panel's lanes. A row that sees nothing, and a lane without a row, have m = +inf. */
+/* m, l and delta of a panel's lanes, m as c has it, which is not the scale where that is very small. A row that sees nothing, and a
+ * lane without a row, have m = +inf. */
 static void take_rows(const qkv_query_tile *t, const qkv_panel *x, void *delta)
 {
     const qkv_problem *p = t->problem;
@@ -38,7 +39,7 @@ static void take_rows(const qkv_query_tile *t, const qkv_panel *x, void *delta)
         double lse = -INFINITY, sum = 0;
         if (j < x->n) {
             int64_t at = qkv_result_index(p, t->plan, t->sequence, t->head, &r);
-            lse = qkv_element(p, p->lse, at) / t->plan->rest;
+            lse = qkv_element(p, p->lse, at) * (1.4426950408889634 / t->plan->c);
             sum = qkv_element(p, p->delta, at);
             qkv_next_row(&r);
         }

@@ -41,7 +41,7 @@ def test_examples(name):
     run(examples(name, FUNCTIONS[name]))
 
 
-@pytest.mark.parametrize("host", ["threadpoolctl", "onnx", "torch", "transformers", "jax"])
+@pytest.mark.parametrize("host", ["threadpoolctl", "onnx", "torch", "transformers", "jax", "autograd"])
 def test_examples_of_integrations(host):
     pytest.importorskip(host, reason="the extra [test] installs threadpoolctl and onnx, the others bring their own")
     run(examples(host, importlib.import_module(f"qkv_fast.integrations.{host}")))

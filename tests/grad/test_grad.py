@@ -85,6 +85,14 @@ def test_dimensions(dims):
     check(qkv(2, heads=(2, 1), lengths=(30, 50), dims=dims), causal=True)
 
 
+@pytest.mark.parametrize("scale", [0, 1e-30, 1e-60, -1e-75, 1e-90, 1e-300, 30])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_scales(scale, dtype):
+    """Of next to nothing too: all keys weigh the same then."""
+    _, _, dv = check(qkv(13, dtype, heads=(2, 1), lengths=(40, 3000), dims=(8, 8)), scale=scale)
+    assert dv.all()
+
+
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_strides(pattern):
     """However arrays lie in memory, the same bits."""
@@ -157,6 +165,24 @@ def test_queries_that_see_nothing():
         dout[:] = np.inf
         for x in attention_grad(dout, q, *arrays[1:], out, lse, want=wanted(options), **options):
             assert (x == 0).all()
+    # Beside others, whose gradients keep their bits: rows that a mask or a bias blinds, and rows past q_lengths.
+    blind = np.zeros((2, 1, 50, 1), bool)
+    blind[0, :, 3:40:5] = blind[1, :, 45:] = True
+    for options in (
+        dict(mask=~blind), dict(bias=np.where(blind, -np.inf, 0).astype("f4"), sinks=np.ones(4)),
+        dict(q_lengths=[37, 45]), dict(q_lengths=[37, 0], causal=True),
+    ):  # fmt: skip
+        dout, out, lse, dlse = given_gradients(arrays, **options)
+        want = wanted(options)
+        expected = attention_grad(dout, *arrays, out, lse, dlse=dlse, want=want, **options)
+        no_key = (lse == -np.inf) | (lse == 1 if "sinks" in options else False)
+        assert no_key.any() and not no_key.all()
+        for bad in (np.nan, np.inf, -np.inf):
+            q = np.where(no_key[..., None], np.float32(bad), arrays[0])
+            worse = np.where(no_key[..., None], np.float32(bad), dout)
+            same_bits(
+                attention_grad(worse, q, *arrays[1:], out, lse, dlse=dlse, want=want, **options), expected
+            )
     for cut in ((slice(0), slice(None)), (slice(None), slice(0)), (slice(0), slice(0))):
         q, k, v = arrays[0][:, :, cut[0]], arrays[1][:, :, cut[1]], arrays[2][:, :, cut[1]]
         dout, out, lse, _ = given_gradients((q, k, v))
