@@ -41,8 +41,10 @@ def test_examples(name):
     run(examples(name, FUNCTIONS[name]))
 
 
-@pytest.mark.parametrize("host", ["threadpoolctl", "onnx", "torch", "transformers", "jax"])
-def test_examples_of_integrations(host):
+@pytest.mark.parametrize("host", ["threadpoolctl", "onnx", "torch", "transformers", "jax", "keras"])
+def test_examples_of_integrations(host, monkeypatch):
+    if host == "keras":  # by itself it asks for TensorFlow
+        monkeypatch.setenv("KERAS_BACKEND", "numpy")
     pytest.importorskip(host, reason="the extra [test] installs threadpoolctl and onnx, the others bring their own")
     run(examples(host, importlib.import_module(f"qkv_fast.integrations.{host}")))
 
