@@ -157,8 +157,9 @@ def test_gives_what_jax_gives(name, extra):
         {"query_seq_lengths": jnp.minimum(LENGTHS, q.shape[1]), "key_value_seq_lengths": LENGTHS + 1},
     ]  # fmt: skip
     for i, (limits, lengths) in enumerate(itertools.product(LIMITS, padded)):
-        scale = (None, 0.5, -1.0)[i % 3]
-        options = {**given, **limits, **lengths, "scale": scale, "return_residual": True}
+        if i % 3 and extra != "none":  # JAX takes its time
+            continue
+        options = {**given, **limits, **lengths, "scale": (None, 0.5, -1.0)[i % 5 % 3], "return_residual": True}
         out, lse = dot_product_attention(q, k, v, **options)
         seen = np.isfinite(lse)
         assert not np.any(np.asarray(out)[~seen])

@@ -32,15 +32,17 @@ def test_gives_what_keras_gives(backend):
     assert int(run(backend, TESTS / "_keras.py")) > 50
 
 
-@pytest.mark.parametrize("backend", ["numpy", pytest.param("jax", marks=pytest.mark.full), "torch"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_passes_the_tests_of_keras(backend, tmp_path):
-    """Those that its wheel carries of attention layers and of the function."""
+    """Those that its wheel carries of attention layers and of the function; on JAX, which compiles each for seconds,
+    the function's and those of results."""
     root = Path(find_spec("keras").origin).parent / "src"
     files = [*sorted((root / "layers" / "attention").glob("*_test.py")), root / "ops" / "nn_test.py"]
     options = ["-q", "-p", "_keras", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", tmp_path]
-    options += ["-k", "attention or Attention"]
+    chosen = "dot_product_attention or Attention and correctness" if backend == "jax" else "attention or Attention"
+    options += ["-k", chosen]
     if backend == "numpy":
         options += ["-m", "not requires_trainable_backend"]
     said = run(backend, "-m", "pytest", *options, *files)
     assert "our attention was called: True" in said
-    assert int(re.search(r"(\d+) passed", said)[1]) > 100
+    assert int(re.search(r"(\d+) passed", said)[1]) > (20 if backend == "jax" else 100)
