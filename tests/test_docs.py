@@ -41,9 +41,12 @@ def test_examples(name):
     run(examples(name, FUNCTIONS[name]))
 
 
-@pytest.mark.parametrize("host", ["threadpoolctl", "onnx", "torch", "transformers", "jax", "autograd"])
-def test_examples_of_integrations(host):
-    pytest.importorskip(host, reason="the extra [test] installs threadpoolctl and onnx, the others bring their own")
+@pytest.mark.parametrize("host", ["threadpoolctl", "onnx", "torch", "flex", "transformers", "jax", "autograd", "keras"])
+def test_examples_of_integrations(host, monkeypatch):
+    if host == "keras":  # by itself it asks for TensorFlow
+        monkeypatch.setenv("KERAS_BACKEND", "numpy")
+    reason = "the extra [test] installs threadpoolctl and onnx, the others bring their own"
+    pytest.importorskip("torch" if host == "flex" else host, reason=reason)
     run(examples(host, importlib.import_module(f"qkv_fast.integrations.{host}")))
 
 
@@ -68,7 +71,7 @@ GUIDE = CHECKOUT / "docs" / "guide.md"
 def test_pages(name):
     """All blocks in order, as one session. A block ends with an empty line, which ends its last result."""
     for host in ("threadpoolctl", "onnx", "ml_dtypes"):
-        pytest.importorskip(host, reason="the extra [test] installs it")
+        pytest.importorskip("torch" if host == "flex" else host, reason="the extra [test] installs it")
     text = (CHECKOUT / "docs" / name).read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     assert len(blocks) > 6 and text.count(">>> ") == sum(block.count(">>> ") for block in blocks)

@@ -1,4 +1,4 @@
-"""Attention and its gradient inside of JAX programs on CPUs, compiled or not.
+"""Attention and its gradient inside of JAX programs on CPUs, compiled or not: by our arguments, or by `jax.nn`'s.
 
 Examples
 --------
@@ -62,6 +62,109 @@ def attention(q: Any, k: Any, v: Any, **options: Any) -> jax.Array:
     """
     if unknown := set(options) - {*_ARRAYS, *_OTHERS}:
         raise TypeError(f"attention() got an unexpected keyword argument {min(unknown)!r}")
+    out: jax.Array = _run(q, k, v, **options)[0]
+    return out
+
+
+def dot_product_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    bias: Any = None,
+    mask: Any = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: Any = None,
+    key_value_seq_lengths: Any = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: str | None = None,
+    return_residual: bool = False,
+) -> Any:
+    """What `jax.nn.dot_product_attention` computes, under `jit`, `vmap` and `grad` too.
+
+    Parameters
+    ----------
+    query : array_like, shape (B, T, N, H) or (T, N, H)
+        Queries, float32, float64, float16 or bfloat16.
+    key : array_like, shape (B, S, K, H) or (S, K, H)
+        Keys. K divides N.
+    value : array_like, shape of key
+        Values.
+    bias : array_like, optional
+        Added to the scaled scores; broadcasts to (B, N, T, S), with axes that are missing on the left.
+    mask : array_like of bool, optional
+        True where a query attends; broadcasts as `bias` does.
+    scale : float, optional
+        Factor of the scores, ``1 / sqrt(H)`` by default; a constant of a compiled program.
+    is_causal : bool, default False
+        Query i sees the keys 0 to i, also where T and S differ.
+    query_seq_lengths, key_value_seq_lengths : array_like of int32, shape (B,), optional
+        How many of the queries and of the keys of each sequence are no padding.
+    local_window_size : int or (int, int), optional
+        Query i sees the keys i - left to i + right.
+    implementation : {None, "xla"}, default None
+        As in JAX. It does not matter here.
+    return_residual : bool, default False
+        Whether to return the log-sum-exp of the scores.
+
+    Returns
+    -------
+    out : jax.Array, shape (B, T, N, H) or (T, N, H)
+        Of query's type. Rows that see nothing are 0, where JAX's are the mean of all values.
+    residual : jax.Array, shape (B, T, N) or (T, N)
+        With `return_residual`: the natural logarithm, in query's type; -inf for rows that see nothing. As in JAX no
+        gradient passes it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Shapes and types that do not fit, when a program is traced; lengths that do not, when it runs.
+    NotImplementedError
+        Another implementation.
+
+    Notes
+    -----
+    The meaning is that of JAX 0.10.2.
+
+    Examples
+    --------
+    >>> import jax
+    >>> from qkv_fast.integrations.jax import dot_product_attention
+    >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 100, 12, 64))  # batch, length, heads, dim
+    >>> ours, theirs = (f(q, k, v, is_causal=True) for f in (dot_product_attention, jax.nn.dot_product_attention))
+    >>> bool(abs(ours - theirs).max() < 1e-5)
+    True
+    """
+    where = "dot_product_attention"
+    if implementation not in (None, "xla"):
+        raise NotImplementedError(f"{where}: implementation must be None or 'xla' on a CPU, got {implementation!r}")
+    q, k, v = (jax.numpy.asarray(x) for x in (query, key, value))
+    for name, x in (("query", q), ("key", k), ("value", v)):
+        if x.ndim not in (3, 4):
+            raise ValueError(f"{where}: {name} must have 3 or 4 axes, (B, T, N, H), got {name}.shape={x.shape}")
+    if not q.dtype == k.dtype == v.dtype:
+        types = f"{q.dtype}, {k.dtype} and {v.dtype}"
+        raise ValueError(f"{where}: query, key and value must have one type, got {types}")
+    window = tuple(local_window_size) if isinstance(local_window_size, list) else local_window_size
+    options = {
+        "causal": bool(is_causal), "window": window, "q_lengths": query_seq_lengths,
+        "kv_lengths": key_value_seq_lengths, "scale": scale, "layout": "blhd",
+    }  # fmt: skip
+    for name, x in (("bias", bias), ("mask", mask)):
+        if x is not None:
+            x = jax.numpy.asarray(x)
+            options[name] = x.reshape((1,) * (4 - x.ndim) + x.shape)
+    arrays = (x.reshape((1,) * (4 - x.ndim) + x.shape) for x in (q, k, v))
+    out, lse = _run(*arrays, q_offset=0, **options)
+    out = out.reshape(*q.shape[:-1], v.shape[-1])
+    if not return_residual:
+        return out
+    return out, jax.lax.stop_gradient(lse.swapaxes(1, 2).reshape(q.shape[:-1]).astype(q.dtype))
+
+
+def _run(q: Any, k: Any, v: Any, **options: Any) -> Any:
+    """The result and its log-sum-exp, through which no gradient passes."""
     given = {"q": q, "k": k, "v": v} | {name: options[name] for name in _ARRAYS if options.get(name) is not None}
     arrays = jax.tree.map(jax.numpy.asarray, given)
     others = {name: options[name] for name in _OTHERS if name in options}
@@ -77,7 +180,7 @@ def _attend(constants: Any, arrays: dict[str, Any]) -> Any:
 
 
 def _forward(constants: Any, arrays: dict[str, Any]) -> Any:
-    """The result, and what its gradient needs."""
+    """The results, and what the gradient of the first needs."""
     _, others = constants
     q, k, v = arrays["q"], arrays["k"], arrays["v"]
     batch = np.broadcast_shapes(*(x.shape[:-3] for x in (q, k, v)))
@@ -88,11 +191,12 @@ def _forward(constants: Any, arrays: dict[str, Any]) -> Any:
         jax.ShapeDtypeStruct((*batch, *rows[:-3:-1]) if turned else rows, np.promote_types(q.dtype, np.float32)),
     )
     out, lse = jax.pure_callback(functools.partial(_call, others), shapes, arrays, vmap_method="sequential")
-    return out, (arrays, out, lse)
+    return (out, lse), (arrays, out, lse)
 
 
-def _backward(constants: Any, kept: Any, dout: Any) -> Any:
+def _backward(constants: Any, kept: Any, gradients: Any) -> Any:
     want, others = constants
+    dout, _ = gradients
     arrays, out, lse = kept
     shapes = tuple(jax.ShapeDtypeStruct(arrays[name].shape, arrays[name].dtype) for name in want)
     call = functools.partial(_call_grad, want, others)

@@ -137,44 +137,51 @@ def scaled_dot_product_attention(
     if q.ndim > 2 and not q.size(-3) == k.size(-3) == v.size(-3):
         q, k, v = _share_heads(q, k, v, enable_gqa)
     if recorded:
-        return _Attention.apply(causal, scale, q, k, v, *masks)
+        result: torch.Tensor = Recorded.apply(_NAME, {"causal": causal, "scale": scale}, q, k, v, *masks)[0]
+        return result
     q, k, v, *masks = (memory_of(_NAME, x) for x in (q, k, v, *masks))
     return as_tensor(attention(q, k, v, causal=causal, scale=scale, **_added(masks)))
 
 
-class _Attention(torch.autograd.Function):
-    """For inputs that broadcast as ours do; what torch did before, it differentiates itself."""
+class Recorded(torch.autograd.Function):
+    """Attention with `options` and its log-sum-exp, for inputs that broadcast as ours do: what torch did before, it
+    differentiates itself."""
 
     @staticmethod
-    def forward(ctx: Any, causal: Any, scale: float | None, *tensors: torch.Tensor) -> torch.Tensor:
-        q, k, v, *masks = (memory_of(_NAME, x.detach()) for x in tensors)
-        out, lse = attention(q, k, v, causal=causal, scale=scale, return_lse=True, **_added(masks))
-        result = as_tensor(out)
-        ctx.save_for_backward(result, *tensors)
-        ctx.others = lse, causal, scale
-        return result
+    def forward(ctx: Any, where: str, options: dict[str, Any], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        q, k, v, *masks = (memory_of(where, x.detach()) for x in tensors)
+        results = tuple(map(as_tensor, attention(q, k, v, return_lse=True, **options, **_added(masks))))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*results, *tensors)
+        ctx.others = where, options
+        return results
 
     @staticmethod
-    def backward(ctx: Any, dout: torch.Tensor) -> tuple[Any, ...]:
-        return None, None, *_Gradients.apply(ctx.others, ctx.needs_input_grad[2:], dout, *ctx.saved_tensors)
+    def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[Any, ...]:
+        if dout is None:
+            dout = torch.zeros_like(ctx.saved_tensors[0])
+        return None, None, *_Gradients.apply(ctx.others, ctx.needs_input_grad[2:], dlse, dout, *ctx.saved_tensors)
 
 
 class _Gradients(torch.autograd.Function):
     """A function of its own, so that whoever differentiates gradients is told, also where `dout` needs none."""
 
     @staticmethod
-    def forward(ctx: Any, others: Any, needed: tuple[bool, ...], *tensors: torch.Tensor) -> tuple[Any, ...]:
-        lse, causal, scale = others
-        dout, out, q, k, v, *masks = (memory_of(_NAME, x.detach()) for x in tensors)
+    def forward(
+        ctx: Any, others: Any, needed: tuple[bool, ...], dlse: torch.Tensor | None, *tensors: torch.Tensor
+    ) -> tuple[Any, ...]:
+        ctx.where, options = others
+        dout, out, lse, q, k, v, *masks = (memory_of(ctx.where, x.detach()) for x in tensors)
         names = ("q", "k", "v", "bias")[: len(needed)]
         want = tuple(name for name, is_needed in zip(names, needed, strict=True) if is_needed)
-        gradients = attention_grad(dout, q, k, v, out, lse, want=want, causal=causal, scale=scale, **_added(masks))
+        added = _added(masks) if dlse is None else {"dlse": memory_of(ctx.where, dlse.detach()), **_added(masks)}
+        gradients = attention_grad(dout, q, k, v, out, lse, want=want, **options, **added)
         found = dict(zip(want, map(as_tensor, gradients), strict=True))
         return tuple(found.get(name) for name in names)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> NoReturn:
-        refuse(_NAME, "no second derivatives: its gradients cannot be differentiated again")
+        refuse(ctx.where, "no second derivatives: its gradients cannot be differentiated again")
 
 
 def _added(masks: list[Any]) -> dict[str, Any]:

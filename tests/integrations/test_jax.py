@@ -1,6 +1,9 @@
-"""attention inside of JAX programs: NumPy's results, and the gradients that JAX has by itself."""
+"""attention inside of JAX programs: NumPy's results, and the gradients that JAX has by itself. And
+dot_product_attention, which gives what JAX's gives on a grid of its arguments."""
 
 import functools
+import inspect
+import itertools
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ jax = pytest.importorskip("jax", reason="the extra [test] leaves it out for its 
 
 from jax import numpy as jnp  # noqa: E402
 
-from qkv_fast.integrations.jax import attention  # noqa: E402
+from qkv_fast.integrations.jax import attention, dot_product_attention  # noqa: E402
 
 
 def normal(*shapes, dtype="float32"):
@@ -106,3 +109,110 @@ def test_what_was_given():
         attention(q, k, v, return_lse=True)
     with pytest.raises(ValueError, match="Pure callbacks do not support JVP"):
         jax.hessian(lambda q: attention(q, k, v).sum())(q)
+
+
+THEIRS = jax.nn.dot_product_attention
+T, S, LENGTHS = 5, 7, jnp.array([3, 5], "int32")
+HOSTS_SHAPES = {  # of query; of key and value
+    "4-D": ((2, T, 4, 8), (2, S, 4, 8)),
+    "groups": ((2, T, 4, 8), (2, S, 2, 8)),
+    "one key head": ((2, T, 4, 8), (2, S, 1, 8)),
+    "3-D": ((T, 4, 8), (S, 2, 8)),
+    "more queries than keys": ((2, 9, 4, 8), (2, S, 4, 8)),
+    "one query": ((2, 1, 4, 8), (2, S, 2, 8)),
+}
+LIMITS = [
+    {}, {"is_causal": True}, {"local_window_size": 2}, {"local_window_size": (1, 3)},
+    {"is_causal": True, "local_window_size": (2, 1)},
+]  # fmt: skip
+
+
+def inputs(name, dtype="float32"):
+    """query, key, value, numbers like scores, and which rows see a key whatever hides others."""
+    q, k = HOSTS_SHAPES[name]
+    return normal(q, k, k, (2 if len(q) == 4 else 1, 4, q[-3], S), dtype=dtype)
+
+
+def compare(ours, theirs, rows, **tolerance):
+    """In the rows that see something: in others JAX has the mean of all values."""
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert x.shape == y.shape and x.dtype == y.dtype
+        keep = rows.reshape(rows.shape + (1,) * (x.ndim - rows.ndim))
+        np.testing.assert_allclose(
+            *(np.where(keep, np.asarray(z).astype("float32"), 0) for z in (x, y)), **tolerance
+        )
+
+
+@pytest.mark.parametrize("extra", ["none", "bias", "mask", "both", "for all heads", "of two axes"])
+@pytest.mark.parametrize("name", HOSTS_SHAPES)
+def test_gives_what_jax_gives(name, extra):
+    q, k, v, numbers = inputs(name)
+    given = {
+        "none": {}, "bias": {"bias": numbers}, "mask": {"mask": numbers > -0.5},
+        "both": {"bias": numbers, "mask": numbers > -0.5}, "for all heads": {"mask": numbers[:, :1] > -0.5},
+        "of two axes": {"bias": numbers[0, 0], "mask": numbers[0, 0, :1] > -0.5},
+    }[extra]  # fmt: skip
+    padded = [{}] if q.ndim == 3 else [
+        {}, {"key_value_seq_lengths": LENGTHS}, {"query_seq_lengths": jnp.minimum(LENGTHS, q.shape[1])},
+        {"query_seq_lengths": jnp.minimum(LENGTHS, q.shape[1]), "key_value_seq_lengths": LENGTHS + 1},
+    ]  # fmt: skip
+    for i, (limits, lengths) in enumerate(itertools.product(LIMITS, padded)):
+        if i % 3 and extra != "none":  # JAX takes its time
+            continue
+        options = {**given, **limits, **lengths, "scale": (None, 0.5, -1.0)[i % 5 % 3], "return_residual": True}
+        out, lse = dot_product_attention(q, k, v, **options)
+        seen = np.isfinite(lse)
+        assert not np.any(np.asarray(out)[~seen])
+        compare((out, lse), THEIRS(q, k, v, **options), seen, rtol=2e-5, atol=2e-5)
+    alone = dot_product_attention(q, k, v, **options | {"return_residual": False})
+    np.testing.assert_array_equal(alone, out)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_16_bits(dtype):
+    """JAX rounds weights to these types, and ours does not: to its unit of the largest value."""
+    q, k, v, numbers = inputs("groups", dtype)
+    unit = float(jnp.finfo(dtype).eps)
+    for options in ({}, {"bias": numbers, "is_causal": True}):
+        found, expected = (f(q, k, v, **options, return_residual=True) for f in (dot_product_attention, THEIRS))
+        most = 2 * unit * float(jnp.abs(v).max())
+        compare(found, expected, np.ones(q.shape[:3], bool), rtol=unit, atol=most)
+
+
+def test_in_programs():
+    """Compiled, mapped, differentiated: also with respect to a bias that is shared."""
+    q, k, v, numbers = inputs("groups")
+
+    def loss(function, q, k, v, bias):
+        out, lse = function(q, k, v, bias, is_causal=True, key_value_seq_lengths=LENGTHS, return_residual=True)
+        return (jnp.sin(out) * lse[..., None]).sum()
+
+    for bias in (numbers, numbers[:1, :1]):
+        found, expected = (
+            jax.jit(jax.value_and_grad(functools.partial(loss, f), argnums=(0, 1, 2, 3)))(q, k, v, bias)
+            for f in (dot_product_attention, THEIRS)
+        )
+        for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)
+    mapped = [jax.vmap(functools.partial(f, is_causal=True))(q, k, v) for f in (dot_product_attention, THEIRS)]
+    np.testing.assert_allclose(*mapped, rtol=2e-5, atol=2e-5)
+    of_cotangents = jax.grad(lambda q: dot_product_attention(q, k, v, query_seq_lengths=LENGTHS).sum())(q)
+    assert not np.any(of_cotangents[0, 3:]) and np.any(of_cotangents[1, 3:])
+
+
+def test_its_signature_and_what_it_refuses():
+    ours, theirs = (inspect.signature(f) for f in (dot_product_attention, THEIRS))
+    assert [(x.name, x.kind, x.default) for x in ours.parameters.values()] == [
+        (x.name, x.kind, x.default) for x in theirs.parameters.values()
+    ]
+    q, k, v, _ = inputs("4-D")
+    same = dot_product_attention(q, k, v, implementation="xla")
+    np.testing.assert_array_equal(same, dot_product_attention(q, k, v))
+    with pytest.raises(NotImplementedError, match="implementation must be None or 'xla' on a CPU, got 'cudnn'"):
+        dot_product_attention(q, k, v, implementation="cudnn")
+    for function in (dot_product_attention, THEIRS):
+        for wrong in ((q, k.astype("float16"), v), (q[0, 0], k, v), (q, k[..., :7], v), (q[:, :, :3], k[:, :, :2], v)):
+            with pytest.raises(ValueError):
+                function(*wrong)
+    with pytest.raises(TypeError, match="mask"):
+        dot_product_attention(q, k, v, mask=jnp.ones((T, S)))

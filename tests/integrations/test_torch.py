@@ -511,3 +511,37 @@ def test_errors(changes, error, words):
 
 def test_import_does_not_load_torch():
     assert child_says("import sys, qkv_fast; print('torch' in sys.modules)") == "False"
+
+
+@pytest.mark.filterwarnings("ignore")  # of what torch's own tests import
+def test_the_samples_of_torchs_own_tests():
+    """Of its OpInfo, without dropout: results, and gradients but of 16 bits, which are held to what torch gives in
+    float32. Elements are up to 9, so scores of some hundreds are rounded, and gradients have that times 9."""
+    pytest.importorskip("expecttest", reason="torch's own tests import it")
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    (info,) = [op for op in op_db if op.name == "nn.functional.scaled_dot_product_attention"]
+    count = 0
+    for dtype, recorded in itertools.product((*TYPES, torch.float16, torch.bfloat16), (False, True)):
+        unit = torch.finfo(dtype).eps / 2
+        near = {"rtol": 256 * unit, "atol": 9 * 256 * unit}
+        if dtype not in TYPES:  # rounded once
+            near = {"rtol": unit, "atol": unit}
+        for sample in info.sample_inputs("cpu", dtype, requires_grad=recorded):
+            if sample.kwargs.get("dropout_p"):
+                continue
+            results = []
+            for function in (scaled_dot_product_attention, info.op):
+                wide = function is info.op and dtype not in TYPES
+                kind = torch.float32 if wide else dtype
+                given = [x.detach().to(kind).requires_grad_(recorded) for x in (sample.input, *sample.args)]
+                options = {
+                    name: x.to(kind) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+                    for name, x in sample.kwargs.items()
+                }
+                out = function(*given, **options)
+                found = [out, *(torch.autograd.grad(out.sum(), given) if recorded and dtype in TYPES else ())]
+                results.append([x.detach().to(dtype if dtype in TYPES else torch.float32) for x in found])
+            torch.testing.assert_close(*results, **near)
+            count += 1
+    assert count >= 100
