@@ -61,6 +61,8 @@ class CpuPath:
 
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mavx512cd")
+# gcc would begin more loads than registers hold, and move what it has loaded along for later steps of a product.
+NEON = ("-fno-schedule-insns", "-fno-predictive-commoning")
 
 PATHS = (
     CpuPath("portable"),
@@ -90,7 +92,7 @@ PATHS = (
     CpuPath(
         "neon",
         target="aarch64",
-        optional=("-fno-schedule-insns",),  # gcc would begin more loads than registers hold
+        optional=NEON,
         probe=AARCH64 + "float32x4_t f(float32x4_t a);\n"
         "float32x4_t f(float32x4_t a) { return vfmaq_laneq_f32(a, a, a, 3); }\n",
     ),
@@ -98,7 +100,7 @@ PATHS = (
         "neonbf16",
         target="aarch64",
         flags=("-march=armv8.2-a+bf16",),
-        optional=("-fno-schedule-insns",),
+        optional=NEON,
         probe=AARCH64 + "float32x4_t f(float32x4_t a, bfloat16x8_t b);\n"
         "float32x4_t f(float32x4_t a, bfloat16x8_t b) { return vbfdotq_laneq_f32(a, b, b, 3); }\n",
     ),

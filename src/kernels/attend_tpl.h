@@ -63,6 +63,7 @@ static QKV_INLINE int X(lane_terms)(const int nr, const int nv, const int along,
                                     const REAL *b, int n, VEC c[MOST_ROWS][LANE_VECTORS])
 {
     const int rows = along && nr > LANE_ROWS ? LANE_ROWS : nr, of_terms = along ? rows : 0, of_rows = along ? 0 : rows;
+    const int many = nr * LANE_TERMS > 8 * W;           /* vectors of A: gcc would keep an offset for each */
     int t = 0;
     for (; t + LANE_TERMS <= n; t += LANE_TERMS, a += LANE_TERMS * (along ? 1 : stride), b += LANE_TERMS * LANES) {
         QKV_UNROLL
@@ -70,15 +71,21 @@ static QKV_INLINE int X(lane_terms)(const int nr, const int nv, const int along,
             VEC x[LANE_VECTORS], y[MOST_ROWS][LANE_TERMS];
             QKV_UNROLL
             for (int r = 0; r < of_terms; r++) {
+                const REAL *at = a + (i + r) * stride;
+                if (many && LANE_TERMS > W)
+                    QKV_IN_REGISTER(at);
                 QKV_UNROLL
                 for (int e = 0; e < LANE_TERMS; e += W)
-                    y[r][e] = X(loadu)(a + (i + r) * stride + e);
+                    y[r][e] = X(loadu)(at + e);
             }
             QKV_UNROLL
             for (int e = 0; e < LANE_TERMS; e++) {
+                const REAL *at = a + e * stride;
+                if (many && of_rows > W)
+                    QKV_IN_REGISTER(at);
                 QKV_UNROLL
                 for (int r = 0; r < of_rows; r += W)
-                    y[r][e] = X(loadu)(a + e * stride + r);
+                    y[r][e] = X(loadu)(at + r);
                 QKV_UNROLL
                 for (int j = 0; j < nv; j++)
                     x[j] = X(load)(b + e * LANES + j * W);

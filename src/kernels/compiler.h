@@ -19,6 +19,7 @@
 #define QKV_PREFETCH(p) __builtin_prefetch(p)
 #define QKV_PREFETCH_L2(p) __builtin_prefetch(p, 0, 2)       /* not into the nearest cache */
 #define QKV_PREFETCH_WRITE(p) __builtin_prefetch(p, 1)
+#define QKV_IN_REGISTER(p) __asm__("" : "+r"(p))             /* so that what is at a distance from p is addressed by it */
 #elif defined(_MSC_VER)
 #define QKV_INLINE __forceinline
 #define QKV_NOINLINE __declspec(noinline)
@@ -28,6 +29,7 @@
 #define QKV_PREFETCH(p) ((void)(p))
 #define QKV_PREFETCH_L2(p) ((void)(p))
 #define QKV_PREFETCH_WRITE(p) ((void)(p))
+#define QKV_IN_REGISTER(p) ((void)(p))
 #else
 #define QKV_INLINE inline
 #define QKV_NOINLINE
@@ -37,6 +39,7 @@
 #define QKV_PREFETCH(p) ((void)(p))
 #define QKV_PREFETCH_L2(p) ((void)(p))
 #define QKV_PREFETCH_WRITE(p) ((void)(p))
+#define QKV_IN_REGISTER(p) ((void)(p))
 #endif
 
 #define QKV_ALIGN _Alignas(64)

@@ -4,7 +4,7 @@
  *   T              suffix of the type: f32, f64; every name below ends in _##T
  *   LANE_VECTORS   vectors in a panel row: up to 4
  *   ROW_TILE       keys, or output columns, that the product holds in registers at a time: even, and strips of 32 keys are whole
- *                  tiles
+ *                  tiles; twice as many where half the vectors or fewer are at work
  *   ROW_TILE_1     the same where only one vector is at work: a multiple of ROW_TILE, with enough sums to hide the latency
  *   LANE_MADS      1 where a multiply-add takes one factor from an element of a vector: A is then loaded as vectors; else 0
  *   SUMS           sums that few rows hold in registers: a multiple of 4 and of w
@@ -68,8 +68,8 @@
 #define W X(width)
 #define LANES (LANE_VECTORS * W)
 /* Rows of a product in registers where nv vectors are at work, and the most of them. */
-#define ROWS(nv) ((nv) == 1 ? ROW_TILE_1 : ROW_TILE)
-#define MOST_ROWS (ROW_TILE > ROW_TILE_1 ? ROW_TILE : ROW_TILE_1)
+#define ROWS(nv) ((nv) == 1 ? ROW_TILE_1 : 2 * (nv) <= LANE_VECTORS ? 2 * ROW_TILE : ROW_TILE)
+#define MOST_ROWS (ROWS(1) > ROWS(2) ? ROWS(1) : ROWS(2))
 #define REAL_LARGEST ((REAL)(sizeof(REAL) == 4 ? FLT_MAX : DBL_MAX))
 
 _Static_assert(LANE_VECTORS >= 1 && LANE_VECTORS <= 4, "BY_VECTORS knows no more");

@@ -54,7 +54,7 @@ static inline vec_f32 widen_i4_f32(const void *p, int at, const char *scale)
 #define T f32
 #define LANE_VECTORS 4
 #define ROW_TILE 4
-#define ROW_TILE_1 8
+#define ROW_TILE_1 16
 #define LANE_MADS 1
 #define SUMS 16
 #define PAIR 1

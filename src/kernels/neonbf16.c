@@ -85,7 +85,7 @@ static inline vec_f32 unzip_f32(vec_f32 x, vec_f32 y, int at) { return at ? y : 
 #define T f32
 #define LANE_VECTORS 4
 #define ROW_TILE 4
-#define ROW_TILE_1 8
+#define ROW_TILE_1 16
 #define LANE_MADS 1
 #define SUMS 16
 #define PAIR 2

@@ -9,7 +9,7 @@ typedef struct {
     qkv_counters counters;
     void *q, *k, *v, *out, *lse;
     int64_t sequences, out_bytes, lse_bytes;
-    int64_t *offset, *length;
+    int64_t *offset, *length, *start, *queries, *positions;
     int shared;                       /* all sequences have the keys of the first */
 
     /* What changes scores, or NULL: mask and bias (sequences, heads or 1, len_q, len_k), spans, ids, and one per head. */
@@ -77,6 +77,9 @@ static qkv_status run(problem *x)
     p->counters = &x->counters;
     p->offset = x->offset;
     p->length = x->length;
+    p->start = x->start;
+    p->queries = x->queries;
+    p->positions = x->positions;
     p->mask = x->mask;
     p->bias = x->bias;
     p->spans = x->spans;
@@ -98,9 +101,21 @@ static qkv_status run(problem *x)
 static void destroy(problem *x)
 {
     void *owned[] = {x->q, x->k, x->v, x->out, x->lse, x->offset, x->length, x->mask, x->bias, x->spans, x->q_ids, x->k_ids,
-                     x->slopes, x->sinks};
+                     x->slopes, x->sinks, x->start, x->queries, x->positions};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++)
         free(owned[i]);
+}
+
+/* The keys that sequence b has are first_key .. last_key, its queries the first query_count. */
+static int64_t first_key(const problem *x, int64_t b) { return x->start ? x->start[b] : 0; }
+static int64_t last_key(const problem *x, int64_t b) { return x->length ? x->length[b] : x->p.len_k; }
+static int64_t query_count(const problem *x, int64_t b) { return x->queries ? x->queries[b] : x->p.len_q; }
+
+static int64_t position_of(const problem *x, int64_t b, int64_t i)
+{
+    if (x->positions)
+        return x->positions[b * x->p.len_q + i];
+    return i + (x->offset ? x->offset[b] : last_key(x, b) - query_count(x, b));
 }
 
 /* The scaled score of query i and key j after all that changes it; -inf where it is excluded. */
@@ -134,10 +149,11 @@ static void check_result(const problem *x, const char *what)
     for (int64_t row = 0; row < x->sequences * p->heads_q * p->len_q; row++) {
         int64_t i = row % p->len_q, head = row / p->len_q % p->heads_q, b = row / p->len_q / p->heads_q;
         int64_t keys = ((x->shared ? 0 : b) * p->heads_kv + head / group) * p->len_k;
-        int64_t n = x->length ? x->length[b] : p->len_k;
-        int64_t position = i + (x->offset ? x->offset[b] : n - p->len_q);
+        int64_t first = first_key(x, b), n = last_key(x, b), position = position_of(x, b, i);
         double sum = x->sinks ? exp(x->sinks[head]) : 0, largest = 0;
-        for (int64_t j = 0; j < n; j++) {
+        if (i >= query_count(x, b))
+            continue;
+        for (int64_t j = first; j < n; j++) {
             double score = 0;
             for (int64_t d = 0; d < p->dim; d++)
                 score += load(p->type, x->q, row * p->dim + d) * load(p->k_type, x->k, (keys + j) * p->dim + d);
@@ -153,7 +169,7 @@ static void check_result(const problem *x, const char *what)
               "%s: lse of row %lld is %.9g, not %.9g", what, (long long)row, lse, log(sum));
         for (int64_t d = 0; d < p->dim_v; d++) {
             double exact = 0, got = load(p->type, x->out, row * p->dim_v + d);
-            for (int64_t j = 0; j < n; j++)
+            for (int64_t j = first; j < n; j++)
                 exact += weights[j] * load(p->v_type, x->v, (keys + j) * p->dim_v + d);
             exact = sum == 0 ? 0 : exact / sum;
             CHECK(fabs(got - exact) <= bound, "%s: column %lld of row %lld is %.9g, not %.9g (%lld keys)", what,

@@ -11,13 +11,15 @@ import qkv_fast
 from qkv_fast import _runtime
 
 NAMES = qkv_fast.available_isas()
+CONFIG = qkv_fast.show_config(mode="dicts")
+BUILT = CONFIG["build"]["paths"]  # best first, with the features that each needs
 
 
 def test_names():
-    """Best first; portable is everywhere and last."""
-    assert isinstance(NAMES, tuple) and len(set(NAMES)) == len(NAMES) and NAMES[-1] == "portable"
-    known = ("avx512bf16", "avx512", "avx2", "neonbf16", "neon", "portable")
-    assert tuple(name for name in known if name in NAMES) == NAMES
+    """Of those that were built, in their order, the ones that the CPU has the features for; portable is the last."""
+    has = {name for name, there in CONFIG["cpu"]["features"].items() if there}
+    assert isinstance(NAMES, tuple) and NAMES == tuple(name for name, needs in BUILT.items() if has.issuperset(needs))
+    assert NAMES[-1] == "portable" and not BUILT["portable"]
     assert qkv_fast.isa() in NAMES
 
 
@@ -63,8 +65,8 @@ def test_unknown_name_is_an_import_error(name):
 
 
 def test_unavailable_name_is_an_import_error():
-    """A path of another kind of CPU, or one that this CPU lacks."""
-    for name in {"avx512", "avx2", "neonbf16", "neon"} - set(NAMES):
+    """A path of another kind of CPU, or one that was built and that this CPU cannot run."""
+    for name in {"avx2", "neon", *BUILT}.difference(NAMES):
         done = child("import qkv_fast", QKV_FAST_ISA=name)
         assert done.returncode == 1 and "ImportError" in done.stderr and "portable" in done.stderr
 
