@@ -183,6 +183,39 @@ class MultiHeadAttention:
             num_kv_heads = max(1, k[0].shape[0] * num_heads // max(1, q[0].shape[0]))
         return cls(q, k, v, get(out), num_heads=num_heads, num_kv_heads=num_kv_heads, rope=rope)
 
+    def queries(self, x: Any, positions: Any = None, *, num_threads: int | None = None) -> Array:
+        """Queries of an input, for questions about where they look.
+
+        Parameters
+        ----------
+        x : array_like, shape (..., L, n)
+            The input.
+        positions : array_like of int, optional
+            Of its tokens, as for `rope`.
+        num_threads : int, optional
+            As for `linear`.
+
+        Returns
+        -------
+        ndarray, shape (..., L, num_heads, D)
+            In layout "blhd", with the positions put in, as a call makes them.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `linear` and `rope`.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import qkv_fast
+        >>> layer = qkv_fast.MultiHeadAttention(*[np.eye(8)] * 4, num_heads=2)
+        >>> x = 9 * np.eye(8)[:3]  # three tokens, of which each looks like itself alone
+        >>> keys, values = layer.keys_values(x)
+        >>> qkv_fast.spotlight.weights(layer.queries(x), keys, layout="blhd").mean(0).round(2)
+        """
+        return self._turned(self._heads("x", x, self._q, self.num_heads, num_threads), positions)
+
     def keys_values(
         self, memory: Any, positions: Any = None, *, num_threads: int | None = None
     ) -> tuple[Array, Array]:
@@ -207,14 +240,9 @@ class MultiHeadAttention:
         TypeError, ValueError
             As `linear` and `rope`.
         """
-        y = self._kv(memory, num_threads=num_threads)
-        if y.ndim < 2:
-            shape = np.shape(memory)
-            raise ValueError(f"MultiHeadAttention: a memory must be of shape (..., length, elements), got {shape}")
-        heads = 2 * self.num_kv_heads
-        y = y.reshape(*y.shape[:-1], heads, self._kv.n_out // heads)
+        y = self._heads("memory", memory, self._kv, 2 * self.num_kv_heads, num_threads)
         k, v = y[..., : self.num_kv_heads, :], y[..., self.num_kv_heads :, :]
-        return self._turned(k, positions, k), v
+        return self._turned(k, positions), v
 
     def __call__(
         self, x: Any, memory: Any = None, *, cache: Any = None, positions: Any = None, num_threads: int | None = None,
@@ -255,13 +283,9 @@ class MultiHeadAttention:
         if cache is not None and memory is not None:
             raise ValueError(f"{where}: memory and cache can't be given both; keys_values keeps those of a memory")
         x = _as_array("x", x, where)
-        if x.ndim < 2:
-            _fail_shapes(where, "x must be of shape (..., length, elements)", x=x)
-        if positions is None and self._rope is not None:
+        if positions is None and self._rope is not None and x.ndim > 1:
             positions = self._positions(x, cache, options)
-        q = self._q(x, num_threads=num_threads)
-        q = q.reshape(*q.shape[:-1], self.num_heads, self._q.n_out // self.num_heads)
-        q = self._turned(q, positions, q)
+        q = self.queries(x, positions, num_threads=num_threads)
         options["num_threads"] = num_threads
         if memory is None:
             k, v = self.keys_values(x, positions, num_threads=num_threads)
@@ -287,11 +311,16 @@ class MultiHeadAttention:
             return None
         return _packed_positions(options["cu_seqlens_q"], x.shape[-2])
 
-    def _turned(self, x: Array, positions: Any, out: Array) -> Array:
+    def _heads(self, name: str, given: Any, layer: Linear, heads: int, num_threads: int | None) -> Array:
+        """What a layer makes of (..., L, elements), as (..., L, heads, D)."""
+        x = _as_array(name, given, "MultiHeadAttention")
+        if x.ndim < 2:
+            _fail_shapes("MultiHeadAttention", f"{name} must be of shape (..., length, elements)", **{name: x})
+        return layer(x, num_threads=num_threads).reshape(*x.shape[:-1], heads, layer.n_out // heads)
+
+    def _turned(self, x: Array, positions: Any) -> Array:
         """x (..., L, heads, D) with its positions, where it lies."""
-        if self._rope is None:
-            return x
-        return rope(x, positions, layout="blhd", out=out, **self._rope)
+        return x if self._rope is None else rope(x, positions, layout="blhd", out=x, **self._rope)
 
     def __repr__(self) -> str:
         heads = f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"
