@@ -202,6 +202,15 @@ def test_errors():
     refuses(ValueError, ["24", "out"], lambda: MultiHeadAttention(*given[:3], np.zeros((5, 5)), num_heads=4))
     refuses(TypeError, ["out"], lambda: layer(x, out=x))
     refuses(ValueError, ["memory", "cache"], lambda: layer(x, x, cache=qkv_fast.KVCache(2, 4, 6, capacity=9)))
+    slab, pages = qkv_fast.KVCache(2, 4, 6, capacity=9), qkv_fast.PagedKVCache(4, 6, 9)
+    refuses(TypeError, ["cache", "list"], lambda: layer(x, cache=[]))
+    refuses(ValueError, ["sequences", "starts", "cache"], lambda: layer(x, starts=[0, 1]))
+    refuses(ValueError, ["sequences", "KVCache"], lambda: layer(x, cache=slab, sequences=[0, 1]))
+    refuses(ValueError, ["PagedKVCache", "sequences="], lambda: layer(x, cache=pages))
+    refuses(ValueError, ["starts", "KVCache"], lambda: layer(x, cache=pages, sequences=[pages.add()] * 2, starts=1))
+    refuses(ValueError, ["(2, L, n)", "(3, 1, 24)"], lambda: layer(np.zeros((3, 1, 24)), cache=slab))
+    refuses(ValueError, ["(2, L, n)", "(7, 24)"], lambda: layer(x[0], cache=slab))
+    assert slab.lengths.tolist() == [0, 0]
     refuses(ValueError, ["(24,)"], lambda: layer(x[0, 0]))
     refuses(ValueError, ["(24,)"], lambda: layer(x, x[0, 0]))
 
@@ -218,11 +227,24 @@ def test_padded_prompts_in_a_cache():
 
 
 def test_errors_leave_the_cache_as_it_was():
-    layer, cache = MultiHeadAttention(*parts(), num_heads=HEADS), qkv_fast.KVCache(2, HEADS, DIM, 20, dtype="float64")
-    layer(inputs(), cache=cache)
-    with pytest.raises(TypeError, match="window"):
-        layer(inputs(), cache=cache, window="x")
-    assert cache.lengths.tolist() == [7, 7]
+    layer = MultiHeadAttention(*parts(), num_heads=HEADS, rope={})
+    slab = qkv_fast.KVCache(2, HEADS, DIM, 30, dtype="float64")
+    padded = qkv_fast.KVCache(2, HEADS, DIM, 20, dtype="float64")
+    pages = qkv_fast.PagedKVCache(HEADS, DIM, 9, page_size=4, dtype="float64")
+    numbers = [pages.add(), pages.add()]
+    for options, before in (
+        (dict(cache=slab), {}),
+        (dict(cache=slab), dict(lengths=[3, 7])),
+        (dict(cache=padded, starts=[2, 0]), None),
+        (dict(cache=pages, sequences=numbers), dict(lengths=[5, 2])),
+    ):
+        if before is not None:
+            layer(inputs(), **options, **before)
+        lengths = [slab.lengths.tolist(), padded.lengths.tolist(), pages.lengths(numbers).tolist()]
+        with pytest.raises(TypeError, match="window"):
+            layer(inputs(), **options, window="x")
+        assert [slab.lengths.tolist(), padded.lengths.tolist(), pages.lengths(numbers).tolist()] == lengths
+    assert padded.starts.tolist() == [0, 0]
 
 
 def test_positions_of_a_packed_memory():
