@@ -25,26 +25,28 @@ class Decoder:
 
     def __init__(self, layers, dtype="float32"):
         rng = np.random.default_rng(0)
-        widths = (DIM, (HEADS + 2 * KV_HEADS) * HEAD_DIM), (HEADS * HEAD_DIM, DIM), (DIM, 4 * DIM), (4 * DIM, DIM)
-        self.layers = [
-            [(rng.standard_normal(width) / np.sqrt(width[0])).astype(dtype) for width in widths] for _ in range(layers)
-        ]
+
+        def weights(n_in, n_out):
+            return (rng.standard_normal((n_in, n_out)) / np.sqrt(n_in)).astype(dtype).T
+
+        def layer():
+            q, kv = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
+            parts = np.split(weights(DIM, q + 2 * kv), [q, q + kv])
+            heads = dict(num_heads=HEADS, num_kv_heads=KV_HEADS)
+            attention = qkv_fast.MultiHeadAttention(*parts, weights(q, DIM), **heads)
+            return attention, qkv_fast.Linear(weights(DIM, 4 * DIM)), qkv_fast.Linear(weights(4 * DIM, DIM))
+
+        self.layers = [layer() for _ in range(layers)]
 
     def caches(self, batch, capacity, cache_type):
         return [qkv_fast.KVCache(batch, KV_HEADS, HEAD_DIM, capacity, dtype=cache_type) for _ in self.layers]
 
     def __call__(self, x, caches=None):
         """x (batch, tokens, DIM) to the same: of the next tokens, if the caches have those before, else of all."""
-        for i, (w_qkv, w_out, w_up, w_down) in enumerate(self.layers):
-            heads = (norm(x) @ w_qkv).reshape(*x.shape[:2], -1, HEAD_DIM)
-            q, k, v = np.split(heads, [HEADS, HEADS + KV_HEADS], axis=2)
-            if caches is None:
-                seen = qkv_fast.attention(q, k, v, causal=True, layout="blhd")
-            else:
-                caches[i].append(k, v, layout="blhd")
-                seen = caches[i].attend(q, layout="blhd")
-            x = x + seen.reshape(*x.shape[:2], -1) @ w_out
-            x = x + np.maximum(norm(x) @ w_up, 0) @ w_down
+        for i, (attention, up, down) in enumerate(self.layers):
+            known = dict(causal=True) if caches is None else dict(cache=caches[i])
+            x = x + attention(norm(x), **known)
+            x = x + down(np.maximum(up(norm(x)), 0))
         return x
 
 
@@ -67,8 +69,8 @@ def compare(cache_type, tokens, layers):
 
 
 def tolerance(cache_type, layers):
-    """BLAS sums the products of one row in another order than those of many: some eps for sums of up to 1024 terms. To
-    that each layer adds the rounding of its keys and values, independently, so that the squares add up."""
+    """Attention sums over the keys of one query in another order than over those of many: some eps. To that each layer
+    adds the rounding of its keys and values, independently, so that the squares add up."""
     eps = np.finfo("float64" if cache_type == "float64" else "float32").eps
     return 100 * eps + layers**0.5 * CACHE_TYPES[cache_type]
 

