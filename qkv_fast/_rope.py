@@ -127,6 +127,7 @@ def rope(
     batch = x.shape[:-3]
     at = None if positions is None else _check_positions(where, positions, batch, length, x)
     number = x.dtype.num
+    angles: tuple[Array, Array, float] | None = None
     if cos_sin is not None:
         if scaling is not None:
             raise ValueError(f"{where}: cos_sin replaces scaling, so both can't be given")
@@ -134,9 +135,9 @@ def rope(
         half = cos.shape[-1]
         _check_rotary_dim(where, 2 * half if rotary_dim is None else rotary_dim, x, 2 * half)
     else:
-        base, scaling, rotary_dim = _check_scaling(where, base, scaling, rotary_dim, x)
+        base, scaling, turned = _check_scaling(where, base, scaling, rotary_dim, x)
         at = np.arange(length) if at is None else at
-        scaled = _frequencies(where, base, rotary_dim, scaling, int(at.max(initial=0)) + 1)
+        angles = at, *_frequencies(where, base, turned, scaling, int(at.max(initial=0)) + 1)
     threads, isa, counters = _runtime.current(num_threads, where)
     arithmetic = _TYPES[_arithmetic(number)]
     if out is None:
@@ -146,12 +147,12 @@ def rope(
         same = x.strides == out.strides and x.ctypes.data == out.ctypes.data and x.dtype == out.dtype
         if np.may_share_memory(out, x) and not same:
             x = x.copy()
-    if cos_sin is None:
-        cos, sin = np.empty((2, *at.shape, rotary_dim // 2), arithmetic)
-        places = np.ascontiguousarray(at, np.int64).reshape(-1)
-        _core.angles(places, *scaled, cos, sin, threads)
+    if angles is not None:
+        at, frequencies, factor = angles
+        cos, sin = np.empty((2, *at.shape, frequencies.size), arithmetic)
+        _core.angles(np.ascontiguousarray(at, np.int64).reshape(-1), frequencies, factor, cos, sin, threads)
     else:
-        cos, sin = (np.require(y, arithmetic, "CA") for y in (cos, sin))
+        cos, sin = (np.require(y, arithmetic, ["C", "A"]) for y in (cos, sin))
         if out is not None and (np.may_share_memory(out, cos) or np.may_share_memory(out, sin)):
             cos, sin = cos.copy(), sin.copy()
     if x.ndim > 2:  # for all heads of a sequence

@@ -21,9 +21,9 @@ enum {
     STREAM_C_BYTES = 4 << 20,         /* a larger product is written without being read first: 0.72 -> 0.85 of the peak */
     STREAM_BYTES = 32 << 20,          /* a larger result would only push other data out of L3 */
     ANGLES_TASK = 4096,               /* pairs of a task: about 60 us */
-    ROTATE_RUN = 8192,                /* elements of a head that a task turns one after the other */
+    ROTATE_RUN = 32 << 10,            /* elements of a head that a task turns one after the other */
     ROTATE_TASK = 256 << 10,          /* elements of a task: about 50 us */
-    ROTATE_COPY = 8 << 10,            /* bytes of rows in scratch: they stay in L1 beside their tables */
+    ROTATE_COPY = 2 << 10,            /* bytes of rows in scratch: 8 KB take 1.2 times as long */
     ROTATE_AHEAD = 4 << 10            /* bytes of x that are asked for before they are turned: 0.8 of the time from memory */
 };
 
