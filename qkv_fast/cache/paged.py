@@ -564,8 +564,8 @@ class PagedKVCache(PagedQuestions):
         firsts = [max(s.length, begin) for s, begin in zip(found, begins, strict=True)]
         needed = table.count(found, firsts, ends, self._window)
         if needed > len(table.free):
-            given = f"{sum(many)} tokens for {len(found)} sequence{'s' * (len(found) != 1)}, {table.size} in a page"
-            raise ValueError(f"{where}: {needed} new pages are needed, {len(table.free)} are free ({given})")
+            call = f"{sum(many)} tokens for {len(found)} sequence{'s' * (len(found) != 1)}, {table.size} in a page"
+            raise ValueError(f"{where}: {needed} new pages are needed, {len(table.free)} are free ({call})")
         return found, k, v, n, counts, begins, ends
 
     def _add(self, new: New) -> None:

@@ -425,8 +425,8 @@ class KVCache(Questions):
     def _write(self, to_k: Array, to_v: Array, k: Array, v: Array, begin: int, n: int) -> None:
         """n tokens k and v to the rows of the tokens from `begin` on."""
         if self._geometry.window < 0:
-            self._geometry.form.write(to_k[:, :, begin : begin + n], k)
-            self._geometry.form.write(to_v[:, :, begin : begin + n], v)
+            rows = slice(begin, begin + n)
+            self._geometry.form.write(to_k[:, :, rows], to_v[:, :, rows], k, v)
             return
         for row, t, many in self._ring.pieces(begin, n):
             new = (k, v) if many == n else (k[:, :, t : t + many], v[:, :, t : t + many])
