@@ -367,7 +367,8 @@ def _cached_positions(cache: Any, lengths: Array, starts: Any, x: Array) -> Arra
     padding = cache.starts if isinstance(cache, KVCache) else np.zeros_like(lengths)
     if starts is not None:
         padding = np.maximum(padding, _per_sequence("MultiHeadAttention", "starts", starts, lengths.shape))
-    return np.maximum(positions - padding[:, None], 0)
+    own: Array = np.maximum(positions - padding[:, None], 0)
+    return own
 
 
 def _grown(
