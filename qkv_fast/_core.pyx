@@ -383,12 +383,12 @@ cdef void fill_gradients(qkv_problem *p, gradients, bint heads_first, cnp.ndarra
 
 def forward(Problem call not None, cnp.ndarray out not None, cnp.ndarray lse, int question=QKV_VALUES,
             cnp.ndarray answer=None, cnp.ndarray keys=None, cnp.ndarray normalisers=None, int64_t first_key=0,
-            cnp.ndarray members=None, cnp.ndarray members_of=None, gradients=None):
+            cnp.ndarray members=None, cnp.ndarray members_of=None, gradients=None, bint quick=False):
     """Attention into `out`, and into the contiguous `lse` unless it is None. With PLAN for counters nothing is computed: it
     returns what would be done, as a dict of qkv_report.
 
     Of another `question`, one of QUESTIONS, the contiguous `answer`, `keys` and `normalisers` are what qkv.h says, and so are
-    `lse`, `first_key`, `members` (n, 3) and `members_of`; `out` has the leading axes of the result, and is read where qkv.h says so. Of
+    `lse`, `first_key`, `members` (n, 3), `members_of` and `quick`; `out` has the leading axes of the result, and is read where qkv.h says so. Of
     "gradients" it is dO, and `gradients` are what _grad.py says."""
     cdef cnp.ndarray q = call.q, k = call.k, v = call.v
     cdef bint heads_first = call.heads_first
@@ -462,6 +462,7 @@ def forward(Problem call not None, cnp.ndarray out not None, cnp.ndarray lse, in
     p.answer_n = 0 if answer is None else cnp.PyArray_DIM(answer, cnp.PyArray_NDIM(answer) - 1)
     p.answer_rows = 0 if answer is None else length_of(answer, 2)
     p.answer_first = first_key
+    p.answer_quick = quick
     p.normalisers = NULL if normalisers is None else cnp.PyArray_DATA(normalisers)
     p.members = <const qkv_members *>integers_of(members)
     p.members_of = integers_of(members_of)
@@ -794,3 +795,56 @@ def dequantise(cnp.ndarray rows not None, cnp.ndarray x not None, str stored, in
     fill_storage(&s, x, rows, stored, isa)
     with nogil:
         qkv_dequantise(&s, <const char *>cnp.PyArray_DATA(rows), <float *>cnp.PyArray_DATA(x))
+
+
+def choose(cnp.ndarray weights not None, cnp.ndarray reach not None, cnp.ndarray slack not None, cnp.ndarray steps not None,
+           cnp.ndarray lengths not None, double tolerance, int threads):
+    """Keys that have to be read, (sequences, heads, keys) of which count (sequences, heads) matter, and what share of the weights
+    of each row the others have at most: of qkv_choice, whose arrays are contiguous float32, but for the first axes of steps."""
+    cdef qkv_choice c
+    cdef qkv_status status
+    cdef tuple shape = (<object>weights).shape
+    cdef cnp.ndarray keys = empty("attend", (shape[0], shape[1], shape[3]), cnp.NPY_INT64)
+    cdef cnp.ndarray count = empty("attend", shape[:2], cnp.NPY_INT64)
+    cdef cnp.ndarray left = empty("attend", shape[:3], cnp.NPY_FLOAT32)
+    c.sequences, c.heads, c.rows, c.len_k = shape
+    c.weights = <float *>cnp.PyArray_DATA(weights)
+    c.reach = <const float *>cnp.PyArray_DATA(reach)
+    c.slack = <const float *>cnp.PyArray_DATA(slack)
+    c.steps = <const float *>cnp.PyArray_DATA(steps)
+    c.steps_at[0], c.steps_at[1] = stride_of(steps, 3), stride_of(steps, 2)
+    c.length = integers_of(lengths)
+    c.tolerance = tolerance
+    c.keys = <int64_t *>cnp.PyArray_DATA(keys)
+    c.count = <int64_t *>cnp.PyArray_DATA(count)
+    c.left = <float *>cnp.PyArray_DATA(left)
+    c.threads = threads
+    c.interrupted = check_signals
+    c.interrupted_arg = PyThreadState_Get()
+    with nogil:
+        status = qkv_choose(&c)
+    raise_status(status)
+    return keys, count, left
+
+
+def gather(cnp.ndarray x not None, cnp.ndarray keys not None, cnp.ndarray count not None, int64_t most, int threads):
+    """Of rows x (sequences, heads, rows, dim), whose elements are next to each other, those of `keys`: (sequences, heads, most,
+    dim), with zeros behind the last."""
+    cdef qkv_gathering g
+    cdef qkv_status status
+    cdef cnp.ndarray out = empty("attend", (x.shape[0], x.shape[1], most, x.shape[3]), cnp.PyArray_TYPE(x))
+    g.sequences, g.heads, g.most = x.shape[0], x.shape[1], most
+    g.bytes = x.shape[3] * cnp.PyArray_ITEMSIZE(x)
+    g.keys_row = keys.shape[2]
+    g.keys = integers_of(keys)
+    g.count = integers_of(count)
+    g.from_ = <const char *>cnp.PyArray_DATA(x)
+    g.from_at[0], g.from_at[1], g.from_at[2] = stride_of(x, 4), stride_of(x, 3), stride_of(x, 2)
+    g.to = <char *>cnp.PyArray_DATA(out)
+    g.threads = threads
+    g.interrupted = check_signals
+    g.interrupted_arg = PyThreadState_Get()
+    with nogil:
+        status = qkv_gather(&g)
+    raise_status(status)
+    return out

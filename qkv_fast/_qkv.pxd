@@ -107,6 +107,7 @@ cdef extern from "qkv.h" nogil:
         int64_t answer_n
         int64_t answer_rows
         int64_t answer_first
+        int answer_quick
         const void *normalisers
         const qkv_members *members
         const int64_t *members_of
@@ -271,6 +272,37 @@ cdef extern from "qkv.h" nogil:
     double qkv_read_rate(const void *data, size_t bytes, int threads, double seconds)
     double qkv_copy_rate(void *to, const void *data, size_t bytes, int threads, double seconds)
     double qkv_fork_join(int threads, int repeats)
+
+    ctypedef struct qkv_choice:
+        int64_t sequences, heads, rows, len_k
+        float *weights
+        const float *reach
+        const float *slack
+        const float *steps
+        int64_t steps_at[2]
+        const int64_t *length
+        double tolerance
+        int64_t *keys
+        int64_t *count
+        float *left
+        int threads
+        int (*interrupted)(void *) noexcept nogil
+        void *interrupted_arg
+
+    qkv_status qkv_choose(const qkv_choice *choice) nogil
+
+    ctypedef struct qkv_gathering:
+        int64_t sequences, heads, most, bytes, keys_row
+        const int64_t *keys
+        const int64_t *count
+        const char *from_ "from"
+        int64_t from_at[3]
+        char *to
+        int threads
+        int (*interrupted)(void *) noexcept nogil
+        void *interrupted_arg
+
+    qkv_status qkv_gather(const qkv_gathering *gathering) nogil
 
     ctypedef struct qkv_storage:
         qkv_type type

@@ -3,9 +3,12 @@
  * A chunk is scored piece by piece (a piece lies in one run, or was copied to scratch), its scores become weights, then
  * its values are added up by the same pieces. Between the two products the scores of a chunk lie in scratch, (rows, chunk).
  * Chunks start from an empty state and merge in order of position, whoever computed them, as in forward.c.
+ * Where all weights are asked for (ROWS), those of a chunk go into the answer relative to its maximum; once all are there
+ * they are taken to that of their row.
  */
 #include "decode.h"
 
+#include <math.h>
 #include <stdatomic.h>
 #include <string.h>
 
@@ -120,7 +123,7 @@ static void open_rows(few *t, const qkv_call *job, int worker, int64_t sequence,
         .q_row = (ptrdiff_t)plan->few.q_row, .s_row = (ptrdiff_t)plan->few.s_row, .o_row = (ptrdiff_t)plan->few.o_row,
         .lo = t->lo, .hi = t->hi, .c = plan->c, .rows = (int)t->count, .d = (int)p->dim, .dv = (int)p->dim_v,
         .k_scales = (ptrdiff_t)qkv_scales_at(p, 0), .v_scales = (ptrdiff_t)qkv_scales_at(p, 1),
-        .streams = plan->few.streams,
+        .streams = plan->few.streams, .careful = p->question != QKV_VALUES,
     };
     t->q_offset = qkv_rows_offset(p, &p->q_at, sequence) + head * plan->group * p->q_at.head;
     t->out_offset = qkv_rows_offset(p, &p->out_at, sequence) + head * plan->group * p->out_at.head;
@@ -280,6 +283,29 @@ static int64_t next_block(const few *t, int hidden, int64_t key, int64_t last)
     return qkv_min(key, last);
 }
 
+/* Row r of the answer to ROWS. */
+static char *answer_row(const few *t, int64_t r)
+{
+    qkv_row row = qkv_row_of(r, t->plan->group);
+    int64_t at = qkv_result_index(t->problem, t->plan, t->sequence, t->head, &row);
+    return (char *)t->problem->answer + at * t->problem->answer_n * t->plan->kernels->size;
+}
+
+/* The weights of a chunk into the answer; -1 for keys that a row does not see, as kernels that are careful have it. */
+static void keep_weights(few *t, int64_t base)
+{
+    const qkv_problem *p = t->problem;
+    int64_t size = t->plan->kernels->size, n = qkv_min(t->plan->chunk, p->answer_n - base);
+    for (int64_t r = 0; r < t->count && n > 0; r++) {
+        char *to = answer_row(t, r) + base * size;
+        for (int64_t i = 0; i < n; i++)
+            if (i < t->stack.first || i >= t->stack.last)
+                qkv_set_element(p, to, i, -1);
+        memcpy(to + t->stack.first * size, (const char *)t->stack.s + (r * t->stack.s_row + t->stack.first) * size,
+               (size_t)((t->stack.last - t->stack.first) * size));
+    }
+}
+
 /* The state of one chunk's keys alone. */
 static void attend_chunk(few *t, int64_t chunk, char *state)
 {
@@ -299,11 +325,25 @@ static void attend_chunk(few *t, int64_t chunk, char *state)
     if (t->plan->adjust && first < last)
         find_changes(t, first, last);
     kernels->decode_weigh(&t->stack);
+    if (t->problem->question) {
+        keep_weights(t, base);
+        return;
+    }
     for (int64_t key = next_block(t, 0, first, last), end; key < last; key = next_block(t, 0, end, last)) {
         end = next_block(t, 1, key, last);
         rows = kernels->pair > 1 ? even_piece(t, &key, &end, first, last, &row, &as) : piece(t, 1, key, &end, &row, &as);
         kernels->decode_value(&t->stack, rows, row, as, (int)(key - base), (int)(end - key));
     }
+}
+
+/* Of ROWS: m of the state of chunk number i, which it has until that of its row is known. */
+static void keep_top(few *t, int64_t i, char *state)
+{
+    if (!t->problem->question)
+        return;
+    use_state(t, state);
+    memcpy(t->scratch + t->plan->few.at_tops + (size_t)i * t->plan->few.l_bytes, t->stack.m,
+           (size_t)(t->count * t->plan->few.kernels->size));
 }
 
 static void merge(few *t, char *total, char *state)
@@ -330,15 +370,17 @@ static int attend_all(qkv_call *job, int worker, few *t)
 {
     const qkv_plan *plan = t->plan;
     char *total = t->scratch + plan->few.at_total, *state = t->scratch + plan->few.at_state;
-    int64_t chunk = t->any.lo / plan->chunk, last = (t->any.hi - 1) / plan->chunk;
+    int64_t first = t->any.lo / plan->chunk, chunk = first, last = (t->any.hi - 1) / plan->chunk;
     if (t->any.lo >= t->any.hi || t->problem->sinks) {
         begin_total(t);
     } else {                          /* what is merged into nothing stays as it is */
         attend_chunk(t, chunk, total);
+        keep_top(t, 0, total);
         chunk++;
     }
     for (; t->any.lo < t->any.hi && chunk <= last; chunk++) {
         attend_chunk(t, chunk, state);
+        keep_top(t, chunk - first, state);
         merge(t, total, state);
         if (chunk < last && qkv_must_stop(&job->stop, worker))
             return 0;
@@ -372,10 +414,50 @@ static int write_rows(few *t)
     return finite;
 }
 
+/* The weights of n keys, of which those that are hidden are -1, times a factor. */
+static void scale_weights(void *weights, int64_t n, double factor, int wide)
+{
+    float *x = weights, f = (float)factor;
+    double *y = weights;
+    for (int64_t i = 0; i < n && !wide; i++)
+        x[i] = x[i] < 0 ? 0 : x[i] * f;
+    for (int64_t i = 0; i < n && wide; i++)
+        y[i] = y[i] < 0 ? 0 : y[i] * factor;
+}
+
+/* Of ROWS: every chunk's weights, from its maximum to that of the total, and divided by their sum. */
+static void finish_weights(few *t)
+{
+    const qkv_problem *p = t->problem;
+    const qkv_plan *plan = t->plan;
+    int64_t size = plan->kernels->size, first = 0, last = 0;
+    if (t->any.lo < t->any.hi) {
+        first = t->any.lo / plan->chunk * plan->chunk;
+        last = qkv_min(((t->any.hi - 1) / plan->chunk + 1) * plan->chunk, p->answer_n);
+    }
+    use_state(t, t->scratch + plan->few.at_total);
+    for (int64_t r = 0; r < t->count; r++) {
+        char *row = answer_row(t, r);
+        double m = qkv_element(p, t->stack.m, r), l = qkv_element(p, t->stack.l, r);
+        const char *top = t->scratch + plan->few.at_tops;
+        memset(row, 0, (size_t)(first * size));
+        memset(row + last * size, 0, (size_t)((p->answer_n - last) * size));
+        for (int64_t key = first; key < last; key += plan->chunk, top += plan->few.l_bytes) {
+            double own = qkv_element(p, top, r);        /* equal ones may be infinite, and their difference NaN */
+            double factor = l == 0 ? 0 : (own == m ? 1 : exp2((own - m) * plan->c)) / l;
+            scale_weights(row + key * size, qkv_min(plan->chunk, last - key), factor, p->type == QKV_F64);
+        }
+    }
+}
+
 /* With the total computed on the assumption that V is finite: write it. If it is not finite, a hidden NaN may have met a
  * weight of 0, so the rows run again and take nothing from excluded keys. */
 static void conclude(qkv_call *job, int worker, few *t)
 {
+    if (t->problem->question) {
+        finish_weights(t);
+        return;
+    }
     if (write_rows(t))
         return;
     t->counters->panels_careful++;
@@ -395,8 +477,10 @@ static void attend_split(qkv_call *job, int worker, few *t, int64_t base, int64_
     if (atomic_fetch_sub(&job->pending[base], 1) != 1)
         return;
     begin_total(t);
-    for (int64_t c = 0; c < plan->chunks; c++)
+    for (int64_t c = 0; c < plan->chunks; c++) {
+        keep_top(t, c, mine + (size_t)c * chunk_bytes);
         merge(t, t->scratch + plan->few.at_total, mine + (size_t)c * chunk_bytes);
+    }
     conclude(job, worker, t);
 }
 

@@ -200,12 +200,18 @@ static int multiplies_pairs(const qkv_problem *p, const qkv_plan *plan)
     return !p->question && !p->answer && qkv_isa_at(p->isa)->pairs && halves && fabs(plan->q_factor) == 1;
 }
 
+/* Whether few rows are asked for their weights, and may have them from the walk of attention. */
+static int keeps_rows(const qkv_problem *p)
+{
+    return p->question == QKV_ROWS && p->answer_quick && !p->kept;
+}
+
 /* For tiles of few rows, where there may be some: `rows` at most. */
 static void plan_few(const qkv_problem *p, qkv_plan *plan)
 {
     qkv_few_plan *few = &plan->few;
     int64_t size = plan->kernels->size, vector = plan->kernels->vector;
-    if (plan->rows == 0 || p->question)
+    if (plan->rows == 0 || (p->question && !keeps_rows(p)))
         return;
     qkv_type arithmetic = qkv_arithmetic(p->type);
     int64_t most = p->k_type == arithmetic && p->v_type == arithmetic ? FEW_BYTES / size : FEW_WIDENED;
@@ -247,6 +253,7 @@ static void plan_few(const qkv_problem *p, qkv_plan *plan)
     TAKE(at_pointers, plan->adjust ? 2 * rows * sizeof(void *) : 0);
     TAKE(at_bias, p->bias && !plan->direct_bias ? rows * (size_t)(CHUNK * size) : 0);
     TAKE(at_mask, plan->masked && !plan->direct_mask ? rows * CHUNK : 0);
+    TAKE(at_tops, p->question ? (size_t)plan->chunks * few->l_bytes : 0);
 #undef TAKE
     few->scratch_bytes = at;
     plan->state_bytes = plan->decode ? few->state_bytes : (size_t)qkv_max((int64_t)plan->state_bytes, (int64_t)few->state_bytes);
@@ -462,7 +469,7 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     plan->threads = flops < SERIAL_FLOPS && bytes < SERIAL_BYTES ? 1 : p->threads;
     plan->small = flops < WORTH_WAKING * SERIAL_FLOPS && bytes < WORTH_WAKING * SERIAL_BYTES;
     plan->partial_bytes = plan->state_bytes * (size_t)(plan->tasks * plan->tile_panels);
-    if (!p->question && plan->threads > 1 && plan->chunks > 1 && plan->tasks < 2 * plan->threads
+    if ((!p->question || plan->decode) && plan->threads > 1 && plan->chunks > 1 && plan->tasks < 2 * plan->threads
         && (double)plan->partial_bytes * (double)plan->chunks <= PARTIAL_BYTES) {
         plan->split = 1;
         plan->partial_bytes *= (size_t)plan->chunks;

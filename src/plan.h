@@ -22,6 +22,7 @@ typedef struct {
     /* Scratch of one worker, where that of tiles is otherwise. */
     size_t at_limits, at_rows, at_q, at_state, at_total, at_s, at_sums, at_k, at_v, at_pair, at_copies;
     size_t at_lanes, at_pointers, at_bias, at_mask;
+    size_t at_tops;                   /* of ROWS: m of each chunk */
     size_t scratch_bytes;
 } qkv_few_plan;
 

@@ -161,6 +161,7 @@ typedef struct {
     int64_t answer_n;                 /* of TOP_KEYS, WEIGHTS and GROUPS, at least 1; of ROWS, MEANS and MAXIMA */
     int64_t answer_rows;              /* of MEANS and MAXIMA */
     int64_t answer_first;             /* of WEIGHTS; 0 for ROWS */
+    int answer_quick;                 /* of ROWS: few rows may be walked as in attention, which rounds otherwise */
     const void *normalisers;          /* of questions about weights, if lse is NULL: the answer of that name, of the same problem */
 
     /* Of GROUPS: each key of a sequence once, groups in rising order, -1 first: members[members_of[b]] .. members[members_of[b + 1]]
@@ -341,6 +342,38 @@ typedef struct {
 
 qkv_status qkv_explain_product(const qkv_product_problem *problem, qkv_stage_report *report);
 qkv_status qkv_explain_softmax(const qkv_softmax_problem *problem, qkv_stage_report *report);
+
+/* Which keys have to be read, where weights are known but for a factor. */
+typedef struct {
+    int64_t sequences, heads, rows, len_k;              /* key heads, and rows of each */
+    float *weights;                   /* (sequences, heads, rows, len_k), 0 for what is hidden: known ones; what they are at most, less than 0 of keys to read */
+    const float *reach, *slack;       /* (sequences, heads, rows), >= 0: that of key j is off by up to 2^(reach * step_j + slack) */
+    const float *steps;               /* (sequences, heads, len_k), >= 0, byte strides of the first two axes */
+    int64_t steps_at[2];
+    const int64_t *length;            /* one per sequence: keys from it on are not looked at */
+    double tolerance;                 /* share of all weights that may be left out, above 0 and below 1 */
+    int64_t *keys, *count;            /* (sequences, heads, len_k): keys to read, rising; how many, -1: nothing is known */
+    float *left;                      /* (sequences, heads, rows): what share of a row's weights the others have at most */
+    int threads;
+    int (*interrupted)(void *);       /* or NULL */
+    void *interrupted_arg;
+} qkv_choice;
+
+qkv_status qkv_choose(const qkv_choice *choice);
+
+/* Rows of such keys, to (sequences, heads, most, bytes) without gaps, with zeros behind the last. */
+typedef struct {
+    int64_t sequences, heads, most, bytes, keys_row;    /* keys_row: of keys, from one head to the next */
+    const int64_t *keys, *count;
+    const char *from;
+    int64_t from_at[3];
+    char *to;
+    int threads;
+    int (*interrupted)(void *);       /* or NULL */
+    void *interrupted_arg;
+} qkv_gathering;
+
+qkv_status qkv_gather(const qkv_gathering *gathering);
 
 /* The CPU paths that this build has and this CPU runs, best first; NULL past the end. */
 const char *qkv_isa_name(int isa);

@@ -1,0 +1,211 @@
+/* Which keys a call may leave out, from what their weights can be at most; and rows of K and V, brought together.
+ *
+ * A weight w that is known but for a factor of up to 2^e lies in [w / 2^e, w 2^e]. With L the sum of what all are at least, keys
+ * whose weights are at most U together hold no more than U / L of all: read or not, all others are at least L - U. So the keys
+ * with the smallest bounds are left out, as many as add up to tolerance * L. Bounds are rounded outward: 2^e is taken from above
+ * as the line between powers of two, and sums of float32 have a margin.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "memory.h"
+#include "qkv.h"
+#include "threads.h"
+
+enum {
+    BLOCK = 512,                      /* keys that are summed in float32 */
+    SUMS = 8,                         /* sums side by side, for vectors */
+    BINS = 1024,                      /* of bounds, eight for each power of two */
+    BIN_BITS = 20,
+    SERIAL = 1 << 17                  /* weights, or bytes, that one thread has done before others wake */
+};
+static const float farthest = 100;    /* powers of two that a weight may be off */
+static const double margin = 0x1p-12; /* of sums, which lose less than BLOCK / SUMS roundings */
+static const double smallest = 0x1p-126;                /* what is less may be 0 */
+
+static int32_t bits_of(float x)
+{
+    int32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+static float float_of(int32_t bits)
+{
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* At least 2^y, 0 <= y <= farthest. */
+static inline float raised(float y)
+{
+    return float_of((127 << 23) + (int32_t)(y * 0x1p23f) + 1);
+}
+
+/* At most 2^-y, likewise: the line is up to 1.0615 times as high as the curve. */
+static inline float lowered(float y)
+{
+    return float_of((127 << 23) - (int32_t)(y * 0x1p23f) - 1) * 0.942f;
+}
+
+/* Weights become their bounds. Returns the sum of what they are at least. */
+static double bound_row(float *weight, const float *step, int64_t n, float reach, float slack)
+{
+    double low = 0;
+    for (int64_t first = 0; first < n; first += BLOCK) {
+        float least[SUMS] = {0};
+        int64_t end = first + BLOCK < n ? first + BLOCK : n, i = first;
+        for (; i + SUMS <= end; i += SUMS)
+            for (int j = 0; j < SUMS; j++) {
+                float y = reach * step[i + j] + slack;
+                least[j] += weight[i + j] * lowered(y);
+                weight[i + j] *= raised(y);
+            }
+        for (; i < end; i++) {
+            float y = reach * step[i] + slack;
+            least[0] += weight[i] * lowered(y);
+            weight[i] *= raised(y);
+        }
+        for (int j = 0; j < SUMS; j++)
+            low += least[j];
+    }
+    return low * (1 - margin);
+}
+
+/* The sum of the bounds from 0 on that are less than `under`. */
+static double sum_under(const float *bound, int64_t n, float under)
+{
+    double all = 0;
+    for (int64_t first = 0; first < n; first += BLOCK) {
+        float sum[SUMS] = {0};
+        int64_t end = first + BLOCK < n ? first + BLOCK : n, i = first;
+        for (; i + SUMS <= end; i += SUMS)
+            for (int j = 0; j < SUMS; j++)
+                sum[j] += (bound[i + j] < under) & (bound[i + j] > 0) ? bound[i + j] : 0;
+        for (; i < end; i++)
+            sum[0] += (bound[i] < under) & (bound[i] > 0) ? bound[i] : 0;
+        for (int j = 0; j < SUMS; j++)
+            all += sum[j];
+    }
+    return all * (1 + margin);
+}
+
+/* The bound from which on keys have to be read, for all others to add up to `allowed` at most. */
+static float threshold(const float *bound, int64_t n, double allowed)
+{
+    double sum[BINS] = {0};
+    double even = allowed / (2 * (double)n);            /* all may be as large as this */
+    float begin = (float)even;
+    if (!(even >= smallest))
+        return (float)smallest;
+    double total = sum_under(bound, n, begin);
+    int32_t base = bits_of(begin) >> BIN_BITS;
+    for (int64_t i = 0; i < n; i++)
+        if (bound[i] >= begin) {
+            int32_t bin = (bits_of(bound[i]) >> BIN_BITS) - base;
+            sum[bin < BINS ? bin : BINS - 1] += bound[i];
+        }
+    for (int bin = 0; bin < BINS; bin++) {
+        total += sum[bin] * (1 + margin);
+        if (total > allowed)
+            return bin ? float_of((base + bin) << BIN_BITS) : begin;
+    }
+    return INFINITY;
+}
+
+typedef struct {
+    const qkv_choice *choice;
+    int32_t *marks;                   /* (workers, len_k): not 0 for keys that some row needs */
+} choosing;
+
+/* What those weights of a row may be together that read as 0, because they are less than the smallest number. */
+static double vanished(const qkv_choice *c, int64_t row, int64_t n, float largest)
+{
+    return smallest * (double)n * raised(largest * c->reach[row] + c->slack[row]);
+}
+
+static void choose_task(void *context, int64_t task, int worker)
+{
+    const choosing *job = context;
+    const qkv_choice *c = job->choice;
+    int64_t sequence = task / c->heads, n = c->length[sequence], count = 0, first = task * c->rows;
+    const float *step = (const float *)((const char *)c->steps + sequence * c->steps_at[0] + task % c->heads * c->steps_at[1]);
+    int32_t *mark = job->marks + worker * c->len_k;
+    int64_t *key = c->keys + task * c->len_k;
+    float largest = 0;
+    memset(mark, 0, (size_t)n * sizeof *mark);
+    for (int64_t i = 0; i < n; i++)
+        largest = step[i] > largest ? step[i] : largest;
+    c->count[task] = -1;
+    for (int64_t r = first; r < first + c->rows; r++) {
+        float *weight = c->weights + r * c->len_k;
+        if (!(largest * c->reach[r] + c->slack[r] < farthest))
+            return;
+        double low = bound_row(weight, step, n, c->reach[r], c->slack[r]);
+        if (!(low >= 0))              /* NaN */
+            return;
+        c->left[r] = (float)low;
+        if (low == 0)                 /* nothing is seen, or nothing but a sink weighs */
+            continue;
+        float least = threshold(weight, n, c->tolerance * low - vanished(c, r, n, largest));
+        for (int64_t i = 0; i < n; i++)
+            mark[i] |= weight[i] >= least;
+    }
+    for (int64_t i = 0; i < n; i++) {
+        key[count] = i;
+        count += mark[i];
+    }
+    for (int64_t r = first; r < first + c->rows; r++) {
+        float *bound = c->weights + r * c->len_k;
+        for (int64_t i = 0; i < n; i++)
+            bound[i] = mark[i] ? -bound[i] : bound[i];
+        double most = sum_under(bound, n, INFINITY) + vanished(c, r, n, largest), low = c->left[r];
+        c->left[r] = (float)(low == 0 ? 2 * most : most / low * (1 + margin));
+    }
+    c->count[task] = count;
+}
+
+/* A task for each key head of each sequence. */
+static qkv_status run(qkv_task task, void *job, int64_t tasks, int threads, int (*interrupted)(void *), void *arg)
+{
+    int workers = qkv_pool_acquire((int)(threads < tasks ? threads : tasks), 0);
+    qkv_stop stop = qkv_stop_if(interrupted, arg);
+    int stopped = qkv_pool_run(workers, tasks, task, job, interrupted ? qkv_ask_to_stop : NULL, &stop);
+    qkv_pool_release(workers);
+    return stopped ? QKV_INTERRUPTED : QKV_OK;
+}
+
+qkv_status qkv_choose(const qkv_choice *c)
+{
+    int64_t tasks = c->sequences * c->heads, work = tasks * c->rows * c->len_k;
+    int threads = work < SERIAL ? 1 : c->threads;
+    if (work == 0)
+        return QKV_OK;
+    choosing job = {.choice = c, .marks = qkv_scratch_take((size_t)threads * (size_t)c->len_k * sizeof(int32_t), 0)};
+    qkv_status status = job.marks ? run(choose_task, &job, tasks, threads, c->interrupted, c->interrupted_arg) : QKV_NO_MEMORY;
+    qkv_scratch_put(job.marks, 0);
+    return status;
+}
+
+static void gather_task(void *context, int64_t task, int worker)
+{
+    const qkv_gathering *g = context;
+    const char *from = g->from + task / g->heads * g->from_at[0] + task % g->heads * g->from_at[1];
+    const int64_t *key = g->keys + task * g->keys_row;
+    char *to = g->to + task * g->most * g->bytes;
+    (void)worker;
+    for (int64_t i = 0; i < g->count[task]; i++, to += g->bytes)
+        memcpy(to, from + key[i] * g->from_at[2], (size_t)g->bytes);
+    memset(to, 0, (size_t)((g->most - g->count[task]) * g->bytes));
+}
+
+qkv_status qkv_gather(const qkv_gathering *g)
+{
+    qkv_gathering job = *g;
+    int64_t tasks = g->sequences * g->heads, work = tasks * g->most * g->bytes;
+    if (work == 0)
+        return QKV_OK;
+    return run(gather_task, &job, tasks, work < SERIAL ? 1 : g->threads, g->interrupted, g->interrupted_arg);
+}
