@@ -15,13 +15,13 @@
 
 enum {
     BLOCK = 512,                      /* keys that are summed in float32 */
-    SUMS = 8,                         /* sums side by side, for vectors */
+    GROUP = 32,                       /* bounds that are looked at together */
     BINS = 1024,                      /* of bounds, eight for each power of two */
     BIN_BITS = 20,
     SERIAL = 1 << 17                  /* weights, or bytes, that one thread has done before others wake */
 };
 static const float farthest = 100;    /* powers of two that a weight may be off */
-static const double margin = 0x1p-12; /* of sums, which lose less than BLOCK / SUMS roundings */
+static const double margin = 0x1p-12; /* of sums, of factors and of their halves: a dozen roundings */
 static const double smallest = 0x1p-126;                /* what is less may be 0 */
 
 static int32_t bits_of(float x)
@@ -50,46 +50,55 @@ static inline float lowered(float y)
     return float_of((127 << 23) - (int32_t)(y * 0x1p23f) - 1) * 0.942f;
 }
 
+/* The sum of a block, halves added to each other: a loop that compilers vectorise. */
+static double sum_block(float *x)
+{
+    for (int half = BLOCK / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++)
+            x[i] += x[i + half];
+    return x[0];
+}
+
 /* Weights become their bounds. Returns the sum of what they are at least. */
 static double bound_row(float *weight, const float *step, int64_t n, float reach, float slack)
 {
-    double low = 0;
+    double sum = 0;
     for (int64_t first = 0; first < n; first += BLOCK) {
-        float least[SUMS] = {0};
-        int64_t end = first + BLOCK < n ? first + BLOCK : n, i = first;
-        for (; i + SUMS <= end; i += SUMS)
-            for (int j = 0; j < SUMS; j++) {
-                float y = reach * step[i + j] + slack;
-                least[j] += weight[i + j] * lowered(y);
-                weight[i + j] *= raised(y);
-            }
-        for (; i < end; i++) {
-            float y = reach * step[i] + slack;
-            least[0] += weight[i] * lowered(y);
-            weight[i] *= raised(y);
-        }
-        for (int j = 0; j < SUMS; j++)
-            low += least[j];
+        float least[BLOCK] = {0}, *w = weight + first;
+        const float *of = step + first;
+        int count = (int)(n - first < BLOCK ? n - first : BLOCK);
+        for (int i = 0; i < count; i++)
+            least[i] = w[i] * lowered(reach * of[i] + slack);
+        for (int i = 0; i < count; i++)
+            w[i] *= raised(reach * of[i] + slack);
+        sum += sum_block(least);
     }
-    return low * (1 - margin);
+    return sum * (1 - margin);
 }
 
 /* The sum of the bounds from 0 on that are less than `under`. */
 static double sum_under(const float *bound, int64_t n, float under)
 {
-    double all = 0;
+    double sum = 0;
     for (int64_t first = 0; first < n; first += BLOCK) {
-        float sum[SUMS] = {0};
-        int64_t end = first + BLOCK < n ? first + BLOCK : n, i = first;
-        for (; i + SUMS <= end; i += SUMS)
-            for (int j = 0; j < SUMS; j++)
-                sum[j] += (bound[i + j] < under) & (bound[i + j] > 0) ? bound[i + j] : 0;
-        for (; i < end; i++)
-            sum[0] += (bound[i] < under) & (bound[i] > 0) ? bound[i] : 0;
-        for (int j = 0; j < SUMS; j++)
-            all += sum[j];
+        float part[BLOCK] = {0};
+        int count = (int)(n - first < BLOCK ? n - first : BLOCK);
+        for (int i = 0; i < count; i++) {
+            float x = bound[first + i] < under ? bound[first + i] : 0;
+            part[i] = x > 0 ? x : 0;
+        }
+        sum += sum_block(part);
     }
-    return all * (1 + margin);
+    return sum * (1 + margin);
+}
+
+/* Whether some bound is as large: mostly none is. */
+static inline int reaches(const float *bound, int n, float least)
+{
+    int32_t found = 0;
+    for (int i = 0; i < n; i++)
+        found |= bound[i] >= least;
+    return found;
 }
 
 /* The bound from which on keys have to be read, for all others to add up to `allowed` at most. */
@@ -102,11 +111,14 @@ static float threshold(const float *bound, int64_t n, double allowed)
         return (float)smallest;
     double total = sum_under(bound, n, begin);
     int32_t base = bits_of(begin) >> BIN_BITS;
-    for (int64_t i = 0; i < n; i++)
-        if (bound[i] >= begin) {
-            int32_t bin = (bits_of(bound[i]) >> BIN_BITS) - base;
-            sum[bin < BINS ? bin : BINS - 1] += bound[i];
-        }
+    for (int64_t first = 0; first < n; first += GROUP) {
+        int count = (int)(n - first < GROUP ? n - first : GROUP);
+        for (int i = reaches(bound + first, count, begin) ? 0 : count; i < count; i++)
+            if (bound[first + i] >= begin) {
+                int32_t bin = (bits_of(bound[first + i]) >> BIN_BITS) - base;
+                sum[bin < BINS ? bin : BINS - 1] += bound[first + i];
+            }
+    }
     for (int bin = 0; bin < BINS; bin++) {
         total += sum[bin] * (1 + margin);
         if (total > allowed)
@@ -126,11 +138,20 @@ static double vanished(const qkv_choice *c, int64_t row, int64_t n, float larges
     return smallest * (double)n * raised(largest * c->reach[row] + c->slack[row]);
 }
 
+static int64_t list_marked(const int32_t *mark, int64_t n, int64_t *key)
+{
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; i++)
+        if (mark[i])
+            key[count++] = i;
+    return count;
+}
+
 static void choose_task(void *context, int64_t task, int worker)
 {
     const choosing *job = context;
     const qkv_choice *c = job->choice;
-    int64_t sequence = task / c->heads, n = c->length[sequence], count = 0, first = task * c->rows;
+    int64_t sequence = task / c->heads, n = c->length[sequence], first = task * c->rows;
     const float *step = (const float *)((const char *)c->steps + sequence * c->steps_at[0] + task % c->heads * c->steps_at[1]);
     int32_t *mark = job->marks + worker * c->len_k;
     int64_t *key = c->keys + task * c->len_k;
@@ -153,10 +174,7 @@ static void choose_task(void *context, int64_t task, int worker)
         for (int64_t i = 0; i < n; i++)
             mark[i] |= weight[i] >= least;
     }
-    for (int64_t i = 0; i < n; i++) {
-        key[count] = i;
-        count += mark[i];
-    }
+    int64_t count = list_marked(mark, n, key);
     for (int64_t r = first; r < first + c->rows; r++) {
         float *bound = c->weights + r * c->len_k;
         for (int64_t i = 0; i < n; i++)
