@@ -286,7 +286,7 @@ static int64_t next_block(const few *t, int hidden, int64_t key, int64_t last)
 /* Row r of the answer to ROWS. */
 static char *answer_row(const few *t, int64_t r)
 {
-    qkv_row row = qkv_row_of(r, t->plan->group);
+    qkv_row row = qkv_row_of(t->first + r, t->plan->beams, t->plan->group);
     int64_t at = qkv_result_index(t->problem, t->plan, t->sequence, t->head, &row);
     return (char *)t->problem->answer + at * t->problem->answer_n * t->plan->kernels->size;
 }

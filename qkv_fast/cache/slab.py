@@ -14,7 +14,7 @@ import numpy as np
 from .._checks import Array, _as_array, _is_known, _per_sequence
 from .._core import Problem
 from .._help import documented
-from . import files, types
+from . import bounds, files, types
 from .attend import Held, Keys, Tokens, ask_newest, attend_newest, check_chosen, check_index, check_starts, check_tokens
 from .files import Geometry, Store
 from .questions import Questions
@@ -58,6 +58,9 @@ class KVCache(Questions):
         more, n + 1 tokens can be appended and attended to at a time.
     keep : int, default 0
         With `window`: the number of first tokens that stay, and that every later query sees as well.
+    bounds : bool, default False
+        Keep what `attend` needs for its `tolerance`: a copy of the keys in int8. Not with `window` or `path`, nor for
+        keys in int8 or int4.
     path : str or path-like, optional
         The cache is a memory map of this file, which other processes can `open`. It is made if it does not exist; else
         it must be that of a cache with these parameters, and the cache has the tokens of its last `flush`. Not with
@@ -130,6 +133,7 @@ class KVCache(Questions):
         latent: bool = False,
         window: int | None = None,
         keep: int = 0,
+        bounds: bool = False,
         path: str | os.PathLike[str] | None = None,
     ) -> None:
         where = "KVCache"
@@ -144,8 +148,11 @@ class KVCache(Questions):
             given = f"capacity={capacity}, keep={keep}, window={window}"
             raise ValueError(f"{where}: capacity must be more than keep + window: the window and the token ({given})")
         geometry = Geometry(batch, capacity, reach, keep, form)
+        if bounds and (window is not None or path is not None or form.k.stored):
+            given = f"dtype={form.k.name!r}, window={window}, path={path!r}"
+            raise ValueError(f"{where}: bounds are of keys in floats, in memory, without window ({given})")
         if path is None:
-            self._take(geometry, None)
+            self._take(geometry, None, bool(bounds))
             return
         if window is not None:
             raise ValueError(f"{where}: a ring is not written in place: use path without window, or save()")
@@ -161,13 +168,16 @@ class KVCache(Questions):
             raise ValueError(f"{where}: {os.fspath(path)!r} is a cache of {found}; asked for was {geometry}")
         self._take(geometry, store)
 
-    def _take(self, geometry: Geometry, store: Store | None) -> None:
+    def _take(self, geometry: Geometry, store: Store | None, bounded: bool = False) -> None:
         self._geometry, self._store = geometry, store
+        self._bounds: bounds.Bounds | None = None
         # As a slab, whose capacity no token exceeds, a ring that is never turned.
         self._ring = Ring(geometry.keep, geometry.capacity - geometry.keep)
         if store is None:
             try:
                 self._k, self._v = geometry.form.empty(geometry.batch, geometry.form.kv_heads, geometry.capacity)
+                if bounded:
+                    self._bounds = bounds.Bounds(geometry.batch, geometry.form.kv_heads, geometry.capacity, geometry.form.dim)
             except ValueError:
                 raise OverflowError(f"KVCache: no array is as large as a cache of {geometry}") from None
             self._lengths, self._reach, self._starts = np.zeros((3, geometry.batch), np.int64)
