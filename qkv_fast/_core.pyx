@@ -798,13 +798,13 @@ def dequantise(cnp.ndarray rows not None, cnp.ndarray x not None, str stored, in
 
 
 def choose(cnp.ndarray weights not None, cnp.ndarray reach not None, cnp.ndarray slack not None, cnp.ndarray steps not None,
-           cnp.ndarray lengths not None, double tolerance, int threads):
-    """Keys that have to be read, (sequences, heads, keys) of which count (sequences, heads) matter, and what share of the weights
-    of each row the others have at most: of qkv_choice, whose arrays are contiguous float32, but for the first axes of steps."""
+           cnp.ndarray lengths not None, double tolerance, cnp.ndarray keys not None, int threads):
+    """How many keys have to be read, (sequences, heads), and what share of the weights of each row the others have at most; which
+    ones goes to the first of the int64 `keys` (sequences, heads, keys). Other arrays are float32, and all contiguous but for the
+    first axes of steps: see qkv_choice."""
     cdef qkv_choice c
     cdef qkv_status status
     cdef tuple shape = (<object>weights).shape
-    cdef cnp.ndarray keys = empty("attend", (shape[0], shape[1], shape[3]), cnp.NPY_INT64)
     cdef cnp.ndarray count = empty("attend", shape[:2], cnp.NPY_INT64)
     cdef cnp.ndarray left = empty("attend", shape[:3], cnp.NPY_FLOAT32)
     c.sequences, c.heads, c.rows, c.len_k = shape
@@ -824,7 +824,7 @@ def choose(cnp.ndarray weights not None, cnp.ndarray reach not None, cnp.ndarray
     with nogil:
         status = qkv_choose(&c)
     raise_status(status)
-    return keys, count, left
+    return count, left
 
 
 def gather(cnp.ndarray x not None, cnp.ndarray keys not None, cnp.ndarray count not None, int64_t most, int threads):

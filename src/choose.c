@@ -199,8 +199,10 @@ qkv_status qkv_choose(const qkv_choice *c)
 {
     int64_t tasks = c->sequences * c->heads, work = tasks * c->rows * c->len_k;
     int threads = work < SERIAL ? 1 : c->threads;
-    if (work == 0)
+    if (work == 0) {
+        memset(c->count, 0, (size_t)tasks * sizeof *c->count);
         return QKV_OK;
+    }
     choosing job = {.choice = c, .marks = qkv_scratch_take((size_t)threads * (size_t)c->len_k * sizeof(int32_t), 0)};
     qkv_status status = job.marks ? run(choose_task, &job, tasks, threads, c->interrupted, c->interrupted_arg) : QKV_NO_MEMORY;
     qkv_scratch_put(job.marks, 0);

@@ -1,7 +1,8 @@
 """Attention that leaves out keys, and proves how little they weigh.
 
-A copy of the keys in int8 says what each score is but for half a step for each element of the query, so what each weight
-is but for a factor. The core then chooses the keys that have to be read (src/choose.c); attention is over these alone.
+A copy of the keys in int8 says what each score is but for half a step for each element of the query, so what each
+weight is but for a factor. The core then chooses the keys that have to be read (src/choose.c); attention is over these
+alone.
 """
 
 import math
@@ -10,10 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import _core, _problem
-from .._checks import _FLOAT32, Array, _check_out
+from .._checks import Array, _check_out
 from .._core import Problem
 from .._masks import Extras
-from .attend import Held, Keys, Tokens, ask_newest, attend_newest, _newest
+from .attend import Held, Keys, Tokens, _newest, ask_newest, attend_newest
 from .types import Form, Rows
 
 _LOG2E = 1.0 / math.log(2.0)
@@ -30,22 +31,33 @@ class Bounds:
     magnitude of each head's values."""
 
     def __init__(self, batch: int, kv_heads: int, capacity: int, dim: int) -> None:
-        self.stored = Rows(dim, np.dtype(np.uint8), "int8")
+        self.stored = Rows(dim, dim, np.dtype(np.uint8), "int8")
         self.rows = np.empty((batch, kv_heads, capacity, self.stored.width), np.uint8)
         self.steps = np.empty((batch, kv_heads, capacity), np.float32)
         self.largest = np.zeros((batch, kv_heads), np.float64)
+        self._room: tuple[Array, Array] | None = None
+
+    def borrow(self, weights: int, keys: int) -> tuple[Array, Array]:
+        """Room for so many weights and keys, which the last call has left: new pages took half of a call's time."""
+        room, self._room = self._room, None
+        if room is None or room[0].size < weights or room[1].size < keys:
+            room = np.empty(weights, np.float32), np.empty(keys, np.int64)
+        return room
+
+    def give_back(self, room: tuple[Array, Array]) -> None:
+        self._room = room
 
     @property
     def form(self) -> Form:
         """Of the problem whose weights are those that the copy gives."""
         rows = self.stored
-        return Form(self.rows.shape[1], rows, rows._replace(dim=0), (), ("int8", "int8"))
+        return Form(self.rows.shape[1], rows, rows._replace(dim=0), (), ("int8", "int8"), False)
 
     def take(self, sequences: slice, tokens: slice, k: Array, v: Array) -> None:
         """What is known of the stored rows k and v of these tokens."""
         with np.errstate(all="ignore"):
             keys = k.astype(np.float32)
-            finite = np.isfinite(keys).all(-1) & np.isfinite(v).all(-1)
+            finite: Any = np.isfinite(keys).all(axis=-1) & np.isfinite(v).all(axis=-1)
             keys[~finite] = 0
             rows = self.rows[sequences, :, tokens]
             self.stored.write(rows, keys)
@@ -91,46 +103,63 @@ def attend_within(
     )  # fmt: skip
     if out is not None:
         _check_out(out, p.shape, p.number, where)
-    chosen = None
+    found = None
     if tokens.most and math.prod(p.rows) and not p.is_planned:
-        chosen = _choose(p, bounds, tokens, queries, causal, window, tolerance)
-    if chosen is None:
+        room = bounds.borrow(math.prod(p.rows) * tokens.most, len(bounds.rows) * form.kv_heads * tokens.most)
+        chosen = _choose(p, bounds, tokens, queries, causal, window, tolerance, room)
+        if chosen is not None:
+            keys = find(where, None, queries, False)
+            found = _attend_chosen(p, tokens, queries, chosen, keys, softcap, return_lse, out, num_threads)
+        bounds.give_back(room)
+    if found is None:
         found = attend_newest(
-            where, held, q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale, layout, return_lse,
-            out, num_threads, words,
+            where, held, q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale, layout,
+            return_lse, out, num_threads, words,
         )  # fmt: skip
-        left = np.zeros(p.rows, np.float32)
-        return found if p.is_planned else (*found, left, 1.0) if return_lse else (found, left, 1.0)
-    keys = find(where, None, queries, False)
+        if not p.is_planned:
+            left = np.zeros(p.rows, np.float32)
+            found = (*found, left, 1.0) if return_lse else (found, left, 1.0)
+    return found
+
+
+def _attend_chosen(
+    p: Problem, tokens: Tokens, queries: Any, chosen: _Chosen, keys: Keys, softcap: Any, return_lse: bool,
+    out: Array | None, num_threads: int | None,
+) -> Any:  # fmt: skip
+    """Attention over the chosen keys, which are brought together."""
     most = int(chosen.counts.max())
     k, v = (_core.gather(x, chosen.keys, chosen.counts, most, p.threads) for x in (keys.k, keys.v))
     seen, added = _meet(p, tokens, queries, chosen, most)
     extras = p.extras or Extras()
     own = _problem.check(
-        where, p.q, k, v, seen, added, False, None, None, None, extras.queries, None, None, None, None, extras.sinks,
+        p.where, p.q, k, v, seen, added, False, None, None, None, extras.queries, None, None, None, None, extras.sinks,
         softcap, p.scale, "bhld", num_threads, {},
     )  # fmt: skip
     target = out if out is None or p.heads_first else out.swapaxes(1, 2)
     found = _problem.attend(own, target, return_lse)
     result, *lse = found if return_lse else (found,)
-    read = chosen.counts.sum() / (tokens.lengths.sum() * form.kv_heads)
-    return (result if p.heads_first else result.swapaxes(1, 2), *lse, chosen.left, float(read))
+    if not p.heads_first:
+        result = result.swapaxes(1, 2) if out is None else out
+    read = chosen.counts.sum() / (tokens.lengths.sum() * chosen.counts.shape[1])
+    return (result, *lse, chosen.left, float(read))
 
 
 def _choose(
-    p: Problem, bounds: Bounds, tokens: Tokens, queries: Any, causal: Any, window: Any, tolerance: float
-) -> _Chosen | None:
+    p: Problem, bounds: Bounds, tokens: Tokens, queries: Any, causal: Any, window: Any, tolerance: float,
+    room: tuple[Array, Array],
+) -> _Chosen | None:  # fmt: skip
     """The keys to read; None where that is all of them, or so many that all are read sooner."""
     n = tokens.most
     if n >= _WORTH_SAMPLING and tokens.least == n and tokens.starts is None:
-        if _choose_of(p, bounds, tokens, queries, causal, window, tolerance, n // _SAMPLED) is None:
+        if _choose_of(p, bounds, tokens, queries, causal, window, tolerance, room, n // _SAMPLED) is None:
             return None
-    return _choose_of(p, bounds, tokens, queries, causal, window, tolerance, n)
+    return _choose_of(p, bounds, tokens, queries, causal, window, tolerance, room, n)
 
 
 def _choose_of(
-    p: Problem, bounds: Bounds, tokens: Tokens, queries: Any, causal: Any, window: Any, tolerance: float, n: int
-) -> _Chosen | None:
+    p: Problem, bounds: Bounds, tokens: Tokens, queries: Any, causal: Any, window: Any, tolerance: float,
+    room: tuple[Array, Array], n: int,
+) -> _Chosen | None:  # fmt: skip
     """The same if the newest n tokens were all; those of the longest sequence are."""
     first = tokens.most - n
     extras, lengths = p.extras or Extras(), tokens.lengths
@@ -147,40 +176,44 @@ def _choose_of(
         p.where, (bounds.form, tokens, find, None, 0), q, extras.queries, mask, bias, causal, window, extras.slopes,
         extras.sinks, extras.softcap or None, p.scale, "bhld", p.threads, {},
     )  # fmt: skip
-    shape = (*p.rows, n)
-    weights = np.zeros(shape, np.float32) if extras.queries is not None else _core.empty(p.where, shape, _FLOAT32)
+    weights = room[0][: math.prod(p.rows) * n].reshape(*p.rows, n)
+    if extras.queries is not None:
+        weights[...] = 0  # rows past them are left alone
     _core.forward(own, own.empty(), None, _core.QUESTIONS["rows"], weights, quick=True)
     heads = bounds.rows.shape[1]
     by_head = (p.rows[0], heads, p.rows[1] // heads * p.rows[2])
     weights = weights.reshape(*by_head, n)
     steps = bounds.steps[:, :, first : first + n]
     reach, slack = (x.reshape(by_head) for x in _errors(p, q, bias, n))
-    keys, counts, left = _core.choose(weights, reach, slack, steps, lengths, tolerance, p.threads)
+    keys = room[1][: len(lengths) * heads * n].reshape(len(lengths), heads, n)
+    counts, left = _core.choose(weights, reach, slack, steps, lengths, tolerance, keys, p.threads)
     if (counts < 0).any() or counts.sum() > _MOST_READ * heads * lengths.sum():
         return None
     return _Chosen(keys, counts, left.reshape(p.rows), weights)
 
 
 def _errors(p: Problem, q: Array, bias: Array | None, n: int) -> tuple[Array, Array]:
-    """(batch, Hq, L) float32 each: by how many powers of two the weight of a key may be off, for each step of its row, and
-    whatever its step."""
+    """By how many powers of two the weight of a key may be off, for each step of its row, and whatever its step:
+    (batch, Hq, L) float32 each."""
     extras, dim = p.extras or Extras(), q.shape[-1]
     with np.errstate(all="ignore"):
         sizes = np.abs(q).sum(-1, dtype=np.float64) * abs(p.scale)  # a score's, for each unit of its key's elements
         # Half a step; and roundings of products and sums, there and here, of at most 127 steps an element.
         reach = sizes * (0.5 + 2 * (dim + 16) * 127 * _UNIT) * _LOG2E
-        added = 0.0 if bias is None else float(np.abs(bias, where=np.isfinite(bias), out=np.zeros(bias.shape)).max(initial=0))
-        slopes = 0.0 if extras.slopes is None else np.abs(extras.slopes)[:, np.newaxis] * (n + p.rows[2])
-        slack = (4 * (added + slopes + extras.softcap) + 64) * _UNIT * _LOG2E
-        slack = np.broadcast_to(slack, p.rows)
-        return (np.nextafter(x.astype(np.float32), np.float32(np.inf)) for x in (reach, slack))
+        added = 0.0
+        if bias is not None:
+            added = float(np.abs(bias, where=np.isfinite(bias), out=np.zeros(bias.shape)).max(initial=0))
+        slopes: Any = 0.0 if extras.slopes is None else np.abs(extras.slopes)[:, np.newaxis] * (n + p.rows[2])
+        slack = np.broadcast_to((4 * (added + slopes + extras.softcap) + 64) * _UNIT * _LOG2E, p.rows)
+        up = np.float32(np.inf)
+        return np.nextafter(reach.astype(np.float32), up), np.nextafter(slack.astype(np.float32), up)
 
 
 def _meet(
     p: Problem, tokens: Tokens, queries: Any, chosen: _Chosen, most: int
 ) -> tuple[Array, Array | None]:
     """What the scores of the keys that are read meet: who sees them, and what is added to them."""
-    batch, heads, _ = p.rows
+    heads = p.rows[1]
     among = np.arange(most) < chosen.counts[..., np.newaxis]
     keys = np.where(among, chosen.keys[..., :most], 0)
     seen = (np.take_along_axis(chosen.weights, keys[:, :, np.newaxis], -1) < 0) & among[:, :, np.newaxis]

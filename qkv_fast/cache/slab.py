@@ -175,9 +175,7 @@ class KVCache(Questions):
         self._ring = Ring(geometry.keep, geometry.capacity - geometry.keep)
         if store is None:
             try:
-                self._k, self._v = geometry.form.empty(geometry.batch, geometry.form.kv_heads, geometry.capacity)
-                if bounded:
-                    self._bounds = bounds.Bounds(geometry.batch, geometry.form.kv_heads, geometry.capacity, geometry.form.dim)
+                self._allocate(bounded)
             except ValueError:
                 raise OverflowError(f"KVCache: no array is as large as a cache of {geometry}") from None
             self._lengths, self._reach, self._starts = np.zeros((3, geometry.batch), np.int64)
@@ -187,6 +185,12 @@ class KVCache(Questions):
         self._least, self._most = int(self._lengths.min()), int(self._lengths.max())
         self._padded = bool(self._starts.any())
         self._laps: tuple[Any, Keys] | None = None  # the last runs of a ring, and what they were made for
+
+    def _allocate(self, bounded: bool) -> None:
+        batch, capacity, _, _, form = self._geometry
+        self._k, self._v = form.empty(batch, form.kv_heads, capacity)
+        if bounded:
+            self._bounds = bounds.Bounds(batch, form.kv_heads, capacity, form.dim)
 
     def _set_lengths(self, lengths: Array) -> None:
         self._lengths = lengths
@@ -204,21 +208,25 @@ class KVCache(Questions):
             raise TypeError("KVCache: a cache in a file is not copied or pickled: save(path) writes a copy, open(path) "
                             "has the same tokens, load(path) has them in memory")  # fmt: skip
         used = [x[:, :, self._used()] for x in self._arrays]
-        return self.__dict__ | {"_laps": None, "_k": None, "_v": None, "used": used}
+        largest = None if self._bounds is None else self._bounds.largest
+        absent = dict.fromkeys(("_laps", "_k", "_v", "_bounds"))
+        return self.__dict__ | absent | {"used": used, "largest": largest}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        used = state.pop("used")
+        used, largest = state.pop("used"), state.pop("largest")
         self.__dict__.update(state)
-        form = self._geometry.form
-        self._k, self._v = form.empty(self._geometry.batch, form.kv_heads, self._geometry.capacity)
+        self._allocate(largest is not None)
+        if self._bounds is not None:
+            self._bounds.largest = largest
         for to, x in zip(self._arrays, used, strict=True):
             _is_known(x.dtype)  # bfloat16, in a process that has not seen any
             to[:, :, : x.shape[2]] = x
 
     @property
     def _arrays(self) -> tuple[Array, ...]:
-        """What is stored: keys, and values if they are not in them."""
-        return self._geometry.form.parts(self._k, self._v)
+        """What has a row for each token: keys, values if they are not in them, and what is known of keys."""
+        known = () if self._bounds is None else (self._bounds.rows, self._bounds.steps)
+        return (*self._geometry.form.parts(self._k, self._v), *known)
 
     def _used(self) -> slice:
         """Rows that hold tokens."""
@@ -331,6 +339,24 @@ class KVCache(Questions):
         return sum(x.nbytes for x in self._arrays)
 
     @property
+    def largest_values(self) -> Array:
+        """With `bounds`: the largest magnitude of the values of each head that have ever been there, (batch, kv_heads)
+        float64, inf where one was not finite: a copy.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import qkv_fast
+        >>> cache = qkv_fast.KVCache(1, 1, 8, 10, bounds=True)
+        >>> cache.append(np.ones((1, 1, 3, 8), "float32"), np.full((1, 1, 3, 8), -2, "float32"))
+        >>> cache.largest_values
+        array([[2.]])
+        """
+        if self._bounds is None:
+            raise ValueError("KVCache.largest_values: only a cache that was made with bounds=True knows")
+        return self._bounds.largest.copy()
+
+    @property
     def positions(self) -> Array:
         """Which token each row of `keys` and `values` holds, (batch, rows) int64; -1 where it holds none.
 
@@ -350,7 +376,7 @@ class KVCache(Questions):
 
     def __repr__(self) -> str:
         batch, capacity, window, keep, form = self._geometry
-        ring = f", window={window}, keep={keep}" if window >= 0 else ""
+        ring = f", window={window}, keep={keep}" if window >= 0 else ", bounds=True" if self._bounds is not None else ""
         starts = f", starts={self._starts.tolist()}" if self._padded else ""
         return (
             f"KVCache(batch={batch}, kv_heads={form.kv_heads}, head_dim={form.dim}, capacity={capacity}{form.dims}, "
@@ -428,9 +454,18 @@ class KVCache(Questions):
             many = [n] * len(self._lengths) if counts is None else counts.tolist()
             for b, (begin, n) in enumerate(zip(self._lengths.tolist(), many, strict=True)):
                 self._write(self._k[b : b + 1], self._v[b : b + 1], k[b : b + 1, :, :n], v[b : b + 1, :, :n], begin, n)
+        if self._bounds is not None:
+            self._bound(self._lengths, tokens.lengths)
         self._lengths, self._least, self._most, starts = tokens
         if starts is not None:
             self._starts, self._padded = starts, True
+
+    def _bound(self, begins: Array, ends: Array) -> None:
+        """What is to be known of the tokens from `begins` to `ends`, which are stored."""
+        assert self._bounds is not None
+        for b, (begin, end) in enumerate(zip(begins.tolist(), ends.tolist(), strict=True)):
+            one, rows = slice(b, b + 1), slice(begin, end)
+            self._bounds.take(one, rows, self._k[one, :, rows], self._v[one, :, rows])
 
     def _write(self, to_k: Array, to_v: Array, k: Array, v: Array, begin: int, n: int) -> None:
         """n tokens k and v to the rows of the tokens from `begin` on."""
@@ -457,6 +492,7 @@ class KVCache(Questions):
         sinks: Any = None,
         softcap: float | None = None,
         scale: float | None = None,
+        tolerance: float | None = None,
         layout: str = "bhld",
         return_lse: bool = False,
         out: Array | None = None,
@@ -483,6 +519,9 @@ class KVCache(Questions):
         <sinks>
         <softcap>
         <scale>
+        tolerance : float, optional
+            Of a cache with `bounds`: leave out keys that hold at most this share of all weights of each query, above 0
+            and below 1, and say so. Not with `tree`.
         <layout>
             It is that of q and the result.
         <return_lse>
@@ -494,7 +533,12 @@ class KVCache(Questions):
         out : ndarray, shape (batch, Hq, L, value_dim)
             In q's type.
         lse : ndarray, shape (batch, Hq, L)
-            Only with ``return_lse=True``.
+            Only with ``return_lse=True``; with `tolerance` that of the keys that were read.
+        left : ndarray, shape (batch, Hq, L)
+            Only with `tolerance`: the share of its weights, float32, that a query has left out at most. 0 everywhere
+            where all keys were read: the result then has the bits of a call without it.
+        read : float
+            Only with `tolerance`: the share of all keys that was read.
 
         Raises
         ------
@@ -503,6 +547,16 @@ class KVCache(Questions):
         ValueError
             Shapes that do not fit, more queries than a sequence has tokens where positions matter (without any token
             it gives zeros), or queries whose window reaches back to tokens that a ring no longer has.
+
+        Notes
+        -----
+        With `tolerance` the scores of all keys are bounded by a copy of them in int8, and keys are left out whose
+        weights together are proven to be small; ``|out - exact|`` is at most ``2 * left * largest_values`` beside what
+        rounding does. A bias, a mask, a window, ALiBi, sinks and a soft cap keep the proof; all query heads of a key
+        head read the keys that one of them needs. A bias is read whole. Where keys or values are not finite, all are
+        read. It pays where there are many keys and few hold the weight: to find out takes a good part of the time of
+        attention, and the newest sixteenth of long sequences says whether it is tried at all. Most heads of encoders
+        spread their weight too evenly.
 
         Examples
         --------
@@ -516,6 +570,15 @@ class KVCache(Questions):
         >>> out.shape
         (1, 8, 1, 64)
         """
+        if tolerance is not None:
+            if self._bounds is None:
+                raise ValueError("KVCache.attend: tolerance is for a cache that was made with bounds=True")
+            if tree is not None:
+                raise ValueError("KVCache.attend: tree and tolerance exclude each other: pass the tree as a mask")
+            return bounds.attend_within(
+                "KVCache.attend", self._held(), self._bounds, tolerance, q, lengths, mask, bias, causal, window,
+                alibi_slopes, sinks, softcap, scale, layout, return_lse, out, num_threads, words,
+            )  # fmt: skip
         return attend_newest(
             "KVCache.attend", self._held(), q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale,
             layout, return_lse, out, num_threads, words, tree,
@@ -824,6 +887,8 @@ class KVCache(Questions):
         for x, new in zip(self._arrays, moved, strict=True):
             x[changed, :, rows] = new
         self._reach, self._starts = self._reach[order], self._starts[order]
+        if self._bounds is not None:
+            self._bounds.largest = self._bounds.largest[order]
         self._set_lengths(self._lengths[order])
 
     @classmethod
@@ -938,7 +1003,7 @@ class KVCache(Questions):
         files.check_free("KVCache.save", path)
         with files.creating(path, self._geometry, over=True) as new:
             store = Store("KVCache.save", new, True)
-            for to, x in zip(store.arrays, self._arrays, strict=True):
+            for to, x in zip(store.arrays, self._geometry.form.parts(self._k, self._v), strict=True):
                 to[:, :, rows] = x[:, :, rows]
             store.commit(self._lengths, reach, self._starts)
             del store

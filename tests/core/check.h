@@ -60,7 +60,7 @@ static void *block(int64_t bytes)
     return memory;
 }
 
-static double load(qkv_type type, const void *data, int64_t i)
+static inline double load(qkv_type type, const void *data, int64_t i)
 {
     return type == QKV_F32 ? (double)((const float *)data)[i] : ((const double *)data)[i];
 }
@@ -75,7 +75,7 @@ static void store(qkv_type type, void *data, int64_t i, double x)
 
 static int64_t size_of(qkv_type type) { return type == QKV_F32 ? 4 : 8; }
 
-static void *uniform(qkv_type type, int64_t n)
+static inline void *uniform(qkv_type type, int64_t n)
 {
     void *data = block(n * size_of(type));
     for (int64_t i = 0; i < n; i++)

@@ -74,6 +74,9 @@ static APART void check_answers(problem *x)
     void *received = ask(x, QKV_RECEIVED, x->sequences * p->heads_q * all);
     p->answer_n = all;
     void *whole = all ? ask(x, QKV_ROWS, rows * all) : block(0);
+    p->answer_quick = 1;
+    void *quick = all ? ask(x, QKV_ROWS, rows * all) : block(0);
+    p->answer_quick = 0;
     p->answer_n = some;
     p->answer_first = from;
     void *part = some ? ask(x, QKV_WEIGHTS, rows * some) : block(0);
@@ -108,6 +111,7 @@ static APART void check_answers(problem *x)
                                                * (cell_end(c, all, cells_k) - cell_end(c - 1, all, cells_k)));
             maximum[cell] = weight[j] > maximum[cell] ? weight[j] : maximum[cell];
             CHECK(fabs(load(p->type, whole, row * all + j) - weight[j]) <= bound, "weights of row %lld", (long long)row);
+            CHECK(fabs(load(p->type, quick, row * all + j) - weight[j]) <= bound, "quick weights of row %lld", (long long)row);
             if (from <= j && j < from + some)
                 CHECK(fabs(load(p->type, part, row * some + j - from) - weight[j]) <= bound, "weight of row %lld", (long long)row);
         }
@@ -127,7 +131,7 @@ static APART void check_answers(problem *x)
         CHECK(fabs(load(p->type, means, i) - mean[i]) <= bound, "mean %lld", (long long)i);
         CHECK(fabs(load(p->type, maxima, i) - maximum[i]) <= bound, "maximum %lld", (long long)i);
     }
-    void *owned[] = {largest, entropy, normalisers, received, whole, part, keys, top, sums, weight, means, maxima, mean, maximum};
+    void *owned[] = {largest, entropy, normalisers, received, whole, quick, part, keys, top, sums, weight, means, maxima, mean, maximum};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++)
         free(owned[i]);
 }

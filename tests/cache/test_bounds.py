@@ -1,0 +1,187 @@
+"""KVCache(bounds=True) and attend(tolerance=): how little the keys weigh that are left out, and what is left out."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+from _util import ALL_TYPES, normal, same_bits
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qkv_fast import KVCache, explain, num_threads, reference
+from qkv_fast.cache import bounds
+
+pytestmark = pytest.mark.usefixtures("isa")
+UNIT = {"float32": 2.0**-24, "float64": 2.0**-53, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+
+
+def filled(rng, dtype="float32", batch=1, heads=1, n=600, dims=(16, 16), lengths=None, **options):
+    """A cache of these tokens, and these in float64."""
+    k, v = (normal(rng, (batch, heads, n, dim)).astype(dtype) for dim in dims)
+    cache = KVCache(batch, heads, dims[0], n + 3, value_dim=dims[1], dtype=dtype, bounds=True, **options)
+    cache.append(k, v, lengths=lengths)
+    return cache, k.astype("float64"), v.astype("float64")
+
+
+def hold(cache, q, k, v, tolerance, **options):
+    """Assert that what is proven is true, of float64's result over all keys; returns the share of keys read."""
+    out, lse, left, read = cache.attend(q, tolerance=tolerance, return_lse=True, **options)
+    assert out.dtype == q.dtype and left.dtype == np.float32 and left.shape == lse.shape
+    assert left.min() >= 0 and left.max() <= tolerance and 0 <= read <= 1
+    plain, whole = cache.attend(q, return_lse=True, **options)
+    if read == 1:
+        same_bits((out, lse), (plain, whole))
+        assert not left.any()
+    lengths = options.pop("lengths", None)
+    exact, full = reference.attention(
+        q.astype("float64"), k, v, q_lengths=lengths, kv_lengths=cache.lengths, causal=options.pop("causal", True),
+        kv_starts=cache.starts, return_lse=True, **options,
+    )  # fmt: skip
+    most = np.repeat(cache.largest_values, q.shape[1] // cache.kv_heads, axis=1)[:, :, None, None]
+    # Rounding is no more than several times that of attention over all keys, and units for each of up to 30 keys' sums.
+    rounding = 8 * np.abs(plain.astype("float64") - exact).max(initial=0) + 32 * UNIT[q.dtype.name] * most
+    assert (np.abs(out.astype("float64") - exact) <= 2 * left[..., None] * most + rounding).all()
+    # What was left out is the difference of the two sums of exponentials.
+    seen = np.isfinite(full)
+    missing = -np.expm1(lse[seen].astype("float64") - full[seen])
+    wide = 2.0**-20 if q.dtype != np.float64 else 2.0**-44
+    assert (missing <= left[seen] + wide * (1 + np.abs(full[seen]))).all()
+    return read
+
+
+@given(st.data())
+def test_the_bound_holds(data):
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    draw = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731
+    batch, heads, group, queries = draw(1, 2), draw(1, 2), draw(1, 3), draw(1, 3)
+    n, dims = data.draw(st.integers(queries, 1300)), (draw(1, 16, 33), draw(1, 16))
+    lengths = rng.integers(queries, n + 1, batch)
+    lengths[rng.integers(batch)] = n
+    dtype = draw(*ALL_TYPES)
+    cache, k, v = filled(rng, dtype, batch, heads, n, dims, lengths)
+    q = (normal(rng, (batch, heads * group, queries, dims[0])) * draw(0.3, 5, 40)).astype(dtype)
+    options = {}
+    for name, value in (
+        ("window", int(rng.integers(0, n))), ("alibi_slopes", rng.random(heads * group) / 8), ("softcap", 20.0),
+        ("sinks", normal(rng, heads * group)), ("bias", normal(rng, (queries, n)).astype("float32")),
+        ("mask", rng.random((batch, 1, queries, n)) < 0.6), ("causal", False), ("scale", -0.4),
+        ("lengths", rng.integers(0, queries + 1, batch)),
+    ):  # fmt: skip
+        if data.draw(st.integers(0, 3)) == 0:
+            options[name] = value
+    hold(cache, q, k, v, draw(1e-6, 1e-3, 0.3), **options)
+
+
+def test_few_keys_are_read_where_few_weigh():
+    rng = np.random.default_rng(0)
+    cache, k, v = filled(rng, n=4000, heads=2, dims=(64, 64))
+    q = normal(rng, (1, 8, 1, 64)).astype("float32")
+    assert hold(cache, q * 10, k, v, 1e-3) < 0.05
+    assert hold(cache, q, k, v, 1e-3) == 1
+    assert hold(cache, q * 10, k, v, 0.3) < 0.01
+
+
+def test_the_newest_of_many_say_whether_it_is_worth_it(monkeypatch):
+    rng = np.random.default_rng(1)
+    cache, k, v = filled(rng, n=1000, batch=2)
+    q = normal(rng, (2, 1, 1, 16)).astype("float32") * 30
+    at_once = cache.attend(q, tolerance=1e-3)
+    monkeypatch.setattr(bounds, "_WORTH_SAMPLING", 100)
+    mask, bias = np.ones((1, 1000), bool), np.zeros((1, 1000), "float32")
+    for options in ({}, {"mask": mask}, {"bias": bias}, {"mask": mask[:, :1]}):
+        found = cache.attend(q, tolerance=1e-3, **options)
+        np.testing.assert_allclose(found[0], at_once[0], atol=1e-5)
+        assert found[2] == at_once[2] < 1
+    bias[:, -62:] = 0
+    bias[:, :-62] = -100  # all weight among the newest, evenly
+    q[:] = 0
+    assert cache.attend(q, tolerance=1e-3, bias=bias)[2] == 1
+    hold(cache, q, k, v, 1e-3)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", ["k", "v", "q"])
+def test_what_is_not_finite_is_read(where, bad):
+    rng = np.random.default_rng(2)
+    k, v = normal(rng, (2, 1, 1, 300, 16)).astype("float32")
+    q = normal(rng, (1, 2, 1, 16)).astype("float32") * 20
+    {"k": k, "v": v, "q": q}[where][0, 0, -1, 3] = bad
+    cache = KVCache(1, 1, 16, 300, bounds=True)
+    cache.append(k, v)
+    out, left, read = cache.attend(q, tolerance=1e-3)
+    same_bits(out, cache.attend(q))
+    assert not left.any() and read == 1
+    if where == "v":
+        assert cache.largest_values[0, 0] == np.inf
+
+
+def test_tokens_that_move_take_along_what_is_known():
+    rng = np.random.default_rng(3)
+    cache, k, v = filled(rng, batch=2, n=500)
+    q = normal(rng, (2, 2, 1, 16)).astype("float32") * 20
+    cache.truncate([490, 300])
+    cache.select(280, [3, 1, 7])
+    kept = np.r_[:280, 283, 281, 287]
+    k, v = k[:, :, kept], v[:, :, kept]
+    assert hold(cache, q, k, v, 1e-3) < 0.3
+    cache.reorder([1, 1])
+    k, v = k[[1, 1]], v[[1, 1]]
+    for same in (cache, copy.copy(cache), pickle.loads(pickle.dumps(cache))):
+        hold(same, q, k, v, 1e-3)
+        same_bits(same.attend(q, tolerance=1e-3)[0], cache.attend(q, tolerance=1e-3)[0])
+        same_bits(same.largest_values, cache.largest_values)
+    token = normal(rng, (2, 1, 1, 16)).astype("float32")
+    cache.append(token, token)
+    hold(cache, q, np.concatenate([k, token], 2), np.concatenate([v, token], 2), 1e-3)
+
+
+def test_layouts_outputs_threads_and_plans():
+    rng = np.random.default_rng(4)
+    cache, *_ = filled(rng, heads=2, n=900)
+    q = normal(rng, (1, 4, 2, 16)).astype("float32") * 20
+    out, left, read = cache.attend(q, tolerance=1e-2)
+    assert read < 1
+    for threads in (1, 2, 5):
+        with num_threads(threads):
+            again = cache.attend(q, tolerance=1e-2)
+        same_bits(again[:2], (out, left))
+    room = np.empty((1, 2, 4, 16), "float32")
+    other = cache.attend(q.swapaxes(1, 2), tolerance=1e-2, layout="blhd", out=room)
+    assert other[0] is room
+    same_bits(np.ascontiguousarray(room.swapaxes(1, 2)), out)
+    assert explain(cache.attend, q, tolerance=1e-2).pairs == explain(cache.attend, q).pairs
+
+
+def test_empty_caches_and_queries_that_see_nothing():
+    cache = KVCache(2, 1, 8, 20, bounds=True)
+    q = np.ones((2, 2, 1, 8), "float32")
+    out, left, read = cache.attend(q, tolerance=0.1)
+    assert not out.any() and not left.any() and read == 1
+    tokens = np.random.default_rng(5).standard_normal((2, 1, 9, 8), dtype="float32")
+    cache.append(tokens, tokens, lengths=[9, 0])
+    out, left, read = cache.attend(q * 30, tolerance=0.1, mask=np.zeros((1, 9), bool))
+    assert not out.any() and left.max() < 1e-30
+
+
+@pytest.mark.parametrize("wrong, error, says", [
+    ({"tolerance": 0}, ValueError, "above 0 and below 1"), ({"tolerance": 1.0}, ValueError, "got 1.0"),
+    ({"tolerance": np.nan}, ValueError, "got nan"), ({"tolerance": "1e-3"}, TypeError, "a number, got '1e-3'"),
+    ({"tolerance": True}, TypeError, "got True"),
+    ({"tolerance": 0.1, "tree": np.ones((1, 1), bool)}, ValueError, "pass the tree as a mask"),
+    ({"tolerance": 0.1, "out": np.empty((1, 1, 1, 4), "float32")}, ValueError, "out"),
+])  # fmt: skip
+def test_bad_calls(wrong, error, says):
+    cache, *_ = filled(np.random.default_rng(6), n=20)
+    with pytest.raises(error, match=says):
+        cache.attend(np.ones((1, 1, 1, 16), "float32"), **wrong)
+
+
+def test_caches_that_have_no_bounds():
+    with pytest.raises(ValueError, match="made with bounds=True"):
+        KVCache(1, 1, 8, 9).attend(np.ones((1, 1, 1, 8), "float32"), tolerance=0.1)
+    with pytest.raises(ValueError, match="bounds=True knows"):
+        _ = KVCache(1, 1, 8, 9).largest_values
+    for options in ({"dtype": "int8"}, {"window": 3}, {"path": "somewhere.kv"}):
+        with pytest.raises(ValueError, match="in floats, in memory, without window"):
+            KVCache(1, 1, 8, 9, bounds=True, **options)
