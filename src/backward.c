@@ -23,10 +23,14 @@ static parts parts_of(const qkv_query_tile *t, const qkv_panel *x)
     return at;
 }
 
-int qkv_are_finite(const qkv_query_tile *t, const char *k, ptrdiff_t k_row, const char *v, ptrdiff_t v_row, int64_t n)
+int qkv_are_finite(const qkv_query_tile *t, qkv_range keys, const char *k, ptrdiff_t k_row, const char *v, ptrdiff_t v_row)
 {
     const qkv_kernels *kernels = t->plan->kernels;
-    return kernels->finite_rows(k, k_row, n, (int)t->problem->dim) && kernels->finite_rows(v, v_row, n, (int)t->problem->dim_v);
+    int64_t *known = (int64_t *)(t->scratch + t->plan->at_finite) + (keys.lo - t->first) / t->plan->block, n = keys.hi - keys.lo;
+    if (n > *known && kernels->finite_rows(k, k_row, n, (int)t->problem->dim)
+        && kernels->finite_rows(v, v_row, n, (int)t->problem->dim_v))
+        *known = n;
+    return n <= *known;
 }
 
 /* m, l and delta of a panel's lanes, m as c has it, which is not the scale where that is very small. A row that sees nothing, and a
@@ -163,6 +167,7 @@ void qkv_begin_key_gradients(const qkv_problem *p, const qkv_plan *plan, char *s
 {
     int64_t columns = qkv_columns(plan, p->dim) + qkv_columns(plan, p->dim_v);
     memset(scratch + plan->at_sums, 0, (size_t)(plan->range * columns * plan->kernels->size));
+    memset(scratch + plan->at_finite, 0, (size_t)(plan->range / plan->block) * sizeof(int64_t));
 }
 
 void qkv_write_key_gradients(const qkv_problem *p, const qkv_plan *plan, int64_t sequence, int64_t head, qkv_range keys,

@@ -4,8 +4,9 @@
 
 #include "tile.h"
 
-/* Whether n keys and their values, where the kernels read them, hold no NaN and no infinity. */
-int qkv_are_finite(const qkv_query_tile *tile, const char *k, ptrdiff_t k_row, const char *v, ptrdiff_t v_row, int64_t n);
+/* Whether the keys of a pass, which is a block, and their values, where the kernels read them, hold no NaN and no infinity. Those of a
+ * range are looked at once. */
+int qkv_are_finite(const qkv_query_tile *tile, qkv_range keys, const char *k, ptrdiff_t k_row, const char *v, ptrdiff_t v_row);
 
 /* The state of every panel before the first key. */
 void qkv_begin_gradients(const qkv_query_tile *tile);

@@ -117,7 +117,7 @@ static void need(const qkv_query_tile *t, pass_rows *kv)
         if ((t->plan->values || t->problem->question == QKV_GRADIENTS) && !t->plan->one)
             kv->v = fetch(t, kv, 1, &kv->v_row);
         kv->careful = t->problem->question == QKV_GRADIENTS
-            && !qkv_are_finite(t, kv->k, kv->k_row, kv->v, kv->v_row, kv->last - kv->first);
+            && !qkv_are_finite(t, (qkv_range){kv->first, kv->last}, kv->k, kv->k_row, kv->v, kv->v_row);
     }
 }
 

@@ -82,6 +82,7 @@ typedef struct {
     size_t at_panels, at_limits, at_rows, at_q, at_state, at_total, at_s, at_k, at_v, at_tile, at_peaked;
     size_t at_lanes, at_pointers, at_bias, at_mask;     /* what elements.c needs */
     size_t at_sums;                   /* (2, range, vector), the second of what rounding loses; of gradients (range, columns of Q and of dO); of cells: (range) doubles, */
+    size_t at_finite;                 /* of gradients: how many keys of each block of a range are known to be finite */
     size_t at_bounds;                 /* and the keys where their parts begin (range * parts + 1) */
     size_t at_sizes, at_products, at_centre;            /* (range), (block, lanes), (dim_v): of INFLUENCE */
     size_t at_without;                /* (panels, lanes) of keys: of MOVED */
