@@ -17,9 +17,12 @@ void qkv_add_gradients(const qkv_query_tile *tile, const qkv_panel *panel, int l
 /* What the tile's rows have from a range of keys is added to their part of dQ. */
 void qkv_write_query_gradients(const qkv_query_tile *tile);
 
+/* dQ of the query heads of a key head from its parts, when all are there. */
+void qkv_join_query_gradients(const qkv_problem *problem, const qkv_plan *plan, int64_t sequence, int64_t head);
+
 /* dK and dV of a range of keys: none yet, and written. */
 void qkv_begin_key_gradients(const qkv_problem *problem, const qkv_plan *plan, char *scratch);
 void qkv_write_key_gradients(const qkv_problem *problem, const qkv_plan *plan, int64_t sequence, int64_t head, qkv_range keys,
-                             const char *scratch);
+                             char *scratch);
 
 #endif

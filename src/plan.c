@@ -471,7 +471,8 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     }
     plan->threads = (int)qkv_min(plan->threads, qkv_max(1, plan->tasks));
     plan_summary(p, plan);
-    size_t numbers = plan->split ? (size_t)(plan->tasks / plan->chunks) : 0;
+    plan->bases = plan->split ? plan->tasks / plan->chunks : p->question == QKV_GRADIENTS ? plan->tasks / plan->ranges : 0;
+    size_t numbers = (size_t)plan->bases;
     numbers += qkv_is_uneven(p) ? (size_t)plan->sequences + 1 : 0;
     plan->shared_bytes = (plan->split ? plan->partial_bytes : 0) + numbers * sizeof(int64_t) + plan->summary_bytes;
     lay_out_scratch(p, plan);

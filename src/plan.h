@@ -70,6 +70,7 @@ typedef struct {
     int64_t summary_rows, summary_task, summary_keys;   /* that it has, that a task makes of them, and that it covers */
 
     int64_t tasks;
+    int64_t bases;                    /* so many results have several tasks, of which the last to end does the rest */
     int threads;
     int64_t range, ranges;            /* keys of a task that sums over queries, or columns of cells, and such tasks of a head */
     int64_t share;                    /* of gradients: keys of a part, some ranges */
