@@ -361,13 +361,20 @@ def gradient_parts(int64_t keys):
 cdef void fill_gradients(qkv_problem *p, gradients, bint heads_first, cnp.ndarray out):
     """Pointers into the arrays of a Gradients of _grad.py."""
     cdef cnp.ndarray delta = gradients.delta, dq = gradients.dq, dk = gradients.dk, dv = gradients.dv
-    cdef cnp.ndarray bias = gradients.bias, slopes = gradients.slopes, one = dq[0]
+    cdef cnp.ndarray bias = gradients.bias, slopes = gradients.slopes, parts = gradients.dq_parts
     p.delta = cnp.PyArray_DATA(delta)
     p.dq = <char *>cnp.PyArray_DATA(dq)
     p.dk = <char *>cnp.PyArray_DATA(dk)
     p.dv = <char *>cnp.PyArray_DATA(dv)
-    p.dq_part = cnp.PyArray_NBYTES(one)
-    fill_strides(&p.dq_at, one, heads_first, out)
+    p.dq_type = type_of(dq)
+    p.dk_type = type_of(dk)
+    p.dv_type = type_of(dv)
+    p.dq_parts = NULL
+    p.dq_part = 0
+    if parts is not None:
+        p.dq_parts = <char *>cnp.PyArray_DATA(parts)
+        p.dq_part = cnp.PyArray_NBYTES(parts) // cnp.PyArray_DIM(parts, 0)
+    fill_strides(&p.dq_at, dq, heads_first, out)
     fill_strides(&p.dk_at, dk, heads_first, out)
     fill_strides(&p.dv_at, dv, heads_first, out)
     p.dbias = NULL

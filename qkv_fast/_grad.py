@@ -17,9 +17,10 @@ class Gradients(NamedTuple):
     """For `_core.forward`; what each is stands in qkv.h. All sequences have their own, where q, k and v broadcast."""
 
     delta: Array  # (..., heads, queries)
-    dq: Array  # (parts, ...)
+    dq: Array
     dk: Array
     dv: Array
+    dq_parts: Array | None  # (parts, ...), without the first if that is dq
     bias: Array | None  # as many axes as the scores have
     bias_by_part: bool  # its last axis is the parts of the keys, which are not told apart
     slopes: Array | None  # (parts, sequences, heads)
@@ -147,20 +148,15 @@ def attention_grad(
     if "sinks" in want:
         found["sinks"] = _of_sinks(p, lse, delta)
     if set(want) - {"sinks"}:
-        found |= _fused(p, dout, lse, delta, want, given["q"])
+        found |= _fused(p, dout, lse, delta, want)
     return tuple(_like(found[name], given[name]) for name in want)
 
 
-def _fused(p: Problem, dout: Array, lse: Array, delta: Array, want: tuple[str, ...], q: Any) -> dict[str, Array]:
-    """By name, what the core finds. The parts of dq are gone when this returns: they are the most that a call takes."""
+def _fused(p: Problem, dout: Array, lse: Array, delta: Array, want: tuple[str, ...]) -> dict[str, Array]:
+    """By name, what the core finds."""
     g = _gradients(p, delta, want)
     _core.forward(p, dout, lse, _core.QUESTIONS["gradients"], gradients=g)
-    whole = g.dq[0]
-    with np.errstate(all="ignore"):  # silent, as the sums of the core
-        for part in g.dq[1:]:
-            whole += part
-    dq = _like(whole, q)
-    found = {"q": dq.copy() if len(g.dq) > 1 and np.may_share_memory(dq, whole) else dq, "k": g.dk, "v": g.dv}
+    found = {"q": g.dq, "k": g.dk, "v": g.dv}
     if g.bias is not None:
         found["bias"] = g.bias
     if g.slopes is not None:
@@ -208,7 +204,7 @@ def _of_sinks(p: Problem, lse: Array, delta: Array) -> Array:
 
 
 def _gradients(p: Problem, delta: Array, want: tuple[str, ...]) -> Gradients:
-    """Zeros for the core to add to."""
+    """Zeros for the core to add or write to, in an argument's type where it has that shape and the core rounds."""
     kind = _problem.result_type(p)
     batch, extras = p.rows[:-2], p.extras
     ragged = extras is not None and extras.q_starts is not None
@@ -223,9 +219,14 @@ def _gradients(p: Problem, delta: Array, want: tuple[str, ...]) -> Gradients:
         shape = (*(1,) * (axes - len(shape)), *shape[:-1], parts if by_part else shape[-1])
         bias = np.zeros(shape, kind)
     slopes = np.zeros((parts, sequences, p.rows[-2] if len(p.rows) > 1 else 1)) if "slopes" in want else None
-    dq = np.zeros((parts, *batch, *p.q.shape[-3:]), kind)
-    dk, dv = (np.zeros((*batch, *x.shape[-3:]), kind) for x in (p.k, p.v))
-    return Gradients(delta, dq, dk, dv, bias, by_part, slopes)
+
+    def zeros(x: Array) -> Array:
+        shape = (*batch, *x.shape[-3:])
+        return np.zeros(shape, x.dtype.newbyteorder("=") if x.shape == shape and kind.itemsize == 4 else kind)
+
+    dq, dk, dv = zeros(p.q), zeros(p.k), zeros(p.v)
+    more = parts - (dq.dtype == kind)
+    return Gradients(delta, dq, dk, dv, np.zeros((more, *dq.shape), kind) if more else None, bias, by_part, slopes)
 
 
 def _like(x: Array, given: Any) -> Array:

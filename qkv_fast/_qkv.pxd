@@ -116,8 +116,10 @@ cdef extern from "qkv.h" nogil:
         char *dq
         char *dk
         char *dv
-        int64_t dq_part
+        qkv_type dq_type, dk_type, dv_type
         qkv_strides dq_at, dk_at, dv_at
+        char *dq_parts
+        int64_t dq_part
         char *dbias
         int64_t dbias_part
         qkv_strides dbias_at

@@ -1,6 +1,7 @@
 /* The backward pass: the walk of forward.c, whose tasks have a part of the keys of a key head, and meet all its queries range by
- * range. A range of keys, its K, V, dK and dV, stays in L2 meanwhile; dQ of a tile is added to its part of the result behind each
- * range. Each number is owned by one task, which adds up in a fixed order: the same bits for any number of threads.
+ * range. A range of keys, its K, V, dK and dV, stays in L2 meanwhile; dQ of a tile is added to the part of its own behind each
+ * range, and who ends the last part of a head adds these up. Each number is owned by one task, which adds up in a fixed order: the
+ * same bits for any number of threads.
  *
  * A panel keeps dQ^T (d, lanes), delta (lanes), dO^T (dv, lanes), columns of Q and of dO (columns, lanes), m and l.
  */
@@ -8,6 +9,8 @@
 
 #include <math.h>
 #include <string.h>
+
+#include "types.h"
 
 /* What lies in a panel's state beside dQ^T. */
 typedef struct { char *delta, *dout, *q_rows, *dout_rows; } parts;
@@ -23,10 +26,14 @@ static parts parts_of(const qkv_query_tile *t, const qkv_panel *x)
     return at;
 }
 
-int qkv_are_finite(const qkv_query_tile *t, const char *k, ptrdiff_t k_row, const char *v, ptrdiff_t v_row, int64_t n)
+int qkv_are_finite(const qkv_query_tile *t, qkv_range keys, const char *k, ptrdiff_t k_row, const char *v, ptrdiff_t v_row)
 {
     const qkv_kernels *kernels = t->plan->kernels;
-    return kernels->finite_rows(k, k_row, n, (int)t->problem->dim) && kernels->finite_rows(v, v_row, n, (int)t->problem->dim_v);
+    int64_t *known = (int64_t *)(t->scratch + t->plan->at_finite) + (keys.lo - t->first) / t->plan->block, n = keys.hi - keys.lo;
+    if (n > *known && kernels->finite_rows(k, k_row, n, (int)t->problem->dim)
+        && kernels->finite_rows(v, v_row, n, (int)t->problem->dim_v))
+        *known = n;
+    return n <= *known;
 }
 
 /* m, l and delta of a panel's lanes, m as c has it, which is not the scale where that is very small. A row that sees nothing, and a
@@ -127,6 +134,20 @@ void qkv_add_gradients(const qkv_query_tile *t, const qkv_panel *x, int lane, in
     plan->kernels->grad_values(of, &g);
 }
 
+/* Whether dQ itself is the first of its parts, and part n. */
+static int is_own(const qkv_problem *p) { return p->dq_type == qkv_arithmetic(p->type); }
+
+static char *part_of(const qkv_problem *p, int64_t n)
+{
+    return n == 0 && is_own(p) ? p->dq : p->dq_parts + (n - is_own(p)) * p->dq_part;
+}
+
+/* Where dQ of a query head begins, in elements: it has no gaps, and neither have its parts. */
+static int64_t head_at(const qkv_problem *p, int64_t sequence, int64_t head)
+{
+    return (qkv_rows_offset(p, &p->dq_at, sequence) + head * p->dq_at.head) / qkv_size(p->dq_type);
+}
+
 /* to += factor * from */
 static void add_row(const qkv_problem *p, void *to, const void *from, int64_t n, double factor)
 {
@@ -143,19 +164,36 @@ void qkv_write_query_gradients(const qkv_query_tile *t)
     const qkv_problem *p = t->problem;
     const qkv_plan *plan = t->plan;
     void **rows = (void **)(t->scratch + plan->at_rows);
-    char *dq = p->dq + t->first / plan->share * p->dq_part + qkv_rows_offset(p, &p->dq_at, t->sequence)
-        + t->head * plan->group * p->dq_at.head;
+    int64_t size = plan->kernels->size, bytes = qkv_size(p->dq_type);
+    char *dq = part_of(p, t->first / plan->share) + head_at(p, t->sequence, t->head * plan->group) * size;
     for (int i = 0; i < t->panels; i++) {
         const qkv_panel *x = &t->panel[i];
         void *l = qkv_state_l(plan, x->state);
         for (int j = 0; j < x->nv * plan->kernels->vector; j++)
             qkv_set_element(p, l, j, 1);
         for (int j = 0; j < x->n; j++)
-            rows[j] = t->scratch + plan->at_tile + j * p->dim * plan->kernels->size;
+            rows[j] = t->scratch + plan->at_tile + j * p->dim * size;
         plan->kernels->finish(rows, x->state, l, x->n, (int)p->dim);
         qkv_row r = qkv_first_row(t, x);
         for (int j = 0; j < x->n; j++, qkv_next_row(&r))
-            add_row(p, dq + qkv_row_offset(&r, &p->dq_at), rows[j], p->dim, p->scale);
+            add_row(p, dq + qkv_row_offset(&r, &p->dq_at) / bytes * size, rows[j], p->dim, p->scale);
+    }
+}
+
+void qkv_join_query_gradients(const qkv_problem *p, const qkv_plan *plan, int64_t sequence, int64_t head)
+{
+    int64_t size = plan->kernels->size, bytes = qkv_size(p->dq_type);
+    int64_t rows = p->q_starts ? p->q_starts[sequence + 1] - p->q_starts[sequence] : p->len_q;
+    for (int64_t h = head * plan->group; h < (head + 1) * plan->group; h++) {
+        for (int64_t i = 0; i < rows; i++) {
+            int64_t at = head_at(p, sequence, h) + i * p->dq_at.row / bytes;
+            char *sum = part_of(p, 0) + at * size;
+            for (int64_t n = 1; n < plan->ranges; n++)
+                add_row(p, sum, part_of(p, n) + at * size, p->dim, 1);
+            qkv_rows to = {p->dq + at * bytes, 0, (ptrdiff_t)bytes, p->dq_type, 0};
+            if (!is_own(p))
+                plan->kernels->scatter(&to, sum, 0, 1, (int)p->dim);
+        }
     }
 }
 
@@ -163,22 +201,35 @@ void qkv_begin_key_gradients(const qkv_problem *p, const qkv_plan *plan, char *s
 {
     int64_t columns = qkv_columns(plan, p->dim) + qkv_columns(plan, p->dim_v);
     memset(scratch + plan->at_sums, 0, (size_t)(plan->range * columns * plan->kernels->size));
+    memset(scratch + plan->at_finite, 0, (size_t)(plan->range / plan->block) * sizeof(int64_t));
 }
 
-void qkv_write_key_gradients(const qkv_problem *p, const qkv_plan *plan, int64_t sequence, int64_t head, qkv_range keys,
-                             const char *scratch)
+/* x *= factor */
+static void scale(const qkv_problem *p, void *x, int64_t n, double factor)
+{
+    if (p->type == QKV_F64)
+        for (int64_t e = 0; e < n; e++)
+            ((double *)x)[e] *= factor;
+    else
+        for (int64_t e = 0; e < n; e++)
+            ((float *)x)[e] = (float)(factor * (double)((float *)x)[e]);
+}
+
+void qkv_write_key_gradients(const qkv_problem *p, const qkv_plan *plan, int64_t sequence, int64_t head, qkv_range keys, char *scratch)
 {
     int64_t size = plan->kernels->size, dk_row = qkv_columns(plan, p->dim) * size, dv_row = qkv_columns(plan, p->dim_v) * size;
     int64_t before = p->k_starts ? p->k_starts[sequence] : 0, end = p->k_starts ? p->k_starts[sequence + 1] - before : p->len_k;
-    const char *dk = scratch + plan->at_sums, *dv = dk + plan->range * dk_row;
-    char *to_k = p->dk + before * p->dk_at.row + head * p->dk_at.head;
-    char *to_v = p->dv + before * p->dv_at.row + head * p->dv_at.head;
+    char *dk = scratch + plan->at_sums, *dv = dk + plan->range * dk_row;
+    char *to_k = p->dk + (before + keys.lo) * p->dk_at.row + head * p->dk_at.head;
+    char *to_v = p->dv + (before + keys.lo) * p->dv_at.row + head * p->dv_at.head;
     if (!p->k_starts) {
         to_k += qkv_sequence_offset(p, &p->dk_at, sequence);
         to_v += qkv_sequence_offset(p, &p->dv_at, sequence);
     }
-    for (int64_t i = keys.lo; i < qkv_min(keys.hi, end); i++) {
-        add_row(p, to_k + i * p->dk_at.row, dk + (i - keys.lo) * dk_row, p->dim, p->scale);
-        add_row(p, to_v + i * p->dv_at.row, dv + (i - keys.lo) * dv_row, p->dim_v, 1);
-    }
+    int64_t n = qkv_min(keys.hi, end) - keys.lo;
+    qkv_rows to_dk = {to_k, (ptrdiff_t)p->dk_at.row, (ptrdiff_t)qkv_size(p->dk_type), p->dk_type, 0};
+    qkv_rows to_dv = {to_v, (ptrdiff_t)p->dv_at.row, (ptrdiff_t)qkv_size(p->dv_type), p->dv_type, 0};
+    scale(p, dk, n * dk_row / size, p->scale);
+    plan->kernels->scatter(&to_dk, dk, (ptrdiff_t)(dk_row / size), (int)n, (int)p->dim);
+    plan->kernels->scatter(&to_dv, dv, (ptrdiff_t)(dv_row / size), (int)n, (int)p->dim_v);
 }

@@ -4,8 +4,9 @@
 
 #include "tile.h"
 
-/* Whether n keys and their values, where the kernels read them, hold no NaN and no infinity. */
-int qkv_are_finite(const qkv_query_tile *tile, const char *k, ptrdiff_t k_row, const char *v, ptrdiff_t v_row, int64_t n);
+/* Whether the keys of a pass, which is a block, and their values, where the kernels read them, hold no NaN and no infinity. Those of a
+ * range are looked at once. */
+int qkv_are_finite(const qkv_query_tile *tile, qkv_range keys, const char *k, ptrdiff_t k_row, const char *v, ptrdiff_t v_row);
 
 /* The state of every panel before the first key. */
 void qkv_begin_gradients(const qkv_query_tile *tile);
@@ -16,9 +17,12 @@ void qkv_add_gradients(const qkv_query_tile *tile, const qkv_panel *panel, int l
 /* What the tile's rows have from a range of keys is added to their part of dQ. */
 void qkv_write_query_gradients(const qkv_query_tile *tile);
 
+/* dQ of the query heads of a key head from its parts, when all are there. */
+void qkv_join_query_gradients(const qkv_problem *problem, const qkv_plan *plan, int64_t sequence, int64_t head);
+
 /* dK and dV of a range of keys: none yet, and written. */
 void qkv_begin_key_gradients(const qkv_problem *problem, const qkv_plan *plan, char *scratch);
 void qkv_write_key_gradients(const qkv_problem *problem, const qkv_plan *plan, int64_t sequence, int64_t head, qkv_range keys,
-                             const char *scratch);
+                             char *scratch);
 
 #endif

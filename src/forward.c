@@ -117,7 +117,7 @@ static void need(const qkv_query_tile *t, pass_rows *kv)
         if ((t->plan->values || t->problem->question == QKV_GRADIENTS) && !t->plan->one)
             kv->v = fetch(t, kv, 1, &kv->v_row);
         kv->careful = t->problem->question == QKV_GRADIENTS
-            && !qkv_are_finite(t, kv->k, kv->k_row, kv->v, kv->v_row, kv->last - kv->first);
+            && !qkv_are_finite(t, (qkv_range){kv->first, kv->last}, kv->k, kv->k_row, kv->v, kv->v_row);
     }
 }
 
@@ -581,7 +581,8 @@ static void answer_gradients(qkv_call *job, int64_t task, int worker)
     int64_t all = plan->sequences * plan->heads, tasks = plan->together ? 1 : all, part = task / tasks;
     qkv_range heads = plan->together ? (qkv_range){0, all} : (qkv_range){task % tasks, task % tasks + 1};
     qkv_range keys = task_range(part, plan->share, p->len_k);
-    for (int64_t i = heads.lo; i < heads.hi; i++) {
+    int64_t i;
+    for (i = heads.lo; i < heads.hi; i++) {
         for (int64_t first = keys.lo; first < keys.hi; first += plan->range) {
             qkv_range some = {first, qkv_min(first + plan->range, keys.hi)};
             qkv_begin_key_gradients(p, plan, scratch);
@@ -590,6 +591,9 @@ static void answer_gradients(qkv_call *job, int64_t task, int worker)
             qkv_write_key_gradients(p, plan, i / plan->heads, i % plan->heads, some, scratch);
         }
     }
+    if (p->dq_parts && atomic_fetch_sub(&job->pending[task % tasks], 1) == 1)
+        for (i = heads.lo; i < heads.hi; i++)
+            qkv_join_query_gradients(p, plan, i / plan->heads, i % plan->heads);
 }
 
 /* The answer to what is asked of some rows and columns of cells: the queries of these rows in order. */
@@ -715,7 +719,7 @@ static int take_shared(qkv_call *job, int slot, char **block)
 {
     const qkv_plan *plan = job->plan;
     const qkv_problem *p = job->problem;
-    size_t bases = plan->split ? (size_t)(plan->tasks / plan->chunks) : 0, partials = plan->split ? plan->partial_bytes : 0;
+    size_t bases = (size_t)plan->bases, partials = plan->split ? plan->partial_bytes : 0;
     *block = NULL;
     if (!plan->shared_bytes)
         return 1;
@@ -725,7 +729,7 @@ static int take_shared(qkv_call *job, int slot, char **block)
     job->partials = *block;
     job->pending = (_Atomic int64_t *)(*block + partials);
     for (size_t i = 0; i < bases; i++)
-        atomic_init(&job->pending[i], plan->chunks);
+        atomic_init(&job->pending[i], plan->tasks / plan->bases);
     if (plan->summary_bytes)
         job->summary = (uint8_t *)*block + plan->shared_bytes - plan->summary_bytes;
     if (qkv_is_uneven(p)) {

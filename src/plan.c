@@ -39,7 +39,7 @@ enum {
     SUMMARY_BYTES = 8 << 20,          /* most of a mask's summary: 1 GB of mask */
     SUMMARY_ROWS = 64,                /* of a task of it: some microseconds for rows of a few thousand keys */
     GRADIENT_PARTS = 4,               /* most partial sums of dQ */
-    GRADIENT_KEYS = 512,              /* fewest keys of one */
+    GRADIENT_KEYS = 1024,             /* fewest keys of one */
     GRADIENT_BYTES = 1 << 20,         /* dK and dV of the keys that all queries of a head meet before the next */
     COLUMNS = 256,                    /* most columns of cells in a task: what is kept of a panel is half of L2 at most */
     COLD_BYTES = 1 << 20              /* less than that of K and V is in some cache: asking for it took 3 % at 8x128, Zen 5 */
@@ -152,6 +152,7 @@ static void lay_out_scratch(const qkv_problem *p, qkv_plan *plan)
     TAKE(at_mask, plan->masked && !plan->direct_mask ? lanes * (size_t)plan->block : 0);
     size_t columns = gradients ? (size_t)(qkv_columns(plan, p->dim) + qkv_columns(plan, p->dim_v)) : 2 * (size_t)plan->kernels->vector;
     TAKE(at_sums, (size_t)plan->range * (qkv_asks_cells(p) ? sizeof(double) : columns * size));
+    TAKE(at_finite, gradients ? (size_t)(plan->range / plan->block) * sizeof(int64_t) : 0);
     TAKE(at_bounds, qkv_asks_cells(p) ? (size_t)(plan->range * plan->parts + 1) * sizeof(int64_t) : 0);
     TAKE(at_sizes, p->question == QKV_INFLUENCE ? (size_t)plan->range * size : 0);
     TAKE(at_products, p->question == QKV_INFLUENCE ? (size_t)plan->block * lanes * size : 0);
@@ -477,7 +478,8 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     }
     plan->threads = (int)qkv_min(plan->threads, qkv_max(1, plan->tasks));
     plan_summary(p, plan);
-    size_t numbers = plan->split ? (size_t)(plan->tasks / plan->chunks) : 0;
+    plan->bases = plan->split ? plan->tasks / plan->chunks : p->question == QKV_GRADIENTS ? plan->tasks / plan->ranges : 0;
+    size_t numbers = (size_t)plan->bases;
     numbers += qkv_is_uneven(p) ? (size_t)plan->sequences + 1 : 0;
     plan->shared_bytes = (plan->split ? plan->partial_bytes : 0) + numbers * sizeof(int64_t) + plan->summary_bytes;
     lay_out_scratch(p, plan);

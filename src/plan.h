@@ -71,6 +71,7 @@ typedef struct {
     int64_t summary_rows, summary_task, summary_keys;   /* that it has, that a task makes of them, and that it covers */
 
     int64_t tasks;
+    int64_t bases;                    /* so many results have several tasks, of which the last to end does the rest */
     int threads;
     int64_t range, ranges;            /* keys of a task that sums over queries, or columns of cells, and such tasks of a head */
     int64_t share;                    /* of gradients: keys of a part, some ranges */
@@ -83,6 +84,7 @@ typedef struct {
     size_t at_panels, at_limits, at_rows, at_q, at_state, at_total, at_s, at_k, at_v, at_tile, at_peaked;
     size_t at_lanes, at_pointers, at_bias, at_mask;     /* what elements.c needs */
     size_t at_sums;                   /* (2, range, vector), the second of what rounding loses; of gradients (range, columns of Q and of dO); of cells: (range) doubles, */
+    size_t at_finite;                 /* of gradients: how many keys of each block of a range are known to be finite */
     size_t at_bounds;                 /* and the keys where their parts begin (range * parts + 1) */
     size_t at_sizes, at_products, at_centre;            /* (range), (block, lanes), (dim_v): of INFLUENCE */
     size_t at_without;                /* (panels, lanes) of keys: of MOVED */

@@ -170,14 +170,17 @@ typedef struct {
     const int64_t *members_of;
     int64_t n_members;
 
-    /* Of GRADIENTS; all of the type of the arithmetic. lse is given, -inf for a query that sees nothing. What is written is added up
-     * over the query heads of a key head. Strides are those of sequences: where k has none for an axis, dk has one. */
+    /* Of GRADIENTS; all of the type of the arithmetic but dq, dk and dv, which may be 16 bits where that is float32. lse is given, -inf
+     * for a query that sees nothing. What is written is added up over the query heads of a key head. Strides are those of
+     * sequences: where k has none for an axis, dk has one. */
     const void *delta;                /* (axes..., heads_q, len_q), contiguous: the sum of dO O, less the gradient of lse; finite or
                                        * not, it counts for nothing where lse is -inf */
-    char *dq, *dk, *dv;               /* as q, k and v, rows without gaps; dq zeros at first, qkv_gradient_parts() of it, each so many
-                                       * bytes behind the other: their sum is the gradient */
-    int64_t dq_part;
+    char *dq, *dk, *dv;               /* as q, k and v, without gaps; dq is zeros at first */
+    qkv_type dq_type, dk_type, dv_type;
     qkv_strides dq_at, dk_at, dv_at;
+    char *dq_parts;                   /* zeros at first, as dq, so many bytes each: what qkv_gradient_parts() parts of the keys give to it,
+                                       * but for the first if dq has the type of the arithmetic, which is dq itself */
+    int64_t dq_part;
     /* NULL, or zeros at first: gradients of what is added to scores, an axis with stride 0 being summed over; those of part n are
      * n * dbias_part bytes further on. */
     char *dbias;

@@ -37,7 +37,7 @@ HEADERS = {
     "elements.[ch]": "plan.h mask.h rows.h",
     "tile.[ch]": "plan.h mask.h rows.h elements.h",
     "spotlight.[ch]": "plan.h mask.h rows.h elements.h tile.h",
-    "backward.[ch]": "plan.h mask.h rows.h elements.h tile.h",
+    "backward.[ch]": "plan.h mask.h rows.h elements.h tile.h types.h",
     "call.h": "plan.h threads.h",
     "decode.[ch]": "call.h tile.h elements.h mask.h rows.h types.h",
     "forward.[ch]": "plan.h backward.h beams.h call.h decode.h spotlight.h tile.h elements.h mask.h types.h memory.h",

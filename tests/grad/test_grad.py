@@ -1,6 +1,7 @@
 """Gradients against finite differences and the reference, and what must not show in them."""
 
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from _compositions import CASES, FEATURES, Case, poisoned, visible
 from _fence import Fence
 from _grads import check, given_gradients, wanted
 from _patterns import PATTERNS, fits
-from _util import ALL_TYPES, normal, qkv, same_bits
+from _util import ALL_TYPES, arithmetic, normal, qkv, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -272,6 +273,19 @@ def test_edges_of_memory(dtype, place):
         given = (dout, *arrays, out, lse, dlse, options["bias"])
         *views, dlse, bias = (fence.put(x, place) for fence, x in zip(fences, given, strict=True))
         same_bits(attention_grad(*views, dlse=dlse, want=want, bias=bias, causal=True), expected)
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("dtype", ALL_TYPES)
+def test_memory(dtype):
+    """Beside the results no more than four times the gradient of q in the type of the arithmetic."""
+    arrays = qkv(14, dtype, heads=(4, 4), lengths=(4096, 4096), dims=(64, 64))
+    dout, out, lse, _ = given_gradients(arrays, window=20)
+    tracemalloc.start()
+    found = attention_grad(dout, *arrays, out, lse, window=20)
+    most = tracemalloc.get_traced_memory()[1] - sum(x.nbytes for x in found)
+    tracemalloc.stop()
+    assert most <= 4 * found[0].size * arithmetic(dtype).itemsize + 2 * lse.nbytes + 20_000
 
 
 @pytest.mark.alone
