@@ -338,6 +338,8 @@ def _integers(where: str, name: str, values: Any) -> Array:
 
 
 def _check_offsets(where: str, q_offset: Any, batch: tuple[int, ...]) -> Array:
+    if type(q_offset) is int and abs(q_offset) <= _FARTHEST_OFFSET:  # the usual case, in short
+        return np.full(batch or 1, q_offset, np.int64)
     offsets = _per_sequence(where, "q_offset", q_offset, batch)
     if offsets.size and max(-int(offsets.min()), int(offsets.max())) > _FARTHEST_OFFSET:
         raise OverflowError(f"{where}: q_offset must be within ±2**60, got {q_offset!r}")

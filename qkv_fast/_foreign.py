@@ -5,6 +5,7 @@ has such an object has imported its library. What would be lost without a word (
 what lies elsewhere, and what is not what its memory says is a TypeError with the way out.
 """
 
+import functools
 import sys
 from typing import Any, NoReturn
 
@@ -133,8 +134,13 @@ def _of_dlpack(where: str, x: Any) -> Array:
 
 
 def _from_bits(where: str, bits: Array) -> Array:
+    return bits.view(_bfloat16(where))
+
+
+@functools.cache
+def _bfloat16(where: str) -> Any:
     try:
         import ml_dtypes
     except ImportError:
         raise ImportError(f"{where}: bfloat16 needs ml_dtypes: pip install ml_dtypes") from None
-    return bits.view(ml_dtypes.bfloat16)
+    return ml_dtypes.bfloat16

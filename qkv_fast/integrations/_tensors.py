@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
@@ -46,14 +47,17 @@ def check_unrecorded(where: str, tensors: dict[str, torch.Tensor]) -> None:
         if carrying:
             names = ", ".join(carrying)
             refuse(where, f"no forward gradients: {names} carries a tangent; pass unpack_dual(...).primal")
-    if torch.jit.is_tracing() or get_proxy_mode() is not None:
+    # Whether there is any mode takes less time to tell than which, and mostly there is none.
+    in_mode = torch._C._len_torch_dispatch_stack() or _len_torch_dispatch_stack_pre_dispatch()
+    if torch.jit.is_tracing() or (in_mode and get_proxy_mode() is not None):
         what = "no torch.jit.trace, no make_fx: the result for these inputs would become a constant of the trace"
         refuse(where, what)
 
 
 def detached(where: str, name: str, x: torch.Tensor) -> torch.Tensor:
-    x = x.detach()
-    # Not before detach(): inside a transform that wraps too what comes from outside of it.
+    # Inside of a transform detach() wraps too what comes from outside of it, and then it is seen.
+    if x.requires_grad or torch._C._functorch.peek_interpreter_stack() is not None:
+        x = x.detach()
     if torch._C._functorch.is_functorch_wrapped_tensor(x) or torch._is_functional_tensor(x):
         refuse(
             where,

@@ -29,7 +29,8 @@ from onnx.helper import tensor_dtype_to_np_dtype
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from .. import attention, scores, softmax
+from .. import attention, scores, softmax, weighted_values
+from ._score_mods import arguments_of
 
 _Array = np.ndarray[Any, Any]
 
@@ -113,12 +114,7 @@ class Attention(OpRun):
             offset = nonpad_kv_seqlen.astype(np.int64, casting="same_kind") - q.shape[2]  # unsigned, it would wrap
         present = k, v
 
-        if softmax_precision not in (None, *_PRECISIONS):
-            allowed = "1 (FLOAT), 10 (FLOAT16), 11 (DOUBLE) or 16 (BFLOAT16)"
-            raise ValueError(f"Attention: softmax_precision must be {allowed}, got {softmax_precision}")
-        least = np.float32 if softmax_precision is None else tensor_dtype_to_np_dtype(softmax_precision)
-        types = (x.dtype for x in (q, k, v, attn_mask) if x is not None)
-        wide = functools.reduce(np.promote_types, types, np.promote_types(np.float32, least))
+        wide = _widest("Attention", softmax_precision, q, k, v, attn_mask)
         q, k, v = (x.astype(wide, copy=False) for x in (q, k, v))
         mask = bias = None
         if attn_mask is not None:
@@ -151,8 +147,57 @@ class Attention(OpRun):
         return tuple(x if name else None for name, x in zip(self.output, checked, strict=False))
 
 
+class FlexAttention(OpRun):
+    """The operator of ai.onnx.preview, version 1.
+
+    A score_mod that is a chain of factors, a soft cap, and what is added or hidden (with a number at or below half of
+    the type's lowest) after it, such as a causal mask made of the scores' shape, is part of one fused call of
+    :func:`qkv_fast.attention`. Any other, and a prob_mod, is evaluated on the matrix, between the stages.
+
+    float16 and bfloat16 are widened (to float32, or as `softmax_precision` says), and the output is rounded once. Rows
+    that see nothing are 0, where ONNX's own evaluator has NaN, or the mean of all values.
+
+    Raises
+    ------
+    ValueError
+        A softmax_precision that is no floating type of the operator, and whatever :func:`qkv_fast.attention` refuses.
+    """
+
+    op_domain = "ai.onnx.preview"
+
+    def _run(  # names as in the operator, which the evaluator passes by keyword
+        self,
+        Q: _Array,
+        K: _Array,
+        V: _Array,
+        *,
+        prob_mod: Any = None,
+        scale: float | None = None,
+        score_mod: Any = None,
+        softmax_precision: int | None = None,
+        attributes: dict[str, Any] | None = None,  # of the function that the node is in, for its graphs
+    ) -> tuple[_Array]:
+        wide = _widest("FlexAttention", softmax_precision, Q, K, V)
+        q, k, v = (x.astype(wide, copy=False) for x in (Q, K, V))
+        if q.ndim != 4:
+            raise ValueError(f"FlexAttention: Q, K and V must have 4 axes each, got Q.shape={Q.shape}")
+        factor = float(q.shape[3]) ** -0.5 if scale is None else scale
+        shape = (*q.shape[:3], k.shape[2])
+        arguments = {"scale": factor} if score_mod is None else arguments_of(score_mod, shape, factor, wide)
+        if arguments is not None and prob_mod is None:
+            return (attention(q, k, v, **arguments).astype(V.dtype, copy=False),)
+        s = scores(q, k, scale=factor)
+        if score_mod is not None:
+            s = _modified(score_mod, s, attributes)
+        p = softmax(s)
+        if prob_mod is not None:
+            p = _modified(prob_mod, p, attributes)
+        return (weighted_values(p, v).astype(V.dtype, copy=False),)
+
+
 class Evaluator(ReferenceEvaluator):
-    """A ReferenceEvaluator whose nodes Attention are :class:`Attention`, those in the model's functions too.
+    """A ReferenceEvaluator whose nodes Attention are :class:`Attention`, those in the model's functions too, and whose
+    nodes FlexAttention are :class:`FlexAttention`.
 
     It takes what ReferenceEvaluator takes, but for the model by keyword. What `new_ops` has besides is for the graph
     and the bodies of If, Loop and Scan in it, as there; an operator Attention among them goes before ours.
@@ -176,7 +221,22 @@ class Evaluator(ReferenceEvaluator):
     # The evaluators of functions and bodies are of their caller's class, and made by keyword; only those of bodies are
     # given new_ops.
     def __init__(self, proto: Any, *, new_ops: Sequence[type[OpRun]] | None = None, **options: Any) -> None:
-        super().__init__(proto, new_ops=[*(new_ops or ()), Attention], **options)
+        super().__init__(proto, new_ops=[*(new_ops or ()), Attention, FlexAttention], **options)
+
+
+def _widest(where: str, softmax_precision: int | None, *arrays: _Array | None) -> Any:
+    """The type to compute in."""
+    if softmax_precision not in (None, *_PRECISIONS):
+        allowed = "1 (FLOAT), 10 (FLOAT16), 11 (DOUBLE) or 16 (BFLOAT16)"
+        raise ValueError(f"{where}: softmax_precision must be {allowed}, got {softmax_precision}")
+    least = np.float32 if softmax_precision is None else tensor_dtype_to_np_dtype(softmax_precision)
+    types = (x.dtype for x in arrays if x is not None)
+    return functools.reduce(np.promote_types, types, np.promote_types(np.float32, least))
+
+
+def _modified(graph: Any, x: _Array, attributes: dict[str, Any] | None) -> _Array:
+    (found,) = graph.run(None, {graph.input_names[0]: x}, attributes=attributes)
+    return np.asarray(found, x.dtype)
 
 
 def _heads_first(name: str, x: _Array, attribute: str, heads: int | None) -> _Array:

@@ -117,10 +117,10 @@ def scaled_dot_product_attention(
         check_tensor(_NAME, "attn_mask", attn_mask, (torch.bool, torch.float32, query.dtype))
         tensors["attn_mask"] = attn_mask
     check_unrecorded(_NAME, tensors)
-    for name, switch in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
-        if not isinstance(switch, bool):
-            raise TypeError(f"scaled_dot_product_attention: {name} must be bool, got {switch!r}")
-    if not isinstance(dropout_p, numbers.Real):
+    if not isinstance(is_causal, bool) or not isinstance(enable_gqa, bool):
+        name, switch = ("enable_gqa", enable_gqa) if isinstance(is_causal, bool) else ("is_causal", is_causal)
+        raise TypeError(f"scaled_dot_product_attention: {name} must be bool, got {switch!r}")
+    if type(dropout_p) is not float and not isinstance(dropout_p, numbers.Real):
         raise TypeError(f"scaled_dot_product_attention: dropout_p must be a real number, got {dropout_p!r}")
     if dropout_p != 0:
         refuse(_NAME, f"no dropout: dropout_p must be 0, got {dropout_p!r}")
@@ -139,8 +139,10 @@ def scaled_dot_product_attention(
     if recorded:
         result: torch.Tensor = Recorded.apply(_NAME, {"causal": causal, "scale": scale}, q, k, v, *masks)[0]
         return result
-    q, k, v, *masks = (memory_of(_NAME, x) for x in (q, k, v, *masks))
-    return as_tensor(attention(q, k, v, causal=causal, scale=scale, **_added(masks)))
+    q, k, v = memory_of(_NAME, q), memory_of(_NAME, k), memory_of(_NAME, v)
+    if not masks:
+        return as_tensor(attention(q, k, v, causal=causal, scale=scale))
+    return as_tensor(attention(q, k, v, causal=causal, scale=scale, **_added([memory_of(_NAME, x) for x in masks])))
 
 
 class Recorded(torch.autograd.Function):
@@ -208,7 +210,7 @@ def _causal(bias: Any, query: torch.Tensor, key: torch.Tensor, is_causal: bool) 
 
 def _with_equal_axes(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """torch broadcasts as NumPy does, with axes that are missing on the left; ours does not guess."""
-    axes = max(x.ndim for x in tensors[:3])
+    axes = max(tensors[0].ndim, tensors[1].ndim, tensors[2].ndim)
     if axes < 3:
         return list(tensors)
     return [x if x.ndim == axes else x.reshape((1,) * (axes - x.ndim) + x.shape) for x in tensors]

@@ -123,10 +123,11 @@ def attention_forward(
     if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
         shapes = ", ".join(f"{name}: {tuple(x.shape)}" for name, x in tensors.items())
         raise ValueError(f"{_NAME}: query, key and value must have 4 axes each ({shapes})")
-    for name, x in (("attention_mask", attention_mask), ("position_bias", position_bias), ("s_aux", s_aux)):
-        if x is not None:
-            check_tensor(_NAME, name, x, (torch.bool, *TYPES) if name == "attention_mask" else TYPES)
-            tensors[name] = x
+    if not attention_mask is position_bias is s_aux is None:
+        for name, x in (("attention_mask", attention_mask), ("position_bias", position_bias), ("s_aux", s_aux)):
+            if x is not None:
+                check_tensor(_NAME, name, x, (torch.bool, *TYPES) if name == "attention_mask" else TYPES)
+                tensors[name] = x
     if torch.is_grad_enabled() and (needing := [name for name, x in tensors.items() if x.requires_grad]):
         refuse(_NAME, f"no gradients: {', '.join(needing)} has requires_grad set; use torch.no_grad()")
     check_unrecorded(_NAME, tensors)
@@ -137,10 +138,12 @@ def attention_forward(
             refuse(_NAME, f"no {name!r}: this layer ({type(module).__name__}) passes an argument that we do not know")
 
     arguments: dict[str, Any] = {"scale": scaling, "softcap": softcap}
+    queries = query.shape[2]
     if attention_mask is None:
-        if is_causal is None:
-            is_causal = getattr(module, "is_causal", True)
-        arguments |= _positions(query.shape[2], key.shape[2], is_causal, sliding_window)
+        if queries > 1 or sliding_window is not None:  # one query sees all keys
+            if is_causal is None:
+                is_causal = getattr(module, "is_causal", True)
+            arguments |= _positions(queries, key.shape[2], is_causal, sliding_window)
     else:
         if attention_mask.dtype != torch.bool:
             attention_mask, added = _split(attention_mask)
@@ -152,10 +155,17 @@ def attention_forward(
     if s_aux is not None:
         arguments["sinks"] = memory_of(_NAME, detached(_NAME, "s_aux", s_aux))
 
-    q, k, v = (memory_of(_NAME, detached(_NAME, name, tensors[name])) for name in ("query", "key", "value"))
+    q = memory_of(_NAME, detached(_NAME, "query", query))
+    k = memory_of(_NAME, detached(_NAME, "key", key))
+    v = memory_of(_NAME, detached(_NAME, "value", value))
     weights = spotlight.weights(q, k, **arguments) if output_attentions else None
-    out = attention(q, k, v, **arguments)
-    result = as_tensor(out).transpose(1, 2).contiguous()
+    # Layers take lengths before heads, and so it is computed; of one query memory is the same in both orders.
+    if queries == 1:
+        out = attention(q, k, v, **arguments)
+        out = out.reshape(out.shape[0], 1, out.shape[1], out.shape[3])
+    else:
+        out = attention(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), layout="blhd", **arguments)
+    result = as_tensor(out)
     return result, None if weights is None else torch.from_numpy(weights).to(query.dtype)
 
 
