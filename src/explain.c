@@ -205,17 +205,20 @@ static qkv_kernels idle(const qkv_kernels *of)
     return kernels;
 }
 
-/* Counts what the call would count, by the driver itself. */
-static qkv_status walk(const qkv_problem *p, const qkv_plan *plan, qkv_counters *counters)
+/* Counts what the call would count, by the driver itself. The problem is the caller's own copy: another would be too much for one
+ * frame. */
+static qkv_status walk(qkv_problem *p, const qkv_plan *plan, qkv_counters *counters)
 {
     qkv_kernels kernels = idle(plan->kernels), few = plan->few.kernels ? idle(plan->few.kernels) : kernels;
     qkv_plan dry_plan = *plan;
     dry_plan.kernels = &kernels;
     dry_plan.few.kernels = &few;
-    qkv_problem dry = *p;
-    dry.lse = NULL;
-    dry.counters = counters;
-    return qkv_run_plan(&dry, &dry_plan);
+    void *lse = p->lse;
+    p->lse = NULL;
+    p->counters = counters;
+    qkv_status status = qkv_run_plan(p, &dry_plan);
+    p->lse = lse;
+    return status;
 }
 
 /* Whether a sequence sees other keys than the one before it. */
@@ -251,7 +254,7 @@ static double count_seen(const qkv_problem *p, const qkv_plan *plan, int64_t seq
     return pairs * (double)(p->heads_q / heads) * (double)(plan->beams / beams);
 }
 
-static qkv_status count_by_walking(const qkv_problem *p, const qkv_plan *plan, qkv_report *report, double *all_keys)
+static qkv_status count_by_walking(qkv_problem *p, const qkv_plan *plan, qkv_report *report, double *all_keys)
 {
     double pairs = 0, keys = 0;
     for (int64_t b = 0; b < plan->sequences; b++) {
@@ -292,11 +295,13 @@ static void count_in_closed_form(const qkv_problem *p, const qkv_plan *plan, qkv
 /* Of all threads: each has its counters in front. */
 static double all_scratch(int threads, size_t bytes) { return (double)threads * (double)(sizeof(qkv_counters) + bytes); }
 
-qkv_status qkv_explain(const qkv_problem *p, qkv_report *report)
+qkv_status qkv_explain(const qkv_problem *problem, qkv_report *report)
 {
     qkv_plan plan;
-    qkv_problem folded;
-    p = qkv_fold(p, &folded);
+    qkv_problem own, *p = &own;
+    const qkv_problem *folded = qkv_fold(problem, &own);
+    if (folded != p)
+        own = *folded;
     qkv_status status = qkv_make_plan(p, &plan);
     memset(report, 0, sizeof *report);
     report->pair = plan.decode ? plan.few.kernels->pair : plan.kernels->pair;
