@@ -215,7 +215,7 @@ class MultiHeadAttention:
         >>> keys, values = layer.keys_values(x)
         >>> qkv_fast.spotlight.weights(layer.queries(x), keys, layout="blhd").mean(0).round(2)
         """
-        return self._turned(self._heads("x", x, self._q, self.num_heads, num_threads), positions)
+        return self._turned(self._heads("x", x, self._q, self.num_heads, num_threads), positions, num_threads)
 
     def keys_values(
         self, memory: Any, positions: Any = None, *, num_threads: int | None = None
@@ -243,7 +243,7 @@ class MultiHeadAttention:
         """
         y = self._heads("memory", memory, self._kv, 2 * self.num_kv_heads, num_threads)
         k, v = y[..., : self.num_kv_heads, :], y[..., self.num_kv_heads :, :]
-        return self._turned(k, positions), v
+        return self._turned(k, positions, num_threads), v
 
     def __call__(
         self, x: Any, memory: Any = None, *, cache: Any = None, sequences: Any = None, starts: Any = None,
@@ -325,9 +325,11 @@ class MultiHeadAttention:
             _fail_shapes("MultiHeadAttention", f"{name} must be of shape (..., length, elements)", **{name: x})
         return layer(x, num_threads=num_threads).reshape(*x.shape[:-1], heads, layer.n_out // heads)
 
-    def _turned(self, x: Array, positions: Any) -> Array:
+    def _turned(self, x: Array, positions: Any, num_threads: int | None) -> Array:
         """x (..., L, heads, D) with its positions, where it lies."""
-        return x if self._rope is None else rope(x, positions, layout="blhd", out=x, **self._rope)
+        if self._rope is None:
+            return x
+        return rope(x, positions, layout="blhd", out=x, num_threads=num_threads, **self._rope)
 
     def __repr__(self) -> str:
         heads = f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"
