@@ -10,6 +10,7 @@ enum {
     TERMS_PASS = 1024,                /* terms of a pass: where B is longer, C is read again */
     A_BYTES = 32 << 10,               /* rows of A that meet every panel in turn */
     FEW_ROWS = 64,                    /* so many rows meet the columns of B where they lie: 0.7 of the time of panels of B */
+    TURNED_BYTES = 2 << 20,           /* of B in a task then */
     TURNED_ROWS = 4,                  /* so many do not pay for that: what counts is how fast B is read */
     BYTE_FLOPS = 5,                   /* operations that take a core as long as a byte of B takes to come */
     C_BYTES = 1 << 20,                /* C of a task, where it needs a copy */
@@ -115,8 +116,15 @@ qkv_status qkv_plan_product(const qkv_product_problem *p, qkv_product_plan *plan
     for (int i = 0; i < p->n_axes; i++)
         at_vectors |= p->c_at.axis[i];
     double bytes = (double)plan->sequences * (double)p->heads * (double)p->rows * (double)p->columns * (double)size;
-    plan->stream = !plan->copy_c && !plan->turned_columns && !p->added && !p->packed && at_vectors % vector == 0 && p->terms <= QKV_TERMS && bytes >= STREAM_C_BYTES;
-    plan->tile_columns = qkv_max(1, B_BYTES / (plan->pass * lanes * size)) * lanes;
+    plan->stream = !plan->copy_c && !plan->turned_columns && !p->added && !p->packed
+        && at_vectors % vector == 0 && p->terms <= QKV_TERMS && bytes >= STREAM_C_BYTES;
+    int64_t panels_of_task = B_BYTES / (plan->pass * lanes * size);
+    if (plan->turned_columns) {       /* long tasks, since what is fetched ahead is the next column's */
+        int64_t each = ceil_div(p->columns, ceil_div((int64_t)p->threads * TASKS_EACH, heads));
+        int64_t most = TURNED_BYTES / (plan->pass * size);
+        panels_of_task = ceil_div(qkv_min(each, most), lanes);
+    }
+    plan->tile_columns = qkv_max(1, panels_of_task) * lanes;
     plan->tile_columns = qkv_min(plan->tile_columns, ceil_div(p->columns, lanes) * lanes);
     plan->column_tiles = ceil_div(p->columns, plan->tile_columns);
     plan->group_rows = qkv_max(8, qkv_min(32, A_BYTES / (plan->pass * size) / 8 * 8));
@@ -134,7 +142,8 @@ qkv_status qkv_plan_product(const qkv_product_problem *p, qkv_product_plan *plan
     if (!multiply(base, plan->row_tiles, &plan->tasks))
         return QKV_OVERFLOW;
     plan->copy_rows = plan->passes > 1 ? plan->tile_rows : plan->group_rows;
-    double flops = row_flops * (double)qkv_max(rows, plan->turned_columns ? BYTE_FLOPS * qkv_size(p->b_type) / 2 : 0) * (double)base;
+    int64_t flops_rows = plan->turned_columns ? BYTE_FLOPS * qkv_size(p->b_type) / 2 : 0;
+    double flops = row_flops * (double)qkv_max(rows, flops_rows) * (double)base;
     plan->threads = flops < SERIAL_FLOPS ? 1 : (int)qkv_min(p->threads, qkv_max(1, plan->tasks));
 
     size_t at = 0, panels = (size_t)(plan->tile_columns / lanes), pass = (size_t)plan->pass;
@@ -273,7 +282,8 @@ qkv_status qkv_plan_rotation(const qkv_rotation_problem *p, qkv_rotation_plan *p
         return QKV_OVERFLOW;
     if (total == 0)
         return QKV_OK;
-    plan->copy_x = widened(p->type, qkv_arithmetic(p->type)) | obstacles(p->x, p->n_axes, &p->x_at, p->swapped_x, qkv_size(p->type));
+    plan->copy_x = widened(p->type, qkv_arithmetic(p->type))
+        | obstacles(p->x, p->n_axes, &p->x_at, p->swapped_x, qkv_size(p->type));
     plan->copy_out = widened(p->out_type, qkv_arithmetic(p->out_type))
         | obstacles(p->out, p->n_axes, &p->out_at, p->swapped_out, qkv_size(p->out_type));
     plan->by_token = p->rows == 1 || (p->heads > 1 && distance(p->out_at.head) < distance(p->out_at.row));

@@ -110,7 +110,8 @@ static const void *point_at_columns(const qkv_product_problem *p, const qkv_prod
         plan->kernels->gather(scratch + plan->at_columns, (ptrdiff_t)plan->copy_row_b, &from, width, n);
     for (int j = 0; j < plan->kernels->lanes; j++) {
         int64_t at = qkv_min(j, width - 1);
-        rows[j] = plan->copy_b ? scratch + plan->at_columns + at * plan->copy_row_b * plan->kernels->size : from.data + at * p->b_at.row;
+        rows[j] = plan->copy_b ? scratch + plan->at_columns + at * plan->copy_row_b * plan->kernels->size
+            : from.data + at * p->b_at.row;
     }
     return rows;
 }
@@ -405,7 +406,8 @@ qkv_status qkv_angles(const qkv_angles_problem *p)
 }
 
 /* Cosines and sines of some tokens as rotate has them for neighbours. */
-static void spread_tables(const qkv_rotation_problem *p, const char *cos, const char *sin, int64_t rows, char *to_cos, char *to_sin)
+static void spread_tables(const qkv_rotation_problem *p, const char *cos, const char *sin, int64_t rows, char *to_cos,
+                          char *to_sin)
 {
     for (int64_t r = 0; r < rows; r++, cos += p->table_at.row, sin += p->table_at.row)
         for (int64_t i = 0; i < p->pairs; i++) {
@@ -471,8 +473,8 @@ static void rotate_task(void *context, int64_t task, int worker)
         sin = scratch + plan->at_sin;
         table_row = 2 * p->pairs;
     }
-    qkv_rotation_tile tile = {.dim = (int)p->dim, .pairs = (int)p->pairs, .neighbours = p->neighbours, .ahead = (ptrdiff_t)plan->ahead,
-                              .buffer = plan->stream ? rows : NULL, .buffer_rows = (int)plan->group_rows};
+    qkv_rotation_tile tile = {.dim = (int)p->dim, .pairs = (int)p->pairs, .neighbours = p->neighbours,
+                              .ahead = (ptrdiff_t)plan->ahead, .buffer = plan->stream ? rows : NULL, .buffer_rows = (int)plan->group_rows};
     int64_t outer = plan->by_token ? tokens : heads;
     for (int64_t i = 0; i < outer && !qkv_must_stop(&job->stop, worker); i++) {
         int64_t at = plan->by_token ? i * table_row * size : 0;

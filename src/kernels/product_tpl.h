@@ -71,7 +71,8 @@ static void X(multiply)(const qkv_product_tile *t)
 }
 
 /* The same for columns of B that are rows in memory: squares of them are turned in registers on their way into the sums, which
- * are those of panels. A sum waits for itself, so of few rows two vectors of columns take turns, line by line. */
+ * are those of panels. A sum waits for itself, so of few rows two vectors of columns take turns, line by line. Meanwhile
+ * the same lines of the next columns are fetched: a column may be a page, behind whose end no CPU fetches by itself. */
 static QKV_INLINE void X(turned_terms)(const int nr, const int v, const REAL *a, ptrdiff_t a_row, const void *const *columns, int e,
                                        int part, VEC c[MOST_ROWS][LANE_VECTORS])
 {
@@ -96,6 +97,8 @@ static QKV_INLINE void X(turned_rows)(const int nr, const int nv, const qkv_prod
 {
     const int line = QKV_LINE / (int)sizeof(REAL);
     const REAL *a = (const REAL *)t->a + i * t->a_row;
+    const void *const *columns = t->b;
+    const ptrdiff_t ahead = ((const char *)columns[1] - (const char *)columns[0]) * nv * W;
     VEC c[MOST_ROWS][LANE_VECTORS];
     QKV_UNROLL
     for (int r = 0; r < nr; r++) {
@@ -107,15 +110,17 @@ static QKV_INLINE void X(turned_rows)(const int nr, const int nv, const qkv_prod
     for (; k + line <= last; k += line) {
         QKV_UNROLL
         for (int v = 0; v < nv; v++) {
+            for (int j = 0; j < W; j++)
+                QKV_PREFETCH_L2((const char *)((const REAL *)columns[v * W + j] + k) + ahead);
             QKV_UNROLL
             for (int j = 0; j < line; j += W)
-                X(turned_terms)(nr, v, a, t->a_row, t->b, k + j, W, c);
+                X(turned_terms)(nr, v, a, t->a_row, columns, k + j, W, c);
         }
     }
     for (; k < last; k += W) {
         QKV_UNROLL
         for (int v = 0; v < nv; v++)
-            X(turned_terms)(nr, v, a, t->a_row, t->b, k, last - k < W ? last - k : W, c);
+            X(turned_terms)(nr, v, a, t->a_row, columns, k, last - k < W ? last - k : W, c);
     }
     X(put_sums)(nr, nv, t, i, t->add | (e > 0), c);
 }
