@@ -107,6 +107,18 @@ def _train(shape: str, dim: int, floor: float, aim: float, **options) -> Case:
     return case(shape, dim, label="train", operation="training", suites=("grad",), goal=goal, **options)
 
 
+def _linear(rows: int, **options) -> Case:
+    """Rows of 1024 elements times weights (4096, 1024)."""
+    label = options.setdefault("operation", "linear")
+    return case(f"1x1x{rows}", 1024, label=label, value_dim=4096, suites=("layers",), **options)
+
+
+def _rope(operation: str, floor: float, aim: float) -> Case:
+    """A whole prompt's queries, as a share of the rate of copies."""
+    goal = Goal("peak", floor, aim, everywhere=True)
+    return case("1x32x2048", 128, label=operation, operation=operation, suites=("layers",), goal=goal)
+
+
 def _ragged_lengths(batch: int, longest: int) -> tuple[int, ...]:
     """Lengths of a padded batch, spread evenly from a quarter of the longest up to it."""
     return tuple(math.ceil(longest * (0.25 + 0.75 * i / (batch - 1))) for i in range(batch))
@@ -216,6 +228,15 @@ CASES: tuple[Case, ...] = (
         for shape, dim in (("1x12x2048", 64), ("1x8x2048", 128))
         for causal in (False, True)
     ),
+    # Before attention and after it. A single row's weights come from memory.
+    _linear(512, goal=Goal("numpy", 0.95, 1.05, everywhere=True)),
+    _linear(512, operation="linear+packed"),
+    _linear(512, dtype="bfloat16"),
+    _linear(1, stream=True),
+    _linear(1, operation="linear+packed", stream=True),
+    *(case(shape, 64, label="project", operation="project", suites=("layers",)) for shape in ("8x12x197", "1x12x512")),
+    _rope("rope+tables", 0.70, 0.90),
+    _rope("rope", 0.45, 0.60),
     # What a call adds to a process, as sequences grow.
     case("1x8x1024", 64, suites=("memory",)),
     case("1x8x4096", 64, suites=("memory",)),
@@ -225,7 +246,7 @@ CASES: tuple[Case, ...] = (
 
 SUITES: tuple[str, ...] = (
     *("foundation", "quick", "prefill", "decode", "small", "masks", "stages", "half", "memory", "scaling"),
-    *("surroundings", "data", "spotlight", "grad", "all"),
+    *("surroundings", "data", "spotlight", "grad", "layers", "all"),
 )
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from . import work
 from .cases import ASKED, Case
+from .layers import LAYERS
 from .method import Refused
 from .problem import HALVES, element
 
@@ -65,7 +66,7 @@ class NumPy:
     name, title = "numpy", "NumPy"
     requires = ("numpy",)
     settle = 0.12  # OpenBLAS threads spin for 2^26 clock ticks after a product: up to 0.1 s
-    operations = ("attention", "scores", "weighted_values", "softmax")
+    operations = ("attention", "scores", "weighted_values", "softmax", *LAYERS)
 
     def __init__(self, threads: int) -> None:
         self.version = np.__version__
@@ -102,6 +103,8 @@ class NumPy:
         out, scale = np.zeros(work.operation(case).output(case), case.dtype), np.dtype(case.dtype).type(case.dim**-0.5)
 
         def on(a: np.ndarray, b: np.ndarray | None = None) -> Callable[[], np.ndarray]:
+            if case.operation in LAYERS:
+                return LAYERS[case.operation].plain(case, (a,) if b is None else (a, b), out)
             if case.operation == "scores":
                 scaled, b = a * scale, b.swapaxes(-1, -2)  # not timed: what is compared is the product
                 return lambda: np.matmul(scaled, b, out=out)
@@ -110,7 +113,7 @@ class NumPy:
             return lambda: softmax_into(out, a)
 
         calls = [on(*arrays) for arrays in sets(case)]
-        return [("", calls, calls[0])]
+        return [("", calls, lambda: work.operation(case).head_first(case, calls[0]()))]
 
     def attend(self, case: Case, q: np.ndarray, k_t: np.ndarray, v: np.ndarray) -> np.ndarray:
         hidden = None
@@ -162,7 +165,7 @@ def softmax_into(out: np.ndarray, s: np.ndarray) -> np.ndarray:
 class Torch:
     name, title = "torch", "PyTorch"
     requires = ("torch",)
-    operations = ("attention", "softmax", "training", *ASKED)
+    operations = ("attention", "softmax", "training", *LAYERS, *ASKED)
 
     def __init__(self, threads: int) -> None:
         import torch
@@ -210,13 +213,27 @@ class Torch:
                 return x.view(self.torch.int16).numpy().view(element("bfloat16"))
             return x.numpy()
 
+        def linear(x, w):
+            return lambda: self.torch.nn.functional.linear(x, w)
+
+        def rotating(x):
+            tables = map(self.torch.from_numpy, LAYERS[case.operation].tables(case))
+            cos, sin = (self.torch.cat([table, table], -1) for table in tables)
+            half = case.dim // 2
+            return lambda: x * cos + self.torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+
         def fetch():
             answer = calls[0]()
-            return work.operation(case).head_first(case, tuple(map(array, answer))) if trains else array(answer)
+            found = tuple(map(array, answer)) if case.operation == "training" else array(answer)
+            return found if case.operation == "attention" else work.operation(case).head_first(case, found)
 
-        trains = case.operation == "training"
-        calls = [(training if trains else on)(*map(tensor, arrays)) for arrays in sets(case)]
-        return [("SDPA", calls, fetch)]
+        begin, title = on, "SDPA"
+        if case.operation == "training":
+            begin = training
+        elif case.operation in LAYERS:
+            begin, title = (rotating, "rope") if case.operation.startswith("rope") else (linear, "linear")
+        calls = [begin(*map(tensor, arrays)) for arrays in sets(case)]
+        return [(title, calls, fetch)]
 
     def prepare_question(self, case: Case) -> list[Way]:
         """As people ask today: the whole matrix, then what they want of it. What is saved of attention is no help."""

@@ -259,6 +259,16 @@ def measure_training_memory(seconds: float, threads: tuple[int, ...]) -> Iterato
         yield Measured(name, (added - 8 * queries) / n / 2**20, "MB", 4.0)
 
 
+def measure_linear_halves(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]:
+    """A linear layer in bfloat16 against float32, times as fast: more where its pairs are multiplied."""
+    floor, aim = (1.6, 2.0) if qkv_fast.isa().endswith("bf16") else (0.9, 1.0)
+    wide, half = find("linear:1x1x512-d1024"), find("linear:1x1x512-d1024-bf16")
+    for n in threads:
+        found = ratio(ours(wide, n), ours(half, n), seconds / len(threads))
+        name = f"speed over float32, {half.name}, {threads_text(n)}"
+        yield Measured(name, found.median, "x", floor, aim, more=True, spread=found.spread)
+
+
 IMPORT = """
 import time
 import numpy
@@ -292,10 +302,12 @@ PROPERTIES: tuple[Property, ...] = (
     Property("fork-join", ("foundation", "small"), measure_fork_join),
     Property("memory", ("foundation", "prefill"), measure_memory, everywhere=True),
     Property("training-memory", ("grad",), measure_training_memory, everywhere=True),
+    Property("linear-halves", ("layers",), measure_linear_halves, everywhere=True),
     Property("import", ("foundation", "small"), measure_import),
     Property("after-product", ("surroundings",), surroundings.measure_after_product, everywhere=True),
     Property("gaps", ("surroundings",), surroundings.measure_gaps, everywhere=True),
     Property("block", ("surroundings",), surroundings.measure_block),
+    Property("layers-block", ("layers",), surroundings.measure_layers, everywhere=True),
     Property("data", ("data",), data.measure_attention, everywhere=True),
     Property("data-stages", ("data",), data.measure_stages, everywhere=True),
     Property("over-attention", ("spotlight",), spotlight.measure_over_attention, everywhere=True),

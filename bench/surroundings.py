@@ -22,6 +22,7 @@ from . import work
 from .cases import case
 from .measured import Measured, child
 from .method import Summary
+from .peers import NumPy
 from .runner import threads_text
 from .tables import seconds_text
 
@@ -190,3 +191,40 @@ def measure_block(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured
                 name = f"block {shape}: attention's share, {threads_text(n)}" + (f", {pool}" if pool else "")
                 note = f"block {whole}, attention {inside} in it, {alone} in a loop"
                 yield Measured(name, 100 * share.median, "%", spread=share.spread, note=note)
+
+
+def layers(batch: int, length: int, heads: int, dim: int, threads: int, seconds: float) -> Samples:
+    """A block by our layers, when no other thread spins, and by products of NumPy, whose threads do."""
+    width = heads * dim
+    rng = np.random.default_rng(0)
+    x, w_in, w_out = (
+        rng.standard_normal(shape, dtype="float32") / np.float32(width**0.5)
+        for shape in ((batch, length, width), (3 * width, width), (width, width))
+    )
+    attend = partial(qkv_fast.attention, layout="blhd", num_threads=threads)
+
+    def ours() -> np.ndarray:
+        q, k, v = qkv_fast.project_qkv(x, w_in, None, heads, layout="blhd", num_threads=threads)
+        return qkv_fast.linear(attend(q, k, v).reshape(batch, length, width), w_out, num_threads=threads)
+
+    def with_numpy() -> np.ndarray:
+        projected = np.matmul(x, w_in.T).reshape(batch, length, 3, heads, dim)
+        q, k, v = (projected[:, :, i] for i in range(3))
+        return np.matmul(attend(q, k, v).reshape(batch, length, width), w_out.T)
+
+    def after_pause() -> float:
+        time.sleep(QUIET)
+        return sample(lambda: None, ours, CALLS)
+
+    return rounds({"numpy": lambda: sample(lambda: None, with_numpy, CALLS), "ours": after_pause}, seconds)
+
+
+def measure_layers(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]:
+    """project_qkv, attention, linear against the same attention between products of NumPy, times as fast."""
+    for n in threads:
+        for shape, sizes in BLOCKS.items():
+            found = apart(layers, *sizes, n, seconds / (len(threads) * len(BLOCKS)), environment=NumPy.environment(n))
+            times = ratio_of(found, "numpy", "ours")
+            note = "; ".join(f"{seconds_text(statistics.median(found[name]))} {name}" for name in ("ours", "numpy"))
+            name = f"block {shape} by our layers over NumPy's products, {threads_text(n)}"
+            yield Measured(name, times.median, "x", 1.25, 1.6, more=True, spread=times.spread, note=note)

@@ -16,6 +16,7 @@ import numpy as np
 import qkv_fast
 
 from .cases import Case
+from .layers import LAYERS
 from .operations import Attention, CacheStep, Scores, Softmax, Training, WeightedValues
 from .problem import HALVES
 from .questions import QUESTIONS
@@ -27,6 +28,7 @@ OPERATIONS: dict[str, Any] = {
     "scores": Scores,
     "weighted_values": WeightedValues,
     "softmax": Softmax,
+    **LAYERS,
     **QUESTIONS,
 }
 

@@ -666,8 +666,8 @@ def angles(cnp.ndarray positions not None, cnp.ndarray frequencies not None, dou
 
 def rotate(cnp.ndarray x not None, cnp.ndarray out not None, cnp.ndarray cos not None, cnp.ndarray sin not None,
            bint neighbours, bint heads_first, int threads, int isa, counters):
-    """out = x with pairs of elements turned. x is as in `product`; cos and sin, of the type of the arithmetic, have the axes of a
-    result with its heads first, an axis of 1 for the heads, and rows without gaps."""
+    """out = x with pairs of elements turned. x is as in `product`; cos and sin, of the type of the arithmetic, broadcast to the axes
+    of a result with its heads first, with an axis of 1 for the heads, and have rows without gaps."""
     cdef qkv_rotation_problem p
     cdef qkv_status status
     p.n_axes = fill_axes(p.axes, out)

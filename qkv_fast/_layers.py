@@ -20,9 +20,6 @@ from ._checks import (
 )
 from ._help import documented
 
-# So few rows meet weights where they lie, as columns of the product's transpose: no weights are put in panels, which
-# takes 0.7 of the time at 16 to 64 rows (AVX2, w (4096, 1024)). The bits are the same.
-_FEW_ROWS = 64
 _LINE = 64  # bytes of a cache line
 
 
@@ -375,17 +372,11 @@ def _apply(
         if any(np.may_share_memory(out, y) for y in (x, w, b) if y is not None):
             target = _core.empty(where, shape, out.dtype.num)
     rows, sums = _as_rows(x, target)
-    added = b
     if w is None:
         weights = rows  # of which nothing is looked at, since they are packed
-    elif rows.ndim > 2:
-        weights = w[None]
-    elif rows.shape[0] <= _FEW_ROWS and _arithmetic(w.dtype.num) == _arithmetic(x.dtype.num):
-        rows, weights, sums = w, rows, sums.T
-        added = None if b is None else np.broadcast_to(b[:, None], sums.shape)
     else:
-        weights = w
-    _core.product(rows, weights, sums, True, True, True, True, 1.0, threads, isa, counters, added, packed)
+        weights = w[None] if rows.ndim > 2 else w
+    _core.product(rows, weights, sums, True, True, True, True, 1.0, threads, isa, counters, b, packed)
     if target is not result:
         result[...] = target
     return result

@@ -152,13 +152,19 @@ def rope(
         cos, sin = np.empty((2, *at.shape, frequencies.size), arithmetic)
         _core.angles(np.ascontiguousarray(at, np.int64).reshape(-1), frequencies, factor, cos, sin, threads)
     else:
-        cos, sin = (np.require(y, arithmetic, ["C", "A"]) for y in (cos, sin))
+        cos, sin = _as_rows(cos, arithmetic), _as_rows(sin, arithmetic)
         if out is not None and (np.may_share_memory(out, cos) or np.may_share_memory(out, sin)):
             cos, sin = cos.copy(), sin.copy()
     if x.ndim > 2:  # for all heads of a sequence
-        cos, sin = (np.broadcast_to(y, (*batch, *y.shape[-2:]))[..., None, :, :] for y in (cos, sin))
+        cos, sin = cos[..., None, :, :], sin[..., None, :, :]
     _core.rotate(x, result, cos, sin, bool(interleaved), heads_first, threads, isa, counters)
     return result
+
+
+def _as_rows(table: Array, kind: np.dtype[Any]) -> Array:
+    if table.dtype == kind and table.flags.c_contiguous and table.flags.aligned:
+        return table
+    return np.require(table, kind, ["C", "A"])
 
 
 def _check_positions(where: str, positions: Any, batch: tuple[int, ...], length: int, x: Array) -> Array:

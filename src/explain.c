@@ -371,6 +371,7 @@ qkv_status qkv_explain_product(const qkv_product_problem *p, qkv_stage_report *r
     memset(report, 0, sizeof *report);
     if (status != QKV_OK || plan.tasks == 0)
         return status;
+    int turned = plan.problem != p;
     int64_t passes = qkv_max(1, blocks_up_to(p->terms, plan.pass));
     if (plan.copy_b)
         report->counts.tiles_copied += plan.tasks * passes;
@@ -378,12 +379,12 @@ qkv_status qkv_explain_product(const qkv_product_problem *p, qkv_stage_report *r
         report->counts.tiles_copied += plan.tasks / plan.row_tiles * passes * count_groups(&plan);
     report->counts.tasks = plan.tasks;
     report->counts.threads = plan.threads;
-    report->tile_rows = plan.tile_rows;
-    report->tile_columns = plan.tile_columns;
+    report->tile_rows = turned ? plan.tile_columns : plan.tile_rows;
+    report->tile_columns = turned ? plan.tile_rows : plan.tile_columns;
     report->pass_terms = plan.pass;
     report->stream = plan.stream;
-    report->obstacles_a = plan.copy_a;
-    report->obstacles_b = plan.copy_b;
+    report->obstacles_a = turned ? plan.copy_b : plan.copy_a;
+    report->obstacles_b = turned ? plan.copy_a : plan.copy_b;
     report->obstacles_c = plan.copy_c;
     report->scratch_bytes = all_scratch(plan.threads, plan.scratch_bytes);
 

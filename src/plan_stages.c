@@ -9,6 +9,10 @@ enum {
     B_BYTES = 256 << 10,              /* panels of B of a task: they stay in L2 while all rows of A pass */
     TERMS_PASS = 1024,                /* terms of a pass: where B is longer, C is read again */
     A_BYTES = 32 << 10,               /* rows of A that meet every panel in turn */
+    FEW_ROWS = 64,                    /* so many rows meet the columns of B where they lie: 0.7 of the time of panels of B */
+    TURNED_BYTES = 2 << 20,           /* of B in a task then */
+    TURNED_ROWS = 4,                  /* so many do not pay for that: what counts is how fast B is read */
+    BYTE_FLOPS = 5,                   /* operations that take a core as long as a byte of B takes to come */
     C_BYTES = 1 << 20,                /* C of a task, where it needs a copy */
     TASKS_EACH = 4,                   /* tasks per thread of a stage: they are equally long */
     STRIP_WIDTH = 256,                /* bytes of a row of a strip: 128 takes 1.1 to 1.3 times as long, 512 up to 2.1 times */
@@ -47,11 +51,43 @@ static void choose_rows(const qkv_product_problem *p, qkv_product_plan *plan)
     }
 }
 
+/* Whether the rows of a are few, and those of b may take their place. */
+static int turns(const qkv_product_problem *p)
+{
+    return p->transposed && !p->packed && p->scale == 1 && p->n_axes == 0 && p->heads == 1 && p->heads_b == 1
+        && p->rows > TURNED_ROWS && p->rows <= FEW_ROWS && qkv_arithmetic(p->type) == qkv_arithmetic(p->b_type);
+}
+
+/* C^T = B A^T. */
+static void turn(const qkv_product_problem *p, qkv_product_problem *to)
+{
+    *to = *p;
+    to->a = p->b;
+    to->b = p->a;
+    to->type = p->b_type;
+    to->b_type = p->type;
+    to->swapped_a = p->swapped_b;
+    to->swapped_b = p->swapped_a;
+    to->a_at = p->b_at;
+    to->b_at = p->a_at;
+    to->rows = p->columns;
+    to->columns = p->rows;
+    to->c_at.row = p->c_at.dim;
+    to->c_at.dim = p->c_at.row;
+    to->added_at.row = p->added_at.dim;
+    to->added_at.dim = p->added_at.row;
+}
+
 static int widened(qkv_type type, qkv_type arithmetic) { return type == arithmetic ? 0 : QKV_WIDENED; }
 
 qkv_status qkv_plan_product(const qkv_product_problem *p, qkv_product_plan *plan)
 {
-    *plan = (qkv_product_plan){.kernels = kernels_of(p->isa, p->type), .sequences = 1};
+    *plan = (qkv_product_plan){.problem = p, .sequences = 1};
+    if (turns(p)) {
+        turn(p, &plan->turned);
+        plan->problem = p = &plan->turned;
+    }
+    plan->kernels = kernels_of(p->isa, p->type);
     const qkv_kernels *kernels = plan->kernels;
     int64_t lanes = kernels->lanes, size = kernels->size, rows, heads, base;
     for (int i = 0; i < p->n_axes; i++)
@@ -63,6 +99,7 @@ qkv_status qkv_plan_product(const qkv_product_problem *p, qkv_product_plan *plan
     if (heads == 0 || rows == 0 || p->columns == 0)
         return QKV_OK;
     plan->factor = p->scale;
+    plan->b_factor = 1;
     if (p->transposed)
         split_scale(p->scale, p->type == QKV_F64, &plan->b_factor, &plan->factor);
     qkv_type arithmetic = qkv_arithmetic(p->type);
@@ -72,14 +109,22 @@ qkv_status qkv_plan_product(const qkv_product_problem *p, qkv_product_plan *plan
     plan->copy_c = widened(p->c_type, arithmetic)
         | obstacles(p->c, p->n_axes, &p->c_at, p->swapped_c, qkv_size(p->c_type));
 
+    plan->turned_columns = p->transposed && !p->packed && rows <= TURNED_ROWS && plan->b_factor == 1;
     plan->pass = qkv_max(1, qkv_min(p->terms, TERMS_PASS));
     plan->passes = qkv_max(1, ceil_div(p->terms, plan->pass));
     int64_t vector = kernels->vector * size, at_vectors = p->c_at.head | p->c_at.row;
     for (int i = 0; i < p->n_axes; i++)
         at_vectors |= p->c_at.axis[i];
     double bytes = (double)plan->sequences * (double)p->heads * (double)p->rows * (double)p->columns * (double)size;
-    plan->stream = !plan->copy_c && !p->added && !p->packed && at_vectors % vector == 0 && p->terms <= QKV_TERMS && bytes >= STREAM_C_BYTES;
-    plan->tile_columns = qkv_max(1, B_BYTES / (plan->pass * lanes * size)) * lanes;
+    plan->stream = !plan->copy_c && !plan->turned_columns && !p->added && !p->packed
+        && at_vectors % vector == 0 && p->terms <= QKV_TERMS && bytes >= STREAM_C_BYTES;
+    int64_t panels_of_task = B_BYTES / (plan->pass * lanes * size);
+    if (plan->turned_columns) {       /* long tasks, since what is fetched ahead is the next column's */
+        int64_t each = ceil_div(p->columns, ceil_div((int64_t)p->threads * TASKS_EACH, heads));
+        int64_t most = TURNED_BYTES / (plan->pass * size);
+        panels_of_task = ceil_div(qkv_min(each, most), lanes);
+    }
+    plan->tile_columns = qkv_max(1, panels_of_task) * lanes;
     plan->tile_columns = qkv_min(plan->tile_columns, ceil_div(p->columns, lanes) * lanes);
     plan->column_tiles = ceil_div(p->columns, plan->tile_columns);
     plan->group_rows = qkv_max(8, qkv_min(32, A_BYTES / (plan->pass * size) / 8 * 8));
@@ -88,7 +133,7 @@ qkv_status qkv_plan_product(const qkv_product_problem *p, qkv_product_plan *plan
         return QKV_OVERFLOW;
     double row_flops = 2.0 * (double)p->terms * (double)plan->tile_columns;
     int64_t most = qkv_max(1, (int64_t)qkv_min(INT64_MAX / 2, (int64_t)(TASK_FLOPS / (row_flops + 1))));
-    if (plan->copy_c)
+    if (plan->copy_c && plan->passes > 1)
         most = qkv_min(most, C_BYTES / (plan->tile_columns * size));
     int64_t wanted = ceil_div((int64_t)p->threads * TASKS_EACH, qkv_max(1, base));
     most = qkv_min(most, ceil_div(rows, p->threads > 1 ? wanted : 1));
@@ -96,18 +141,20 @@ qkv_status qkv_plan_product(const qkv_product_problem *p, qkv_product_plan *plan
     plan->row_tiles = ceil_div(rows, plan->tile_rows);
     if (!multiply(base, plan->row_tiles, &plan->tasks))
         return QKV_OVERFLOW;
-    double flops = row_flops * (double)rows * (double)base;
+    plan->copy_rows = plan->passes > 1 ? plan->tile_rows : plan->group_rows;
+    int64_t flops_rows = plan->turned_columns ? BYTE_FLOPS * qkv_size(p->b_type) / 2 : 0;
+    double flops = row_flops * (double)qkv_max(rows, flops_rows) * (double)base;
     plan->threads = flops < SERIAL_FLOPS ? 1 : (int)qkv_min(p->threads, qkv_max(1, plan->tasks));
 
     size_t at = 0, panels = (size_t)(plan->tile_columns / lanes), pass = (size_t)plan->pass;
     plan->copy_row_a = plan->copy_row_b = plan->pass + COPY_PAD;
 #define TAKE(field, bytes) (plan->field = at, at += align(bytes))
     panels += plan->stream;           /* a narrow one before the first that is aligned */
-    TAKE(at_b, p->packed ? 0 : panels * pass * (size_t)(lanes * size));
+    TAKE(at_b, p->packed || plan->turned_columns ? 0 : panels * pass * (size_t)(lanes * size));
     TAKE(at_rows, (size_t)lanes * sizeof(void *));
     TAKE(at_columns, p->transposed && plan->copy_b ? (size_t)(lanes * plan->copy_row_b * size) : 0);
     TAKE(at_a, plan->copy_a ? (size_t)(plan->group_rows * plan->copy_row_a * size) : 0);
-    TAKE(at_c, plan->copy_c ? (size_t)(plan->tile_rows * plan->tile_columns * size) : 0);
+    TAKE(at_c, plan->copy_c ? (size_t)(plan->copy_rows * plan->tile_columns * size) : 0);
 #undef TAKE
     plan->scratch_bytes = at;
     return QKV_OK;
@@ -235,7 +282,8 @@ qkv_status qkv_plan_rotation(const qkv_rotation_problem *p, qkv_rotation_plan *p
         return QKV_OVERFLOW;
     if (total == 0)
         return QKV_OK;
-    plan->copy_x = widened(p->type, qkv_arithmetic(p->type)) | obstacles(p->x, p->n_axes, &p->x_at, p->swapped_x, qkv_size(p->type));
+    plan->copy_x = widened(p->type, qkv_arithmetic(p->type))
+        | obstacles(p->x, p->n_axes, &p->x_at, p->swapped_x, qkv_size(p->type));
     plan->copy_out = widened(p->out_type, qkv_arithmetic(p->out_type))
         | obstacles(p->out, p->n_axes, &p->out_at, p->swapped_out, qkv_size(p->out_type));
     plan->by_token = p->rows == 1 || (p->heads > 1 && distance(p->out_at.head) < distance(p->out_at.row));

@@ -8,6 +8,9 @@
 /* A product: a grid of sequences x heads of B x row tiles x column tiles. A row is a (head of the group, row) pair, the row
  * running fastest. A task prepares B a pass of terms at a time, as panels, and runs `group_rows` rows of A over them. */
 typedef struct {
+    /* What is computed: what is asked or, of few rows, its transpose, whose rows are the columns. The bits are the same. */
+    const qkv_product_problem *problem;
+    qkv_product_problem turned;
     const qkv_kernels *kernels;
     double b_factor, factor;          /* the scale: what goes into a transposed B, and what multiplies sums */
     int64_t sequences, group, length; /* heads of C per head of B; rows of one head */
@@ -15,8 +18,10 @@ typedef struct {
     int64_t added_head, added_row;
     int64_t tile_rows, row_tiles, tile_columns, column_tiles;
     int64_t pass, passes, group_rows;
+    int64_t copy_rows;                /* of C in scratch: all of a task, unless a single pass is all of their sums */
     int copy_a, copy_b, copy_c;       /* rows go through scratch, because of these obstacles */
     int stream;                       /* C is written past the caches */
+    int turned_columns;               /* of a transposed B: few rows meet its columns as they are read, without panels */
     int64_t tasks;
     int threads;
     size_t at_b, at_rows, at_columns, at_a, at_c;       /* scratch of one worker */

@@ -99,6 +99,23 @@ static void prepare_panel(const qkv_product_problem *p, const qkv_product_plan *
     kernels->pack(panel, rows, width, n, plan->b_factor);
 }
 
+/* Pointers to `n` terms of columns of a transposed B, the last of which is repeated. */
+static const void *point_at_columns(const qkv_product_problem *p, const qkv_product_plan *plan, const char *b, char *scratch,
+                                    int64_t first, int n, int64_t column, int width)
+{
+    const void **rows = (const void **)(scratch + plan->at_rows);
+    qkv_rows from = {(char *)b + first * p->b_at.dim + column * p->b_at.row, (ptrdiff_t)p->b_at.row, (ptrdiff_t)p->b_at.dim,
+                     p->b_type, p->swapped_b};
+    if (plan->copy_b)
+        plan->kernels->gather(scratch + plan->at_columns, (ptrdiff_t)plan->copy_row_b, &from, width, n);
+    for (int j = 0; j < plan->kernels->lanes; j++) {
+        int64_t at = qkv_min(j, width - 1);
+        rows[j] = plan->copy_b ? scratch + plan->at_columns + at * plan->copy_row_b * plan->kernels->size
+            : from.data + at * p->b_at.row;
+    }
+    return rows;
+}
+
 /* Panels of `n` terms from `first` on, for columns from `column` to `last`; `to` is where these columns of C lie. */
 static void prepare_panels(const qkv_product_problem *p, const qkv_product_plan *plan, const char *b, const char *to,
                            char *panels, char *scratch, int64_t first, int n, int64_t column, int64_t last)
@@ -136,7 +153,7 @@ static void product_task(void *context, int64_t task, int worker)
         const char *these = panels;
         if (p->packed)
             these = (const char *)p->packed + qkv_packed_at(plan, first, n, column / plan->tile_columns);
-        else
+        else if (!plan->turned_columns)
             prepare_panels(p, plan, b, c + column * p->c_at.dim, panels, scratch, first, n, column, last_column);
         counters_of(job, worker)->tiles_copied += plan->copy_b != 0;
         for (int64_t r = row, m; r < last_row; r += m) {
@@ -159,7 +176,7 @@ static void product_task(void *context, int64_t task, int worker)
             }
             char *block = to + column * p->c_at.dim;
             if (plan->copy_c) {
-                block = scratch + plan->at_c + (r - row) * plan->tile_columns * size;
+                block = scratch + plan->at_c + (plan->passes > 1 ? r - row : 0) * plan->tile_columns * size;
                 tile.c_row = (ptrdiff_t)plan->tile_columns;
             }
             if (p->added && first == 0) {
@@ -170,9 +187,15 @@ static void product_task(void *context, int64_t task, int worker)
                 kernels->gather(block, tile.c_row, &rows, (int)m, (int)(last_column - column));
             }
             for (int64_t j = column, at = 0; j < last_column; j += tile.columns, at++) {
+                tile.c = block + (j - column) * size;
+                if (plan->turned_columns) {
+                    tile.columns = (int)qkv_min(lanes, last_column - j);
+                    tile.b = point_at_columns(p, plan, b, scratch, first, n, j, tile.columns);
+                    kernels->multiply_turned(&tile);
+                    continue;
+                }
                 tile.columns = panel_width(plan, c + j * p->c_at.dim, last_column - j);
                 tile.b = these + at * n * lanes * size;
-                tile.c = block + (j - column) * size;
                 kernels->multiply(&tile);
             }
             if (plan->copy_c && first + n == p->terms) {
@@ -193,7 +216,7 @@ qkv_status qkv_product(const qkv_product_problem *p)
     qkv_status status = qkv_plan_product(p, &plan);
     if (status != QKV_OK || plan.tasks == 0)
         return status;
-    stage job = {.problem = p, .plan = &plan};
+    stage job = {.problem = plan.problem, .plan = &plan};
     return run_stage(&job, product_task, plan.tasks, plan.threads, plan.scratch_bytes, p->counters, p->interrupted,
                      p->interrupted_arg);
 }
@@ -211,9 +234,12 @@ static void pack_task(void *context, int64_t task, int worker)
                    qkv_min(column + plan->tile_columns, p->columns));
 }
 
+enum { MANY_ROWS = 1024 };
+
 static qkv_status plan_packing(stage *job, qkv_product_problem *p, qkv_product_plan *plan)
 {
-    p->heads = p->heads_b = p->rows = 1;
+    p->heads = p->heads_b = 1;
+    p->rows = MANY_ROWS;              /* as those have it that are not few */
     p->n_axes = 0;
     *job = (stage){.problem = p, .plan = plan};
     qkv_status status = qkv_plan_product(p, plan);
@@ -380,7 +406,8 @@ qkv_status qkv_angles(const qkv_angles_problem *p)
 }
 
 /* Cosines and sines of some tokens as rotate has them for neighbours. */
-static void spread_tables(const qkv_rotation_problem *p, const char *cos, const char *sin, int64_t rows, char *to_cos, char *to_sin)
+static void spread_tables(const qkv_rotation_problem *p, const char *cos, const char *sin, int64_t rows, char *to_cos,
+                          char *to_sin)
 {
     for (int64_t r = 0; r < rows; r++, cos += p->table_at.row, sin += p->table_at.row)
         for (int64_t i = 0; i < p->pairs; i++) {
@@ -446,8 +473,8 @@ static void rotate_task(void *context, int64_t task, int worker)
         sin = scratch + plan->at_sin;
         table_row = 2 * p->pairs;
     }
-    qkv_rotation_tile tile = {.dim = (int)p->dim, .pairs = (int)p->pairs, .neighbours = p->neighbours, .ahead = (ptrdiff_t)plan->ahead,
-                              .buffer = plan->stream ? rows : NULL, .buffer_rows = (int)plan->group_rows};
+    qkv_rotation_tile tile = {.dim = (int)p->dim, .pairs = (int)p->pairs, .neighbours = p->neighbours,
+                              .ahead = (ptrdiff_t)plan->ahead, .buffer = plan->stream ? rows : NULL, .buffer_rows = (int)plan->group_rows};
     int64_t outer = plan->by_token ? tokens : heads;
     for (int64_t i = 0; i < outer && !qkv_must_stop(&job->stop, worker); i++) {
         int64_t at = plan->by_token ? i * table_row * size : 0;

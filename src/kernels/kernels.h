@@ -307,7 +307,10 @@ typedef struct {
     void (*grad_values)(const qkv_tile *tile, const qkv_gradients *gradients);
     int (*finite_rows)(const void *rows, ptrdiff_t row, int64_t n, int d);      /* whether n rows hold no NaN and no infinity */
 
+    /* multiply_turned reads each column of B where it lies: b is (lanes) pointers to n terms, the last of `columns`
+     * repeated. The same bits. */
     void (*multiply)(const qkv_product_tile *tile);
+    void (*multiply_turned)(const qkv_product_tile *tile);
     void (*fence)(void);              /* other threads see what was streamed */
 
     /* Of an axis in memory order, and of one across it. The same bits either way; all 0 where nothing takes part, NaN in

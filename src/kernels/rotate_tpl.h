@@ -1,7 +1,8 @@
 /* Rotary positions: pairs (a, b) of a row become (a cos - b sin, b cos + a sin), products rounded before they are added.
  *
  * A pair is two elements that are half of what is turned apart, or two neighbours. Whatever the row's length, every pair takes
- * the same four products and two sums, so bits do not depend on where it lies. A pair is read before it is written: out may be x.
+ * the same four products and two sums, so bits do not depend on where it lies. A pair is read before it is written: out may
+ * be x.
  */
 
 static QKV_INLINE void X(rotate_halves)(const REAL *x, REAL *out, const REAL *cos, const REAL *sin, int pairs,
@@ -23,7 +24,7 @@ static QKV_INLINE void X(rotate_halves)(const REAL *x, REAL *out, const REAL *co
     }
 }
 
-/* x c + y s, where y are the neighbours of x and the first s of a pair has the other sign: the bits are those of the difference. */
+/* x c + y s, where y are the neighbours of x and the first s of a pair has the other sign: the bits of the difference. */
 static QKV_INLINE void X(rotate_neighbours)(const REAL *x, REAL *out, const REAL *cos, const REAL *sin, int pairs,
                                       ptrdiff_t ahead)
 {

@@ -41,7 +41,7 @@ def check(x, w, b=None):
 
 
 @dtypes
-@pytest.mark.parametrize("rows", [0, 1, 7, 64, 65, 200, (3, 5), (2, 0, 4), ()])
+@pytest.mark.parametrize("rows", [0, 1, 3, 4, 7, 64, 65, 200, (3, 5), (2, 0, 4), ()])
 @pytest.mark.parametrize("n_in, n_out", [(0, 3), (1, 1), (5, 28), (33, 0), (70, 25), (2100, 130)])
 def test_shapes(dtype, rows, n_in, n_out):
     x, w, b = layer(1, dtype, rows, n_in, n_out)
@@ -113,7 +113,7 @@ def test_bits_depend_on_rows_alone(dtype):
     for threads in (2, 3):
         same_bits(qkv_fast.linear(x, w, b, num_threads=threads), expected)
         same_bits(packed(x, num_threads=threads), expected)
-    for rows in (slice(0, 1), slice(3, 67), slice(200, 300)):
+    for rows in (slice(0, 1), slice(1, 3), slice(4, 8), slice(8, 13), slice(3, 67), slice(200, 300)):
         same_bits(qkv_fast.linear(x[rows], w, b), expected[rows])
         same_bits(packed(x[rows]), expected[rows])
     same_bits(qkv_fast.linear(x, w[:29], b[:29]), np.ascontiguousarray(expected[:, :29]))

@@ -1,5 +1,6 @@
 """rope: right in both conventions, of any type, strides and positions; scalings against transformers; ONNX's cases."""
 
+import itertools
 from importlib import import_module
 
 import ml_dtypes  # registers bfloat16  # noqa: F401
@@ -9,7 +10,7 @@ from _patterns import PATTERNS, fits
 from _util import ALL_TYPES, no_change, normal, same_bits, unit
 
 import qkv_fast
-from qkv_fast import reference
+from qkv_fast import _runtime, reference
 
 dtypes = pytest.mark.parametrize("dtype", ALL_TYPES)
 conventions = pytest.mark.parametrize("interleaved", [False, True])
@@ -238,3 +239,52 @@ def test_the_cases_of_onnx():
             layout="blhd" if flat else "bhld",
         )
         np.testing.assert_allclose(got.reshape(x.shape), expected, rtol=1e-5, atol=1e-6, err_msg=case.name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_every_allocation_may_fail(dtype):
+    """Of scratch, for the tables and for the rows."""
+    x = queries(dtype, (2, 3, 3000, 8))
+    expected = qkv_fast.rope(x)
+    for n in itertools.count():
+        _runtime.trim()
+        with _runtime.fail_allocation(n) as allocations:
+            try:
+                got = qkv_fast.rope(x, num_threads=2)
+            except MemoryError:
+                got = None
+            count = allocations.count
+        if got is not None:
+            break
+        assert count == n + 1
+    same_bits(got, expected)
+    assert n >= 2 and count <= n
+
+
+@dtypes
+@conventions
+def test_bits_depend_on_the_token_alone(dtype, interleaved):
+    """Not on threads, on other heads and sequences, or on where rows lie: the larger result goes past the caches."""
+    x = queries(dtype, (2, 7, 9000, 72))
+    at = np.random.default_rng(4).integers(0, 10**6, (2, 9000))
+    expected = qkv_fast.rope(x, at, interleaved=interleaved, rotary_dim=70, num_threads=1)
+    options = dict(interleaved=interleaved, rotary_dim=70, num_threads=3)
+    same_bits(qkv_fast.rope(x, at, **options), expected)
+    same_bits(qkv_fast.rope(x[1:, 2:3, 50:99], at[1:, 50:99], **options), expected[1:, 2:3, 50:99].copy())
+    out = np.empty(x.size + 5, x.dtype)[5:].reshape(2, 9000, 7, 72).swapaxes(1, 2)  # not at a line's beginning
+    assert qkv_fast.rope(x, at, out=out, **options) is out
+    same_bits(out.copy(), expected)
+
+
+def test_tasks_are_short():
+    """Ctrl-C is seen between tasks."""
+    x = np.zeros((1, 16, 4096, 64), "float32")
+    with _runtime.counters() as counts:
+        qkv_fast.rope(x, out=x, num_threads=1)
+    assert counts["tasks"] >= x.size // 2**18
+
+
+def test_a_row_too_long():
+    x = np.broadcast_to(np.float16(1), (1, 2**30))
+    with pytest.raises(OverflowError):
+        qkv_fast.rope(x, rotary_dim=2)

@@ -30,7 +30,8 @@ def compute():
     e = qkv_fast.attention_grad(x, x, x, x, a, np.full(x.shape[:2], 9, "f4"), causal=True, num_threads=3)
     f = qkv_fast.linear(x, x[0], num_threads=3)
     g = layer(x, causal=True, num_threads=3)        # whose weights are packed before the fork
-    return b"".join(y.tobytes() for y in (a, b, c, *d, *e, f, g))
+    h = qkv_fast.rope(x, num_threads=3)
+    return b"".join(y.tobytes() for y in (a, b, c, *d, *e, f, g, h))
 def fork_and_wait(expected, depth=1):
     pid = os.fork()
     if pid == 0:
