@@ -5,6 +5,7 @@ weight is but for a factor. The core then chooses the keys that have to be read 
 alone.
 """
 
+import copy
 import math
 from typing import Any, NamedTuple
 
@@ -68,9 +69,11 @@ class Bounds:
             most[~finite.all(2)] = np.inf
         self.largest[sequences] = np.maximum(self.largest[sequences], most)
 
-    @property
-    def nbytes(self) -> int:
-        return self.rows.nbytes + self.steps.nbytes
+    def first(self, n: int) -> "Bounds":
+        """Those of the first n sequences, in the same memory."""
+        some = copy.copy(self)
+        some.rows, some.steps, some._room = self.rows[:n], self.steps[:n], None
+        return some
 
 
 def check_tolerance(where: str, tolerance: Any) -> float:

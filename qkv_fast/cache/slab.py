@@ -17,6 +17,7 @@ from .._help import documented
 from . import bounds, files, types
 from .attend import Held, Keys, Tokens, ask_newest, attend_newest, check_chosen, check_index, check_starts, check_tokens
 from .files import Geometry, Store
+from .moves import Moves
 from .questions import Questions
 from .ring import Ring
 from .types import Shown
@@ -225,8 +226,10 @@ class KVCache(Questions):
     @property
     def _arrays(self) -> tuple[Array, ...]:
         """What has a row for each token: keys, values if they are not in them, and what is known of keys."""
-        known = () if self._bounds is None else (self._bounds.rows, self._bounds.steps)
-        return (*self._geometry.form.parts(self._k, self._v), *known)
+        return self._stored(self._k, self._v, self._bounds)
+
+    def _stored(self, k: Array, v: Array, known: bounds.Bounds | None) -> tuple[Array, ...]:
+        return (*self._geometry.form.parts(k, v), *(() if known is None else (known.rows, known.steps)))
 
     def _used(self) -> slice:
         """Rows that hold tokens."""
@@ -835,60 +838,115 @@ class KVCache(Questions):
         self._starts = np.minimum(self._starts, stay)
         self._set_lengths(ends)
 
-    def reorder(self, index: Any) -> None:
+    def reorder(self, index: Any, *, start: Any = 0) -> None:
         """Replace the sequences: the new sequence b is the old ``index[b]``, as beam search wants it.
 
         Parameters
         ----------
-        index : array_like of int, shape (batch,)
-            Numbers of sequences, in any order, also several times.
+        index : array_like of int, shape (n,)
+            Numbers of sequences, in any order, also several times. There are n sequences then: fewer leave the memory
+            as it is, more take new memory for all of them.
+        start : int or array_like of int, shape (n,)
+            Tokens that the old sequences b and ``index[b]`` have in common, as beams have their prompt: they are not
+            copied, and not compared.
 
         Raises
         ------
         TypeError
             Not integers.
         ValueError
-            Another shape, or numbers outside 0..batch - 1. The cache is then as it was.
+            Another shape, numbers outside 0..batch - 1, or a start beyond one of the two sequences; of a cache in a
+            file, another number of sequences. The cache is then as it was.
+        MemoryError
+            No memory for more sequences. The cache is then as it was.
+
+        See Also
+        --------
+        PagedKVCache.reorder : Without copies.
 
         Notes
         -----
-        Sequences that change are copied. In a file, those are empty until the next `flush`, should the process end.
+        Sequences that change are copied, within the cache's own memory. What ends that (Ctrl-C) leaves them empty; in a
+        file they are empty until the next `flush`, should the process end.
 
         Examples
         --------
         >>> import numpy as np
         >>> import qkv_fast
-        >>> cache = qkv_fast.KVCache(2, 1, 1, capacity=10)
-        >>> tokens = np.array([1, 2], "float32").reshape(2, 1, 1, 1)
-        >>> cache.append(tokens, tokens)
-        >>> cache.reorder([1, 1])
-        >>> cache.keys.ravel()
-        array([2., 2.], dtype=float32)
+        >>> cache = qkv_fast.KVCache(1, 1, 1, capacity=10)
+        >>> prompt = np.array([1, 2], "float32").reshape(1, 1, 2, 1)
+        >>> cache.append(prompt, prompt)
+        >>> cache.reorder([0, 0, 0])  # three beams
+        >>> cache.append(*np.arange(3, 9, dtype="float32").reshape(2, 3, 1, 1, 1))
+        >>> cache.reorder([2, 1, 2], start=2)
+        >>> cache.keys.reshape(3, 3)
+        array([[1., 2., 5.],
+               [1., 2., 4.],
+               [1., 2., 5.]], dtype=float32)
         """
         where = "KVCache.reorder"
         batch = self._geometry.batch
-        order = _as_array("index", index, where)
-        if order.dtype.kind not in "iu":
-            raise TypeError(f"{where}: index must be integers, got {order.dtype}")
-        if order.shape != (batch,):
-            raise ValueError(f"{where}: index must have the shape ({batch},), one per sequence, got {order.shape}")
-        if (wrong := (order < 0) | (order >= batch)).any():
-            raise ValueError(f"{where}: index must be in 0..{batch - 1}, got {order[wrong][0]}")
+        given = _as_array("index", index, where)
+        if given.dtype.kind not in "iu":
+            raise TypeError(f"{where}: index must be integers, got {given.dtype}")
+        if given.ndim != 1 or not given.size:
+            raise ValueError(f"{where}: index must have the shape (n,), one per new sequence, got {given.shape}")
+        if (wrong := (given < 0) | (given >= batch)).any():
+            raise ValueError(f"{where}: index must be in 0..{batch - 1}, got {given[wrong][0]}")
+        order = given.astype(np.int64)
         if self._store is not None:
             self._store.check_writable(where)
-        changed = np.flatnonzero(order != np.arange(batch))
-        source = order[changed]
-        rows = slice(int(self._lengths[source].max(initial=0)) if self._geometry.window < 0 else None)
-        moved = [x[source, :, rows] for x in self._arrays]  # copies: memory that is not there changes nothing
-        if self._store is not None:
-            confirmed = self._store.lengths.copy()
-            confirmed[changed] = 0
-            self._store.withdraw(confirmed)
-        for x, new in zip(self._arrays, moved, strict=True):
-            x[changed, :, rows] = new
+            if order.size != batch:
+                raise ValueError(f"{where}: a file is of {batch} sequences, index has {order.size}")
+        common = _per_sequence(where, "start", start, order.shape)
+        least = self._lengths[order]
+        least[:batch] = np.minimum(least[:batch], self._lengths[: order.size])
+        if (wrong := (common < 0) | (common > least)).any():
+            at = int(wrong.argmax())
+            both = f"the new sequence {at} and the old {order[at]} have in common"
+            raise ValueError(f"{where}: start must be in 0..{least[at]}, of what {both}, got {common[at]}")
+        self._move(order, common)
+
+    def _move(self, order: Array, common: Array) -> None:
+        batch, n = self._geometry.batch, order.size
+        changed = order != np.arange(n)
+        ends = (self._reach if self._geometry.window >= 0 else self._lengths)[order]
+        more = n > batch
+        if more:
+            form = self._geometry.form
+            k, v = form.empty(n, form.kv_heads, self._geometry.capacity)
+            known = None if self._bounds is None else bounds.Bounds(n, form.kv_heads, self._geometry.capacity, form.dim)
+            rows = self._used()
+            for to, x in zip(self._stored(k, v, known), self._arrays, strict=True):
+                for b, source in enumerate(order.tolist()):
+                    to[b, :, rows] = x[source, :, rows]
+        else:
+            k, v = self._k[:n], self._v[:n]
+            known = None if self._bounds is None else self._bounds.first(n)
+            if self._geometry.window >= 0:  # only where rows hold the same tokens are those in common the same rows
+                common = np.where(self._reach[:n] == ends, common, 0)
+            moves = Moves(order.tolist(), [
+                [slice(row, row + many) for row, _, many in self._ring.pieces(begin, end - begin)]
+                for begin, end in zip(common.tolist(), ends.tolist(), strict=True)
+            ])  # fmt: skip
+            spare = [moves.spare(x) for x in self._arrays]  # before: memory that is not there changes nothing
+            if self._store is not None:
+                self._store.withdraw(np.where(changed, 0, self._store.lengths))
+            try:
+                for x, room in zip(self._arrays, spare, strict=True):
+                    moves.apply(x, room)
+            except BaseException:  # Ctrl-C among them
+                changed = np.concatenate([changed, np.zeros(batch - n, bool)])
+                self._reach = np.where(changed, 0, self._reach)
+                self._set_lengths(np.where(changed, 0, self._lengths))
+                raise
+        if known is not None and self._bounds is not None:
+            known.largest = self._bounds.largest[order]
+        self._k, self._v, self._bounds = k, v, known
+        self._geometry = self._geometry._replace(batch=n)
+        self._laps = None
         self._reach, self._starts = self._reach[order], self._starts[order]
-        if self._bounds is not None:
-            self._bounds.largest = self._bounds.largest[order]
+        self._padded = bool(self._starts.any())
         self._set_lengths(self._lengths[order])
 
     @classmethod

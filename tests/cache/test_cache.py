@@ -1,6 +1,7 @@
 """KVCache and PagedKVCache: what single calls give, and what is refused without a change."""
 
 import copy
+import itertools
 import subprocess
 import sys
 
@@ -179,7 +180,12 @@ ERRORS = {
     "truncate's shape": (lambda c: c.truncate([1, 1, 1]), ValueError, "one per sequence"),
     "index": (lambda c: c.reorder([0, 2]), ValueError, "0..1, got 2"),
     "index below": (lambda c: c.reorder([-1, 0]), ValueError, "got -1"),
-    "index's shape": (lambda c: c.reorder([0]), ValueError, r"shape \(2,\)"),
+    "index's shape": (lambda c: c.reorder([[0], [1]]), ValueError, r"shape \(n,\), one per new sequence, got \(2, 1\)"),
+    "no index": (lambda c: c.reorder(np.zeros(0, int)), ValueError, r"got \(0,\)"),
+    "start": (lambda c: c.reorder([1, 1], start=4), ValueError, r"0\.\.3, of what the new sequence 0 and the old 1"),
+    "start below": (lambda c: c.reorder([1, 0, 1], start=[0, 0, -1]), ValueError, "got -1"),
+    "start's shape": (lambda c: c.reorder([1, 0], start=[0, 0, 0]), ValueError, "one per sequence"),
+    "start's type": (lambda c: c.reorder([1, 0], start=0.5), TypeError, "start"),
     "index's type": (lambda c: c.reorder([True, False]), TypeError, "bool"),
     "q's type": (lambda c: c.attend(Q.astype("float16")), TypeError, "the cache must have q's type"),
     "q's batch": (lambda c: c.attend(Q[:1]), ValueError, r"q.shape=\(1, 4, 1, 4\)"),
@@ -372,7 +378,7 @@ def test_steps_of_a_file(tmp_path):
 
 REORDER = """
 import resource, sys, numpy as np, qkv_fast
-cache = qkv_fast.KVCache(2, 1, 1, 100_000, value_dim=64, path=sys.argv[1])
+cache = qkv_fast.KVCache(2, 1, 1, 100_000, value_dim=64, path=sys.argv[1] if len(sys.argv) > 1 else None)
 numbers = np.arange(2, dtype="float32").reshape(2, 1, 1, 1)
 cache.append(np.broadcast_to(numbers, (2, 1, 100_000, 1)), np.broadcast_to(numbers, (2, 1, 100_000, 64)))
 cache.flush()
@@ -380,23 +386,69 @@ with open("/proc/self/status") as status:
     used = next(int(line.split()[1]) << 10 for line in status if line.startswith("VmSize"))
 resource.setrlimit(resource.RLIMIT_AS, (used + (20 << 20), resource.RLIM_INFINITY))
 try:
-    cache.reorder([1, 0])
+    cache.reorder([1, 0] if len(sys.argv) > 1 else [1, 0, 0])
 except MemoryError:
     print("no memory")
-resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-reader = qkv_fast.KVCache.open(sys.argv[1])
-print(cache.keys[:, 0, 0, 0], cache.values[:, 0, 0, 0], cache.lengths, reader.lengths)
+print(cache.keys[:, 0, 0, 0], cache.values[:, 0, 99_999, 63], cache.lengths)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS and /proc are Linux's")
-def test_reordering_without_memory_changes_nothing(tmp_path):
-    """There is room for a copy of the keys, and none for one of the values."""
+@pytest.mark.parametrize("file, said", [
+    (True, "[1. 0.] [1. 0.] [100000 100000]\n"), (False, "no memory\n[0. 1.] [0. 1.] [100000 100000]\n"),
+])  # fmt: skip
+def test_reordering_takes_no_memory_but_for_more_sequences(tmp_path, file, said):
+    """There is room for less than a sequence's values; where that is too little, nothing changes."""
     done = subprocess.run(
-        [sys.executable, "-P", "-c", REORDER, str(tmp_path / "x.kv")], capture_output=True, text=True, check=False
-    )
+        [sys.executable, "-P", "-c", REORDER, *([str(tmp_path / "x.kv")] if file else [])], capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "no memory\n[0. 1.] [0. 1.] [100000 100000] [100000 100000]\n"
+    assert done.stdout == said
+
+
+@pytest.mark.parametrize("pieces", [1, 7, 10**6])
+@pytest.mark.parametrize("n", range(1, 6))
+def test_every_order_of_four(monkeypatch, pieces, n):
+    """Circles, chains and trees, to fewer and more, in pieces of a row, of some and of all."""
+    monkeypatch.setattr(sys.modules["qkv_fast.cache.moves"], "_PIECE", 8 * pieces)
+    rng = np.random.default_rng(0)
+    k, lengths = normal(rng, (4, 3, 9, 2)), np.array([9, 5, 0, 7])
+    for index in itertools.product(range(4), repeat=n):
+        if n == 5 and rng.random() < 0.8:
+            continue
+        cache = KVCache(4, 3, 2, 9)
+        cache.append(k, -k, lengths=lengths)
+        cache.reorder(index)
+        assert cache.batch == n and cache.lengths.tolist() == lengths[list(index)].tolist()
+        for b, i in enumerate(index):
+            own = slice(None), slice(lengths[i])
+            same_bits((cache.keys[b][own], cache.values[b][own]), (k[i][own], -k[i][own]))
+
+
+def test_a_file_keeps_its_number_of_sequences(tmp_path):
+    cache = KVCache(2, 2, 4, 10, path=tmp_path / "x.kv")
+    cache.append(K, K)
+    before = state(cache)
+    for index in ([0], [0, 1, 1]):
+        with pytest.raises(ValueError, match=f"a file is of 2 sequences, index has {len(index)}"):
+            cache.reorder(index)
+    assert state(cache) == before
+
+
+def test_an_interrupted_reorder_leaves_what_changes_empty(monkeypatch):
+    cache = KVCache(3, 2, 4, 10)
+    k = normal(np.random.default_rng(0), (3, 2, 5, 4))
+    cache.append(k, k)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["qkv_fast.cache.moves"].Moves, "apply", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cache.reorder([1, 0, 2])
+    assert cache.lengths.tolist() == [0, 0, 5]
+    same_bits(cache.keys[2], k[2])
 
 
 PAGE_ERRORS = {
@@ -411,6 +463,13 @@ PAGE_ERRORS = {
     "fork": (lambda p: p.fork(1, 4), ValueError, "0..3 for sequence 1, got 4"),
     "truncate": (lambda p: p.truncate(1, -1), ValueError, "at least 0, got -1"),
     "remove": (lambda p: p.remove(2), ValueError, "no sequence 2"),
+    "reorder": (lambda p: p.reorder([0, 0], [0, 1]), ValueError, r"different ones, got \[0, 0\]"),
+    "no parent": (lambda p: p.reorder([0, 1], [0, 2]), ValueError, "no sequence 2"),
+    "parents": (lambda p: p.reorder([0, 1], [0]), ValueError, "one for each of 2 sequences, got 1"),
+    "parent": (lambda p: p.reorder([0], 1), TypeError, "parents must be a list of their numbers, got 1"),
+    "starts": (lambda p: p.append([0, 1], K, K, starts=[0, 1]), ValueError, "sequence 1 has 3 tokens"),
+    "starts beyond": (lambda p: p.append([0], K[:1], K[:1], starts=7), ValueError, r"0\.\.6 .*, got 7"),
+    "window": (lambda p: PagedKVCache(1, 2, 3, window=-1), ValueError, "window must be at least 0, got -1"),
     "page size": (lambda p: PagedKVCache(1, 2, 3, page_size=0), ValueError, "page_size must be at least 1"),
 }
 

@@ -250,9 +250,26 @@ class Slab(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def reorder(self, data):
-        index = [data.draw(st.integers(0, self.batch - 1)) for _ in range(self.batch)]
-        self.cache.reorder(index)
+        """To more or fewer sequences, each of which may have begun as the old one of its number."""
+        index = data.draw(st.lists(st.integers(0, self.batch - 1), min_size=1, max_size=4))
+        start = [0] * len(index)
+        if data.draw(st.booleans()):
+            common = [self.common(b, i) if b < self.batch else len(self.model[i]) for b, i in enumerate(index)]
+            start = [data.draw(st.integers(0, n)) for n in common]
+        self.cache.reorder(index, start=start)
         self.model = [self.model[i].cut(None) for i in index]
+        self.batch = len(index)
+
+    def common(self, a, b):
+        """How many first tokens of two sequences are the same."""
+        n = min(len(self.model[a]), len(self.model[b]))
+        same = [
+            all(np.array_equal(x[:, t], y[:, t], equal_nan=True) for x, y in self.pairs(a, b)) for t in range(n)
+        ]
+        return n if all(same) else same.index(False)
+
+    def pairs(self, a, b):
+        return (self.model[a].k, self.model[b].k), (self.model[a].v, self.model[b].v)
 
     @rule(data=st.data())
     def attend(self, data):
