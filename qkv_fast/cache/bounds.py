@@ -34,7 +34,7 @@ class Bounds:
     def __init__(self, batch: int, kv_heads: int, capacity: int, dim: int) -> None:
         self.stored = Rows(dim, dim, np.dtype(np.uint8), "int8")
         self.rows = np.empty((batch, kv_heads, capacity, self.stored.width), np.uint8)
-        self.steps = np.empty((batch, kv_heads, capacity), np.float32)
+        self.steps = np.empty((batch, kv_heads, capacity, 1), np.float32)
         self.largest = np.zeros((batch, kv_heads), np.float64)
         self._room: tuple[Array, Array] | None = None
 
@@ -62,8 +62,8 @@ class Bounds:
             keys[~finite] = 0
             rows = self.rows[sequences, :, tokens]
             self.stored.write(rows, keys)
-            scales = np.ascontiguousarray(rows[..., -4:]).view(np.float32)[..., 0]
-            known = finite & (scales < _LARGEST_SCALE)
+            scales = np.ascontiguousarray(rows[..., -4:]).view(np.float32)
+            known = finite[..., np.newaxis] & (scales < _LARGEST_SCALE)
             self.steps[sequences, :, tokens] = np.where(known, np.maximum(scales, _LEAST_STEP), np.inf)
             most = np.abs(np.where(finite[..., np.newaxis], v, 0).astype(np.float64)).max((2, 3), initial=0)
             most[~finite.all(2)] = np.inf
@@ -186,7 +186,7 @@ def _choose_of(
     heads = bounds.rows.shape[1]
     by_head = (p.rows[0], heads, p.rows[1] // heads * p.rows[2])
     weights = weights.reshape(*by_head, n)
-    steps = bounds.steps[:, :, first : first + n]
+    steps = bounds.steps[:, :, first : first + n, 0]
     reach, slack = (x.reshape(by_head) for x in _errors(p, q, bias, n))
     keys = room[1][: len(lengths) * heads * n].reshape(len(lengths), heads, n)
     counts, left = _core.choose(weights, reach, slack, steps, lengths, tolerance, keys, p.threads)
