@@ -417,7 +417,7 @@ class KVCache(Questions):
             at = int(ends.argmax())
             used, capacity = int(self._lengths[at]), geometry.capacity
             raise ValueError(f"{where}: {most - used} tokens after {used} are {most}, the capacity is {capacity}")
-        return k, v, n, counts, Tokens(ends, least, most, begins)
+        return k, v, n, counts, Tokens(ends, least, most, begins, self._geometry.window == WHOLE)
 
     def _add(self, new: New) -> None:
         k, v, n, counts, tokens = new
@@ -432,7 +432,7 @@ class KVCache(Questions):
             many = [n] * len(self._lengths) if counts is None else counts.tolist()
             for b, (begin, n) in enumerate(zip(self._lengths.tolist(), many, strict=True)):
                 self._write(self._k[b : b + 1], self._v[b : b + 1], k[b : b + 1, :, :n], v[b : b + 1, :, :n], begin, n)
-        self._lengths, self._least, self._most, starts = tokens
+        self._lengths, self._least, self._most, starts, _ = tokens
         if starts is not None:
             self._starts, self._padded = starts, True
 
@@ -647,7 +647,7 @@ class KVCache(Questions):
 
     def _tokens(self) -> Tokens:
         starts = self._starts if self._padded else None
-        return Tokens(self._lengths, self._least, self._most, starts, not self.causal)
+        return Tokens(self._lengths, self._least, self._most, starts, self._geometry.window == WHOLE)
 
     def _find(
         self, lengths: Array, reach: Array, starts: Array, where: str, left: int, queries: Any, join: bool
