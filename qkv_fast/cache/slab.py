@@ -16,7 +16,7 @@ from .._core import Problem
 from .._help import documented
 from . import bounds, files, types
 from .attend import Held, Keys, Tokens, ask_newest, attend_newest, check_chosen, check_index, check_starts, check_tokens
-from .files import Geometry, Store
+from .files import WHOLE, Geometry, Store
 from .moves import Moves
 from .questions import Questions
 from .ring import Ring
@@ -60,12 +60,15 @@ class KVCache(Questions):
     keep : int, default 0
         With `window`: the number of first tokens that stay, and that every later query sees as well.
     bounds : bool, default False
-        Keep what `attend` needs for its `tolerance`: a copy of the keys in int8. Not with `window` or `path`, nor for
-        keys in int8 or int4.
+        Keep what `attend` needs for its `tolerance`: a copy of the keys in int8. Not with `window`, `path` or
+        ``causal=False``, nor for keys in int8 or int4.
     path : str or path-like, optional
         The cache is a memory map of this file, which other processes can `open`. It is made if it does not exist; else
         it must be that of a cache with these parameters, and the cache has the tokens of its last `flush`. Not with
         `window`. One process at a time may write.
+    causal : bool, default True
+        False is for the keys of an encoder: every query sees all tokens of its sequence, and several queries may read
+        one sequence (beams). Not with `window`.
 
     Raises
     ------
@@ -136,6 +139,7 @@ class KVCache(Questions):
         keep: int = 0,
         bounds: bool = False,
         path: str | os.PathLike[str] | None = None,
+        causal: bool = True,
     ) -> None:
         where = "KVCache"
         form = types.check_form(where, kv_heads, head_dim, value_dim, dtype, value_dtype, latent)
@@ -144,14 +148,19 @@ class KVCache(Questions):
         keep = types.count(where, "keep", keep, 0)
         if window is None and keep:
             raise ValueError(f"{where}: keep is for a ring, which takes window as well (keep={keep})")
-        reach = -1 if window is None else types.count(where, "window", window, 0)
+        if not isinstance(causal, bool | np.bool_):
+            raise TypeError(f"{where}: causal must be True or False, got {causal!r}")
+        if window is not None and not causal:
+            raise ValueError(f"{where}: a ring is causal, an encoder's tokens have no window (window={window!r})")
+        none = -1 if causal else WHOLE
+        reach = none if window is None else types.count(where, "window", window, 0)
         if capacity - keep <= reach:
             given = f"capacity={capacity}, keep={keep}, window={window}"
             raise ValueError(f"{where}: capacity must be more than keep + window: the window and the token ({given})")
         geometry = Geometry(batch, capacity, reach, keep, form)
-        if bounds and (window is not None or path is not None or form.k.stored):
-            given = f"dtype={form.k.name!r}, window={window}, path={path!r}"
-            raise ValueError(f"{where}: bounds are of keys in floats, in memory, without window ({given})")
+        if bounds and (window is not None or path is not None or form.k.stored or not causal):
+            given = f"dtype={form.k.name!r}, window={window}, path={path!r}, causal={causal}"
+            raise ValueError(f"{where}: bounds are of keys in floats, in memory, causal and without window ({given})")
         if path is None:
             self._take(geometry, None, bool(bounds))
             return
@@ -265,6 +274,10 @@ class KVCache(Questions):
     keep = Shown(
         "Of a ring: first tokens that stay.", "KVCache(2, 4, 64, 100, window=50, keep=4).keep -> 4",
         lambda c: int(c._geometry.keep),
+    )  # fmt: skip
+    causal = Shown(
+        "False for the keys of an encoder, which all queries see.", "KVCache(2, 4, 64, 100).causal -> True",
+        lambda c: bool(c._geometry.window != WHOLE),
     )  # fmt: skip
 
     @property
@@ -380,6 +393,7 @@ class KVCache(Questions):
     def __repr__(self) -> str:
         batch, capacity, window, keep, form = self._geometry
         ring = f", window={window}, keep={keep}" if window >= 0 else ", bounds=True" if self._bounds is not None else ""
+        ring += "" if self.causal else ", causal=False"
         starts = f", starts={self._starts.tolist()}" if self._padded else ""
         return (
             f"KVCache(batch={batch}, kv_heads={form.kv_heads}, head_dim={form.dim}, capacity={capacity}{form.dims}, "
@@ -442,7 +456,7 @@ class KVCache(Questions):
             at = int(ends.argmax())
             used, capacity = int(self._lengths[at]), geometry.capacity
             raise ValueError(f"{where}: {most - used} tokens after {used} are {most}, the capacity is {capacity}")
-        return k, v, n, counts, Tokens(ends, least, most, begins)
+        return k, v, n, counts, Tokens(ends, least, most, begins, self._geometry.window == WHOLE)
 
     def _add(self, new: New) -> None:
         k, v, n, counts, tokens = new
@@ -459,7 +473,7 @@ class KVCache(Questions):
                 self._write(self._k[b : b + 1], self._v[b : b + 1], k[b : b + 1, :, :n], v[b : b + 1, :, :n], begin, n)
         if self._bounds is not None:
             self._bound(self._lengths, tokens.lengths)
-        self._lengths, self._least, self._most, starts = tokens
+        self._lengths, self._least, self._most, starts, _ = tokens
         if starts is not None:
             self._starts, self._padded = starts, True
 
@@ -509,15 +523,19 @@ class KVCache(Questions):
         Parameters
         ----------
         <newest_q>
+            Of an encoder's cache also batch * r sequences: number b r to b r + r - 1 read sequence b of the cache, once
+            for all of them.
         <newest_lengths>
         <tree>
         <mask>
             Here Lq is L, and Lk the tokens of the longest sequence.
         <bias>
         <causal>
-            True by default, and here not "top-left": a query sees no token after its own.
+            True by default, and here not "top-left": a query sees no token after its own. It means nothing in an
+            encoder's cache.
         <window>
-            For a ring: not further to the left than its own window, which is the default.
+            For a ring: not further to the left than its own window, which is the default. Nor have an encoder's tokens
+            one, or ALiBi.
         <alibi_slopes>
         <sinks>
         <softcap>
@@ -704,7 +722,8 @@ class KVCache(Questions):
         return form, tokens, lambda *asked: self._find(tokens.lengths, reach, starts, *asked), window, keep
 
     def _tokens(self) -> Tokens:
-        return Tokens(self._lengths, self._least, self._most, self._starts if self._padded else None)
+        starts = self._starts if self._padded else None
+        return Tokens(self._lengths, self._least, self._most, starts, self._geometry.window == WHOLE)
 
     def _find(
         self, lengths: Array, reach: Array, starts: Array, where: str, left: int, queries: Any, join: bool
