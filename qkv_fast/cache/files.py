@@ -3,6 +3,9 @@
 A commit writes keys and values to the disk first, then a header over the older of the two: its number is one higher,
 and its checksum says whether it is whole. Whenever the process ends, the newest whole header describes tokens that are
 there. A writer holds a lock on the file, where the system has such locks.
+
+That of a pool of pages is the same, of one sequence without tokens, with the table of pages behind the values; it is
+written once.
 """
 
 import contextlib
@@ -26,6 +29,8 @@ except ImportError:  # not a POSIX system
 
 MAGIC, VERSIONS = b"QKVCACHE", (2, 3)
 _MOST_TOKENS = 1 << 62  # far from where sums of such numbers overflow
+_OF_PAGES = struct.Struct("<8sq")  # magic and how many int64 the table has; then these, and CRC-32 of all that
+_MAGIC_OF_PAGES = b"QKVPAGES"
 _PAGE = 1 << 16  # a multiple of every system's page, which a flush begins on
 # magic, version, bytes of one header, number of the commit, byte order and type, seven numbers of Geometry; of version
 # 3, which caches have that version 2 cannot describe, the type of the values and whether they are latent. Then lengths,
@@ -79,17 +84,21 @@ class Geometry(NamedTuple):
 
 
 class Store:
-    """An open file: `k` and `v` are its memory, `lengths`, `reach` and `starts` what its last commit confirmed."""
+    """An open file: `k` and `v` are its memory, `lengths`, `reach` and `starts` what its last commit confirmed.
 
-    def __init__(self, where: str, path: Any, writable: bool) -> None:
+    Of a pool, which is `paged`, `table` is its table, and what is written to k and v stays in memory."""
+
+    def __init__(self, where: str, path: Any, writable: bool, paged: bool = False) -> None:
         import mmap  # which few need: half a millisecond of every import
 
         with open(os.fspath(path), "r+b" if writable else "rb") as file:  # no number, which would be a file of others
             if writable:
                 _lock(where, path, file)
             self._id = _file_id(os.fstat(file.fileno()))
-            self.geometry, (self.lengths, self.reach, self.starts), self._commits = _read_headers(where, path, file)
-            access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
+            read = _read_headers(where, path, file, paged)
+            self.geometry, (self.lengths, self.reach, self.starts), self._commits = read
+            self.table = _read_table(where, path, file, self.geometry.places()[3]) if paged else []
+            access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_COPY if paged else mmap.ACCESS_READ
             self._map = mmap.mmap(file.fileno(), 0, access=access)
         _, at_k, at_v, _ = self.geometry.places()
         batch, capacity, *_, form = self.geometry
@@ -213,7 +222,27 @@ def _type_name(name: str) -> bytes:
     return f"{sys.byteorder[0]}{name}".encode()
 
 
-def _read_headers(where: str, path: Any, file: Any) -> tuple[Geometry, Array, int]:
+def write_table(path: str, table: list[int]) -> None:
+    """Behind the values of a new file, and on the disk."""
+    made = _OF_PAGES.pack(_MAGIC_OF_PAGES, len(table)) + np.array(table, "<i8").tobytes()
+    with open(path, "ab") as file:
+        file.write(made + _checksum(made))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read_table(where: str, path: Any, file: Any, at: int) -> list[int]:
+    file.seek(at)
+    made = file.read()
+    magic, count = _OF_PAGES.unpack(made[: _OF_PAGES.size]) if len(made) >= _OF_PAGES.size else (b"", 0)
+    end = _OF_PAGES.size + 8 * count
+    if magic != _MAGIC_OF_PAGES or len(made) != end + 4 or made[end:] != _checksum(made[:end]):
+        raise ValueError(f"{where}: {os.fspath(path)!r} is damaged or truncated: its table of pages is not whole")
+    table: list[int] = np.frombuffer(made[_OF_PAGES.size : end], "<i8").tolist()
+    return table
+
+
+def _read_headers(where: str, path: Any, file: Any, paged: bool) -> tuple[Geometry, Array, int]:
     """Of the newest whole header: the geometry, its tables, and the number of its commit."""
 
     def fail(what: str) -> ValueError:
@@ -256,7 +285,11 @@ def _read_headers(where: str, path: Any, file: Any) -> tuple[Geometry, Array, in
     geometry = Geometry(batch, capacity, window, keep, form)
     if not geometry.is_possible():
         raise fail(f"is damaged: there is no cache of {geometry}")
-    if size != geometry.places()[3]:
+    end = geometry.places()[3]
+    file.seek(end)
+    if (size > end and file.read(8) == _MAGIC_OF_PAGES) != paged:
+        raise fail(f"is {'no' if paged else 'the'} file of a PagedKVCache")
+    if size < end or (size > end and not paged):
         raise fail(f"is truncated or damaged: it has {size} bytes, a cache of {geometry} has {geometry.places()[3]}")
     found = np.frombuffer(tables, "<i8").astype(np.int64).reshape(3, batch)  # a copy
     lengths, reach, starts = found

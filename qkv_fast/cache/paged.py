@@ -6,6 +6,7 @@ have as well copies it first.
 """
 
 import copy
+import os
 from collections.abc import Sequence
 from typing import Any, Never, Self
 
@@ -14,10 +15,11 @@ import numpy as np
 from .._checks import Array, _index, _is_known
 from .._core import Problem
 from .._help import documented
-from . import types
+from . import files, types
 from .attend import Held, Keys, Tokens, ask_newest, attend_newest, check_chosen, check_index, check_starts, check_tokens
+from .files import Geometry, Store
 from .paged_questions import PagedQuestions
-from .pages import Stretch, Table
+from .pages import Stretch, Table, read_table
 from .ring import BLOCK
 from .types import Shown
 
@@ -882,3 +884,99 @@ class PagedKVCache(PagedQuestions):
         s = self._sequences[self._known("PagedKVCache.gather", sequence)]
         rows = self._table.rows(s, np.arange(self._table.first(s), s.length))
         return self._form.k.read(self._k[:, rows]), self._form.v.read(self._v[:, rows])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the pool to a file, over what is there: all sequences, and each page once, as it is stored.
+
+        Parameters
+        ----------
+        path : str or path-like
+            For `open`. The file is as large as the pool.
+
+        Raises
+        ------
+        OSError
+            A file that cannot be written. What was there is then as it was.
+        ValueError
+            A file that a `KVCache` writes to.
+
+        Notes
+        -----
+        Sequences keep their numbers, and share the pages that they share.
+
+        Examples
+        --------
+        >>> import os, tempfile
+        >>> import numpy as np
+        >>> import qkv_fast
+        >>> pool = qkv_fast.PagedKVCache(1, 8, 20)
+        >>> s, tokens = pool.add(), np.ones((1, 1, 5, 8), "float32")
+        >>> pool.append([s], tokens, tokens)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = os.path.join(folder, "pool.kv")
+        ...     pool.save(path)
+        ...     again = qkv_fast.PagedKVCache.open(path)
+        ...     print(again.lengths([s]), again.free_pages)
+        ...     del again  # systems without POSIX keep open files from being deleted
+        [5] 19
+        """
+        where = "PagedKVCache.save"
+        files.check_free(where, path)
+        zeros, rows = np.zeros(1, np.int64), self._used()
+        geometry = Geometry(1, len(self._table.owners) * self._table.size, -1, 0, self._form)
+        table = [self._table.size, -1 if self._window is None else self._window, self._next]
+        for number, s in self._sequences.items():
+            table += [number, s.length, s.start, s.gone, len(s.pages), *s.pages]
+        with files.creating(path, geometry, over=True) as new:
+            store = Store(where, new, True)
+            for to, x in zip(store.arrays, self._arrays, strict=True):
+                to[0][:, rows] = x[:, rows]
+            store.commit(zeros, zeros, zeros)
+            del store
+            files.write_table(new, table)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Self:
+        """A pool from a file, whose pages stay in it: a memory map of what `save` wrote.
+
+        Parameters
+        ----------
+        path : str or path-like
+            The file. It is only read: what is appended afterwards, or moved, is in memory alone.
+
+        Returns
+        -------
+        PagedKVCache
+            With the sequences and the free pages that the pool had.
+
+        Raises
+        ------
+        OSError
+            A file that cannot be opened.
+        ValueError
+            No file of a pool, one of another version, or one that is truncated or damaged.
+
+        Notes
+        -----
+        A file that becomes shorter while it is open ends the process: that is what memory maps do. `copy.copy` of the
+        pool is one without a file.
+
+        Examples
+        --------
+        See `save`.
+
+        >>> import qkv_fast
+        >>> qkv_fast.PagedKVCache.open("absent.kv")
+        Traceback (most recent call last):
+        FileNotFoundError: [Errno 2] No such file or directory: 'absent.kv'
+        """
+        where = "PagedKVCache.open"
+        store = Store(where, path, False, paged=True)
+        read = read_table(store.table, store.geometry.capacity)
+        if read is None:
+            raise ValueError(f"{where}: {os.fspath(path)!r} is damaged: there is no such table of pages")
+        pool = cls.__new__(cls)
+        pool._form, pool._last = store.geometry.form, None
+        pool._k, pool._v = pool._form.views(*(x[0] for x in store.arrays))
+        pool._table, pool._window, pool._next, pool._sequences = read
+        return pool

@@ -96,3 +96,26 @@ class Table:
         """Where in the pool tokens lie."""
         rows: Array = np.array(s.pages, np.int64)[tokens // self.size - s.gone] * self.size + tokens % self.size
         return rows
+
+
+def read_table(numbers: list[int], rows: int) -> tuple[Table, int | None, int, dict[int, Stretch]] | None:
+    """From the numbers of a file: page size, window (-1: none), the next sequence's number; then of each sequence its
+    number, length, start, gone, how many pages, and these. None where no pool of so many rows has them."""
+    if len(numbers) < 3 or numbers[0] < 1 or rows % numbers[0] or numbers[1] < -1:
+        return None
+    size, window, following = numbers[:3]
+    table, found, at = Table(rows // size, size), dict[int, Stretch](), 3
+    while at + 5 <= len(numbers):
+        number, length, start, gone, count = numbers[at : at + 5]
+        pages = numbers[at + 5 : at + 5 + max(count, 0)]
+        at += 5 + len(pages)
+        first, end = (start // size, -(-length // size)) if start < length else (length // size, length // size)
+        known = len(pages) == count and all(0 <= page < len(table.owners) for page in pages)
+        right = gone + len(pages) == end and (gone == first or (window >= 0 and first < gone))
+        if not (known and right and 0 <= start <= length < 1 << 62 and 0 <= number < following and number not in found):
+            return None
+        found[number] = table.share(Stretch(length, start, gone, pages))
+    if at != len(numbers):
+        return None
+    table.free = [page for page in reversed(range(len(table.owners))) if not table.owners[page]]
+    return table, None if window < 0 else window, following, found

@@ -2,12 +2,14 @@
 
 import inspect
 import os
+import pickle
 import random
 import signal
 import struct
 import subprocess
 import sys
 import zlib
+from copy import copy as copied
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from _quantised import QUANTISED, as_stored
 from _util import ALL_TYPES, child_says, normal, same_bits
 
 import qkv_fast
-from qkv_fast import KVCache
+from qkv_fast import KVCache, PagedKVCache
 
 HEADER = 1 << 16  # bytes of one, for a small batch
 dtypes = pytest.mark.parametrize("dtype", [*ALL_TYPES, *QUANTISED])
@@ -370,6 +372,112 @@ def test_one_header_is_enough(path):
     newest = HEADER * int(numbers[1] > numbers[0])
     path.write_bytes(data[: newest + 60] + b"torn" + data[newest + 64 :])
     assert KVCache.open(path).lengths.tolist() == [7, 5]  # of the flush before
+
+
+def pool_of(dtype="float32", window=None):
+    """Sequences that share pages, one that is padded, one that is empty, and one that is gone."""
+    pool = PagedKVCache(2, 8, 12, page_size=4, value_dim=4, dtype=dtype, window=window)
+    a, b, c = pool.add(), pool.add(), pool.add()
+    pool.append([a, b], *tokens(0, 9), starts=[0, 5])
+    pool.append([a, b], *tokens(1, 1))
+    pool.fork(a, 9)
+    pool.remove(c)
+    pool.add()
+    return pool
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@dtypes
+def test_a_pool_is_saved_and_opened(path, dtype, window):
+    """Each page is written once, as it is stored; and what is changed afterwards leaves the file as it is."""
+    pool = pool_of(dtype, window)
+    pool.save(path)
+    before, q = path.read_bytes(), normal(np.random.default_rng(9), (3, 4, 1, 8), "float64")
+    q = q if dtype == "float64" else q.astype("float32")
+    opened = PagedKVCache.open(path)
+    assert repr(opened) == repr(pool) and opened.free_pages == pool.free_pages and opened.window == window
+    for each in (opened, copied(opened), pickle.loads(pickle.dumps(opened))):
+        for s in pool.sequences:
+            same_bits(each.gather(s), pool.gather(s))
+        same_bits(each.attend([0, 1, 3], q), pool.attend([0, 1, 3], q))
+    for each in (opened, pool):
+        assert each.fork(1) == 5
+        each.append([0, 5], *tokens(2, 6))
+        each.reorder([1, 3], [0, 1])
+    for s in pool.sequences:
+        same_bits(opened.gather(s), pool.gather(s))
+    assert opened.free_pages == pool.free_pages and path.read_bytes() == before
+    opened.save(path)
+    same_bits(PagedKVCache.open(path).gather(5), pool.gather(5))
+    assert os.listdir(path.parent) == [path.name]
+
+
+def table_at(data):
+    return data.rindex(b"QKVPAGES")
+
+
+def table_with(at, number):
+    """The table of pages, whole, but for one number."""
+
+    def change(data):
+        begin = table_at(data)
+        made = bytearray(data[begin:-4])
+        struct.pack_into("<q", made, 16 + 8 * at, number)
+        return data[:begin] + bytes(made) + struct.pack("<I", zlib.crc32(made))
+
+    return change
+
+
+DAMAGED_POOLS = {
+    "empty": (lambda data: b"", "is no cache"),
+    "short": (lambda data: data[:-1], "table of pages is not whole"),
+    "without its table": (lambda data: data[: table_at(data)], "no file of a PagedKVCache"),
+    "cut in the values": (lambda data: data[: table_at(data) - 100], "no file of a PagedKVCache|truncated"),
+    "cut in the header": (lambda data: data[:110], "is damaged or truncated"),
+    "long": (lambda data: data + b"\0", "table of pages is not whole"),
+    "torn": (lambda data: data[:-9] + b"?" + data[-8:], "table of pages is not whole"),
+    "version": (lambda data: data[:8] + struct.pack("<I", 1) + data[12:], "version 1"),
+    "page size": (table_with(0, 0), "no such table"),
+    "odd page size": (table_with(0, 5), "no such table"),
+    "window": (table_with(1, -2), "no such table"),
+    "next": (table_with(2, 0), "no such table"),
+    "number": (table_with(3, -1), "no such table"),
+    "length": (table_with(4, 99), "no such table"),
+    "huge length": (table_with(4, 2**62), "no such table"),
+    "start": (table_with(5, 11), "no such table"),
+    "gone": (table_with(6, 1), "no such table"),
+    "no pages": (table_with(7, -1), "no such table"),
+    "many pages": (table_with(7, 2**60), "no such table"),
+    "page": (table_with(8, 12), "no such table"),
+    "negative page": (table_with(8, -1), "no such table"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED_POOLS)
+def test_damaged_pools(path, name):
+    damage, message = DAMAGED_POOLS[name]
+    pool_of().save(path)
+    data = damage(path.read_bytes())
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"PagedKVCache\.open: .*({message})"):
+        PagedKVCache.open(path)
+    assert path.read_bytes() == data
+
+
+def test_files_of_the_other_kind(path):
+    pool_of().save(path)
+    for call in (KVCache.open, KVCache.load, lambda p: KVCache(1, 2, 8, 48, value_dim=4, path=p)):
+        with pytest.raises(ValueError, match="is the file of a PagedKVCache"):
+            call(path)
+    path.unlink()
+    made(path)
+    with pytest.raises(ValueError, match="is no file of a PagedKVCache"):
+        PagedKVCache.open(path)
+    pytest.importorskip("fcntl", reason="the system has no such locks")
+    writer = KVCache.open(path, writable=True)
+    with pytest.raises(ValueError, match=r"PagedKVCache\.save: .* is open for writing"):
+        pool_of().save(path)
+    assert writer.lengths.tolist() == [7, 5]
 
 
 def test_paths_that_cannot_be(tmp_path):

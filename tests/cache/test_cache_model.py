@@ -9,7 +9,9 @@ Memory starts as NaN, which must never show.
 """
 
 import copy
+import os
 import re
+import tempfile
 from typing import NamedTuple
 
 import numpy as np
@@ -350,7 +352,7 @@ class Pages(RuleBasedStateMachine):
         everything = self.pool.add()
         self.pool.append([everything], *self.rows.given(poison, poison[..., :DIM_V]))
         self.pool.remove(everything)
-        self.model = {}
+        self.model, self.saved = {}, False
 
     def any_of(self, data, least=1):
         return data.draw(st.lists(st.sampled_from(sorted(self.model)), min_size=least, max_size=3, unique=True))
@@ -434,6 +436,18 @@ class Pages(RuleBasedStateMachine):
         parents = data.draw(st.lists(st.sampled_from(sorted(self.model)), min_size=len(chosen), max_size=len(chosen)))
         self.pool.reorder(chosen, parents)
         self.model |= {s: self.cut(self.model[p], None) for s, p in zip(chosen, parents, strict=True)}
+
+    @precondition(lambda self: self.model and not self.saved)  # once: the disk takes its time
+    @rule()
+    def save_and_open(self):
+        """From now on its pages are in a file, and what is written to them is not."""
+        self.saved = True
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "pool.kv")
+            self.pool.save(path)
+            opened = qkv_fast.PagedKVCache.open(path)
+            assert repr(opened) == repr(self.pool) and opened.free_pages == self.pool.free_pages
+            self.pool = copy.copy(opened) if os.name == "nt" else opened
 
     @precondition(lambda self: self.model)
     @rule(data=st.data())

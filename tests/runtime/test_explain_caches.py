@@ -114,6 +114,26 @@ def test_pages(dtype, rows, kind):
     agree(pool.attend, ids[1:2], q[1:2], lengths=[rows - 1], **KINDS[kind], num_threads=1)
 
 
+@pytest.mark.parametrize("rows", [1, 5, 60])
+@pytest.mark.parametrize("window", [None, 100])
+def test_pages_with_a_window_and_padding(window, rows):
+    """One sequence is all padding; of the others pages have been given back, where there is a window."""
+    pool = PagedKVCache(2, 16, 100, page_size=24, window=window)
+    ids = [pool.add() for _ in range(3)]
+    _, k, v = qkv(6, batch=(3,), heads=(4, 2), lengths=(1, 640))
+    starts = [0, 290, 320]
+    pool.append(ids, k[:, :, :320], v[:, :, :320], starts=starts)
+    pool.append(ids[:2], k[:2, :, 320:640], v[:2, :, 320:640], lengths=[320, 60])
+    pool.append(ids[:2], k[:2, :, :60], v[:2, :, :60])
+    q = qkv(7, batch=(3,), heads=(4, 2), lengths=(rows, 1))[0]
+    plan = agree(pool.attend, ids, q, num_threads=1)
+    pairs = 0
+    for n, start in zip((700, 440, 320), starts, strict=True):
+        at, j = np.arange(n - rows, n)[:, None], np.arange(n)
+        pairs += 4 * ((j >= start) & (j <= at) & (j >= at - (n if window is None else window))).sum()
+    assert plan.pairs == pairs
+
+
 def test_what_is_slow_is_named():
     cache = filled()
     q = qkv(5, batch=(2,), heads=(4, 2), lengths=(60, 1))[0]
