@@ -301,10 +301,11 @@ def check_newest(
     where: str, q: Any, batch: int, kv_heads: int, dim: int, dim_v: int, dtypes: tuple[np.dtype[Any], ...],
     stored: tuple[str | None, str | None], longest: int, mask: Any, bias: Any, causal: Any, window: Any,
     alibi_slopes: Any, sinks: Any, softcap: Any, scale: Any, layout: Any, num_threads: Any, words: dict[str, Any],
+    beams: bool = False,
 ) -> Problem:  # fmt: skip
-    """The problem of queries of the newest tokens of a cache of `kv_heads` heads, for up to `longest` tokens. `dtypes`
-    are those of its keys and values that are not `stored` as bytes. q is heads-first in it, whatever the layout; keys,
-    offsets and lengths are the cache's."""
+    """The problem of queries of the newest tokens of a cache of `kv_heads` heads, for up to `longest` tokens, and, with
+    `beams`, of its batch or a multiple of that. `dtypes` are those of its keys and values that are not `stored` as
+    bytes. q is heads-first in it, whatever the layout; keys, offsets and lengths are the cache's."""
     if words:
         _fail_words(where, words, OF_CACHES)
     if type(q) is not np.ndarray:
@@ -317,12 +318,13 @@ def check_newest(
     given = q
     if not heads_first and q.ndim == 4:
         q = q.swapaxes(1, 2)
-    if q.ndim != 4 or q.shape[0] != batch or q.shape[1] % kv_heads or q.shape[3] != dim:
-        heads, length = f"a multiple of {kv_heads}", "queries"
-        fits = f"({batch}, {heads}, {length}, {dim})" if heads_first else f"({batch}, {length}, {heads}, {dim})"
+    known = q.ndim == 4 and (q.shape[0] == batch or (beams and q.shape[0] and q.shape[0] % batch == 0))
+    if not known or q.shape[1] % kv_heads or q.shape[3] != dim:
+        heads, length, many = f"a multiple of {kv_heads}", "queries", f"a multiple of {batch}" if beams else batch
+        fits = f"({many}, {heads}, {length}, {dim})" if heads_first else f"({many}, {length}, {heads}, {dim})"
         _fail_shapes(where, f"q must be of shape {fits}", q=given)
     rows = q.shape[:3]
-    shape = (*rows, dim_v) if heads_first else (batch, rows[2], rows[1], dim_v)
+    shape = (*rows, dim_v) if heads_first else (rows[0], rows[2], rows[1], dim_v)
     scale = dim**-0.5 if scale is None else _scale_of(where, scale, dim)  # as in check: dim is at least 1
     left: int | None = None
     right: int | None = 0

@@ -91,7 +91,7 @@ static void plan_summary(const qkv_problem *p, qkv_plan *plan)
     qkv_strides *at = &plan->summary_at;
     int64_t all, most = p->length ? 0 : p->len_k;       /* keys that some sequence has */
     for (int64_t b = 0; p->length && b < plan->sequences; b++)
-        most = qkv_max(most, p->length[b]);
+        most = qkv_max(most, qkv_length(p, b));
     /* Rows that windows or spans cut short are looked at by the tiles that need them. */
     if (plan->decode || !p->mask || p->mask_from || p->q_ids || p->spans || p->left != QKV_OPEN || p->mask_at.dim > 1
         || p->mask_at.dim < 0 || most == 0

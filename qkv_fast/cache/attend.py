@@ -47,6 +47,7 @@ class Tokens(NamedTuple):
     least: int
     most: int
     starts: Array | None = None  # (batch,) int64: those before are padding
+    whole: bool = False  # an encoder's, which all queries see
 
 
 # What of a cache a call is about: its form, its tokens, how their keys are found, how many tokens before its own a
@@ -154,17 +155,25 @@ def _newest(
     where: str, form: Form, tokens: Tokens, limit: int | None, dim_v: int, q: Any, lengths: Any, mask: Any, bias: Any,
     causal: Any, window: Any, alibi_slopes: Any, sinks: Any, softcap: Any, scale: Any, layout: str,
     num_threads: int | None, words: dict[str, Any], new: int | None = None,
+    beams: bool = False,
 ) -> tuple[Problem, Any]:  # fmt: skip
     """The problem of the queries of the newest tokens, but for where keys lie; and how many queries each sequence has,
-    one number or one each. `new`: how many there must be."""
+    one number or one each. `new`: how many there must be. With `beams` several sequences of q may read one
+    of a whole cache."""
     stored = form.stored if dim_v else form.stored[:1] * 2  # without values those are none of the keys' elements
     p = _problem.check_newest(
         where, q, len(tokens.lengths), form.kv_heads, form.dim, dim_v, form.dtypes, stored, tokens.most, mask, bias,
-        causal, window, alibi_slopes, sinks, softcap, scale, layout, num_threads, words,
+        causal, window, alibi_slopes, sinks, softcap, scale, layout, num_threads, words, beams and tokens.whole,
     )  # fmt: skip
     len_q = p.rows[2]
     if new is not None and len_q != new:
         raise ValueError(f"{where}: q must be of the tokens that k and v are of, {new} each, got {len_q}")
+    if tokens.whole:
+        if window is not None or alibi_slopes is not None:
+            name = "window" if window is not None else "alibi_slopes"
+            what = "is about positions, and queries have none among the tokens of an encoder"
+            raise ValueError(f"{where}: {name} {what}")
+        p.right = None
     if limit is not None:
         if window is not None and (p.left is None or p.left > limit):
             reach = "without end" if p.left is None else p.left
@@ -175,7 +184,7 @@ def _newest(
     if tokens.starts is not None:
         p.extras = (p.extras or Extras())._replace(starts=tokens.starts)
     queries: Any = len_q
-    if (counts := _own_counts(where, lengths, len(tokens.lengths), len_q, "queries")) is not None:
+    if (counts := _own_counts(where, lengths, p.rows[0], len_q, "queries")) is not None:
         queries = counts
         p.extras = (p.extras or Extras())._replace(queries=queries)
     if tokens.least < len_q and (p.left is not None or p.right is not None or alibi_slopes is not None):
@@ -189,6 +198,8 @@ def _newest(
 
 def _take_tree(p: Problem, tokens: Tokens, queries: Any, tree: Any, mask: Any) -> None:
     """A mask of the newest tokens, who are the queries, among themselves; all older ones are seen."""
+    if tokens.whole:
+        raise ValueError(f"{p.where}: a tree is of the newest tokens, and queries have none among those of an encoder")
     if mask is not None:
         raise ValueError(f"{p.where}: tree and mask exclude each other: give one of the two")
     given = _as_array("tree", tree, p.where)
@@ -270,7 +281,7 @@ def attend_newest(
     batch, longest = len(tokens.lengths), tokens.most
     p, queries = _newest(
         where, form, tokens, limit, form.dim_v, q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap,
-        scale, layout, num_threads, words, new,
+        scale, layout, num_threads, words, new, beams=True,
     )  # fmt: skip
     len_q = p.rows[2]
     if tree is not None:
@@ -301,7 +312,10 @@ def attend_newest(
         spans = np.full((batch, len_q, 2), (apart, tokens.most), np.int64)
         p.extras = p.extras._replace(spans=spans, sinks=None)  # the first has these
     _place(p, keys, tokens)
-    report = _problem.forward(p, target, lse)
+    if p.rows[0] != batch:
+        report = _forward_beams(p, batch, target, lse)
+    else:
+        report = _problem.forward(p, target, lse)
     if report is not None:
         planned = _problem.Planned(p, report, view if apart else target, out)
         planned.also += plans
@@ -315,6 +329,25 @@ def attend_newest(
         with np.errstate(all="ignore"):  # rounding is silent, as that of the core
             view[...] = target
     return (result, lse) if return_lse else result
+
+
+def _forward_beams(p: Problem, batch: int, out: Array, lse: Array | None) -> Any:
+    """Attention of sequences b r ... b r + r - 1 of q over sequence b of the cache, into out and lse."""
+    split = batch, p.rows[0] // batch
+
+    def apart(x: Array | None) -> Any:
+        return x if x is None or x.ndim < 4 or len(x) == 1 else x.reshape(split + x.shape[1:])
+
+    def each(x: Array | None) -> Any:
+        return None if x is None else np.repeat(x, split[1])
+
+    if p.extras is not None:
+        p.extras = p.extras._replace(
+            mask=apart(p.extras.mask), bias=apart(p.extras.bias), starts=each(p.extras.starts)
+        )
+    p.q, p.k, p.v = p.q.reshape(split + p.q.shape[1:]), p.k[:, np.newaxis], p.v[:, np.newaxis]
+    p.rows, p.shape, p.lengths = split + p.rows[1:], split + p.shape[1:], each(p.lengths)
+    return _problem.forward(p, out.reshape(split + out.shape[1:]), None if lse is None else lse.reshape(p.rows))
 
 
 def _see_kept(p: Problem, lengths: Array, queries: Any, n: int, out: Array, lse: Array | None) -> Any:

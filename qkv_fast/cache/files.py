@@ -34,8 +34,11 @@ _HEAD = struct.Struct("<8sIQQ17s7q")
 _MORE = struct.Struct("<16sQ")
 
 
+WHOLE = -2
+
+
 class Geometry(NamedTuple):
-    """The shape of a cache; window -1 is none."""
+    """The shape of a cache; window -1 is none, and WHOLE none and an encoder's tokens, which all queries see."""
 
     batch: int
     capacity: int
@@ -46,7 +49,7 @@ class Geometry(NamedTuple):
     def is_possible(self) -> bool:
         """Whether a cache may have these numbers, which a file says."""
         heads, dim, dim_v = self.form.kv_heads, self.form.dim, self.form.dim_v
-        ring = self.window >= 0 or (self.window == -1 and self.keep == 0)
+        ring = self.window >= 0 or (self.window in (-1, WHOLE) and self.keep == 0)
         dims = 1 <= dim <= _core.MAX_DIM and 1 <= dim_v <= _core.MAX_DIM
         dims = dims and (dim_v <= dim or not self.form.latent)
         return dims and heads >= 1 and self.keep >= 0 and ring and self.capacity - self.keep > max(self.window, 0)
@@ -68,6 +71,7 @@ class Geometry(NamedTuple):
         form = self.form
         latent = ", latent" if form.latent else ""
         ring = f", window {self.window}, keep {self.keep}" if self.window >= 0 else ""
+        ring += ", not causal" if self.window == WHOLE else ""
         return (
             f"batch {self.batch}, kv_heads {form.kv_heads}, head_dim {form.dim}, value_dim {form.dim_v}, "
             f"capacity {self.capacity}, {' and '.join(dict.fromkeys((form.k.name, form.v.name)))}{latent}{ring}"

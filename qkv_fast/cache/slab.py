@@ -16,7 +16,7 @@ from .._core import Problem
 from .._help import documented
 from . import bounds, files, types
 from .attend import Held, Keys, Tokens, ask_newest, attend_newest, check_chosen, check_index, check_starts, check_tokens
-from .files import Geometry, Store
+from .files import WHOLE, Geometry, Store
 from .moves import Moves
 from .questions import Questions
 from .ring import Ring
@@ -66,6 +66,9 @@ class KVCache(Questions):
         The cache is a memory map of this file, which other processes can `open`. It is made if it does not exist; else
         it must be that of a cache with these parameters, and the cache has the tokens of its last `flush`. Not with
         `window`. One process at a time may write.
+    causal : bool, default True
+        False is for the keys of an encoder: every query sees all tokens of its sequence, and several queries may read
+        one sequence (beams). Not with `window`.
 
     Raises
     ------
@@ -136,6 +139,7 @@ class KVCache(Questions):
         keep: int = 0,
         bounds: bool = False,
         path: str | os.PathLike[str] | None = None,
+        causal: bool = True,
     ) -> None:
         where = "KVCache"
         form = types.check_form(where, kv_heads, head_dim, value_dim, dtype, value_dtype, latent)
@@ -144,7 +148,12 @@ class KVCache(Questions):
         keep = types.count(where, "keep", keep, 0)
         if window is None and keep:
             raise ValueError(f"{where}: keep is for a ring, which takes window as well (keep={keep})")
-        reach = -1 if window is None else types.count(where, "window", window, 0)
+        if not isinstance(causal, bool | np.bool_):
+            raise TypeError(f"{where}: causal must be True or False, got {causal!r}")
+        if window is not None and not causal:
+            raise ValueError(f"{where}: a ring is causal, an encoder's tokens have no window (window={window!r})")
+        none = -1 if causal else WHOLE
+        reach = none if window is None else types.count(where, "window", window, 0)
         if capacity - keep <= reach:
             given = f"capacity={capacity}, keep={keep}, window={window}"
             raise ValueError(f"{where}: capacity must be more than keep + window: the window and the token ({given})")
@@ -266,6 +275,10 @@ class KVCache(Questions):
         "Of a ring: first tokens that stay.", "KVCache(2, 4, 64, 100, window=50, keep=4).keep -> 4",
         lambda c: int(c._geometry.keep),
     )  # fmt: skip
+    causal = Shown(
+        "False for the keys of an encoder, which all queries see.", "KVCache(2, 4, 64, 100).causal -> True",
+        lambda c: bool(c._geometry.window != WHOLE),
+    )  # fmt: skip
 
     @property
     def lengths(self) -> Array:
@@ -380,6 +393,7 @@ class KVCache(Questions):
     def __repr__(self) -> str:
         batch, capacity, window, keep, form = self._geometry
         ring = f", window={window}, keep={keep}" if window >= 0 else ", bounds=True" if self._bounds is not None else ""
+        ring += "" if self.causal else ", causal=False"
         starts = f", starts={self._starts.tolist()}" if self._padded else ""
         return (
             f"KVCache(batch={batch}, kv_heads={form.kv_heads}, head_dim={form.dim}, capacity={capacity}{form.dims}, "
@@ -509,15 +523,19 @@ class KVCache(Questions):
         Parameters
         ----------
         <newest_q>
+            Of an encoder's cache also batch * r sequences: number b r to b r + r - 1 read sequence b of the cache, once
+            for all of them.
         <newest_lengths>
         <tree>
         <mask>
             Here Lq is L, and Lk the tokens of the longest sequence.
         <bias>
         <causal>
-            True by default, and here not "top-left": a query sees no token after its own.
+            True by default, and here not "top-left": a query sees no token after its own. It means nothing in an
+            encoder's cache.
         <window>
-            For a ring: not further to the left than its own window, which is the default.
+            For a ring: not further to the left than its own window, which is the default. Nor have an encoder's tokens
+            one, or ALiBi.
         <alibi_slopes>
         <sinks>
         <softcap>
@@ -704,7 +722,8 @@ class KVCache(Questions):
         return form, tokens, lambda *asked: self._find(tokens.lengths, reach, starts, *asked), window, keep
 
     def _tokens(self) -> Tokens:
-        return Tokens(self._lengths, self._least, self._most, self._starts if self._padded else None)
+        starts = self._starts if self._padded else None
+        return Tokens(self._lengths, self._least, self._most, starts, not self.causal)
 
     def _find(
         self, lengths: Array, reach: Array, starts: Array, where: str, left: int, queries: Any, join: bool

@@ -319,7 +319,7 @@ DAMAGE = {
 # Numbers that no cache has, in a header that is whole: where they stand, and what they are.
 IMPOSSIBLE = {
     "heads": (53, 0), "dim": (61, 0), "large dim": (61, 20000), "value_dim": (69, -4), "capacity": (77, 0),
-    "window": (85, -2), "wide window": (85, 20), "keep": (93, -1), "keep without window": (93, 3),
+    "window": (85, -3), "wide window": (85, 20), "keep": (93, -1), "keep without window": (93, 3),
     "tokens": (101, 10**9), "negative tokens": (109, -5), "reach": (117, 3), "far reach": (125, 2**62 + 1),
     "starts": (133, 8), "negative starts": (141, -1),
     "commit": (20, 2**63),
