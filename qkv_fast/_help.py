@@ -123,6 +123,7 @@ newest_asked_lengths : int or array_like of int, optional
 # Entries that go together.
 _ASKED = """
 <newest_asked_lengths>
+<tree>
 <mask>
     Here Lq is L, and Lk the tokens of the longest sequence.
 <bias>

@@ -232,14 +232,16 @@ def _place(p: Problem, keys: Keys, tokens: Tokens) -> None:
 
 
 def ask_newest(
-    where: str, held: Held, q: Any, lengths: Any, *arguments: Any, values: bool = False
+    where: str, held: Held, q: Any, lengths: Any, tree: Any, mask: Any, *arguments: Any, values: bool = False
 ) -> Problem:
     """The problem of a question, with or without values; `arguments` are the others of _newest."""
     form, tokens, find, limit, keep = held
     if words := arguments[-1]:
         _fail_words(where, words, _problem.OF_CACHES, _OF_QUESTIONS)
     dim_v = form.dim_v if values else 0
-    p, queries = _newest(where, form, tokens, limit, dim_v, q, lengths, *arguments)
+    p, queries = _newest(where, form, tokens, limit, dim_v, q, lengths, mask, *arguments)
+    if tree is not None:
+        _take_tree(p, tokens, queries, tree, mask)
     p.heads_first, p.shape = True, (*p.rows, dim_v)
     if values and _beyond(p, tokens, keep):
         raise ValueError(

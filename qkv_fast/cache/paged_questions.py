@@ -22,6 +22,7 @@ class PagedQuestions:
         q: Any,
         *,
         lengths: Any = None,
+        tree: Any = None,
         mask: Any = None,
         bias: Any = None,
         causal: bool = True,
@@ -67,8 +68,8 @@ class PagedQuestions:
         array([4., 6.], dtype=float32)
         """
         p = self._ask(
-            "PagedKVCache.largest", sequences, q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap,
-            scale, layout, num_threads, words,
+            "PagedKVCache.largest", sequences, q, lengths, tree, mask, bias, causal, window, alibi_slopes, sinks,
+            softcap, scale, layout, num_threads, words,
         )  # fmt: skip
         return _answers.largest(p)
 
@@ -79,6 +80,7 @@ class PagedQuestions:
         q: Any,
         *,
         lengths: Any = None,
+        tree: Any = None,
         mask: Any = None,
         bias: Any = None,
         causal: bool = True,
@@ -124,8 +126,8 @@ class PagedQuestions:
         array([2., 3.], dtype=float32)
         """
         p = self._ask(
-            "PagedKVCache.entropy", sequences, q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap,
-            scale, layout, num_threads, words,
+            "PagedKVCache.entropy", sequences, q, lengths, tree, mask, bias, causal, window, alibi_slopes, sinks,
+            softcap, scale, layout, num_threads, words,
         )  # fmt: skip
         return _answers.entropy(p)
 
@@ -137,6 +139,7 @@ class PagedQuestions:
         n: int = 5,
         *,
         lengths: Any = None,
+        tree: Any = None,
         mask: Any = None,
         bias: Any = None,
         causal: bool = True,
@@ -187,8 +190,8 @@ class PagedQuestions:
         (array([[2, 1]]), array([[0.665, 0.245]], dtype=float32))
         """
         p = self._ask(
-            "PagedKVCache.top_keys", sequences, q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap,
-            scale, layout, num_threads, words,
+            "PagedKVCache.top_keys", sequences, q, lengths, tree, mask, bias, causal, window, alibi_slopes, sinks,
+            softcap, scale, layout, num_threads, words,
         )  # fmt: skip
         return _answers.top_keys(p, n)
 
@@ -201,6 +204,7 @@ class PagedQuestions:
         lse: Any = None,
         queries: Any = None,
         lengths: Any = None,
+        tree: Any = None,
         mask: Any = None,
         bias: Any = None,
         causal: bool = True,
@@ -252,8 +256,8 @@ class PagedQuestions:
         array([0.833, 0.833, 0.333], dtype=float32)
         """
         p = self._ask(
-            "PagedKVCache.received", sequences, q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap,
-            scale, layout, num_threads, words,
+            "PagedKVCache.received", sequences, q, lengths, tree, mask, bias, causal, window, alibi_slopes, sinks,
+            softcap, scale, layout, num_threads, words,
         )  # fmt: skip
         return _answers.received(p, lse, queries)
 
@@ -267,6 +271,7 @@ class PagedQuestions:
         keys: Any = None,
         lse: Any = None,
         lengths: Any = None,
+        tree: Any = None,
         mask: Any = None,
         bias: Any = None,
         causal: bool = True,
@@ -319,8 +324,8 @@ class PagedQuestions:
                [0.333, 0.333]], dtype=float32)
         """
         p = self._ask(
-            "PagedKVCache.weights", sequences, q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap,
-            scale, layout, num_threads, words,
+            "PagedKVCache.weights", sequences, q, lengths, tree, mask, bias, causal, window, alibi_slopes, sinks,
+            softcap, scale, layout, num_threads, words,
         )  # fmt: skip
         return _answers.weights(p, queries, keys, lse)
 
@@ -334,6 +339,7 @@ class PagedQuestions:
         *,
         lse: Any = None,
         lengths: Any = None,
+        tree: Any = None,
         mask: Any = None,
         bias: Any = None,
         causal: bool = True,
@@ -389,8 +395,8 @@ class PagedQuestions:
                [0.292, 0.208]], dtype=float32)
         """
         p = self._ask(
-            "PagedKVCache.pooled", sequences, q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap,
-            scale, layout, num_threads, words,
+            "PagedKVCache.pooled", sequences, q, lengths, tree, mask, bias, causal, window, alibi_slopes, sinks,
+            softcap, scale, layout, num_threads, words,
         )  # fmt: skip
         return _answers.pooled(p, shape, reduce, lse)
 
@@ -402,6 +408,7 @@ class PagedQuestions:
         *,
         groups: Any = None,
         lengths: Any = None,
+        tree: Any = None,
         mask: Any = None,
         bias: Any = None,
         causal: bool = True,
@@ -451,7 +458,7 @@ class PagedQuestions:
         array([2. , 0.5, 2.5], dtype=float32)
         """
         p = self._ask(
-            "PagedKVCache.influence", sequences, q, lengths, mask, bias, causal, window, alibi_slopes, sinks,
+            "PagedKVCache.influence", sequences, q, lengths, tree, mask, bias, causal, window, alibi_slopes, sinks,
             softcap, scale, layout, num_threads, words, values=True,
         )  # fmt: skip
         return _answers.influence(p, groups)

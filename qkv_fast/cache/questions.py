@@ -21,6 +21,7 @@ class Questions:
         q: Any,
         *,
         lengths: Any = None,
+        tree: Any = None,
         mask: Any = None,
         bias: Any = None,
         causal: bool = True,
@@ -63,8 +64,8 @@ class Questions:
         array([4., 6.], dtype=float32)
         """
         p = self._ask(
-            "KVCache.largest", q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale, layout,
-            num_threads, words,
+            "KVCache.largest", q, lengths, tree, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale,
+            layout, num_threads, words,
         )  # fmt: skip
         return _answers.largest(p)
 
@@ -74,6 +75,7 @@ class Questions:
         q: Any,
         *,
         lengths: Any = None,
+        tree: Any = None,
         mask: Any = None,
         bias: Any = None,
         causal: bool = True,
@@ -116,8 +118,8 @@ class Questions:
         array([2., 3.], dtype=float32)
         """
         p = self._ask(
-            "KVCache.entropy", q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale, layout,
-            num_threads, words,
+            "KVCache.entropy", q, lengths, tree, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale,
+            layout, num_threads, words,
         )  # fmt: skip
         return _answers.entropy(p)
 
@@ -128,6 +130,7 @@ class Questions:
         n: int = 5,
         *,
         lengths: Any = None,
+        tree: Any = None,
         mask: Any = None,
         bias: Any = None,
         causal: bool = True,
@@ -175,8 +178,8 @@ class Questions:
         (array([[2, 1]]), array([[0.665, 0.245]], dtype=float32))
         """
         p = self._ask(
-            "KVCache.top_keys", q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale, layout,
-            num_threads, words,
+            "KVCache.top_keys", q, lengths, tree, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale,
+            layout, num_threads, words,
         )  # fmt: skip
         return _answers.top_keys(p, n)
 
@@ -188,6 +191,7 @@ class Questions:
         lse: Any = None,
         queries: Any = None,
         lengths: Any = None,
+        tree: Any = None,
         mask: Any = None,
         bias: Any = None,
         causal: bool = True,
@@ -236,8 +240,8 @@ class Questions:
         array([0.833, 0.833, 0.333], dtype=float32)
         """
         p = self._ask(
-            "KVCache.received", q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale, layout,
-            num_threads, words,
+            "KVCache.received", q, lengths, tree, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale,
+            layout, num_threads, words,
         )  # fmt: skip
         return _answers.received(p, lse, queries)
 
@@ -250,6 +254,7 @@ class Questions:
         keys: Any = None,
         lse: Any = None,
         lengths: Any = None,
+        tree: Any = None,
         mask: Any = None,
         bias: Any = None,
         causal: bool = True,
@@ -300,8 +305,8 @@ class Questions:
                [0.333, 0.333]], dtype=float32)
         """
         p = self._ask(
-            "KVCache.weights", q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale, layout,
-            num_threads, words,
+            "KVCache.weights", q, lengths, tree, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale,
+            layout, num_threads, words,
         )  # fmt: skip
         return _answers.weights(p, queries, keys, lse)
 
@@ -314,6 +319,7 @@ class Questions:
         *,
         lse: Any = None,
         lengths: Any = None,
+        tree: Any = None,
         mask: Any = None,
         bias: Any = None,
         causal: bool = True,
@@ -366,8 +372,8 @@ class Questions:
                [0.292, 0.208]], dtype=float32)
         """
         p = self._ask(
-            "KVCache.pooled", q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale, layout,
-            num_threads, words,
+            "KVCache.pooled", q, lengths, tree, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale,
+            layout, num_threads, words,
         )  # fmt: skip
         return _answers.pooled(p, shape, reduce, lse)
 
@@ -378,6 +384,7 @@ class Questions:
         *,
         groups: Any = None,
         lengths: Any = None,
+        tree: Any = None,
         mask: Any = None,
         bias: Any = None,
         causal: bool = True,
@@ -426,8 +433,8 @@ class Questions:
         array([2. , 0.5, 2.5], dtype=float32)
         """
         p = self._ask(
-            "KVCache.influence", q, lengths, mask, bias, causal, window, alibi_slopes, sinks,
-            softcap, scale, layout, num_threads, words, values=True,
+            "KVCache.influence", q, lengths, tree, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale,
+            layout, num_threads, words, values=True,
         )  # fmt: skip
         return _answers.influence(p, groups)
 

@@ -591,6 +591,35 @@ def test_trees(dtype, lq):
                 )
 
 
+QUESTIONS = {
+    "largest": {}, "entropy": {}, "top_keys": dict(n=3), "received": {}, "weights": dict(queries=[4, 1]),
+    "pooled": dict(shape=(3, 7)), "influence": {},
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_questions_with_trees(name):
+    """As of the mask that says the same of all tokens: in slabs, pages and rings."""
+    rng = np.random.default_rng(0)
+    q, k, v = qkv(1, batch=(1,), heads=(4, 2), lengths=(5, 70), dims=(8, 8))
+    tree = np.tril(rng.random((5, 5)) < 0.6) | np.eye(5, dtype=bool)
+    seen = np.hstack([np.ones((5, 65), bool), tree])
+    slab, ring = (qkv_fast.KVCache(1, 2, 8, 70, window=window) for window in (None, 65))
+    pool = qkv_fast.PagedKVCache(2, 8, 20, page_size=16)
+    s = pool.add()
+    for cache, own in ((slab, ()), (ring, ()), (pool, ([s],))):
+        cache.append(*own, k, v)
+        ask = getattr(cache, name)
+        for options in ({}, dict(alibi_slopes=np.full(4, 0.1), window=(30, None))):
+            options |= QUESTIONS[name]
+            got, expected = ask(*own, q, tree=tree, **options), ask(*own, q, mask=seen, causal=False, **options)
+            for x, y in zip(got, expected, strict=True):
+                same_bits(x, y)
+        with pytest.raises(ValueError, match=f"{name}: tree and mask exclude each other"):
+            ask(*own, q, **QUESTIONS[name], tree=tree, mask=seen)
+
+
 def test_trees_in_rings_and_pages():
     rng = np.random.default_rng(0)
     q, k, v = qkv(1, batch=(1,), heads=(4, 2), lengths=(5, 70), dims=(8, 8))
