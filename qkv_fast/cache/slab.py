@@ -152,6 +152,8 @@ class KVCache(Questions):
             raise TypeError(f"{where}: causal must be True or False, got {causal!r}")
         if window is not None and not causal:
             raise ValueError(f"{where}: a ring is causal, an encoder's tokens have no window (window={window!r})")
+        if bounds and not causal:
+            raise ValueError(f"{where}: bounds are of the keys of a causal cache, got causal=False")
         none = -1 if causal else WHOLE
         reach = none if window is None else types.count(where, "window", window, 0)
         if capacity - keep <= reach:
@@ -456,7 +458,7 @@ class KVCache(Questions):
             at = int(ends.argmax())
             used, capacity = int(self._lengths[at]), geometry.capacity
             raise ValueError(f"{where}: {most - used} tokens after {used} are {most}, the capacity is {capacity}")
-        return k, v, n, counts, Tokens(ends, least, most, begins)
+        return k, v, n, counts, Tokens(ends, least, most, begins, self._geometry.window == WHOLE)
 
     def _add(self, new: New) -> None:
         k, v, n, counts, tokens = new
@@ -473,7 +475,7 @@ class KVCache(Questions):
                 self._write(self._k[b : b + 1], self._v[b : b + 1], k[b : b + 1, :, :n], v[b : b + 1, :, :n], begin, n)
         if self._bounds is not None:
             self._bound(self._lengths, tokens.lengths)
-        self._lengths, self._least, self._most, starts = tokens
+        self._lengths, self._least, self._most, starts, _ = tokens
         if starts is not None:
             self._starts, self._padded = starts, True
 
@@ -723,7 +725,7 @@ class KVCache(Questions):
 
     def _tokens(self) -> Tokens:
         starts = self._starts if self._padded else None
-        return Tokens(self._lengths, self._least, self._most, starts, not self.causal)
+        return Tokens(self._lengths, self._least, self._most, starts, self._geometry.window == WHOLE)
 
     def _find(
         self, lengths: Array, reach: Array, starts: Array, where: str, left: int, queries: Any, join: bool

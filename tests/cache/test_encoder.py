@@ -80,6 +80,13 @@ def test_equals_the_reference():
     compare(cache.attend(q, return_lse=True), (q, k, v))
 
 
+def test_step_appends_and_attends():
+    one, other = made("float32", (40, 25)), made("float32", (40, 25))
+    q, k, v = (np.random.default_rng(4).standard_normal((BATCH, n, 2, DIM), "f4") for n in (4, HEADS, HEADS))
+    other.append(k, v)
+    same_bits(one.step(q, k, v), other.attend(q))
+
+
 def test_questions_see_all_tokens():
     cache = made("float32", (40, 25))
     q = np.random.default_rng(3).standard_normal((BATCH, 4, 5, DIM), "f4")
