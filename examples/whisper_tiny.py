@@ -155,9 +155,8 @@ class Whisper:
             for part in ("encoder", "decoder")
         }
         self.tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
-        self.start, self.plain, self.end = map(
-            self.tokenizer.token_to_id, ("<|startoftranscript|>", "<|notimestamps|>", "<|endoftext|>")
-        )
+        names = "<|startoftranscript|>", "<|notimestamps|>", "<|endoftext|>", "<|nocaptions|>"
+        self.start, self.plain, self.end, self.silence = map(self.tokenizer.token_to_id, names)
         config = json.loads((path / "config.json").read_text())
         self.alignment_heads = np.array(config["alignment_heads"])  # (layer, head) each
         self.allowed = np.ones(len(self.embedding), bool)  # in a transcript: no signs of music, no brackets …
@@ -271,6 +270,11 @@ class Whisper:
                     cache.reorder(parent[on])
         score, text = max(finished)
         return text, float(score)
+
+    def no_speech(self, remembered):
+        """The probability that nobody speaks: that of a token of its own, as the first of all."""
+        hidden = self.decode(np.array([[self.start]]), self.caches(1), remembered)[:, 0]
+        return float(softmax(hidden @ self.embedding.T)[0, self.silence])
 
     def align(self, remembered, tokens, frames):
         """When each of the N tokens begins, and the last ends, in seconds: (N + 1,) of rising numbers.

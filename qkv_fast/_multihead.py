@@ -263,7 +263,7 @@ class MultiHeadAttention:
         sequences : sequence of int, optional
             With a PagedKVCache: the numbers of its sequences that x is of.
         starts : int or array_like of int, optional
-            With a KVCache whose sequences are empty: how many of their first tokens are padding, as for its `append`.
+            With a cache whose sequences are empty: how many of their first tokens are padding, as for its `append`.
         positions : array_like of int, optional
             Of the tokens of x, as for `rope`; for a layer without it they mean nothing. By default they begin at 0, or
             where a sequence of the cache ends, without its padding, or anew in each packed sequence.
@@ -292,12 +292,12 @@ class MultiHeadAttention:
         x = _as_array("x", x, where)
         held = None
         if cache is not None:
-            held = _held(cache, sequences, starts, x)
+            held = _held(cache, sequences, x)
         elif sequences is not None or starts is not None:
             raise ValueError(f"{where}: sequences and starts are those of a cache, and none is given")
         if positions is None and self._rope is not None:
             if held is not None:
-                positions = _cached_positions(cache, held, starts, x)
+                positions = _cached_positions(cache, sequences, held, starts, x)
             elif "cu_seqlens_q" in options and x.ndim > 1:
                 positions = _packed_positions(options["cu_seqlens_q"], x.shape[-2])
         q = self.queries(x, positions, num_threads=num_threads)
@@ -343,7 +343,7 @@ def _packed_positions(starts: Any, tokens: int) -> Array:
     return positions
 
 
-def _held(cache: Any, sequences: Any, starts: Any, x: Array) -> Array:
+def _held(cache: Any, sequences: Any, x: Array) -> Array:
     """The tokens that a cache has of each sequence of x."""
     where = "MultiHeadAttention"
     if not isinstance(cache, (KVCache, PagedKVCache)):
@@ -351,8 +351,6 @@ def _held(cache: Any, sequences: Any, starts: Any, x: Array) -> Array:
     if isinstance(cache, PagedKVCache):
         if sequences is None:
             raise ValueError(f"{where}: a PagedKVCache takes sequences=, the numbers of those that x is of")
-        if starts is not None:
-            raise ValueError(f"{where}: starts are those of a KVCache; pages are filled with real tokens, by lengths=")
         lengths: Array = cache.lengths(sequences)
     elif sequences is not None:
         raise ValueError(f"{where}: sequences are those of a PagedKVCache; a KVCache takes all of its own")
@@ -363,10 +361,10 @@ def _held(cache: Any, sequences: Any, starts: Any, x: Array) -> Array:
     return lengths
 
 
-def _cached_positions(cache: Any, lengths: Array, starts: Any, x: Array) -> Array:
+def _cached_positions(cache: Any, sequences: Any, lengths: Array, starts: Any, x: Array) -> Array:
     """From where the sequences of a cache end, counted from their first token that is no padding, which is at 0."""
     positions: Array = lengths[:, None] + np.arange(x.shape[1])
-    padding = cache.starts if isinstance(cache, KVCache) else np.zeros_like(lengths)
+    padding = cache.starts if sequences is None else cache.starts(sequences)
     if starts is not None:
         padding = np.maximum(padding, _per_sequence("MultiHeadAttention", "starts", starts, lengths.shape))
     own: Array = np.maximum(positions - padding[:, None], 0)

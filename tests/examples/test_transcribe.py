@@ -37,7 +37,9 @@ features = StorageView.from_array(np.load(sys.argv[1]))
 start, plain = 50257, 50362
 answer = {"memory": np.array(model.encode(features, to_cpu=True))[0].tolist()}
 for beam in BEAMS:
-    found = model.generate(features, [[start, plain]], beam_size=beam, return_scores=True)[0]
+    wanted = dict(return_scores=True, return_no_speech_prob=True)
+    found = model.generate(features, [[start, plain]], beam_size=beam, **wanted)[0]
+    answer["no speech"] = found.no_speech_prob
     answer[f"tokens {beam}"], answer[f"score {beam}"] = found.sequences_ids[0], found.scores[0]
     aligned = model.align(features, [start], [found.sequences_ids[0]], int(sys.argv[2]))[0].alignments
     answer[f"path {beam}"] = aligned
@@ -306,8 +308,31 @@ def test_long_recordings_are_cut_where_they_are_quiet():
 
 
 def test_very_short_recording(model):
-    found = transcribe.transcribe(model, np.zeros(100, np.float32), 1)
-    assert found and all(second == 0 for _, second in found)
+    """Of less than a frame: all is there at once."""
+    remembered = model.remember(model.encode(whisper_tiny.log_mel(np.zeros(100, np.float32))))
+    tokens, _ = model.transcribe(remembered, 1)
+    assert tokens and model.align(remembered, tokens, frames=1).tolist() == [0.0] * (len(tokens) + 1)
+
+
+def test_no_speech_is_as_likely_as_for_ctranslate2(model, remembered, theirs):
+    assert model.no_speech(remembered) == pytest.approx(theirs["no speech"], abs=1e-3)
+
+
+@pytest.mark.parametrize("sound", ["nothing", "noise", "hum"])
+def test_silence(model, sound):
+    t = np.arange(5 * 16000) / 16000
+    noise = np.random.default_rng(0).standard_normal(len(t))
+    samples = {"nothing": 0 * t, "noise": 1e-3 * noise, "hum": 1e-2 * np.sin(2 * np.pi * 50 * t)}[sound]
+    assert transcribe.transcribe(model, samples.astype(np.float32), 1) == []
+
+
+def test_silence_before_words(model, samples):
+    """A piece without a word before one with some: the words come with their times. The first takes the silence."""
+    found = transcribe.transcribe(model, np.concatenate([np.zeros(30 * 16000, np.float32), samples]), 5)
+    alone = transcribe.transcribe(model, samples, 5)
+    assert [word for word, _ in found] == [word for word, _ in alone] == SAID.split()
+    error = np.subtract([second for _, second in found], [second for _, second in alone]) - 30
+    assert np.abs(error[1:]).max() <= 0.3
 
 
 @pytest.mark.full
@@ -335,6 +360,12 @@ def test_program(model):
     seconds, found = zip(*(line.split() for line in times.splitlines()), strict=True)
     assert list(found) == text.split() and sorted(map(float, seconds)) == list(map(float, seconds))
     assert re.fullmatch(r"9\.96 s of sound in [\d.]+ s: real-time factor \d\.\d{3}\n", figures)
+
+
+def test_program_with_a_recording_of_silence(tmp_path, model):
+    done = run(PROGRAM, write_wav(tmp_path / "a.wav", np.zeros((8000, 1))))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("No speech.\n\n\n0.50 s of sound in ")
 
 
 @pytest.mark.full

@@ -202,17 +202,20 @@ def test_caches(case, kind):
         case.close(np.concatenate(rows), case.alone(text, **seen))
 
 
-@given(case=cases())
-def test_prompts_padded_on_the_left(case):
+@given(case=cases(), paged=st.booleans())
+def test_prompts_padded_on_the_left(case, paged):
     """Padding is NaN, and positions begin where a text does."""
     rng, options = case.rng, case.changes()
     batch, length, more = int(rng.integers(1, 4)), int(rng.integers(1, 12)), int(rng.integers(1, 5))
     starts = rng.integers(0, length, batch)
     x = case.tokens(batch, length + more, N)
     x[np.arange(length + more) < starts[:, None]] = np.nan
-    cache = qkv_fast.KVCache(batch, case.kv_heads, case.dim, 40, dtype=case.dtype)
-    got = [case.layer(x[:, :length], cache=cache, starts=starts, **options)]
-    got += [case.layer(x[:, i : i + 1], cache=cache, **options) for i in range(length, length + more)]
+    where = dict(cache=qkv_fast.KVCache(batch, case.kv_heads, case.dim, 40, dtype=case.dtype))
+    if paged:
+        pages = qkv_fast.PagedKVCache(case.kv_heads, case.dim, 40, page_size=3, dtype=case.dtype)
+        where = dict(cache=pages, sequences=[pages.add() for _ in range(batch)])
+    got = [case.layer(x[:, :length], starts=starts, **where, **options)]
+    got += [case.layer(x[:, i : i + 1], **where, **options) for i in range(length, length + more)]
     got = np.concatenate(got, axis=1)
     for b, start in enumerate(starts):
         case.close(got[b, start:], case.alone(x[b, start:], causal=True, **options))
