@@ -165,6 +165,8 @@ def _newest(
     len_q = p.rows[2]
     if new is not None and len_q != new:
         raise ValueError(f"{where}: q must be of the tokens that k and v are of, {new} each, got {len_q}")
+    if form.rotate:
+        p.q = form.k.rotated(p.q)
     if limit is not None:
         if window is not None and (p.left is None or p.left > limit):
             reach = "without end" if p.left is None else p.left
@@ -230,6 +232,7 @@ def ask_newest(
     dim_v = form.dim_v if values else 0
     p, queries = _newest(where, form, tokens, limit, dim_v, q, lengths, *arguments)
     p.heads_first, p.shape = True, (*p.rows, dim_v)
+    p.number = p.q.dtype.num  # of rotated queries, that of the arithmetic
     if values and _beyond(p, tokens, keep):
         raise ValueError(
             f"{where}: a ring that keeps its first {keep} tokens beyond its window has no values at hand in one order; "
@@ -288,8 +291,9 @@ def attend_newest(
         tokens = Tokens(keys.seen, 0, int(keys.seen.max()))
         p.left = p.right = None
         apart = 0
-    if apart and p.number != wide:
-        target = _core.empty(where, p.rows + view.shape[3:], wide)  # rounded once, when both parts are there
+    rotated = form.rotate and not (view.dtype.num == wide and view.flags.carray)
+    if rotated or (apart and p.number != wide):  # rounded once, when all is there
+        target = _core.empty(where, p.rows + view.shape[3:], wide)
     elif out is not None and _problem.overlaps(p, out):
         target = _core.empty(where, p.rows + view.shape[3:], out.dtype.num)
     lse = _core.empty(where, p.rows, wide) if return_lse or apart else None
@@ -303,7 +307,7 @@ def attend_newest(
     _place(p, keys, tokens)
     report = _problem.forward(p, target, lse)
     if report is not None:
-        planned = _problem.Planned(p, report, view if apart else target, out)
+        planned = _problem.Planned(p, report, view if apart or form.rotate else target, out)
         planned.also += plans
         planned.longest = longest
         stored = batch, form.kv_heads, longest
@@ -311,6 +315,8 @@ def attend_newest(
         return planned
     if apart:
         target[...], lse = merge_partials([first[0], target], [first[1], lse])
+    if form.rotate:
+        form.v.rotate_back(target)
     if target is not view:
         with np.errstate(all="ignore"):  # rounding is silent, as that of the core
             view[...] = target
