@@ -773,10 +773,10 @@ cdef int64_t length_of(cnp.ndarray x, int axis) noexcept:
     return 1 if axis > n else cnp.PyArray_DIM(x, n - axis)
 
 
-cdef void fill_storage(qkv_storage *s, cnp.ndarray x, cnp.ndarray rows, str stored, int isa) noexcept:
+cdef void fill_storage(qkv_storage *s, cnp.ndarray x, cnp.ndarray rows, int64_t turn, int isa) noexcept:
     cdef int i
     s.type = type_of(x)
-    s.stored = quantised(stored)
+    s.turn = turn
     s.swapped = cnp.PyArray_ISBYTESWAPPED(x)
     s.isa = isa
     for i in range(3):
@@ -787,19 +787,30 @@ cdef void fill_storage(qkv_storage *s, cnp.ndarray x, cnp.ndarray rows, str stor
     s.x_step = stride_of(x, 1) if s.dim > 1 else cnp.PyArray_ITEMSIZE(x)
 
 
-def quantise(cnp.ndarray x not None, cnp.ndarray rows not None, str stored, int isa):
+def quantise(cnp.ndarray x not None, cnp.ndarray rows not None, str stored, int64_t turn, int isa):
     """The `rows` (..., tokens, bytes), uint8, of a cache from x (..., tokens, dim), with one or two axes in front; `stored`
-    is "int8" or "int4"."""
+    is "int8" or "int4", and `turn` what qkv.h says."""
     cdef qkv_storage s
-    fill_storage(&s, x, rows, stored, isa)
+    s.stored = quantised(stored)
+    fill_storage(&s, x, rows, turn, isa)
     with nogil:
         qkv_quantise(&s, <const char *>cnp.PyArray_DATA(x), <char *>cnp.PyArray_DATA(rows))
 
 
-def dequantise(cnp.ndarray rows not None, cnp.ndarray x not None, str stored, int isa):
+def turn_rows(cnp.ndarray x not None, cnp.ndarray rotated not None, int64_t turn, bint back, int isa):
+    """x (batch, heads, tokens, dim) rotated, or back, into the contiguous array of the type of its arithmetic."""
+    cdef qkv_storage s
+    s.stored = QKV_I8
+    fill_storage(&s, x, x, turn, isa)
+    with nogil:
+        qkv_turn_rows(&s, <const char *>cnp.PyArray_DATA(x), cnp.PyArray_DATA(rotated), back)
+
+
+def dequantise(cnp.ndarray rows not None, cnp.ndarray x not None, str stored, int64_t turn, int isa):
     """The contiguous float32 x from the rows."""
     cdef qkv_storage s
-    fill_storage(&s, x, rows, stored, isa)
+    s.stored = quantised(stored)
+    fill_storage(&s, x, rows, turn, isa)
     with nogil:
         qkv_dequantise(&s, <const char *>cnp.PyArray_DATA(rows), <float *>cnp.PyArray_DATA(x))
 

@@ -309,6 +309,7 @@ cdef extern from "qkv.h" nogil:
     ctypedef struct qkv_storage:
         qkv_type type
         qkv_type stored
+        int64_t turn
         int swapped
         int isa
         int64_t count[3]
@@ -318,4 +319,5 @@ cdef extern from "qkv.h" nogil:
         int64_t rows_at[3]
 
     void qkv_quantise(const qkv_storage *storage, const char *x, char *rows)
+    void qkv_turn_rows(const qkv_storage *storage, const char *x, void *rotated, int back)
     void qkv_dequantise(const qkv_storage *storage, const char *rows, float *x)

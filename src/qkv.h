@@ -408,10 +408,16 @@ double qkv_read_rate(const void *data, size_t bytes, int threads, double seconds
 double qkv_copy_rate(void *to, const void *data, size_t bytes, int threads, double seconds);    /* bytes copied per second */
 double qkv_fork_join(int threads, int repeats);                               /* seconds per empty parallel call */
 
-/* Rows of a cache in I8 or I4, from rows of numbers and back; on the calling thread. */
+/* Rows of a cache in I8 or I4, from rows of numbers and back; on the calling thread.
+ *
+ * Rotated rows are multiplied before they are quantised by an orthogonal matrix of blocks, of descending powers of two, which
+ * begin at element 0 and again at `turn`: 576 elements with turn 512 have blocks of 512 and 64, and 96 ones, of 64 and 32. A block
+ * is the Hadamard matrix over the square root of its size n, after a sign for each element (cache.c). Files hold such rows, so this
+ * does not change. */
 typedef struct {
     qkv_type type;                    /* of x: no quantised one */
-    qkv_type stored;
+    qkv_type stored;                  /* not looked at by qkv_turn_rows */
+    int64_t turn;                     /* -1: rows are not rotated */
     int swapped;                      /* byte order of x differs from the machine's */
     int isa;                          /* only decides how rows are copied */
     int64_t count[3];                 /* sequences, heads, tokens */
@@ -421,6 +427,9 @@ typedef struct {
 } qkv_storage;
 
 void qkv_quantise(const qkv_storage *storage, const char *x, char *rows);
+/* The rotation alone, or back, from rows of numbers x to contiguous ones of the type of their arithmetic, which may be x. */
+void qkv_turn_rows(const qkv_storage *storage, const char *x, void *rotated, int back);
+
 void qkv_dequantise(const qkv_storage *storage, const char *rows, float *x);  /* x is contiguous; its strides are not looked at */
 
 #endif

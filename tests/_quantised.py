@@ -62,8 +62,37 @@ def dequantise(rows, dim, stored, dtype=np.float32):
     return (n * scale[..., None]).reshape(*rows.shape[:-1], groups * 32)[..., :dim]
 
 
-def as_stored(x, dtype):
-    """What a cache of this type gives back for x, in the type of its `keys`."""
-    if dtype in QUANTISED:
-        return dequantise(quantise(np.asarray(x, np.float32), dtype), x.shape[-1], dtype)
-    return x.astype(dtype)
+def as_stored(x, dtype, turn=None):
+    """What a cache of this type gives back for x, in the type of its `keys`; rotated if `turn` is given."""
+    if dtype not in QUANTISED:
+        return x.astype(dtype)
+    x = np.asarray(x, np.float32)
+    if turn is None:
+        return dequantise(quantise(x, dtype), x.shape[-1], dtype)
+    return rotate(dequantise(quantise(rotate(x, turn), dtype), x.shape[-1], dtype), turn, back=True)
+
+
+def rotate(x, turn, back=False):
+    """x (..., dim) rotated as caches do it, bit for bit, in blocks that begin at 0 and at `turn`."""
+    x = x.copy()
+    for first, last in ((0, turn), (turn, x.shape[-1])):
+        while first < last:
+            n = 1 << (last - first).bit_length() - 1
+            block = x[..., first : first + n]
+            factors = (_signs(n) / np.sqrt(n)).astype(x.dtype)
+            if not back:
+                block *= factors
+            for h in (1 << i for i in range(n.bit_length() - 1)):
+                pairs = block.reshape(*x.shape[:-1], n // (2 * h), 2, h)
+                a, b = pairs[..., 0, :], pairs[..., 1, :]
+                block[...] = np.stack([a + b, a - b], -2).reshape(block.shape)
+            if back:
+                block *= factors
+            first += n
+    return x
+
+
+def _signs(n):
+    mixed = np.arange(n, dtype=np.uint32) * np.uint32(0x9E3779B1)
+    mixed = (mixed ^ mixed >> np.uint32(15)) * np.uint32(0x85EBCA77)
+    return np.where(mixed >> np.uint32(31), -1.0, 1.0)

@@ -174,6 +174,8 @@ def _newest(
             what = "is about positions, and queries have none among the tokens of an encoder"
             raise ValueError(f"{where}: {name} {what}")
         p.right = None
+    if form.rotate:
+        p.q = form.k.rotated(p.q)
     if limit is not None:
         if window is not None and (p.left is None or p.left > limit):
             reach = "without end" if p.left is None else p.left
@@ -243,6 +245,7 @@ def ask_newest(
     if tree is not None:
         _take_tree(p, tokens, queries, tree, mask)
     p.heads_first, p.shape = True, (*p.rows, dim_v)
+    p.number = p.q.dtype.num  # of rotated queries, that of the arithmetic
     if values and _beyond(p, tokens, keep):
         raise ValueError(
             f"{where}: a ring that keeps its first {keep} tokens beyond its window has no values at hand in one order; "
@@ -301,8 +304,9 @@ def attend_newest(
         tokens = Tokens(keys.seen, 0, int(keys.seen.max()))
         p.left = p.right = None
         apart = 0
-    if apart and p.number != wide:
-        target = _core.empty(where, p.rows + view.shape[3:], wide)  # rounded once, when both parts are there
+    rotated = form.rotate and not (view.dtype.num == wide and view.flags.carray)
+    if rotated or (apart and p.number != wide):  # rounded once, when all is there
+        target = _core.empty(where, p.rows + view.shape[3:], wide)
     elif out is not None and _problem.overlaps(p, out):
         target = _core.empty(where, p.rows + view.shape[3:], out.dtype.num)
     lse = _core.empty(where, p.rows, wide) if return_lse or apart else None
@@ -319,7 +323,7 @@ def attend_newest(
     else:
         report = _problem.forward(p, target, lse)
     if report is not None:
-        planned = _problem.Planned(p, report, view if apart else target, out)
+        planned = _problem.Planned(p, report, view if apart or form.rotate else target, out)
         planned.also += plans
         planned.longest = longest
         stored = batch, form.kv_heads, longest
@@ -327,6 +331,8 @@ def attend_newest(
         return planned
     if apart:
         target[...], lse = merge_partials([first[0], target], [first[1], lse])
+    if form.rotate:
+        form.v.rotate_back(target)
     if target is not view:
         with np.errstate(all="ignore"):  # rounding is silent, as that of the core
             view[...] = target

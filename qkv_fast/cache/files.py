@@ -33,8 +33,8 @@ _OF_PAGES = struct.Struct("<8sq")  # magic and how many int64 the table has; the
 _MAGIC_OF_PAGES = b"QKVPAGES"
 _PAGE = 1 << 16  # a multiple of every system's page, which a flush begins on
 # magic, version, bytes of one header, number of the commit, byte order and type, seven numbers of Geometry; of version
-# 3, which caches have that version 2 cannot describe, the type of the values and whether they are latent. Then lengths,
-# reach and starts, (batch,) int64 each, and CRC-32 of all that.
+# 3, which caches have that version 2 cannot describe, the type of the values, and 1 where they are latent plus 2 where
+# rows are rotated. Then lengths, reach and starts, (batch,) int64 each, and CRC-32 of all that.
 _HEAD = struct.Struct("<8sIQQ17s7q")
 _MORE = struct.Struct("<16sQ")
 
@@ -62,7 +62,8 @@ class Geometry(NamedTuple):
     @property
     def version(self) -> int:
         """Of its file: the oldest that describes it, so that what has written one goes on with it."""
-        return 2 if self.form.k.name == self.form.v.name and not self.form.latent else 3
+        form = self.form
+        return 2 if form.k.name == form.v.name and not form.latent and not form.rotate else 3
 
     def places(self) -> tuple[int, int, int, int]:
         """Bytes: of one header, before the keys, before the values, and of the file."""
@@ -74,12 +75,12 @@ class Geometry(NamedTuple):
 
     def __str__(self) -> str:
         form = self.form
-        latent = ", latent" if form.latent else ""
+        more = ", latent" * form.latent + ", rotated" * form.rotate
         ring = f", window {self.window}, keep {self.keep}" if self.window >= 0 else ""
         ring += ", not causal" if self.window == WHOLE else ""
         return (
             f"batch {self.batch}, kv_heads {form.kv_heads}, head_dim {form.dim}, value_dim {form.dim_v}, "
-            f"capacity {self.capacity}, {' and '.join(dict.fromkeys((form.k.name, form.v.name)))}{latent}{ring}"
+            f"capacity {self.capacity}, {' and '.join(dict.fromkeys((form.k.name, form.v.name)))}{more}{ring}"
         )
 
 
@@ -207,7 +208,7 @@ def _header(geometry: Geometry, commit: int, *tables: Array) -> bytes:
     version = geometry.version
     made = _HEAD.pack(MAGIC, version, geometry.places()[0], commit, _type_name(form.k.name), *numbers)
     if version > 2:
-        made += _MORE.pack(form.v.name.encode(), form.latent)
+        made += _MORE.pack(form.v.name.encode(), form.latent + 2 * form.rotate)
     made += b"".join(table.astype("<i8").tobytes() for table in tables)
     return made + _checksum(made)
 
@@ -267,21 +268,22 @@ def _read_headers(where: str, path: Any, file: Any, paged: bool) -> tuple[Geomet
         end = room + 24 * batch
         if batch < 1 or len(made) < end + 4 or made[end : end + 4] != _checksum(made[:end]):
             continue
-        more = _MORE.unpack(made[_HEAD.size : room]) if version > 2 else (name[1:], 0)
-        names = [x.rstrip(b"\0") for x in (name, name[:1] + more[0])]
-        whole.append((commit, names, more[1], batch, numbers, made[room:end]))
+        name_v, more = _MORE.unpack(made[_HEAD.size : room]) if version > 2 else (name[1:], 0)
+        names = [x.rstrip(b"\0") for x in (name, name[:1] + name_v)]
+        whole.append((commit, names, more, batch, numbers, made[room:end]))
     if not whole:
         raise fail("is damaged or truncated: neither of its headers is whole")
-    commit, names, latent, batch, (heads, dim, dim_v, capacity, window, keep), tables = max(whole)
+    commit, names, more, batch, (heads, dim, dim_v, capacity, window, keep), tables = max(whole)
     named = {_type_name(known): known for known in types.NAMES}
     for name in names:
         if name not in named:
             known = ", ".join(types.NAMES)
             held = name.decode("ascii", "replace")
             raise fail(f"holds {held} (l or b: byte order), this machine and version read {known}")
-    if latent > 1 or (latent and names[0] != names[1]):
-        raise fail(f"is damaged: there are no latent values of {names[1].decode()} in {names[0].decode()} ({latent})")
-    form = types.make_form(where, heads, (dim, dim_v), (named[names[0]], named[names[1]]), latent == 1)
+    k_name, v_name = (named[name] for name in names)
+    form = types.make_form(where, heads, (dim, dim_v), (k_name, v_name), bool(more & 1), bool(more & 2))
+    if more != form.latent + 2 * form.rotate or (form.latent and k_name != v_name):
+        raise fail(f"is damaged: there are no {k_name} keys and {v_name} values of this kind ({more})")
     geometry = Geometry(batch, capacity, window, keep, form)
     if not geometry.is_possible():
         raise fail(f"is damaged: there is no cache of {geometry}")

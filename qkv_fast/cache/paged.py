@@ -54,6 +54,9 @@ class PagedKVCache(PagedQuestions):
         Values are the first `value_dim` elements of their keys, and are stored once: multi-head latent attention. Then
         `append` takes keys alone. The scale is the model's own, so pass it to `attend`: 1/sqrt(192) in DeepSeek's
         models, whose queries have 128 + 64 elements before they are absorbed, and not 1/sqrt(576).
+    rotate : bool, default False
+        Keys and values of int8 and int4 are rotated before they are quantised, queries with them, and results back:
+        what few large elements have is then spread over all. For keys or values with such elements.
     window : int, optional
         Sequences grow without end, and a query sees the `window` tokens before it and itself: `attention`'s window of
         (window, None). An `append` first gives back the pages that none of its tokens sees.
@@ -113,10 +116,11 @@ class PagedKVCache(PagedQuestions):
         dtype: Any = "float32",
         value_dtype: Any = None,
         latent: bool = False,
+        rotate: bool = False,
         window: int | None = None,
     ) -> None:
         where = "PagedKVCache"
-        self._form = form = types.check_form(where, kv_heads, head_dim, value_dim, dtype, value_dtype, latent)
+        self._form = form = types.check_form(where, kv_heads, head_dim, value_dim, dtype, value_dtype, latent, rotate)
         pages, size = (types.count(where, name, n) for name, n in (("pages", pages), ("page_size", page_size)))
         self._window = None if window is None else types.count(where, "window", window, 0)
         try:

@@ -53,6 +53,9 @@ class KVCache(Questions):
         Values are the first `value_dim` elements of their keys, and are stored once: multi-head latent attention. Then
         `append` takes keys alone. The scale is the model's own, so pass it to `attend`: 1/sqrt(192) in DeepSeek's
         models, whose queries have 128 + 64 elements before they are absorbed, and not 1/sqrt(576).
+    rotate : bool, default False
+        Keys and values of int8 and int4 are rotated before they are quantised, queries with them, and results back:
+        what few large elements have is then spread over all. For keys or values with such elements.
     window : int, optional
         Sequences grow without end, and a query sees the `window` tokens before it and itself: `attention`'s window of
         (window, None). The cache is then a ring of ``capacity - keep`` tokens, which must be more than `window`: with n
@@ -98,6 +101,13 @@ class KVCache(Questions):
     the element of largest magnitude over -8. Both read as n s. Where an element is NaN or infinite, all that share its
     scale read as NaN. Queries of an int8 cache are multiplied by the n first: below 2^110, so that no sum overflows.
 
+    Rotated rows are multiplied by Hadamard matrices over the square roots of their sizes, after fixed signs for their
+    elements: blocks of descending powers of two, 64 and 32 for 96 elements, which begin anew where latent values end.
+    The rounding of a row is then spread evenly over its elements. That pays where a few elements are much larger than
+    others, and costs where none is. An element that is NaN or infinite makes its block NaN, numbers are to be below
+    2^120, and `keys` and `values` are rotated back, to rounding. From S. Ashkboos et al., "QuaRot: Outlier-Free 4-Bit
+    Inference in Rotated LLMs", 2024, section 3.
+
     To keep the first tokens of a sliding window is from G. Xiao et al., "Efficient Streaming Language Models with
     Attention Sinks", 2023, section 3.2; here tokens keep their positions.
 
@@ -135,6 +145,7 @@ class KVCache(Questions):
         dtype: Any = "float32",
         value_dtype: Any = None,
         latent: bool = False,
+        rotate: bool = False,
         window: int | None = None,
         keep: int = 0,
         bounds: bool = False,
@@ -142,7 +153,7 @@ class KVCache(Questions):
         causal: bool = True,
     ) -> None:
         where = "KVCache"
-        form = types.check_form(where, kv_heads, head_dim, value_dim, dtype, value_dtype, latent)
+        form = types.check_form(where, kv_heads, head_dim, value_dim, dtype, value_dtype, latent, rotate)
         batch = types.count(where, "batch", batch)
         capacity = types.count(where, "capacity", capacity)
         keep = types.count(where, "keep", keep, 0)

@@ -27,6 +27,7 @@ class Rows(NamedTuple):
     whole: int  # all numbers of the row: latent values are the beginnings of keys
     dtype: np.dtype[Any]  # of the array
     stored: str | None  # int8 or int4, whose array is of bytes
+    turn: int = -1  # -1, or rows are rotated in blocks that begin at 0 and here: qkv_storage in src/qkv.h
 
     @property
     def name(self) -> str:
@@ -43,7 +44,7 @@ class Rows(NamedTuple):
             step = max(1, _PIECE // (math.prod(x.shape[:-2]) * x.shape[-1] or 1))
             for at in range(0, x.shape[-2], step):
                 rows = (..., slice(at, at + step), slice(None))
-                _core.quantise(x[rows], to[rows], self.stored, _runtime.current()[1])
+                _core.quantise(x[rows], to[rows], self.stored, self.turn, _runtime.current()[1])
         elif x.dtype == self.dtype:
             to[...] = x
         else:
@@ -55,8 +56,21 @@ class Rows(NamedTuple):
         if not self.stored:
             return rows
         x = np.empty((*rows.shape[:-1], self.whole), np.float32)
-        _core.dequantise(rows, x, self.stored, _runtime.current()[1])
+        _core.dequantise(rows, x, self.stored, self.turn, _runtime.current()[1])
         return x if self.dim == self.whole else x[..., : self.dim]
+
+    def rotated(self, x: Array) -> Array:
+        """Queries (batch, heads, tokens, dim) as keys are: if rotated, a copy in the type of their arithmetic."""
+        if self.turn < 0:
+            return x
+        turned = np.empty(x.shape, np.float64 if x.dtype.itemsize == 8 else np.float32)
+        _core.turn_rows(x, turned, self.turn, False, _runtime.current()[1])
+        return turned
+
+    def rotate_back(self, x: Array) -> None:
+        """Results (batch, heads, tokens, dim) of rotated values, contiguous and of that type, in place."""
+        if self.turn >= 0:
+            _core.turn_rows(x, x, 0, True, _runtime.current()[1])
 
 
 class Form(NamedTuple):
@@ -68,6 +82,7 @@ class Form(NamedTuple):
     dtypes: tuple[np.dtype[Any], ...]  # of the two, as far as they are not bytes; each once
     stored: tuple[str | None, str | None]  # of the two
     latent: bool  # values are the beginnings of keys
+    rotate: bool  # keys or values are rotated
 
     @property
     def dim(self) -> int:
@@ -80,7 +95,8 @@ class Form(NamedTuple):
     @property
     def names(self) -> str:
         """Of the types, as arguments."""
-        return f"dtype={self.k.name!r}" + (f", value_dtype={self.v.name!r}" if self.v.name != self.k.name else "")
+        value_dtype = f", value_dtype={self.v.name!r}" if self.v.name != self.k.name else ""
+        return f"dtype={self.k.name!r}{value_dtype}" + (", rotate=True" if self.rotate else "")
 
     @property
     def dims(self) -> str:
@@ -144,7 +160,7 @@ def count(where: str, name: str, n: Any, least: int = 1) -> int:
 
 
 def check_form(
-    where: str, kv_heads: Any, head_dim: Any, value_dim: Any, dtype: Any, value_dtype: Any, latent: Any
+    where: str, kv_heads: Any, head_dim: Any, value_dim: Any, dtype: Any, value_dtype: Any, latent: Any, rotate: Any
 ) -> Form:
     heads, dim = count(where, "kv_heads", kv_heads), count(where, "head_dim", head_dim)
     dim_v = dim if value_dim is None else count(where, "value_dim", value_dim)
@@ -157,7 +173,9 @@ def check_form(
         raise ValueError(f"{where}: {known}, value_dim is at most head_dim, got {dim_v} and {dim}")
     if latent and name != name_v:
         raise ValueError(f"{where}: latent values are of their keys' type, got value_dtype={name_v!r} for {name!r}")
-    return make_form(where, heads, (dim, dim_v), (name, name_v), bool(latent))
+    if rotate and not {name, name_v} & {*_BYTES}:
+        raise ValueError(f"{where}: rotate is for rows of {' and '.join(_BYTES)}, got {name} and {name_v}")
+    return make_form(where, heads, (dim, dim_v), (name, name_v), bool(latent), bool(rotate))
 
 
 def _check_name(where: str, argument: str, dtype: Any) -> str:
@@ -170,12 +188,15 @@ def _check_name(where: str, argument: str, dtype: Any) -> str:
     return name
 
 
-def make_form(where: str, kv_heads: int, dims: tuple[int, int], names: tuple[str, str], latent: bool) -> Form:
+def make_form(
+    where: str, kv_heads: int, dims: tuple[int, int], names: tuple[str, str], latent: bool, rotate: bool
+) -> Form:
     """Of keys and values; the names are of NAMES."""
-    k = Rows(dims[0], dims[0], *_find_type(where, names[0]))
-    v = Rows(dims[1], dims[0] if latent else dims[1], *_find_type(where, names[1]))
+    turns = [(dims[1] if latent else 0) if rotate and name in _BYTES else -1 for name in names]
+    k = Rows(dims[0], dims[0], *_find_type(where, names[0]), turns[0])
+    v = Rows(dims[1], dims[0] if latent else dims[1], *_find_type(where, names[1]), turns[1])
     dtypes = dict.fromkeys(x.dtype for x in (k, v) if not x.stored)
-    return Form(kv_heads, k, v, tuple(dtypes), (k.stored, v.stored), latent)
+    return Form(kv_heads, k, v, tuple(dtypes), (k.stored, v.stored), latent, max(turns) >= 0)
 
 
 def _find_type(where: str, name: str) -> tuple[np.dtype[Any], str | None]:

@@ -324,6 +324,10 @@ typedef struct {
 
     void (*rotate)(const qkv_rotation_tile *tile);
 
+    /* The Hadamard transform of n elements, a power of two; and x <- x times factors, n of each. */
+    void (*hadamard)(void *x, int64_t n);
+    void (*multiply_row)(void *x, const void *factors, int64_t n);
+
     void (*exp2)(const void *x, void *y, int64_t n);          /* elementwise, for tests */
     double (*fma)(int64_t rounds, double *flops);             /* keeps the FMA units busy; for the benchmark */
 } qkv_kernels;

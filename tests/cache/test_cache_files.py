@@ -125,9 +125,10 @@ def test_keys_and_values_of_two_types(path, dtype, value_dtype):
 
 
 @dtypes
-def test_latent_values(path, dtype):
+@pytest.mark.parametrize("rotate", [False, True])
+def test_latent_values(path, dtype, rotate):
     """One copy of rows in the file as well."""
-    form = dict(value_dim=4, dtype=dtype, latent=True)
+    form = dict(value_dim=4, dtype=dtype, latent=True, rotate=rotate and dtype in QUANTISED)
     cache = KVCache(2, 2, 8, 20, path=path, **form)
     cache.append(tokens(0, 9)[0], lengths=[9, 6])
     cache.reorder([1, 1])
@@ -144,9 +145,9 @@ def test_latent_values(path, dtype):
             assert repr(copy) == repr(each)
             assert copy.nbytes == each.nbytes
     del cache, copy
-    with pytest.raises(ValueError, match=f"capacity 20, {dtype}, latent; asked for was .* capacity 20, {dtype}$"):
+    with pytest.raises(ValueError, match=f"capacity 20, {dtype}, latent.*; asked for was .* capacity 20, {dtype}$"):
         KVCache(2, 2, 8, 20, value_dim=4, dtype=dtype, path=path)
-    for at, number in ((69, 9), (117, 2)):  # value_dim; what says that values are latent
+    for at, number in ((69, 9), (117, 4)):  # value_dim; what says that values are latent and rows rotated
         data = bytearray(path.read_bytes())
         for first in (0, HEADER):
             struct.pack_into("<q", data, first + at, number)

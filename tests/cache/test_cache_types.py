@@ -5,10 +5,11 @@ import pickle
 import ml_dtypes
 import numpy as np
 import pytest
-from _quantised import QUANTISED, as_stored, dequantise, quantise
+from _quantised import QUANTISED, as_stored, dequantise, quantise, rotate
+from _questions import hold
 from _util import ALL_TYPES, child_says, compare, normal, same_bits
 
-from qkv_fast import KVCache, PagedKVCache, attention, explain, num_threads
+from qkv_fast import KVCache, PagedKVCache, attention, explain, num_threads, reference
 
 pytestmark = pytest.mark.usefixtures("isa")
 CACHE_TYPES = (*ALL_TYPES, *QUANTISED)
@@ -222,6 +223,71 @@ def test_the_bytes_of_a_latent_token():
         dtype: KVCache(1, 1, 576, 10, value_dim=512, dtype=dtype, latent=True).nbytes // 10 for dtype in CACHE_TYPES
     }
     assert sizes == {"float32": 2304, "float64": 4608, "float16": 1152, "bfloat16": 1152, "int8": 580, "int4": 324}
+
+
+@quantised
+@pytest.mark.parametrize("dim, dim_v, latent", [(128, 96, False), (37, 7, False), (576, 512, True), (40, 24, True)])
+def test_rotated_rows(stored, dim, dim_v, latent):
+    """Bit for bit; attention is that over what is read back, to rounding."""
+    rng = np.random.default_rng(9)
+    k, v = normal(rng, (2, 1, 300, dim)), normal(rng, (2, 1, 300, dim_v))
+    form = dict(value_dim=dim_v, dtype=stored, latent=latent, rotate=True)
+    cache, pool = KVCache(2, 1, dim, 310, **form), PagedKVCache(1, dim, 20, **form)
+    turn = dim_v if latent else 0
+    given = (k,) if latent else (k, v)
+    cache.append(*given)
+    pool.append([pool.add(), pool.add()], *given)
+    same_bits(rows_of(cache)[0], quantise(rotate(k, turn), stored))
+    held = as_stored(k, stored, turn)
+    values = held[..., :dim_v] if latent else as_stored(v, stored, 0)
+    same_bits((cache.keys, cache.values), (held, values))
+    same_bits(pool.gather(0), (held[0], values[0]))
+    for heads, rows, kind in ((1, 1, "float32"), (16, 1, "float16"), (2, 30, "bfloat16"), (2, 30, "float32")):
+        q = normal(rng, (2, heads, rows, dim), kind)
+        got = cache.attend(q, return_lse=True)
+        assert got[0].dtype == q.dtype
+        compare(got, (q, held, values), causal=True)
+        same_bits(pool.attend([0, 1], q, return_lse=True), got)
+        out = np.full((2, rows, heads, dim_v), np.nan, kind)
+        cache.attend(q.swapaxes(1, 2), layout="blhd", out=out)
+        same_bits(out.swapaxes(1, 2), got[0])
+        hold(cache.top_keys(q), "top_keys", q, held, causal=True)
+    ring = KVCache(2, 1, dim, 60, window=40, keep=3, **form)
+    ring.append(*given)
+    j, at = np.arange(300), np.arange(298, 300)[:, None]
+    q = normal(rng, (2, 3, 2, dim))
+    compare(ring.attend(q, return_lse=True), (q, held, values), causal=True, mask=(j < 3) | (j >= at - 40))
+
+
+@pytest.mark.parametrize("stored, most", [("int8", 0.3), ("int4", 0.5)])
+def test_rotation_helps_where_an_element_is_large(stored, most):
+    """One channel of K and of V has 10 deviations."""
+    rng = np.random.default_rng(10)
+    k, v, q = normal(rng, (1, 2, 500, 128)), normal(rng, (1, 2, 500, 128)), normal(rng, (1, 8, 20, 128))
+    k[..., 17] *= 10
+    v[..., 5] *= 10
+    exact = reference.attention(*(x.astype("float64") for x in (q, k, v)), causal=True)
+    errors = []
+    for turned in (False, True):
+        cache = KVCache(1, 2, 128, 500, dtype=stored, rotate=turned)
+        cache.append(k, v)
+        errors.append(np.sqrt(((cache.attend(q) - exact) ** 2).mean()))
+    assert errors[1] <= most * errors[0]
+
+
+def test_rotation_is_of_quantised_rows_alone():
+    for make, sizes in ((KVCache, (1, 2, 8, 5)), (PagedKVCache, (2, 8, 5))):
+        with pytest.raises(ValueError, match="rotate is for rows of int8 and int4, got float32 and float16"):
+            make(*sizes, value_dtype="float16", rotate=True)
+    rng = np.random.default_rng(11)
+    k, q = normal(rng, (1, 2, 50, 40)), normal(rng, (1, 2, 3, 40), "float16")
+    for types in (("float16", "int8"), ("int4", "float32")):
+        cache = KVCache(1, 2, 40, 50, dtype=types[0], value_dtype=types[1], rotate=True)
+        cache.append(k, k)
+        same_bits((cache.keys, cache.values), tuple(as_stored(k, dtype, 0) for dtype in types))
+        wide = q.astype("float32")
+        compare(cache.attend(wide, return_lse=True), (wide, cache.keys, cache.values), causal=True)
+    assert repr(cache).endswith("dtype='int4', value_dtype='float32', rotate=True, lengths=[50])")
 
 
 def test_what_latent_caches_refuse():

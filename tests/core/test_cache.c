@@ -33,6 +33,7 @@ static void test_rows(int isa, qkv_type type, qkv_type stored, int64_t heads, in
         .x_at = {heads * tokens * x_row * size, tokens * x_row * size, x_row * size},
         .rows_at = {heads * tokens * bytes, bytes, heads * bytes},             /* tokens before heads */
     };
+    s.turn = -1;
     qkv_quantise(&s, x, made);
     qkv_dequantise(&s, made, back);
     for (int64_t i = 0; i < rows * dim; i++) {

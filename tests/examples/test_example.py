@@ -100,6 +100,21 @@ def test_errors_of_caches_with_real_keys_and_values(model):
         np.testing.assert_allclose(found, [float(x) for x in told[0][2:]], rtol=share, err_msg=dtype)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_rotation_of_real_keys_and_values(model, dtype):
+    """Flat rows lose, uneven ones win; docs/guide.md says the mean over the heads, and the worst and the best."""
+    _, q, k, v = model.look(" ".join(SENTENCES))
+    exact = qkv_fast.reference.attention(q, k, v)
+    errors = []
+    for rotate in (False, True):
+        cache = qkv_fast.KVCache(6, 12, 32, 168, dtype=dtype, rotate=rotate)
+        cache.append(k, v)
+        errors.append(np.sqrt(((cache.attend(q, causal=False) - exact) ** 2).mean(axis=(2, 3))))
+    ratio = errors[1] / errors[0]
+    print(f"{dtype}: mean {ratio.mean():.3f}, best {ratio.min():.2f}, worst {ratio.max():.2f}")
+    assert ratio.mean() <= 1.05 and ratio.max() <= 1.6
+
+
 def test_sentence_alone_is_as_in_the_batch(model, embeddings):
     # Attention and linear layers give the same bits; whether NumPy's functions between them do is for NumPy to say.
     alone = np.concatenate([model.embed([sentence]) for sentence in SENTENCES])
