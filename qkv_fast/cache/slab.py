@@ -64,7 +64,7 @@ class KVCache(Questions):
         With `window`: the number of first tokens that stay, and that every later query sees as well.
     bounds : bool, default False
         Keep what `attend` needs for its `tolerance`: a copy of the keys in int8. Not with `window`, `path` or
-        ``causal=False``, nor for keys in int8 or int4.
+        ``causal=False``, nor for rows of int8 or int4.
     path : str or path-like, optional
         The cache is a memory map of this file, which other processes can `open`. It is made if it does not exist; else
         it must be that of a cache with these parameters, and the cache has the tokens of its last `flush`. Not with
@@ -169,9 +169,10 @@ class KVCache(Questions):
             given = f"capacity={capacity}, keep={keep}, window={window}"
             raise ValueError(f"{where}: capacity must be more than keep + window: the window and the token ({given})")
         geometry = Geometry(batch, capacity, reach, keep, form)
-        if bounds and (window is not None or path is not None or form.k.stored or not causal):
-            given = f"dtype={form.k.name!r}, window={window}, path={path!r}, causal={causal}"
-            raise ValueError(f"{where}: bounds are of keys in floats, in memory, causal and without window ({given})")
+        if bounds and (window is not None or path is not None or any(form.stored) or not causal):
+            given = f"{form.names}, window={window}, path={path!r}, causal={causal}"
+            what = "bounds are of keys and values in floats, in memory, causal and without window"
+            raise ValueError(f"{where}: {what} ({given})")
         if path is None:
             self._take(geometry, None, bool(bounds))
             return

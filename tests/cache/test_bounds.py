@@ -182,6 +182,8 @@ def test_caches_that_have_no_bounds():
         KVCache(1, 1, 8, 9).attend(np.ones((1, 1, 1, 8), "float32"), tolerance=0.1)
     with pytest.raises(ValueError, match="bounds=True knows"):
         _ = KVCache(1, 1, 8, 9).largest_values
-    for options in ({"dtype": "int8"}, {"window": 3}, {"path": "somewhere.kv"}, {"causal": False}):
-        with pytest.raises(ValueError, match="in floats, in memory, causal and without window"):
+    for options in (
+        {"dtype": "int8"}, {"value_dtype": "int4"}, {"window": 3}, {"path": "somewhere.kv"}, {"causal": False},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="and values in floats, in memory, causal and without window"):
             KVCache(1, 1, 8, 9, bounds=True, **options)
