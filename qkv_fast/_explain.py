@@ -300,7 +300,7 @@ def _array_notes(name: str, x: Array, given: dict[str, Any], obstacles: int, cop
 def _made_notes(name: str, x: Array, given: dict[str, Any]) -> list[str]:
     """Whether x was copied from what was given. What is made anew by being asked once more was."""
     made = given.get(name, x)
-    if name == "out" or isinstance(made, np.ndarray) or not x.size:
+    if name == "out" or isinstance(made, (np.ndarray, np.generic)) or not x.size:
         return []
     if is_foreign(made) and np.may_share_memory(_as_array(name, made, "explain"), x):
         return []

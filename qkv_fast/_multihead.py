@@ -378,8 +378,8 @@ def _grown(
     older tokens."""
     given = () if sequences is None else (sequences,)
     padding = {} if starts is None else {"starts": starts}
-    cache.append(*given, k, v, lengths=options.get("lengths"), layout="blhd", **padding)
     try:
+        cache.append(*given, k, v, lengths=options.get("lengths"), layout="blhd", **padding)
         seen: Array = cache.attend(*given, q, layout="blhd", **options)
     except BaseException:
         with contextlib.suppress(ValueError):

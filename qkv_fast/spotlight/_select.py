@@ -62,7 +62,7 @@ def queries(p: Problem, first: int, last: int) -> Problem:
         if extras.positions is not None:
             own["positions"] = np.ascontiguousarray(extras.positions[..., first:last])
         if extras.queries is not None:
-            own["queries"] = np.clip(extras.queries - first, 0, n)
+            own["queries"] = np.asarray(np.clip(extras.queries - first, 0, n))  # of one sequence, too
         if extras.q_ids is not None:
             own["q_ids"] = np.ascontiguousarray(extras.q_ids[..., first:last])
         extras = extras._replace(**own)
