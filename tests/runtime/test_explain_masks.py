@@ -88,5 +88,6 @@ def test_masks_and_biases_that_are_copied(words):
         lies = ELSEWHERE[words](x)
         (note,) = notes(name, lies, agree)
         assert note.startswith(f"{name}: ") and words in note and f"strides {lies.strides}" in note
-    (note,) = notes("bias", bias[..., ::-1].tolist())
+    made, note = notes("bias", bias[..., ::-1].tolist())
+    assert made == "bias: a list, copied to an array in every call"
     assert note.startswith("bias: a type that is not q's; copied")
