@@ -93,8 +93,13 @@ class MultiHeadAttention:
         if rope is not None and not isinstance(rope, Mapping):
             raise TypeError(f"{where}: rope must be a dict of rope's arguments, got {type(rope).__name__}")
         self._rope = None if rope is None else dict(rope)
+        if wrong := sorted(set(self._rope or ()) & {"x", "positions", "layout", "out", "num_threads"}):
+            raise ValueError(f"{where}: rope says how positions are put in; {wrong[0]} is the call's")
         parts = {name: _pair(where, name, given) for name, given in (("q", q), ("k", k), ("v", v), ("out", out))}
         weights = {name: w for name, (w, _) in parts.items()}
+        if len({w.dtype for w in weights.values()}) > 1:
+            given = ", ".join(f"{name} {w.dtype}" for name, w in weights.items())
+            raise TypeError(f"{where}: weights must be of one type, got {given}")
         rows, kv_rows = weights["q"].shape[0], weights["k"].shape[0]
         if rows % self.num_heads or rows // self.num_heads * self.num_kv_heads != kv_rows:
             heads = f"{self.num_heads} query and {self.num_kv_heads} key heads"
@@ -287,6 +292,8 @@ class MultiHeadAttention:
         where = "MultiHeadAttention"
         if own := [name for name in ("layout", "out", "return_lse") if name in options]:
             raise TypeError(f"{where}: {', '.join(own)} can't be given, since the output is one more product")
+        if "tolerance" in options:
+            raise TypeError(f"{where}: tolerance is for a cache's own attend, which says what was left out")
         if cache is not None and memory is not None:
             raise ValueError(f"{where}: memory and cache can't be given both; keys_values keeps those of a memory")
         x = _as_array("x", x, where)

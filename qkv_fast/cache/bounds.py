@@ -132,6 +132,9 @@ def _attend_chosen(
     """Attention over the chosen keys, which are brought together."""
     most = int(chosen.counts.max())
     k, v = (_core.gather(x, chosen.keys, chosen.counts, most, p.threads) for x in (keys.k, keys.v))
+    if k.dtype != v.dtype:  # of caches alone; float16 and bfloat16 meet in float32
+        wide = max(k.dtype, v.dtype, np.dtype(np.float32), key=lambda dtype: dtype.itemsize)
+        k, v = k.astype(wide), v.astype(wide)
     seen, added = _meet(p, tokens, queries, chosen, most)
     extras = p.extras or Extras()
     own = _problem.check(

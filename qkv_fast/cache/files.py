@@ -192,8 +192,17 @@ def _take_name(new: str, path: str) -> None:
         os.unlink(new)
 
 
+def name_of(where: str, path: Any) -> Any:
+    """A path, and no number of an open file, which would be closed."""
+    try:
+        return os.fspath(path)
+    except TypeError:
+        raise TypeError(f"{where}: path must be a str or path-like, got {path!r}") from None
+
+
 def check_free(where: str, path: Any) -> None:
     """That no cache writes to the file of this name, if there is one."""
+    path = name_of(where, path)
     with contextlib.suppress(FileNotFoundError, PermissionError), open(path, "rb") as file:
         _lock(where, path, file)
 

@@ -63,7 +63,8 @@ class KVCache(Questions):
     keep : int, default 0
         With `window`: the number of first tokens that stay, and that every later query sees as well.
     bounds : bool, default False
-        Keep what `attend` needs for its `tolerance`: a copy of the keys in int8. Not with `window`, `path` or
+        Keep what `attend` needs for its `tolerance`: a copy of the keys in int8, which files do not
+        keep. Not with `window`, `path` or
         ``causal=False``, nor for rows of int8 or int4.
     path : str or path-like, optional
         The cache is a memory map of this file, which other processes can `open`. It is made if it does not exist; else

@@ -136,6 +136,17 @@ def test_tokens_that_move_take_along_what_is_known():
     hold(cache, q, np.concatenate([k, token], 2), np.concatenate([v, token], 2), 1e-3)
 
 
+@pytest.mark.parametrize("types", [("float32", "float16"), ("float16", "bfloat16"), ("float16", "float32")])
+def test_keys_and_values_of_two_types(types):
+    rng = np.random.default_rng(7)
+    k, v = normal(rng, (2, 1, 1, 300, 16)).astype("float32")
+    cache = KVCache(1, 1, 16, 300, dtype=types[0], value_dtype=types[1], bounds=True)
+    cache.append(k, v)
+    q = normal(rng, (1, 2, 1, 16)).astype("float32") * 20
+    k, v = (x.astype(dtype).astype("float64") for x, dtype in zip((k, v), types, strict=True))
+    assert hold(cache, q, k, v, 1e-3) < 1
+
+
 def test_layouts_outputs_threads_and_plans():
     rng = np.random.default_rng(4)
     cache, *_ = filled(rng, heads=2, n=900)
