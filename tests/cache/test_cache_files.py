@@ -591,3 +591,12 @@ def test_files_eight_times_larger_than_the_memory_that_may_be_taken(tmp_path):
         for head in (0, 15):
             expected = qkv_fast.attention(q[head].astype(kind), np.array(k[head]), np.array(v[head]), causal=True)
             same_bits(got[head], expected)
+
+
+@pytest.mark.parametrize("cache", [KVCache(1, 1, 8, 2), PagedKVCache(1, 8, 2)])
+def test_a_number_is_no_path(cache, path):
+    """Of an open file, which stays open."""
+    with open(path, "wb") as file:
+        with pytest.raises(TypeError, match=f"save: path must be a str or path-like, got {file.fileno()}"):
+            cache.save(file.fileno())
+        assert os.fstat(file.fileno()).st_size == 0

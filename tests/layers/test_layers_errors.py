@@ -148,3 +148,14 @@ LLAMA3 = dict(rope_type="llama3", factor=2.0, low_freq_factor=4.0, high_freq_fac
 )
 def test_rope(error, words, x, options):
     refuses(error, ["rope", *words], qkv_fast.rope, x, **options)
+
+
+def test_what_a_layer_refuses_before_its_cache_changes():
+    w = zeros(8, 8)
+    refuses(TypeError, ["weights", "one type", "q float32", "out float64"], qkv_fast.MultiHeadAttention, w, w, w,
+            w.astype("f8"), num_heads=2)  # fmt: skip
+    rope = {"layout": "bhld"}
+    refuses(ValueError, ["rope", "layout"], qkv_fast.MultiHeadAttention, w, w, w, w, num_heads=2, rope=rope)
+    layer, cache = qkv_fast.MultiHeadAttention(w, w, w, w, num_heads=2), qkv_fast.KVCache(1, 2, 4, 9, bounds=True)
+    refuses(TypeError, ["tolerance", "own attend"], layer, zeros(1, 3, 8), cache=cache, tolerance=0.1)
+    assert cache.lengths.tolist() == [0]
