@@ -186,6 +186,8 @@ def _newest(
     if tokens.starts is not None:
         p.extras = (p.extras or Extras())._replace(starts=tokens.starts)
     queries: Any = len_q
+    if new is not None and lengths is not None and p.rows[0] != len(lengths):
+        lengths = np.repeat(lengths, p.rows[0] // len(lengths))  # those of the tokens, which beams share
     if (counts := _own_counts(where, lengths, p.rows[0], len_q, "queries")) is not None:
         queries = counts
         p.extras = (p.extras or Extras())._replace(queries=queries)

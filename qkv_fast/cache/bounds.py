@@ -5,8 +5,10 @@ weight is but for a factor. The core then chooses the keys that have to be read 
 alone.
 """
 
+import contextlib
 import copy
 import math
+from collections import deque
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +25,8 @@ _MOST_READ = 0.35  # of the keys: beyond that it takes longer to bring them toge
 _SAMPLED = 16  # one key of so many, the newest, says whether it is worth looking at the others
 _WORTH_SAMPLING = 8192  # tokens of a sequence
 _LARGEST_SCALE = np.float32(2.0**121)  # of int8 rows, beyond which elements are cut off (src/cache.c)
-_LEAST_STEP = np.float32(2.0**-126)  # what is lost of subnormal elements
+_NORMAL = np.float32(2.0**-126)  # what is less may be taken as 0, steps too
+_MOST_ROWS = 32  # of a key head: what is known of the keys of more would take more room than the keys
 _UNIT = 2.0**-24  # of float32
 
 
@@ -36,17 +39,18 @@ class Bounds:
         self.rows = np.empty((batch, kv_heads, capacity, self.stored.width), np.uint8)
         self.steps = np.empty((batch, kv_heads, capacity, 1), np.float32)
         self.largest = np.zeros((batch, kv_heads), np.float64)
-        self._room: tuple[Array, Array] | None = None
+        self._rooms: deque[tuple[Array, Array]] = deque(maxlen=1)
 
     def borrow(self, weights: int, keys: int) -> tuple[Array, Array]:
         """Room for so many weights and keys, which the last call has left: new pages took half of a call's time."""
-        room, self._room = self._room, None
-        if room is None or room[0].size < weights or room[1].size < keys:
-            room = np.empty(weights, np.float32), np.empty(keys, np.int64)
-        return room
+        with contextlib.suppress(IndexError):
+            room = self._rooms.pop()  # at once, whoever else attends
+            if room[0].size >= weights and room[1].size >= keys:
+                return room
+        return np.empty(weights, np.float32), np.empty(keys, np.int64)
 
     def give_back(self, room: tuple[Array, Array]) -> None:
-        self._room = room
+        self._rooms.append(room)
 
     @property
     def form(self) -> Form:
@@ -64,15 +68,16 @@ class Bounds:
             self.stored.write(rows, keys)
             scales = np.ascontiguousarray(rows[..., -4:]).view(np.float32)
             known = finite[..., np.newaxis] & (scales < _LARGEST_SCALE)
-            self.steps[sequences, :, tokens] = np.where(known, np.maximum(scales, _LEAST_STEP), np.inf)
-            most = np.abs(np.where(finite[..., np.newaxis], v, 0).astype(np.float64)).max((2, 3), initial=0)
-            most[~finite.all(2)] = np.inf
+            steps = np.where(scales < _NORMAL, 256 * _NORMAL, scales)  # half of which is more than 127 that read as 0
+            self.steps[sequences, :, tokens] = np.where(known, steps, np.inf)
+            most = np.abs(v.astype(np.float64)).max((2, 3), initial=0)
+            most[np.isnan(most)] = np.inf
         self.largest[sequences] = np.maximum(self.largest[sequences], most)
 
     def first(self, n: int) -> "Bounds":
         """Those of the first n sequences, in the same memory."""
         some = copy.copy(self)
-        some.rows, some.steps, some._room = self.rows[:n], self.steps[:n], None
+        some.rows, some.steps, some._rooms = self.rows[:n], self.steps[:n], deque(maxlen=1)
         return some
 
 
@@ -107,7 +112,8 @@ def attend_within(
     if out is not None:
         _check_out(out, p.shape, p.number, where)
     found = None
-    if tokens.most and math.prod(p.rows) and not p.is_planned:
+    rows = p.rows[1] // form.kv_heads * p.rows[2]
+    if tokens.most and math.prod(p.rows) and rows <= _MOST_ROWS and not p.is_planned:
         room = bounds.borrow(math.prod(p.rows) * tokens.most, len(bounds.rows) * form.kv_heads * tokens.most)
         chosen = _choose(p, bounds, tokens, queries, causal, window, tolerance, room)
         if chosen is not None:
@@ -156,7 +162,7 @@ def _choose(
 ) -> _Chosen | None:  # fmt: skip
     """The keys to read; None where that is all of them, or so many that all are read sooner."""
     n = tokens.most
-    if n >= _WORTH_SAMPLING and tokens.least == n and tokens.starts is None:
+    if n >= max(_WORTH_SAMPLING, _SAMPLED * p.rows[2]) and tokens.least == n and tokens.starts is None:
         if _choose_of(p, bounds, tokens, queries, causal, window, tolerance, room, n // _SAMPLED) is None:
             return None
     return _choose_of(p, bounds, tokens, queries, causal, window, tolerance, room, n)
@@ -190,7 +196,7 @@ def _choose_of(
     by_head = (p.rows[0], heads, p.rows[1] // heads * p.rows[2])
     weights = weights.reshape(*by_head, n)
     steps = bounds.steps[:, :, first : first + n, 0]
-    reach, slack = (x.reshape(by_head) for x in _errors(p, q, bias, n))
+    reach, slack = (x.reshape(by_head) for x in _errors(p, bias, n))
     keys = room[1][: len(lengths) * heads * n].reshape(len(lengths), heads, n)
     counts, left = _core.choose(weights, reach, slack, steps, lengths, tolerance, keys, p.threads)
     if (counts < 0).any() or counts.sum() > _MOST_READ * heads * lengths.sum():
@@ -198,14 +204,16 @@ def _choose_of(
     return _Chosen(keys, counts, left.reshape(p.rows), weights)
 
 
-def _errors(p: Problem, q: Array, bias: Array | None, n: int) -> tuple[Array, Array]:
+def _errors(p: Problem, bias: Array | None, n: int) -> tuple[Array, Array]:
     """By how many powers of two the weight of a key may be off, for each step of its row, and whatever its step:
     (batch, Hq, L) float32 each."""
-    extras, dim = p.extras or Extras(), q.shape[-1]
+    extras, dim = p.extras or Extras(), p.q.shape[-1]
     with np.errstate(all="ignore"):
-        sizes = np.abs(q).sum(-1, dtype=np.float64) * abs(p.scale)  # a score's, for each unit of its key's elements
-        # Half a step; and roundings of products and sums, there and here, of at most 127 steps an element.
-        reach = sizes * (0.5 + 2 * (dim + 16) * 127 * _UNIT) * _LOG2E
+        sizes = np.abs(p.q).sum(-1, dtype=np.float64) * abs(p.scale)  # a score's, for each unit of its key's elements
+        # Half a step; and roundings of products and sums, there and here, of at most 127 steps an element; and elements
+        # of the query that read as 0.
+        reach = sizes * (0.5 + 2 * (dim + 16) * 127 * _UNIT) + 2 * dim * 127 * float(_NORMAL) * abs(p.scale)
+        reach = reach * _LOG2E
         added = 0.0
         if bias is not None:
             added = float(np.abs(bias, where=np.isfinite(bias), out=np.zeros(bias.shape)).max(initial=0))

@@ -769,7 +769,7 @@ class PagedKVCache(PagedQuestions):
         ------
         TypeError, ValueError, OverflowError, MemoryError
             As of `append` and `attend`. What ends a call later (no memory for its work, Ctrl-C) takes the new tokens
-            back.
+            back; with a window, pages that the tokens before do not need either are then gone.
 
         Examples
         --------
@@ -936,7 +936,7 @@ class PagedKVCache(PagedQuestions):
             for to, x in zip(store.arrays, self._arrays, strict=True):
                 to[0][:, rows] = x[:, rows]
             store.commit(zeros, zeros, zeros)
-            del store
+            del to, store  # all that maps the file, which is then given its name
             files.write_table(new, table)
 
     @classmethod

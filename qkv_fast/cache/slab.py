@@ -587,10 +587,10 @@ class KVCache(Questions):
         With `tolerance` the scores of all keys are bounded by a copy of them in int8, and keys are left out whose
         weights together are proven to be small; ``|out - exact|`` is at most ``2 * left * largest_values`` beside what
         rounding does. A bias, a mask, a window, ALiBi, sinks and a soft cap keep the proof; all query heads of a key
-        head read the keys that one of them needs. A bias is read whole. Where keys or values are not finite, all are
-        read. It pays where there are many keys and few hold the weight: to find out takes a good part of the time of
-        attention, and the newest sixteenth of long sequences says whether it is tried at all. Most heads of encoders
-        spread their weight too evenly.
+        head read the keys that one of them needs. A bias is read whole. Where keys or values are not finite, or a key
+        head has more than 32 queries, all are read. It pays where there are many keys and few hold the weight: to find
+        out takes a good part of the time of attention, and the newest sixteenth of long sequences says whether it is
+        tried at all. Most heads of encoders spread their weight too evenly.
 
         Examples
         --------
@@ -1096,7 +1096,7 @@ class KVCache(Questions):
             for to, x in zip(store.arrays, self._geometry.form.parts(self._k, self._v), strict=True):
                 to[:, :, rows] = x[:, :, rows]
             store.commit(self._lengths, reach, self._starts)
-            del store
+            del to, store  # all that maps the file, which is then given its name
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

@@ -112,8 +112,40 @@ def test_what_is_not_finite_is_read(where, bad):
     out, left, read = cache.attend(q, tolerance=1e-3)
     same_bits(out, cache.attend(q))
     assert not left.any() and read == 1
-    if where == "v":
-        assert cache.largest_values[0, 0] == np.inf
+    assert cache.largest_values[0, 0] == (np.inf if where == "v" else np.abs(v).max())
+
+
+@pytest.mark.parametrize("size", [1.4e-36, 1e-37, 1e-40])
+def test_keys_whose_steps_are_next_to_nothing(size):
+    """Their copy reads as 0."""
+    rng = np.random.default_rng(8)
+    k = (rng.choice([-1, 1], (1, 1, 500, 4)) * size).astype("float32")
+    v, q = normal(rng, (1, 1, 500, 4)).astype("float32"), np.full((1, 1, 1, 4), 1e8, "float32")
+    cache = KVCache(1, 1, 4, 500, bounds=True)
+    cache.append(k, v)
+    bias = np.where(np.arange(500) < 20, 0, -14)[None].astype("float32")
+    hold(cache, q, k.astype("float64"), v.astype("float64"), 1e-3, scale=1.43e28, bias=bias)
+
+
+def test_queries_that_are_next_to_nothing_in_float32():
+    rng = np.random.default_rng(9)
+    k, v = rng.choice([-1e38, 1e38], (1, 1, 500, 64)), normal(rng, (1, 1, 500, 64))
+    cache = KVCache(1, 1, 64, 500, dtype="float64", bounds=True)
+    cache.append(k, v)
+    bias = np.where(np.arange(500) < 20, 0, -14)[None].astype("float64")
+    hold(cache, np.full((1, 1, 1, 64), 1.1e-38), k, v, 1e-3, bias=bias)
+
+
+def test_more_queries_than_are_looked_at(monkeypatch):
+    rng = np.random.default_rng(10)
+    cache, k, v = filled(rng, n=700)
+    monkeypatch.setattr(bounds, "_WORTH_SAMPLING", 100)
+    for queries in (43, 44, 60):
+        q = np.repeat(normal(rng, (1, 1, 1, 16)).astype("float32") * 20, queries, axis=2)
+        monkeypatch.setattr(bounds, "_MOST_ROWS", queries)
+        assert hold(cache, q, k, v, 1e-1) < 1
+        monkeypatch.setattr(bounds, "_MOST_ROWS", queries - 1)
+        assert hold(cache, q, k, v, 1e-1) == 1
 
 
 def test_tokens_that_move_take_along_what_is_known():

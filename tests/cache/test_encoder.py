@@ -85,6 +85,12 @@ def test_step_appends_and_attends():
     q, k, v = (np.random.default_rng(4).standard_normal((BATCH, n, 2, DIM), "f4") for n in (4, HEADS, HEADS))
     other.append(k, v)
     same_bits(one.step(q, k, v), other.attend(q))
+    beams = q.repeat(3, axis=0)
+    for cache in (one, other):
+        cache.truncate([20, 9])
+    other.append(k, v, lengths=[2, 1])
+    counts = np.repeat([2, 1], 3)
+    same_bits(one.step(beams, k, v, lengths=[2, 1]), other.attend(beams, lengths=counts))
 
 
 def test_questions_see_all_tokens():
