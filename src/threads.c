@@ -396,7 +396,7 @@ static int await_workers(pool_state *pool, int joined, int (*check)(void *), voi
     worker *brought = NULL;           /* one at a time: they would share the core */
     mutex_lock(&pool->lock);
     atomic_store(&pool->caller_sleeps, 1);
-    atomic_thread_fence(memory_order_seq_cst);          /* says nothing new, but QEMU lets a load overtake such a store of Arm */
+    atomic_thread_fence(memory_order_seq_cst);          /* says nothing new, but QEMU lets a load overtake such a store of Arm: findings/ */
     while (atomic_load(&pool->finished) != joined) {
         if (brought && !atomic_load(&brought->working))
             brought = NULL;           /* it lets itself go */
