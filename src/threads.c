@@ -396,7 +396,8 @@ static int await_workers(pool_state *pool, int joined, int (*check)(void *), voi
     worker *brought = NULL;           /* one at a time: they would share the core */
     mutex_lock(&pool->lock);
     atomic_store(&pool->caller_sleeps, 1);
-    atomic_thread_fence(memory_order_seq_cst);          /* says nothing new, but QEMU lets a load overtake such a store of Arm: findings/ */
+    /* By the standard it says nothing new, but QEMU lets a load overtake such a store of Arm (findings/). */
+    atomic_thread_fence(memory_order_seq_cst);
     while (atomic_load(&pool->finished) != joined) {
         if (brought && !atomic_load(&brought->working))
             brought = NULL;           /* it lets itself go */
