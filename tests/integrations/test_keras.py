@@ -22,7 +22,8 @@ def run(backend, *arguments):
     pytest.importorskip(backend)
     paths = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "KERAS_BACKEND": backend, "JAX_PLATFORMS": "cpu", "PYTHONPATH": paths}
-    made = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=250)
+    command = [sys.executable, "-P", *arguments]  # the installed package, not the folder that this runs in
+    made = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=250)
     assert made.returncode == 0, made.stdout[-4000:] + made.stderr[-4000:]
     return made.stdout
 
