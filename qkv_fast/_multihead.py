@@ -1,6 +1,5 @@
 """Multi-head attention with its projections: an input in, an output of the same width out."""
 
-import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -318,7 +317,8 @@ class MultiHeadAttention:
             at = None if packed is None else _packed_positions(packed, np.shape(memory)[-2])
             k, v = self.keys_values(memory, at, num_threads=num_threads)
         if held is not None:
-            seen = _grown(cache, sequences, held, q, k, v, starts, options)
+            given = () if sequences is None else (sequences,)
+            seen: Array = cache.step(*given, q, k, v, starts=starts, layout="blhd", **options)
         elif "cu_seqlens_q" in options:
             seen = attention_varlen(q, k, v, **options)
         else:
@@ -376,27 +376,6 @@ def _cached_positions(cache: Any, sequences: Any, lengths: Array, starts: Any, x
         padding = np.maximum(padding, _per_sequence("MultiHeadAttention", "starts", starts, lengths.shape))
     own: Array = np.maximum(positions - padding[:, None], 0)
     return own
-
-
-def _grown(
-    cache: Any, sequences: Any, before: Array, q: Array, k: Array, v: Array, starts: Any, options: dict[str, Any]
-) -> Array:
-    """What q sees of a cache with k and v. If that is an error, the cache is as it was; of a ring, as far as it has its
-    older tokens."""
-    given = () if sequences is None else (sequences,)
-    padding = {} if starts is None else {"starts": starts}
-    try:
-        cache.append(*given, k, v, lengths=options.get("lengths"), layout="blhd", **padding)
-        seen: Array = cache.attend(*given, q, layout="blhd", **options)
-    except BaseException:
-        with contextlib.suppress(ValueError):
-            if sequences is None:
-                cache.truncate(before)
-            else:
-                for sequence, length in zip(sequences, before.tolist(), strict=True):
-                    cache.truncate(sequence, length)
-        raise
-    return seen
 
 
 def _pair(where: str, name: str, given: Any) -> tuple[Array, Array | None]:

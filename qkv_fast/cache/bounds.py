@@ -218,7 +218,8 @@ def _errors(p: Problem, bias: Array | None, n: int) -> tuple[Array, Array]:
         if bias is not None:
             added = float(np.abs(bias, where=np.isfinite(bias), out=np.zeros(bias.shape)).max(initial=0))
         slopes: Any = 0.0 if extras.slopes is None else np.abs(extras.slopes)[:, np.newaxis] * (n + p.rows[2])
-        slack = np.broadcast_to((4 * (added + slopes + extras.softcap) + 64) * _UNIT * _LOG2E, p.rows)
+        # Their roundings; and those of differences of scores, of up to 88 where a weight is not 0, and of exp2.
+        slack = np.broadcast_to((16 * (added + slopes + extras.softcap) + 512) * _UNIT * _LOG2E, p.rows)
         up = np.float32(np.inf)
         return np.nextafter(reach.astype(np.float32), up), np.nextafter(slack.astype(np.float32), up)
 

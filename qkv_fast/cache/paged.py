@@ -726,8 +726,7 @@ class PagedKVCache(PagedQuestions):
         """Append tokens and attend with their queries, in one call: `append(sequences, k, v)`, then
         `attend(sequences, q)`.
 
-        What is checked is checked before anything is appended, and once; so a step is quicker than the two calls, and
-        the cache is as it was where one fails.
+        What is checked is checked before anything is appended, and the cache is as it was where one fails.
 
         Parameters
         ----------

@@ -14,8 +14,9 @@ import numpy as np
 from .._checks import Array, _as_array, _is_known, _per_sequence
 from .._core import Problem
 from .._help import documented
-from . import bounds, files, types
+from . import files, types
 from .attend import Held, Keys, Tokens, ask_newest, attend_newest, check_chosen, check_index, check_starts, check_tokens
+from .bounds import Bounds, attend_within
 from .files import WHOLE, Geometry, Store
 from .moves import Moves
 from .questions import Questions
@@ -193,7 +194,7 @@ class KVCache(Questions):
 
     def _take(self, geometry: Geometry, store: Store | None, bounded: bool = False) -> None:
         self._geometry, self._store = geometry, store
-        self._bounds: bounds.Bounds | None = None
+        self._bounds: Bounds | None = None
         # As a slab, whose capacity no token exceeds, a ring that is never turned.
         self._ring = Ring(geometry.keep, geometry.capacity - geometry.keep)
         if store is None:
@@ -213,7 +214,7 @@ class KVCache(Questions):
         batch, capacity, _, _, form = self._geometry
         self._k, self._v = form.empty(batch, form.kv_heads, capacity)
         if bounded:
-            self._bounds = bounds.Bounds(batch, form.kv_heads, capacity, form.dim)
+            self._bounds = Bounds(batch, form.kv_heads, capacity, form.dim)
 
     def _set_lengths(self, lengths: Array) -> None:
         self._lengths = lengths
@@ -250,7 +251,7 @@ class KVCache(Questions):
         """What has a row for each token: keys, values if they are not in them, and what is known of keys."""
         return self._stored(self._k, self._v, self._bounds)
 
-    def _stored(self, k: Array, v: Array, known: bounds.Bounds | None) -> tuple[Array, ...]:
+    def _stored(self, k: Array, v: Array, known: Bounds | None) -> tuple[Array, ...]:
         return (*self._geometry.form.parts(k, v), *(() if known is None else (known.rows, known.steps)))
 
     def _used(self) -> slice:
@@ -609,7 +610,7 @@ class KVCache(Questions):
                 raise ValueError("KVCache.attend: tolerance is for a cache that was made with bounds=True")
             if tree is not None:
                 raise ValueError("KVCache.attend: tree and tolerance exclude each other: pass the tree as a mask")
-            return bounds.attend_within(
+            return attend_within(
                 "KVCache.attend", self._held(), self._bounds, tolerance, q, lengths, mask, bias, causal, window,
                 alibi_slopes, sinks, softcap, scale, layout, return_lse, out, num_threads, words,
             )  # fmt: skip
@@ -644,8 +645,7 @@ class KVCache(Questions):
     ) -> Any:
         """Append tokens and attend with their queries, in one call: `append(k, v)`, then `attend(q)`.
 
-        What is checked is checked before anything is appended, and once; so a step is quicker than the two calls, and
-        the cache is as it was where one fails.
+        What is checked is checked before anything is appended, and the cache is as it was where one fails.
 
         Parameters
         ----------
@@ -947,7 +947,7 @@ class KVCache(Questions):
         if more:
             form = self._geometry.form
             k, v = form.empty(n, form.kv_heads, self._geometry.capacity)
-            known = None if self._bounds is None else bounds.Bounds(n, form.kv_heads, self._geometry.capacity, form.dim)
+            known = None if self._bounds is None else Bounds(n, form.kv_heads, self._geometry.capacity, form.dim)
             rows = self._used()
             for to, x in zip(self._stored(k, v, known), self._arrays, strict=True):
                 for b, source in enumerate(order.tolist()):
