@@ -56,7 +56,7 @@ class Bounds:
     def form(self) -> Form:
         """Of the problem whose weights are those that the copy gives."""
         rows = self.stored
-        return Form(self.rows.shape[1], rows, rows._replace(dim=0), (), ("int8", "int8"), False, False)
+        return Form(self.rows.shape[1], rows.dim, 0, rows, rows._replace(dim=0), (), ("int8", "int8"), False, False)
 
     def take(self, sequences: slice, tokens: slice, k: Array, v: Array) -> None:
         """What is known of the stored rows k and v of these tokens."""

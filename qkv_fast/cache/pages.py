@@ -74,11 +74,13 @@ class Table:
     def count(self, stretches: list[Stretch], begins: list[int], ends: list[int], window: int | None) -> int:
         """Pages that an append takes beyond those that it gives back: new ones at the ends, and copies of last ones
         that are shared. It writes the tokens from `begins` to `ends` of each."""
-        needed, owners = 0, dict[int, int]()
-        for s, begin, end in zip(stretches, begins, ends, strict=True):
-            for page in s.pages[: self.unseen(s, window) if begin < end else 0]:
-                owners[page] = owners.get(page, self.owners[page]) - 1
-                needed -= not owners[page]
+        needed = 0
+        owners: dict[int, int] = {}
+        if window is not None:
+            for s, begin, end in zip(stretches, begins, ends, strict=True):
+                for page in s.pages[: self.unseen(s, window) if begin < end else 0]:
+                    owners[page] = owners.get(page, self.owners[page]) - 1
+                    needed -= not owners[page]
         for s, begin, end in zip(stretches, begins, ends, strict=True):
             if begin == end:
                 continue

@@ -724,19 +724,16 @@ class KVCache(Questions):
     def _held(self, soon: Tokens | None = None) -> Held:
         """What it has, or what it will have with more tokens."""
         _, _, window, keep, form = self._geometry
+        tokens = soon
+        if tokens is None:
+            starts = self._starts if self._padded else None
+            tokens = Tokens(self._lengths, self._least, self._most, starts, window == WHOLE)
         if window < 0:
-            tokens = soon or self._tokens()
             k, v = self._k[:, :, : tokens.most], self._v[:, :, : tokens.most]
             return form, tokens, lambda *_: Keys(k, v), None, 0
-        tokens, reach = soon or self._tokens(), self._reach
-        if soon is not None:
-            reach = np.maximum(reach, soon.lengths)
-        starts = self._starts if tokens.starts is None else tokens.starts
-        return form, tokens, lambda *asked: self._find(tokens.lengths, reach, starts, *asked), window, keep
-
-    def _tokens(self) -> Tokens:
-        starts = self._starts if self._padded else None
-        return Tokens(self._lengths, self._least, self._most, starts, self._geometry.window == WHOLE)
+        reach = self._reach if soon is None else np.maximum(self._reach, soon.lengths)
+        begins = self._starts if tokens.starts is None else tokens.starts
+        return form, tokens, lambda *asked: self._find(tokens.lengths, reach, begins, *asked), window, keep
 
     def _find(
         self, lengths: Array, reach: Array, starts: Array, where: str, left: int, queries: Any, join: bool

@@ -77,20 +77,14 @@ class Form(NamedTuple):
     """What every token of a cache has: a key (kv_heads, dim) and a value (kv_heads, dim_v)."""
 
     kv_heads: int
+    dim: int
+    dim_v: int
     k: Rows
     v: Rows
     dtypes: tuple[np.dtype[Any], ...]  # of the two, as far as they are not bytes; each once
     stored: tuple[str | None, str | None]  # of the two
     latent: bool  # values are the beginnings of keys
     rotate: bool  # keys or values are rotated
-
-    @property
-    def dim(self) -> int:
-        return self.k.dim
-
-    @property
-    def dim_v(self) -> int:
-        return self.v.dim
 
     @property
     def names(self) -> str:
@@ -196,7 +190,7 @@ def make_form(
     k = Rows(dims[0], dims[0], *_find_type(where, names[0]), turns[0])
     v = Rows(dims[1], dims[0] if latent else dims[1], *_find_type(where, names[1]), turns[1])
     dtypes = dict.fromkeys(x.dtype for x in (k, v) if not x.stored)
-    return Form(kv_heads, k, v, tuple(dtypes), (k.stored, v.stored), latent, max(turns) >= 0)
+    return Form(kv_heads, *dims, k, v, tuple(dtypes), (k.stored, v.stored), latent, max(turns) >= 0)
 
 
 def _find_type(where: str, name: str) -> tuple[np.dtype[Any], str | None]:
