@@ -39,7 +39,7 @@ enum {
     SUMMARY_BYTES = 8 << 20,          /* most of a mask's summary: 1 GB of mask */
     SUMMARY_ROWS = 64,                /* of a task of it: some microseconds for rows of a few thousand keys */
     GRADIENT_PARTS = 4,               /* most partial sums of dQ */
-    GRADIENT_KEYS = 1024,             /* fewest keys of one */
+    GRADIENT_KEYS = 512,              /* fewest keys of one */
     GRADIENT_BYTES = 1 << 20,         /* dK and dV of the keys that all queries of a head meet before the next */
     COLUMNS = 256,                    /* most columns of cells in a task: what is kept of a panel is half of L2 at most */
     COLD_BYTES = 1 << 20              /* less than that of K and V is in some cache: asking for it took 3 % at 8x128, Zen 5 */
