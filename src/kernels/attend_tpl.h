@@ -55,37 +55,28 @@ static QKV_INLINE void X(fetch_lines)(qkv_ahead *ahead, const int n)
 }
 
 #if LANE_MADS
-/* Adds groups of LANE_TERMS terms of n, and returns how many terms these are: A is loaded as vectors, of terms of a row if
- * `along`, else of rows, and of terms in no more rows than LANE_ROWS at a time. */
-#define LANE_TERMS 4
-#define LANE_ROWS 4
-static QKV_INLINE int X(lane_terms)(const int nr, const int nv, const int along, const REAL *a, ptrdiff_t stride,
-                                    const REAL *b, int n, VEC c[MOST_ROWS][LANE_VECTORS])
+/* Adds groups of so many terms of n, and returns how many terms these are in all. A is loaded as vectors, of terms of a row if
+ * `along`, else of rows. Where few vectors are at work B stays in registers for all rows, and A is there for few of them. */
+static QKV_INLINE int X(lane_terms)(const int nr, const int nv, const int along, const int terms, const REAL *a,
+                                    ptrdiff_t stride, const REAL *b, int n, VEC c[MOST_ROWS][LANE_VECTORS])
 {
-    const int rows = along && nr > LANE_ROWS ? LANE_ROWS : nr, of_terms = along ? rows : 0, of_rows = along ? 0 : rows;
-    const int many = nr * LANE_TERMS > 8 * W;           /* vectors of A: gcc would keep an offset for each */
-    int t = 0;
-    for (; t + LANE_TERMS <= n; t += LANE_TERMS, a += LANE_TERMS * (along ? 1 : stride), b += LANE_TERMS * LANES) {
+    const int of_row = terms / W, most = !along ? 4 * W : nv > 2 ? 4 : 4 / of_row, rows = nr < most ? nr : most;
+    const REAL *at[MOST_ROWS];
+    QKV_UNROLL
+    for (int i = 0; i < nr; i++)
+        at[i] = a + i * (along ? stride : 1);
+    for (int left = n / terms; left != 0; left--, b += terms * LANES) {
+        QKV_IN_REGISTER(left);                          /* where the end of b would be on the stack */
         QKV_UNROLL
         for (int i = 0; i < nr; i += rows) {
-            VEC x[LANE_VECTORS], y[MOST_ROWS][LANE_TERMS];
+            VEC x[LANE_VECTORS], y[8];
             QKV_UNROLL
-            for (int r = 0; r < of_terms; r++) {
-                const REAL *at = a + (i + r) * stride;
-                if (many && LANE_TERMS > W)
-                    QKV_IN_REGISTER(at);
-                QKV_UNROLL
-                for (int e = 0; e < LANE_TERMS; e += W)
-                    y[r][e] = X(loadu)(at + e);
-            }
+            for (int r = 0; along && r < rows; r++)
+                X(load_on)(&at[i + r], terms, y + r * of_row, of_row);
             QKV_UNROLL
-            for (int e = 0; e < LANE_TERMS; e++) {
-                const REAL *at = a + e * stride;
-                if (many && of_rows > W)
-                    QKV_IN_REGISTER(at);
-                QKV_UNROLL
-                for (int r = 0; r < of_rows; r += W)
-                    y[r][e] = X(loadu)(at + r);
+            for (int e = 0; e < terms; e++) {
+                if (!along)
+                    X(load_on)(&at[i], stride, y, rows / W);
                 QKV_UNROLL
                 for (int j = 0; j < nv; j++)
                     x[j] = X(load)(b + e * LANES + j * W);
@@ -93,16 +84,14 @@ static QKV_INLINE int X(lane_terms)(const int nr, const int nv, const int along,
                 for (int r = 0; r < rows; r++) {
                     QKV_UNROLL
                     for (int j = 0; j < nv; j++)
-                        c[i + r][j] = along ? X(mad_lane)(y[r][e / W * W], e % W, x[j], c[i + r][j])
-                                            : X(mad_lane)(y[r / W * W][e], r % W, x[j], c[i + r][j]);
+                        c[i + r][j] = along ? X(mad_lane)(y[r * of_row + e / W], e % W, x[j], c[i + r][j])
+                                            : X(mad_lane)(y[r / W], r % W, x[j], c[i + r][j]);
                 }
             }
         }
     }
-    return t;
+    return n - n % terms;
 }
-#undef LANE_ROWS
-#undef LANE_TERMS
 #endif
 
 /* nr rows of C, all of it in registers: nr, nv and `along`, whether A has unit stride along terms (else along rows), are
@@ -122,7 +111,8 @@ static QKV_INLINE void X(product)(const int nr, const int nv, const int along, c
     for (; n > 0; n -= piece) {
         int terms = n < piece ? n : piece;
 #if LANE_MADS
-        const int done = along || nr % W == 0 ? X(lane_terms)(nr, nv, along, a, stride, b, terms, c) : 0;
+        const int group = along && nv == 1 ? 8 : 4;
+        const int done = along || nr % W == 0 ? X(lane_terms)(nr, nv, along, group, a, stride, b, terms, c) : 0;
         a += done * step;
         b += (ptrdiff_t)done * LANES;
         terms -= done;

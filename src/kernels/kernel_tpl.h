@@ -44,6 +44,7 @@
  *   set1(a)  add sub mul div(x, y)  fma(x, y, z) = x * y + z
  *   mad_lane(x, i, y, z)     z + y times element i of x, or, where PAIR is 2, z + both products of the pairs y and pair i of x; i
  *                            is known once loops are unrolled; if LANE_MADS
+ *   load_on(&p, step, x, n)  x[n] <- the n vectors at p, 1, 2 or 4, any alignment; p moves on by step elements; likewise
  *   min max(x, y)            NaN where y is NaN; x is not
  *   maxnum(x, y)             y where x is NaN; y is not
  *   less(x, y)  equal(x, y)  beyond(x, y) = !(x <= y)      comparisons; select(mask, x, y) = mask ? x : y; any(mask)
@@ -75,7 +76,7 @@
 _Static_assert(LANE_VECTORS >= 1 && LANE_VECTORS <= 4, "BY_VECTORS knows no more");
 _Static_assert(ROW_TILE % 2 == 0 && 32 % ROW_TILE == 0, "half a tile is a tile, and a strip is whole tiles");
 _Static_assert(ROW_TILE_1 % ROW_TILE == 0, "what is left of the tiles of one vector is whole tiles");
-_Static_assert(!LANE_MADS || 4 % W == 0, "four terms or rows of A are whole vectors");
+_Static_assert(!LANE_MADS || W == 4 || W == 2, "four terms are one or two vectors, and 4 vectors of A are whole rows");
 _Static_assert(SUMS % 4 == 0 && SUMS % W == 0, "few rows share their sums by fours, and vectors of them are summed together");
 _Static_assert(EXP2_STEPS == 1 || EXP2_STEPS == 8, "exp2_poly.h has no other polynomials");
 

@@ -75,6 +75,7 @@ enum { width_f64 = 2 };
 static inline vec_f64 load_f64(const double *p) { return vld1q_f64(p); }
 static inline void store_f64(double *p, vec_f64 x) { vst1q_f64(p, x); }
 static inline vec_f64 loadu_f64(const double *p) { return vld1q_f64(p); }
+LOAD_ON(f64, float64x2x2_t, float64x2x4_t)
 static inline void storeu_f64(double *p, vec_f64 x) { vst1q_f64(p, x); }
 static inline void stream_f64(double *p, vec_f64 x) { vst1q_f64(p, x); }
 static inline void fence_f64(void) {}
@@ -154,7 +155,7 @@ static inline vec_f64 sum_each_f64(vec_f64 x[2]) { return vpaddq_f64(x[0], x[1])
 #define T f64
 #define LANE_VECTORS 4
 #define ROW_TILE 4
-#define ROW_TILE_1 8
+#define ROW_TILE_1 16
 #define LANE_MADS 1
 #define SUMS 16
 #define PAIR 1

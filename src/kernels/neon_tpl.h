@@ -1,5 +1,37 @@
 /* Primitives for 4 floats in 32 registers, for the two files that are built for Arm. */
 
+/* Loads n vectors, 1, 2 or 4, and moves on, in one instruction, which gcc does not make of two. Registers of the first kind of
+ * load follow one another, so that some of two vectors would be copied; the second kind moves by its own size alone. */
+#if defined(__GNUC__) && !defined(__clang__)
+#define LOAD_NEXT(bytes, registers, y) \
+    __asm__("ld1 {" registers "}, [%1], %2" : "=w"(y), "+r"(*p) : "r"(step * (ptrdiff_t)sizeof **p), "m"(*(const char (*)[bytes])*p))
+#define LOAD_ON(T, x2, x4) \
+    static QKV_INLINE void load_on_##T(const real_##T **p, ptrdiff_t step, vec_##T *x, const int n) \
+    { \
+        if (n == 4) { \
+            x4 y; \
+            LOAD_NEXT(64, "%S0.16b - %V0.16b", y); \
+            x[0] = y.val[0], x[1] = y.val[1], x[2] = y.val[2], x[3] = y.val[3]; \
+        } else if (n == 1) { \
+            LOAD_NEXT(16, "%0.16b", x[0]); \
+        } else if (__builtin_constant_p(step) && step == 2 * width_##T) { \
+            __asm__("ldp %q0, %q1, [%2], #32" : "=w"(x[0]), "=w"(x[1]), "+r"(*p) : "m"(*(const char (*)[32])*p)); \
+        } else { \
+            x2 y; \
+            LOAD_NEXT(32, "%S0.16b - %T0.16b", y); \
+            x[0] = y.val[0], x[1] = y.val[1]; \
+        } \
+    }
+#else
+#define LOAD_ON(T, x2, x4) \
+    static QKV_INLINE void load_on_##T(const real_##T **p, ptrdiff_t step, vec_##T *x, const int n) \
+    { \
+        for (int i = 0; i < n; i++) \
+            x[i] = loadu_##T(*p + i * width_##T); \
+        *p += step; \
+    }
+#endif
+
 typedef float real_f32;
 typedef float32x4_t vec_f32;
 typedef uint32x4_t mask_f32;
@@ -9,6 +41,7 @@ static inline vec_f32 load_f32(const float *p) { return vld1q_f32(p); }
 static inline void store_f32(float *p, vec_f32 x) { vst1q_f32(p, x); }
 /* Pairs may lie at any even address, and vld1q_f32 is for those of floats. */
 static inline vec_f32 loadu_f32(const void *p) { return vreinterpretq_f32_u8(vld1q_u8(p)); }
+LOAD_ON(f32, float32x4x2_t, float32x4x4_t)
 static inline void storeu_f32(float *p, vec_f32 x) { vst1q_f32(p, x); }
 static inline void stream_f32(float *p, vec_f32 x) { vst1q_f32(p, x); }
 static inline void fence_f32(void) {}
