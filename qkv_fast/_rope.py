@@ -121,44 +121,76 @@ def rope(
     heads_first = _check_layout(layout, where)
     if x.ndim < 2:
         _fail_shapes(where, "x must have 2 or more axes, (..., heads, length, dim)", x=x)
-    if not isinstance(interleaved, (bool, np.bool_)):
-        raise TypeError(f"{where}: interleaved must be True or False, got {interleaved!r}")
-    length = x.shape[-2 if heads_first or x.ndim == 2 else -3]
-    batch = x.shape[:-3]
-    at = None if positions is None else _check_positions(where, positions, batch, length, x)
-    number = x.dtype.num
-    angles: tuple[Array, Array, float] | None = None
-    if cos_sin is not None:
-        if scaling is not None:
-            raise ValueError(f"{where}: cos_sin replaces scaling, so both can't be given")
-        cos, sin = _check_tables(where, cos_sin, at, batch, length, x)
-        half = cos.shape[-1]
-        _check_rotary_dim(where, 2 * half if rotary_dim is None else rotary_dim, x, 2 * half)
-    else:
-        base, scaling, turned = _check_scaling(where, base, scaling, rotary_dim, x)
-        at = np.arange(length) if at is None else at
-        angles = at, *_frequencies(where, base, turned, scaling, int(at.max(initial=0)) + 1)
-    threads, isa, counters = _runtime.current(num_threads, where)
-    arithmetic = _TYPES[_arithmetic(number)]
-    if out is None:
-        result = _core.empty(where, x.shape, number)
-    else:
-        result = _check_out(out, x.shape, number, where, "x")
-        same = x.strides == out.strides and x.ctypes.data == out.ctypes.data and x.dtype == out.dtype
-        if np.may_share_memory(out, x) and not same:
-            x = x.copy()
-    if angles is not None:
-        at, frequencies, factor = angles
-        cos, sin = np.empty((2, *at.shape, frequencies.size), arithmetic)
-        _core.angles(np.ascontiguousarray(at, np.int64).reshape(-1), frequencies, factor, cos, sin, threads)
-    else:
-        cos, sin = _as_rows(cos, arithmetic), _as_rows(sin, arithmetic)
-        if out is not None and (np.may_share_memory(out, cos) or np.may_share_memory(out, sin)):
-            cos, sin = cos.copy(), sin.copy()
-    if x.ndim > 2:  # for all heads of a sequence
-        cos, sin = cos[..., None, :, :], sin[..., None, :, :]
-    _core.rotate(x, result, cos, sin, bool(interleaved), heads_first, threads, isa, counters)
-    return result
+    rotation = Rotation(
+        x.shape[-1], base=base, scaling=scaling, rotary_dim=rotary_dim, cos_sin=cos_sin, interleaved=interleaved
+    )
+    return rotation.turn(x, positions, heads_first, out, num_threads)
+
+
+class Rotation:
+    """What rows of `dim` elements are turned by: rope's arguments, checked once for all calls."""
+
+    __slots__ = ("_angles", "_base", "_cos_sin", "_interleaved", "_rotary_dim", "_scaling")
+
+    def __init__(
+        self, dim: int, *, base: Any = 10000.0, scaling: Any = None, rotary_dim: Any = None, cos_sin: Any = None,
+        interleaved: Any = False, **words: Any,
+    ) -> None:  # fmt: skip
+        where = "rope"
+        if words:
+            _fail_words(where, words, "scaling")
+        if not isinstance(interleaved, (bool, np.bool_)):
+            raise TypeError(f"{where}: interleaved must be True or False, got {interleaved!r}")
+        self._interleaved = bool(interleaved)
+        self._cos_sin = self._angles = None
+        if cos_sin is not None:
+            if scaling is not None:
+                raise ValueError(f"{where}: cos_sin replaces scaling, so both can't be given")
+            self._cos_sin = _check_tables(where, cos_sin)
+            turned = 2 * self._cos_sin[0].shape[-1]
+            _check_rotary_dim(where, turned if rotary_dim is None else rotary_dim, dim, turned)
+            return
+        self._base, self._scaling, self._rotary_dim = _check_scaling(where, base, scaling, rotary_dim, dim)
+        if self._scaling["rope_type"] not in _OF_LENGTH:
+            self._angles = self._frequencies(0)
+
+    def _frequencies(self, length: int) -> tuple[Array, float]:
+        """Radians per position of each pair, and the factor of cosines and sines, for texts of this length."""
+        base, dim = self._base, self._rotary_dim
+        if not dim:
+            return np.empty(0), 1.0
+        plain = base ** (-np.arange(0, dim, 2) / dim)
+        return _SCALINGS[self._scaling["rope_type"]](plain, base, dim, self._scaling, length)
+
+    def turn(self, x: Array, positions: Any, heads_first: bool, out: Array | None, num_threads: int | None) -> Array:
+        """x, whose type and axes are checked, turned."""
+        where, number = "rope", x.dtype.num
+        length = x.shape[-2 if heads_first or x.ndim == 2 else -3]
+        batch = x.shape[:-3]
+        at = None if positions is None else _check_positions(where, positions, batch, length, x)
+        tables = None if self._cos_sin is None else _rows_of_tables(where, *self._cos_sin, at, batch, length, x)
+        threads, isa, counters = _runtime.current(num_threads, where)
+        arithmetic = _TYPES[_arithmetic(number)]
+        if out is None:
+            result = _core.empty(where, x.shape, number)
+        else:
+            result = _check_out(out, x.shape, number, where, "x")
+            same = x.strides == out.strides and x.ctypes.data == out.ctypes.data and x.dtype == out.dtype
+            if np.may_share_memory(out, x) and not same:
+                x = x.copy()
+        if tables is None:
+            at = np.arange(length) if at is None else at
+            frequencies, factor = self._angles or self._frequencies(int(at.max(initial=0)) + 1)
+            cos, sin = np.empty((2, *at.shape, frequencies.size), arithmetic)
+            _core.angles(np.ascontiguousarray(at, np.int64).reshape(-1), frequencies, factor, cos, sin, threads)
+        else:
+            cos, sin = (_as_rows(table, arithmetic) for table in tables)
+            if out is not None and (np.may_share_memory(out, cos) or np.may_share_memory(out, sin)):
+                cos, sin = cos.copy(), sin.copy()
+        if x.ndim > 2:  # for all heads of a sequence
+            cos, sin = cos[..., None, :, :], sin[..., None, :, :]
+        _core.rotate(x, result, cos, sin, self._interleaved, heads_first, threads, isa, counters)
+        return result
 
 
 def _as_rows(table: Array, kind: np.dtype[Any]) -> Array:
@@ -183,20 +215,17 @@ def _check_positions(where: str, positions: Any, batch: tuple[int, ...], length:
     return at
 
 
-def _check_rotary_dim(where: str, rotary_dim: Any, x: Array, given: int | None = None) -> int:
+def _check_rotary_dim(where: str, rotary_dim: Any, dim: int, given: int | None = None) -> int:
     if isinstance(rotary_dim, (bool, np.bool_)) or not isinstance(rotary_dim, (int, np.integer)):
         raise TypeError(f"{where}: rotary_dim must be an integer, got {rotary_dim!r}")
     if given is not None and rotary_dim != given:
         raise ValueError(f"{where}: rotary_dim is {rotary_dim}, but cos_sin has {given // 2} columns, half of {given}")
-    if not 0 <= rotary_dim <= x.shape[-1] or rotary_dim % 2:
-        _fail_shapes(where, f"rotary_dim must be even and up to {x.shape[-1]}, got {rotary_dim}", x=x)
+    if not 0 <= rotary_dim <= dim or rotary_dim % 2:
+        raise ValueError(f"{where}: rotary_dim must be even and up to {dim}, the elements of a row, got {rotary_dim}")
     return int(rotary_dim)
 
 
-def _check_tables(
-    where: str, cos_sin: Any, at: Array | None, batch: tuple[int, ...], length: int, x: Array
-) -> tuple[Array, Array]:
-    """Rows of both for each token."""
+def _check_tables(where: str, cos_sin: Any) -> tuple[Array, Array]:
     if not isinstance(cos_sin, (tuple, list)) or len(cos_sin) != 2:
         raise TypeError(f"{where}: cos_sin must be two arrays (cos, sin), got {type(cos_sin).__name__}")
     cos, sin = (_as_array(name, y, where) for name, y in zip(("cos", "sin"), cos_sin, strict=True))
@@ -205,6 +234,13 @@ def _check_tables(
     if cos.shape != sin.shape or cos.ndim not in (2, 3):
         shape = "(positions, rotary_dim / 2) or (batch, length, rotary_dim / 2)"
         _fail_shapes(where, f"cos and sin must be of one shape, {shape}", cos=cos, sin=sin)
+    return cos, sin
+
+
+def _rows_of_tables(
+    where: str, cos: Array, sin: Array, at: Array | None, batch: tuple[int, ...], length: int, x: Array
+) -> tuple[Array, Array]:
+    """Rows of both for each token."""
     if cos.ndim == 3:
         if at is not None:
             raise ValueError(f"{where}: a cos_sin of 3 axes has a row for each token, so positions can't be given")
@@ -238,7 +274,7 @@ _ALWAYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 
 
 def _check_scaling(
-    where: str, base: Any, scaling: Any, rotary_dim: Any, x: Array
+    where: str, base: Any, scaling: Any, rotary_dim: Any, dim: int
 ) -> tuple[float, dict[str, Any], int]:
     """The base, what else there is, with its rope_type, and the elements that are turned."""
     if scaling is None:
@@ -260,8 +296,8 @@ def _check_scaling(
     if base <= 0:
         raise ValueError(f"{where}: base must be above 0, got {base}")
     if "partial_rotary_factor" in given and rotary_dim is None:
-        rotary_dim = int(x.shape[-1] * _check_scale(given["partial_rotary_factor"], where, "partial_rotary_factor"))
-    rotary_dim = _check_rotary_dim(where, x.shape[-1] if rotary_dim is None else rotary_dim, x)
+        rotary_dim = int(dim * _check_scale(given["partial_rotary_factor"], where, "partial_rotary_factor"))
+    rotary_dim = _check_rotary_dim(where, dim if rotary_dim is None else rotary_dim, dim)
     for key in (*needs, *may):
         if key in given and key not in ("short_factor", "long_factor", "truncate"):
             given[key] = _check_scale(given[key], where, key)
@@ -279,16 +315,6 @@ def _check_scaling(
             if given[key].shape != (rotary_dim // 2,):
                 raise ValueError(f"{where}: {key} must have {rotary_dim // 2} numbers, got shape {given[key].shape}")
     return base, {**given, "rope_type": kind}, rotary_dim
-
-
-def _frequencies(
-    where: str, base: float, rotary_dim: int, scaling: dict[str, Any], length: int
-) -> tuple[Array, float]:
-    """Radians per position of each pair, and the factor of cosines and sines."""
-    if not rotary_dim:
-        return np.empty(0), 1.0
-    plain = base ** (-np.arange(0, rotary_dim, 2) / rotary_dim)
-    return _SCALINGS[scaling["rope_type"]](plain, base, rotary_dim, scaling, length)
 
 
 def _default(plain: Array, base: float, dim: int, scaling: dict[str, Any], length: int) -> tuple[Array, float]:
@@ -356,3 +382,4 @@ _SCALINGS: dict[str, Callable[[Array, float, int, dict[str, Any], int], tuple[Ar
     "longrope": _longrope,
     "llama3": _llama3,
 }
+_OF_LENGTH = {"dynamic", "longrope"}  # whose frequencies depend on the length of the text
