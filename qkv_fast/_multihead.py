@@ -360,7 +360,9 @@ class MultiHeadAttention:
 
     def _turn(self, x: Array, positions: Any, num_threads: int | None) -> Array:
         """x (..., L, heads, D) with its positions, where it lies."""
-        return x if self._rope is None else self._rope.turn(x, positions, False, x, num_threads)
+        if self._rope is not None:
+            self._rope.turn(x, self._rope.check(x, positions, False), False, x, num_threads)
+        return x
 
     def __repr__(self) -> str:
         heads = f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"

@@ -124,7 +124,14 @@ def rope(
     rotation = Rotation(
         x.shape[-1], base=base, scaling=scaling, rotary_dim=rotary_dim, cos_sin=cos_sin, interleaved=interleaved
     )
-    return rotation.turn(x, positions, heads_first, out, num_threads)
+    at = rotation.check(x, positions, heads_first)
+    if out is None:
+        return rotation.turn(x, at, heads_first, _core.empty(where, x.shape, x.dtype.num), num_threads)
+    _check_out(out, x.shape, x.dtype.num, where, "x")
+    if out is not x and np.may_share_memory(out, x):
+        same = x.strides == out.strides and x.ctypes.data == out.ctypes.data and x.dtype == out.dtype
+        x = x if same else x.copy()
+    return rotation.turn(x, at, heads_first, out, num_threads)
 
 
 class Rotation:
@@ -162,41 +169,43 @@ class Rotation:
         plain = base ** (-np.arange(0, dim, 2) / dim)
         return _SCALINGS[self._scaling["rope_type"]](plain, base, dim, self._scaling, length)
 
-    def turn(self, x: Array, positions: Any, heads_first: bool, out: Array | None, num_threads: int | None) -> Array:
-        """x, whose type and axes are checked, turned."""
-        where, number = "rope", x.dtype.num
-        length = x.shape[-2 if heads_first or x.ndim == 2 else -3]
-        batch = x.shape[:-3]
-        at = None if positions is None else _check_positions(where, positions, batch, length, x)
-        tables = None if self._cos_sin is None else _rows_of_tables(where, *self._cos_sin, at, batch, length, x)
-        threads, isa, counters = _runtime.current(num_threads, where)
-        arithmetic = _TYPES[_arithmetic(number)]
-        if out is None:
-            result = _core.empty(where, x.shape, number)
-        else:
-            result = _check_out(out, x.shape, number, where, "x")
-            same = x.strides == out.strides and x.ctypes.data == out.ctypes.data and x.dtype == out.dtype
-            if np.may_share_memory(out, x) and not same:
-                x = x.copy()
-        if tables is None:
+    def check(self, x: Array, positions: Any, heads_first: bool) -> Array | None:
+        """Positions for x, whose type and axes are checked, or an error."""
+        batch, length = x.shape[:-3], _length(x, heads_first)
+        at = None if positions is None else _check_positions("rope", positions, batch, length, x)
+        if self._cos_sin is not None:
+            _check_rows(*self._cos_sin, at, batch, length, x)
+        return at
+
+    def turn(self, x: Array, at: Array | None, heads_first: bool, out: Array, num_threads: int | None) -> Array:
+        """x at checked positions into `out`, which may be x."""
+        length = _length(x, heads_first)
+        threads, isa, counters = _runtime.current(num_threads, "rope")
+        arithmetic = _TYPES[_arithmetic(x.dtype.num)]
+        if self._cos_sin is None:
             at = np.arange(length) if at is None else at
             frequencies, factor = self._angles or self._frequencies(int(at.max(initial=0)) + 1)
             cos, sin = np.empty((2, *at.shape, frequencies.size), arithmetic)
             _core.angles(np.ascontiguousarray(at, np.int64).reshape(-1), frequencies, factor, cos, sin, threads)
         else:
-            cos, sin = (_as_rows(table, arithmetic) for table in tables)
-            if out is not None and (np.may_share_memory(out, cos) or np.may_share_memory(out, sin)):
-                cos, sin = cos.copy(), sin.copy()
+            cos, sin = (_rows_of(table, at, length, arithmetic, out) for table in self._cos_sin)
         if x.ndim > 2:  # for all heads of a sequence
             cos, sin = cos[..., None, :, :], sin[..., None, :, :]
-        _core.rotate(x, result, cos, sin, self._interleaved, heads_first, threads, isa, counters)
-        return result
+        _core.rotate(x, out, cos, sin, self._interleaved, heads_first, threads, isa, counters)
+        return out
 
 
-def _as_rows(table: Array, kind: np.dtype[Any]) -> Array:
-    if table.dtype == kind and table.flags.c_contiguous and table.flags.aligned:
-        return table
-    return np.require(table, kind, ["C", "A"])
+def _length(x: Array, heads_first: bool) -> int:
+    length: int = x.shape[-2 if heads_first or x.ndim == 2 else -3]
+    return length
+
+
+def _rows_of(table: Array, at: Array | None, length: int, kind: np.dtype[Any], out: Array) -> Array:
+    """A row for each token, of this type, which stays while `out` is written."""
+    rows: Array = table if table.ndim == 3 else table[:length] if at is None else table[at]
+    if np.may_share_memory(out, rows):
+        rows = rows.copy()
+    return np.require(rows, kind, ["C", "A"])
 
 
 def _check_positions(where: str, positions: Any, batch: tuple[int, ...], length: int, x: Array) -> Array:
@@ -204,7 +213,8 @@ def _check_positions(where: str, positions: Any, batch: tuple[int, ...], length:
     if at.dtype.kind not in "iu":
         raise TypeError(f"{where}: positions must be integers, got {at.dtype}")
     try:
-        fits = at.ndim > 0 and at.shape[-1] == length and np.broadcast_shapes(at.shape[:-1], batch) == batch
+        fits = at.ndim > 0 and at.shape[-1] == length
+        fits = fits and (at.shape[:-1] in ((), batch) or np.broadcast_shapes(at.shape[:-1], batch) == batch)
     except ValueError:
         fits = False
     if not fits:
@@ -237,24 +247,20 @@ def _check_tables(where: str, cos_sin: Any) -> tuple[Array, Array]:
     return cos, sin
 
 
-def _rows_of_tables(
-    where: str, cos: Array, sin: Array, at: Array | None, batch: tuple[int, ...], length: int, x: Array
-) -> tuple[Array, Array]:
-    """Rows of both for each token."""
+def _check_rows(cos: Array, sin: Array, at: Array | None, batch: tuple[int, ...], length: int, x: Array) -> None:
+    """That there are rows for each token."""
+    where = "rope"
     if cos.ndim == 3:
         if at is not None:
             raise ValueError(f"{where}: a cos_sin of 3 axes has a row for each token, so positions can't be given")
         if len(batch) != 1 or cos.shape[0] not in (1, *batch) or cos.shape[1] != length:
             _fail_shapes(where, f"cos and sin must be of shape {(*batch, length, cos.shape[2])}", x=x, cos=cos)
-        return cos, sin
-    if at is None:
+    elif at is None:
         if cos.shape[0] < length:
             _fail_shapes(where, f"cos and sin have {cos.shape[0]} positions, x has {length}", x=x, cos=cos)
-        return cos[:length], sin[:length]
-    if at.size and not (at.min() >= 0 and at.max() < cos.shape[0]):
+    elif at.size and not (at.min() >= 0 and at.max() < cos.shape[0]):
         least, most, end = at.min(), at.max(), cos.shape[0] - 1
         raise ValueError(f"{where}: positions must be from 0 to {end}, as cos and sin have, got {least} to {most}")
-    return cos[at], sin[at]
 
 
 # Of each rope_type, the keys that it needs and those it may have.
