@@ -91,9 +91,9 @@ want : tuple of {"q", "k", "v", "bias", "sinks", "slopes"}, default ("q", "k", "
 layer_x : array_like, shape (..., n_in)
     float16, bfloat16 (of ml_dtypes), float32 or float64.
 layer_w : array_like, shape (n_out, n_in)
-    Weights, of x's type or a narrower one; float16 and bfloat16 do not mix.
+    Weights: float64 for an x of float64, otherwise of any other type.
 layer_b : array_like, shape (n_out,), optional
-    What is added, of x's type or a narrower one, or float32 with 16 bits.
+    What is added, of any type that x may have, but float64 only with that.
 cu_seqlens_q, cu_seqlens_k : array_like of int, shape (N + 1,)
     Where the sequences begin: sequence b has the queries ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]``, exclusive, and
     its keys likewise. From 0 to Tq and Tk; a sequence may be empty.

@@ -12,7 +12,6 @@ from ._checks import (
     _as_array,
     _check_count,
     _check_layout,
-    _check_narrower,
     _check_out,
     _check_type,
     _fail_shapes,
@@ -89,7 +88,7 @@ class Linear:
     w : array_like, shape (n_out, n_in)
         Weights, float16, bfloat16 (of ml_dtypes), float32 or float64.
     b : array_like, shape (n_out,), optional
-        What is added, of w's type or a narrower one, or float32 with 16 bits.
+        What is added, of any of these types, but float64 only beside weights of float64.
     num_threads : int, optional
         Threads for the copy, not for calls; see `get_num_threads` for the default.
 
@@ -123,14 +122,14 @@ class Linear:
            [6., 8.]])
     """
 
-    __slots__ = ("_arithmetic", "_b", "_isa", "_kind", "_packed", "n_in", "n_out")
+    __slots__ = ("_b", "_isa", "_kind", "_packed", "n_in", "n_out")
 
     def __init__(self, w: Any, b: Any = None, *, num_threads: int | None = None) -> None:
         where = "Linear"
         w = _check_weights(where, w)
         self.n_out, self.n_in = w.shape
-        self._kind, self._arithmetic = w.dtype, _arithmetic(w.dtype.num)
-        self._b = None if b is None else _check_added(where, b, "w", w, w.shape[0]).copy()
+        self._kind = w.dtype
+        self._b = None if b is None else _check_added(where, b, w).copy()
         threads, self._isa, _ = _runtime.current(num_threads, where)
         self._packed = _core.pack(w, threads, self._isa)
 
@@ -140,7 +139,7 @@ class Linear:
         Parameters
         ----------
         x : array_like, shape (..., n_in)
-            Of any type that `linear` takes; float64 only for weights of float64, and only that for those.
+            float64 if the weights are, and otherwise of any other type that `linear` takes.
         out : ndarray, optional
             As for `linear`.
         num_threads : int, optional
@@ -157,10 +156,19 @@ class Linear:
             As `linear`.
         """
         where = "Linear"
-        x = _check_input(where, x, self.n_in)
-        if _arithmetic(x.dtype.num) != self._arithmetic:
-            raise TypeError(f"{where}: weights of {self._kind} are not multiplied by x in {x.dtype}")
+        x = self._check(where, "x", x)
         return _apply(where, x, None, self._b, self.n_out, self._packed, out, num_threads, self._isa)
+
+    def _check(self, where: str, name: str, given: Any) -> Array:
+        """An input of this layer as an array, or an error."""
+        x = _check_input(where, name, given, self.n_in)
+        _check_mix(where, x.dtype, self._kind)
+        return x
+
+    def _into(self, where: str, x: Array, out: Array, num_threads: int | None) -> None:
+        """The result for rows of a checked x into rows of a new array."""
+        threads, _, counters = _runtime.current(num_threads, where)
+        _core.product(x, x, out, True, True, True, True, 1.0, threads, self._isa, counters, self._b, self._packed)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__} | {"_isa": _runtime.available_isas()[self._isa]}
@@ -278,13 +286,13 @@ def project_qkv(
     return y[..., :heads, :], y[..., heads : heads + kv_heads, :], y[..., heads + kv_heads :, :]
 
 
-def _check_input(where: str, given: Any, n_in: int) -> Array:
-    x = _as_array("x", given, where)
-    _check_type(where, "x", x)
+def _check_input(where: str, name: str, given: Any, n_in: int) -> Array:
+    x = _as_array(name, given, where)
+    _check_type(where, name, x)
     if x.ndim == 0:
-        _fail_shapes(where, f"x needs an axis, of {n_in} elements", x=x)
+        _fail_shapes(where, f"{name} needs an axis, of {n_in} elements", **{name: x})
     if x.shape[-1] != n_in:
-        _fail_shapes(where, f"x has {x.shape[-1]} elements in a row, the weights {n_in}", x=x)
+        _fail_shapes(where, f"{name} has {x.shape[-1]} elements in a row, the weights {n_in}", **{name: x})
     return x
 
 
@@ -296,15 +304,21 @@ def _check_weights(where: str, given: Any) -> Array:
     return w
 
 
-def _check_added(where: str, given: Any, name: str, like: Array, n_out: int) -> Array:
+def _check_added(where: str, given: Any, w: Array) -> Array:
     b = _as_array("b", given, where)
     _check_type(where, "b", b)
-    if _arithmetic(b.dtype.num) != _arithmetic(like.dtype.num) and b.dtype.itemsize > like.dtype.itemsize:
-        kinds = f"{name}'s type, a narrower one or float32"
-        raise TypeError(f"{where}: b must have {kinds}, got {b.dtype} for {like.dtype}")
-    if b.shape != (n_out,):
-        _fail_shapes(where, f"b must be of shape ({n_out},)", b=b)
+    if b.dtype.itemsize > 4 and _arithmetic(w.dtype.num) != _arithmetic(b.dtype.num):
+        raise TypeError(f"{where}: b must be float32 or narrower beside weights of {w.dtype}, got {b.dtype}")
+    if b.shape != w.shape[:1]:
+        _fail_shapes(where, f"b must be of shape ({w.shape[0]},)", b=b)
     return b
+
+
+def _check_mix(where: str, x: np.dtype[Any], w: np.dtype[Any]) -> None:
+    """That x and w have one type of sums, so that a layer may pack weights once for all x."""
+    if _arithmetic(x.num) != _arithmetic(w.num):
+        ways_out = "pass w.astype('float64') or x.astype('float32')" if x.itemsize > 4 else "pass x.astype('float64')"
+        raise TypeError(f"{where}: x and w must both be float64 or neither, got {x} and {w}; {ways_out}")
 
 
 def _check_layer(where: str, x: Any, w: Any, b: Any) -> tuple[Array, Array, Array | None]:
@@ -313,9 +327,9 @@ def _check_layer(where: str, x: Any, w: Any, b: Any) -> tuple[Array, Array, Arra
     if x.ndim and x.shape[-1] != w.shape[1]:
         hint = "; w is (n_out, n_in), as torch keeps it: pass w.T?" if x.shape[-1] == w.shape[0] else ""
         _fail_shapes(where, f"x has {x.shape[-1]} elements in a row, w {w.shape[1]}{hint}", x=x, w=w)
-    x = _check_input(where, x, w.shape[1])
-    _check_narrower(where, {"x": x, "w": w})
-    return x, w, None if b is None else _check_added(where, b, "x", x, w.shape[0])
+    x = _check_input(where, "x", x, w.shape[1])
+    _check_mix(where, x.dtype, w.dtype)
+    return x, w, None if b is None else _check_added(where, b, w)
 
 
 def _step_of_rows(x: Array) -> int | None:
@@ -330,23 +344,19 @@ def _step_of_rows(x: Array) -> int | None:
     return step or 0
 
 
-def _as_rows(*arrays: Array) -> list[Array]:
-    """The arrays with all axes but the last in one; or (..., 1, rows, elements) where that is no view of each."""
-    merged = []
-    for x in arrays:
-        if x.ndim == 2:
-            merged.append(x)
-        elif x.flags.c_contiguous:
-            merged.append(x.reshape(_count(x), x.shape[-1]))
-        elif (step := _step_of_rows(x)) is not None:
-            merged.append(np.lib.stride_tricks.as_strided(x, (_count(x), x.shape[-1]), (step, x.strides[-1])))
+def _as_rows(x: Array, y: Array) -> tuple[Array, Array]:
+    """Both with all axes but the last in one; or (..., 1, rows, elements) where that is no view of each."""
+    if x.ndim == 2:
+        return x, y
+    merged, count = [], math.prod(x.shape[:-1])
+    for a in (x, y):
+        if a.flags.c_contiguous:
+            merged.append(a.reshape(count, a.shape[-1]))
+        elif (step := _step_of_rows(a)) is not None:
+            merged.append(np.lib.stride_tricks.as_strided(a, (count, a.shape[-1]), (step, a.strides[-1])))
         else:
-            return [y[..., None, :, :] for y in arrays]
-    return merged
-
-
-def _count(x: Array) -> int:
-    return math.prod(x.shape[:-1])
+            return x[..., None, :, :], y[..., None, :, :]
+    return merged[0], merged[1]
 
 
 def _apply(

@@ -1,16 +1,20 @@
 """Multi-head attention with its projections: an input in, an output of the same width out."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from . import _core
 from ._attention import attention
 from ._checks import Array, _as_array, _check_count, _fail_shapes, _per_sequence
 from ._layers import Linear
-from ._rope import rope
+from ._rope import Rotation
 from ._varlen import attention_varlen
 from .cache import KVCache, PagedKVCache
+
+_WHERE = "MultiHeadAttention"
 
 # Of each family of models the names of what makes queries, keys and values, in one or three parts, and of what makes
 # the output. A bias has the name of its weight with "bias" for "weight".
@@ -51,9 +55,10 @@ class MultiHeadAttention:
     Raises
     ------
     TypeError
-        An argument of the wrong kind: other element types, numbers of heads that are no integers.
+        An argument of the wrong kind: other element types, numbers of heads that are no integers, words that `rope`
+        does not have.
     ValueError
-        Shapes that do not fit each other or the heads.
+        Shapes that do not fit each other or the heads; what `rope` refuses.
 
     See Also
     --------
@@ -84,15 +89,14 @@ class MultiHeadAttention:
         self, q: Any, k: Any, v: Any, out: Any, *, num_heads: int, num_kv_heads: int | None = None,
         rope: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        where = "MultiHeadAttention"
+        where = _WHERE
         self.num_heads = _check_count(where, "num_heads", num_heads)
         self.num_kv_heads = num_heads if num_kv_heads is None else _check_count(where, "num_kv_heads", num_kv_heads)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"{where}: num_kv_heads must divide num_heads, got {num_kv_heads} for {num_heads}")
         if rope is not None and not isinstance(rope, Mapping):
             raise TypeError(f"{where}: rope must be a dict of rope's arguments, got {type(rope).__name__}")
-        self._rope = None if rope is None else dict(rope)
-        if wrong := sorted(set(self._rope or ()) & {"x", "positions", "layout", "out", "num_threads"}):
+        if wrong := sorted(set(rope or ()) & {"x", "positions", "layout", "out", "num_threads"}):
             raise ValueError(f"{where}: rope says how positions are put in; {wrong[0]} is the call's")
         parts = {name: _pair(where, name, given) for name, given in (("q", q), ("k", k), ("v", v), ("out", out))}
         weights = {name: w for name, (w, _) in parts.items()}
@@ -103,6 +107,7 @@ class MultiHeadAttention:
         if rows % self.num_heads or rows // self.num_heads * self.num_kv_heads != kv_rows:
             heads = f"{self.num_heads} query and {self.num_kv_heads} key heads"
             _fail_shapes(where, f"the rows of q and k are not those of {heads} of one size", **weights)
+        self._rope = None if rope is None else Rotation(rows // self.num_heads, **rope)
         if weights["v"].shape != weights["k"].shape:
             _fail_shapes(where, "k and v must have one shape", **weights)
         if weights["out"].shape[1] != rows:
@@ -219,7 +224,7 @@ class MultiHeadAttention:
         >>> keys, values = layer.keys_values(x)
         >>> qkv_fast.spotlight.weights(layer.queries(x), keys, layout="blhd").mean(0).round(2)
         """
-        return self._turned(self._heads("x", x, self._q, self.num_heads, num_threads), positions, num_threads)
+        return self._turn(self._heads("x", x, self._q, self.num_heads, num_threads), positions, num_threads)
 
     def keys_values(
         self, memory: Any, positions: Any = None, *, num_threads: int | None = None
@@ -247,7 +252,7 @@ class MultiHeadAttention:
         """
         y = self._heads("memory", memory, self._kv, 2 * self.num_kv_heads, num_threads)
         k, v = y[..., : self.num_kv_heads, :], y[..., self.num_kv_heads :, :]
-        return self._turned(k, positions, num_threads), v
+        return self._turn(k, positions, num_threads), v
 
     def __call__(
         self, x: Any, memory: Any = None, *, cache: Any = None, sequences: Any = None, starts: Any = None,
@@ -288,7 +293,7 @@ class MultiHeadAttention:
             As `linear`, `rope` and `attention`; a memory beside a cache, or a cache that is none of ours. The cache is
             then as it was, but a ring may lack its oldest tokens.
         """
-        where = "MultiHeadAttention"
+        where = _WHERE
         if own := [name for name in ("layout", "out", "return_lse") if name in options]:
             raise TypeError(f"{where}: {', '.join(own)} can't be given, since the output is one more product")
         if "tolerance" in options:
@@ -306,16 +311,17 @@ class MultiHeadAttention:
                 positions = _cached_positions(cache, sequences, held, starts, x)
             elif "cu_seqlens_q" in options and x.ndim > 1:
                 positions = _packed_positions(options["cu_seqlens_q"], x.shape[-2])
-        q = self.queries(x, positions, num_threads=num_threads)
         options["num_threads"] = num_threads
         if memory is None:
-            k, v = self.keys_values(x, positions, num_threads=num_threads)
-        elif isinstance(memory, tuple):
-            k, v = memory
+            q, k, v = self._own(x, positions, num_threads)
         else:
-            packed = None if self._rope is None else options.get("cu_seqlens_k")
-            at = None if packed is None else _packed_positions(packed, np.shape(memory)[-2])
-            k, v = self.keys_values(memory, at, num_threads=num_threads)
+            q = self.queries(x, positions, num_threads=num_threads)
+            if isinstance(memory, tuple):
+                k, v = memory
+            else:
+                packed = None if self._rope is None else options.get("cu_seqlens_k")
+                at = None if packed is None else _packed_positions(packed, np.shape(memory)[-2])
+                k, v = self.keys_values(memory, at, num_threads=num_threads)
         if held is not None:
             given = () if sequences is None else (sequences,)
             seen: Array = cache.step(*given, q, k, v, starts=starts, layout="blhd", **options)
@@ -325,18 +331,38 @@ class MultiHeadAttention:
             seen = attention(q, k, v, layout="blhd", **options)
         return self._out(seen.reshape(*seen.shape[:-2], self._out.n_in), num_threads=num_threads)
 
+    def _own(self, x: Array, positions: Any, num_threads: int | None) -> tuple[Array, Array, Array]:
+        """Queries, keys and values of one input, side by side, so that positions are put in all at once."""
+        rows, heads, kv_heads = self._input("x", x, self._q, self._kv), self.num_heads, self.num_kv_heads
+        width = self._q.n_out
+        y = _core.empty(_WHERE, (len(rows), width + self._kv.n_out), x.dtype.num)
+        self._q._into(_WHERE, rows, y[:, :width], num_threads)
+        self._kv._into(_WHERE, rows, y[:, width:], num_threads)
+        y = y.reshape(*x.shape[:-1], heads + 2 * kv_heads, width // heads)
+        self._turn(y[..., : heads + kv_heads, :], positions, num_threads)
+        return y[..., :heads, :], y[..., heads : heads + kv_heads, :], y[..., heads + kv_heads :, :]
+
     def _heads(self, name: str, given: Any, layer: Linear, heads: int, num_threads: int | None) -> Array:
         """What a layer makes of (..., L, elements), as (..., L, heads, D)."""
-        x = _as_array(name, given, "MultiHeadAttention")
-        if x.ndim < 2:
-            _fail_shapes("MultiHeadAttention", f"{name} must be of shape (..., length, elements)", **{name: x})
-        return layer(x, num_threads=num_threads).reshape(*x.shape[:-1], heads, layer.n_out // heads)
+        x = _as_array(name, given, _WHERE)
+        rows = self._input(name, x, layer)
+        y = _core.empty(_WHERE, (len(rows), layer.n_out), x.dtype.num)
+        layer._into(_WHERE, rows, y, num_threads)
+        return y.reshape(*x.shape[:-1], heads, layer.n_out // heads)
 
-    def _turned(self, x: Array, positions: Any, num_threads: int | None) -> Array:
+    def _input(self, name: str, x: Array, *layers: Linear) -> Array:
+        """The rows of an input of these layers."""
+        if x.ndim < 2:
+            _fail_shapes(_WHERE, f"{name} must be of shape (..., length, elements)", **{name: x})
+        for layer in layers:
+            layer._check(_WHERE, name, x)
+        return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+    def _turn(self, x: Array, positions: Any, num_threads: int | None) -> Array:
         """x (..., L, heads, D) with its positions, where it lies."""
-        if self._rope is None:
-            return x
-        return rope(x, positions, layout="blhd", out=x, num_threads=num_threads, **self._rope)
+        if self._rope is not None:
+            self._rope.turn(x, self._rope.check(x, positions, False), False, x, num_threads)
+        return x
 
     def __repr__(self) -> str:
         heads = f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"
@@ -352,7 +378,7 @@ def _packed_positions(starts: Any, tokens: int) -> Array:
 
 def _held(cache: Any, sequences: Any, x: Array) -> Array:
     """The tokens that a cache has of each sequence of x."""
-    where = "MultiHeadAttention"
+    where = _WHERE
     if not isinstance(cache, (KVCache, PagedKVCache)):
         raise TypeError(f"{where}: cache must be a KVCache or a PagedKVCache, got {type(cache).__name__}")
     if isinstance(cache, PagedKVCache):
@@ -373,7 +399,7 @@ def _cached_positions(cache: Any, sequences: Any, lengths: Array, starts: Any, x
     positions: Array = lengths[:, None] + np.arange(x.shape[1])
     padding = cache.starts if sequences is None else cache.starts(sequences)
     if starts is not None:
-        padding = np.maximum(padding, _per_sequence("MultiHeadAttention", "starts", starts, lengths.shape))
+        padding = np.maximum(padding, _per_sequence(_WHERE, "starts", starts, lengths.shape))
     own: Array = np.maximum(positions - padding[:, None], 0)
     return own
 

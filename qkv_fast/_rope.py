@@ -121,50 +121,91 @@ def rope(
     heads_first = _check_layout(layout, where)
     if x.ndim < 2:
         _fail_shapes(where, "x must have 2 or more axes, (..., heads, length, dim)", x=x)
-    if not isinstance(interleaved, (bool, np.bool_)):
-        raise TypeError(f"{where}: interleaved must be True or False, got {interleaved!r}")
-    length = x.shape[-2 if heads_first or x.ndim == 2 else -3]
-    batch = x.shape[:-3]
-    at = None if positions is None else _check_positions(where, positions, batch, length, x)
-    number = x.dtype.num
-    angles: tuple[Array, Array, float] | None = None
-    if cos_sin is not None:
-        if scaling is not None:
-            raise ValueError(f"{where}: cos_sin replaces scaling, so both can't be given")
-        cos, sin = _check_tables(where, cos_sin, at, batch, length, x)
-        half = cos.shape[-1]
-        _check_rotary_dim(where, 2 * half if rotary_dim is None else rotary_dim, x, 2 * half)
-    else:
-        base, scaling, turned = _check_scaling(where, base, scaling, rotary_dim, x)
-        at = np.arange(length) if at is None else at
-        angles = at, *_frequencies(where, base, turned, scaling, int(at.max(initial=0)) + 1)
-    threads, isa, counters = _runtime.current(num_threads, where)
-    arithmetic = _TYPES[_arithmetic(number)]
+    rotation = Rotation(
+        x.shape[-1], base=base, scaling=scaling, rotary_dim=rotary_dim, cos_sin=cos_sin, interleaved=interleaved
+    )
+    at = rotation.check(x, positions, heads_first)
     if out is None:
-        result = _core.empty(where, x.shape, number)
-    else:
-        result = _check_out(out, x.shape, number, where, "x")
+        return rotation.turn(x, at, heads_first, _core.empty(where, x.shape, x.dtype.num), num_threads)
+    _check_out(out, x.shape, x.dtype.num, where, "x")
+    if out is not x and np.may_share_memory(out, x):
         same = x.strides == out.strides and x.ctypes.data == out.ctypes.data and x.dtype == out.dtype
-        if np.may_share_memory(out, x) and not same:
-            x = x.copy()
-    if angles is not None:
-        at, frequencies, factor = angles
-        cos, sin = np.empty((2, *at.shape, frequencies.size), arithmetic)
-        _core.angles(np.ascontiguousarray(at, np.int64).reshape(-1), frequencies, factor, cos, sin, threads)
-    else:
-        cos, sin = _as_rows(cos, arithmetic), _as_rows(sin, arithmetic)
-        if out is not None and (np.may_share_memory(out, cos) or np.may_share_memory(out, sin)):
-            cos, sin = cos.copy(), sin.copy()
-    if x.ndim > 2:  # for all heads of a sequence
-        cos, sin = cos[..., None, :, :], sin[..., None, :, :]
-    _core.rotate(x, result, cos, sin, bool(interleaved), heads_first, threads, isa, counters)
-    return result
+        x = x if same else x.copy()
+    return rotation.turn(x, at, heads_first, out, num_threads)
 
 
-def _as_rows(table: Array, kind: np.dtype[Any]) -> Array:
-    if table.dtype == kind and table.flags.c_contiguous and table.flags.aligned:
-        return table
-    return np.require(table, kind, ["C", "A"])
+class Rotation:
+    """What rows of `dim` elements are turned by: rope's arguments, checked once for all calls."""
+
+    __slots__ = ("_angles", "_base", "_cos_sin", "_interleaved", "_rotary_dim", "_scaling")
+
+    def __init__(
+        self, dim: int, *, base: Any = 10000.0, scaling: Any = None, rotary_dim: Any = None, cos_sin: Any = None,
+        interleaved: Any = False, **words: Any,
+    ) -> None:  # fmt: skip
+        where = "rope"
+        if words:
+            _fail_words(where, words, "scaling")
+        if not isinstance(interleaved, (bool, np.bool_)):
+            raise TypeError(f"{where}: interleaved must be True or False, got {interleaved!r}")
+        self._interleaved = bool(interleaved)
+        self._cos_sin = self._angles = None
+        if cos_sin is not None:
+            if scaling is not None:
+                raise ValueError(f"{where}: cos_sin replaces scaling, so both can't be given")
+            self._cos_sin = _check_tables(where, cos_sin)
+            turned = 2 * self._cos_sin[0].shape[-1]
+            _check_rotary_dim(where, turned if rotary_dim is None else rotary_dim, dim, turned)
+            return
+        self._base, self._scaling, self._rotary_dim = _check_scaling(where, base, scaling, rotary_dim, dim)
+        if self._scaling["rope_type"] not in _OF_LENGTH:
+            self._angles = self._frequencies(0)
+
+    def _frequencies(self, length: int) -> tuple[Array, float]:
+        """Radians per position of each pair, and the factor of cosines and sines, for texts of this length."""
+        base, dim = self._base, self._rotary_dim
+        if not dim:
+            return np.empty(0), 1.0
+        plain = base ** (-np.arange(0, dim, 2) / dim)
+        return _SCALINGS[self._scaling["rope_type"]](plain, base, dim, self._scaling, length)
+
+    def check(self, x: Array, positions: Any, heads_first: bool) -> Array | None:
+        """Positions for x, whose type and axes are checked, or an error."""
+        batch, length = x.shape[:-3], _length(x, heads_first)
+        at = None if positions is None else _check_positions("rope", positions, batch, length, x)
+        if self._cos_sin is not None:
+            _check_rows(*self._cos_sin, at, batch, length, x)
+        return at
+
+    def turn(self, x: Array, at: Array | None, heads_first: bool, out: Array, num_threads: int | None) -> Array:
+        """x at checked positions into `out`, which may be x."""
+        length = _length(x, heads_first)
+        threads, isa, counters = _runtime.current(num_threads, "rope")
+        arithmetic = _TYPES[_arithmetic(x.dtype.num)]
+        if self._cos_sin is None:
+            at = np.arange(length) if at is None else at
+            frequencies, factor = self._angles or self._frequencies(int(at.max(initial=0)) + 1)
+            cos, sin = np.empty((2, *at.shape, frequencies.size), arithmetic)
+            _core.angles(np.ascontiguousarray(at, np.int64).reshape(-1), frequencies, factor, cos, sin, threads)
+        else:
+            cos, sin = (_rows_of(table, at, length, arithmetic, out) for table in self._cos_sin)
+        if x.ndim > 2:  # for all heads of a sequence
+            cos, sin = cos[..., None, :, :], sin[..., None, :, :]
+        _core.rotate(x, out, cos, sin, self._interleaved, heads_first, threads, isa, counters)
+        return out
+
+
+def _length(x: Array, heads_first: bool) -> int:
+    length: int = x.shape[-2 if heads_first or x.ndim == 2 else -3]
+    return length
+
+
+def _rows_of(table: Array, at: Array | None, length: int, kind: np.dtype[Any], out: Array) -> Array:
+    """A row for each token, of this type, which stays while `out` is written."""
+    rows: Array = table if table.ndim == 3 else table[:length] if at is None else table[at]
+    if np.may_share_memory(out, rows):
+        rows = rows.copy()
+    return np.require(rows, kind, ["C", "A"])
 
 
 def _check_positions(where: str, positions: Any, batch: tuple[int, ...], length: int, x: Array) -> Array:
@@ -172,7 +213,8 @@ def _check_positions(where: str, positions: Any, batch: tuple[int, ...], length:
     if at.dtype.kind not in "iu":
         raise TypeError(f"{where}: positions must be integers, got {at.dtype}")
     try:
-        fits = at.ndim > 0 and at.shape[-1] == length and np.broadcast_shapes(at.shape[:-1], batch) == batch
+        fits = at.ndim > 0 and at.shape[-1] == length
+        fits = fits and (at.shape[:-1] in ((), batch) or np.broadcast_shapes(at.shape[:-1], batch) == batch)
     except ValueError:
         fits = False
     if not fits:
@@ -183,20 +225,17 @@ def _check_positions(where: str, positions: Any, batch: tuple[int, ...], length:
     return at
 
 
-def _check_rotary_dim(where: str, rotary_dim: Any, x: Array, given: int | None = None) -> int:
+def _check_rotary_dim(where: str, rotary_dim: Any, dim: int, given: int | None = None) -> int:
     if isinstance(rotary_dim, (bool, np.bool_)) or not isinstance(rotary_dim, (int, np.integer)):
         raise TypeError(f"{where}: rotary_dim must be an integer, got {rotary_dim!r}")
     if given is not None and rotary_dim != given:
         raise ValueError(f"{where}: rotary_dim is {rotary_dim}, but cos_sin has {given // 2} columns, half of {given}")
-    if not 0 <= rotary_dim <= x.shape[-1] or rotary_dim % 2:
-        _fail_shapes(where, f"rotary_dim must be even and up to {x.shape[-1]}, got {rotary_dim}", x=x)
+    if not 0 <= rotary_dim <= dim or rotary_dim % 2:
+        raise ValueError(f"{where}: rotary_dim must be even and up to {dim}, the elements of a row, got {rotary_dim}")
     return int(rotary_dim)
 
 
-def _check_tables(
-    where: str, cos_sin: Any, at: Array | None, batch: tuple[int, ...], length: int, x: Array
-) -> tuple[Array, Array]:
-    """Rows of both for each token."""
+def _check_tables(where: str, cos_sin: Any) -> tuple[Array, Array]:
     if not isinstance(cos_sin, (tuple, list)) or len(cos_sin) != 2:
         raise TypeError(f"{where}: cos_sin must be two arrays (cos, sin), got {type(cos_sin).__name__}")
     cos, sin = (_as_array(name, y, where) for name, y in zip(("cos", "sin"), cos_sin, strict=True))
@@ -205,20 +244,23 @@ def _check_tables(
     if cos.shape != sin.shape or cos.ndim not in (2, 3):
         shape = "(positions, rotary_dim / 2) or (batch, length, rotary_dim / 2)"
         _fail_shapes(where, f"cos and sin must be of one shape, {shape}", cos=cos, sin=sin)
+    return cos, sin
+
+
+def _check_rows(cos: Array, sin: Array, at: Array | None, batch: tuple[int, ...], length: int, x: Array) -> None:
+    """That there are rows for each token."""
+    where = "rope"
     if cos.ndim == 3:
         if at is not None:
             raise ValueError(f"{where}: a cos_sin of 3 axes has a row for each token, so positions can't be given")
         if len(batch) != 1 or cos.shape[0] not in (1, *batch) or cos.shape[1] != length:
             _fail_shapes(where, f"cos and sin must be of shape {(*batch, length, cos.shape[2])}", x=x, cos=cos)
-        return cos, sin
-    if at is None:
+    elif at is None:
         if cos.shape[0] < length:
             _fail_shapes(where, f"cos and sin have {cos.shape[0]} positions, x has {length}", x=x, cos=cos)
-        return cos[:length], sin[:length]
-    if at.size and not (at.min() >= 0 and at.max() < cos.shape[0]):
+    elif at.size and not (at.min() >= 0 and at.max() < cos.shape[0]):
         least, most, end = at.min(), at.max(), cos.shape[0] - 1
         raise ValueError(f"{where}: positions must be from 0 to {end}, as cos and sin have, got {least} to {most}")
-    return cos[at], sin[at]
 
 
 # Of each rope_type, the keys that it needs and those it may have.
@@ -238,7 +280,7 @@ _ALWAYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 
 
 def _check_scaling(
-    where: str, base: Any, scaling: Any, rotary_dim: Any, x: Array
+    where: str, base: Any, scaling: Any, rotary_dim: Any, dim: int
 ) -> tuple[float, dict[str, Any], int]:
     """The base, what else there is, with its rope_type, and the elements that are turned."""
     if scaling is None:
@@ -260,8 +302,8 @@ def _check_scaling(
     if base <= 0:
         raise ValueError(f"{where}: base must be above 0, got {base}")
     if "partial_rotary_factor" in given and rotary_dim is None:
-        rotary_dim = int(x.shape[-1] * _check_scale(given["partial_rotary_factor"], where, "partial_rotary_factor"))
-    rotary_dim = _check_rotary_dim(where, x.shape[-1] if rotary_dim is None else rotary_dim, x)
+        rotary_dim = int(dim * _check_scale(given["partial_rotary_factor"], where, "partial_rotary_factor"))
+    rotary_dim = _check_rotary_dim(where, dim if rotary_dim is None else rotary_dim, dim)
     for key in (*needs, *may):
         if key in given and key not in ("short_factor", "long_factor", "truncate"):
             given[key] = _check_scale(given[key], where, key)
@@ -279,16 +321,6 @@ def _check_scaling(
             if given[key].shape != (rotary_dim // 2,):
                 raise ValueError(f"{where}: {key} must have {rotary_dim // 2} numbers, got shape {given[key].shape}")
     return base, {**given, "rope_type": kind}, rotary_dim
-
-
-def _frequencies(
-    where: str, base: float, rotary_dim: int, scaling: dict[str, Any], length: int
-) -> tuple[Array, float]:
-    """Radians per position of each pair, and the factor of cosines and sines."""
-    if not rotary_dim:
-        return np.empty(0), 1.0
-    plain = base ** (-np.arange(0, rotary_dim, 2) / rotary_dim)
-    return _SCALINGS[scaling["rope_type"]](plain, base, rotary_dim, scaling, length)
 
 
 def _default(plain: Array, base: float, dim: int, scaling: dict[str, Any], length: int) -> tuple[Array, float]:
@@ -356,3 +388,4 @@ _SCALINGS: dict[str, Callable[[Array, float, int, dict[str, Any], int], tuple[Ar
     "longrope": _longrope,
     "llama3": _llama3,
 }
+_OF_LENGTH = {"dynamic", "longrope"}  # whose frequencies depend on the length of the text

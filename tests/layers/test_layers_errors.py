@@ -2,7 +2,6 @@
 
 import re
 
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -34,7 +33,8 @@ def refuses(error, words, function, *args, **options):
         (TypeError, ["x", "int64"], zeros(3, 4, dtype="int64"), zeros(6, 4), None),
         (TypeError, ["w", "bool"], zeros(3, 4), zeros(6, 4, dtype=bool), None),
         (TypeError, ["w", "float64", "float32"], zeros(3, 4), zeros(6, 4, dtype="float64"), None),
-        (TypeError, ["float16", "bfloat16"], zeros(3, 4, dtype="float16"), zeros(6, 4, dtype=ml_dtypes.bfloat16), None),
+        (TypeError, ["float64", "float32", "w.astype"], zeros(3, 4, dtype="float64"), zeros(6, 4), None),
+        (TypeError, ["float16", "float64"], zeros(3, 4, dtype="float16"), zeros(6, 4, dtype="float64"), None),
         (TypeError, ["b", "float64", "float32"], zeros(3, 4), zeros(6, 4), zeros(6, dtype="float64")),
         (TypeError, ["b", "complex64"], zeros(3, 4), zeros(6, 4), zeros(6, dtype="complex64")),
         (TypeError, ["x", "masked"], np.ma.zeros((3, 4)), zeros(6, 4), None),
@@ -148,6 +148,26 @@ LLAMA3 = dict(rope_type="llama3", factor=2.0, low_freq_factor=4.0, high_freq_fac
 )
 def test_rope(error, words, x, options):
     refuses(error, ["rope", *words], qkv_fast.rope, x, **options)
+
+
+@pytest.mark.parametrize(
+    "error, words, rope",
+    [
+        (TypeError, ["dict", "list"], [1]),
+        (ValueError, ["rope", "positions"], dict(positions=[0])),
+        (TypeError, ["rope", "theta"], dict(theta=10000.0)),
+        (ValueError, ["rope", "base", "-1"], dict(base=-1)),
+        (ValueError, ["rope", "rotary_dim", "6", "4"], dict(rotary_dim=6)),
+        (ValueError, ["rope", "rope_type", "ntk"], dict(scaling=dict(rope_type="ntk"))),
+        (ValueError, ["rope", "yarn", "factor"], dict(scaling=dict(rope_type="yarn"))),
+        (ValueError, ["rope", "rotary_dim", "6", "4"], dict(cos_sin=(zeros(9, 3), zeros(9, 3)))),
+        (ValueError, ["rope", "cos", "(9, 2)", "(8, 2)"], dict(cos_sin=(zeros(9, 2), zeros(8, 2)))),
+        (TypeError, ["rope", "interleaved", "1"], dict(interleaved=1)),
+    ],
+)
+def test_rope_of_a_layer(error, words, rope):
+    """Looked at when the layer is made."""
+    refuses(error, words, qkv_fast.MultiHeadAttention, *[zeros(8, 8)] * 4, num_heads=2, rope=rope)
 
 
 def test_what_a_layer_refuses_before_its_cache_changes():

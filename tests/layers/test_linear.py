@@ -1,5 +1,7 @@
 """linear, Linear, project_qkv: right on every CPU path, wherever arrays lie, and the same bits each time."""
 
+import itertools
+
 import ml_dtypes  # registers bfloat16  # noqa: F401
 import numpy as np
 import pytest
@@ -25,8 +27,7 @@ def check(x, w, b=None):
     half a unit where 16 bits are rounded."""
     with no_change(*(y for y in (x, w, b) if y is not None)):
         got = qkv_fast.linear(x, w, b)
-        if x.dtype == w.dtype:
-            same_bits(qkv_fast.Linear(w, b)(x), got)
+        same_bits(qkv_fast.Linear(w, b)(x), got)
     assert got.dtype == x.dtype.newbyteorder("=") and got.shape == (*x.shape[:-1], w.shape[0])
     exact = reference.linear(x, w, b)
     wide = np.float64 if x.dtype == "float64" else np.float32
@@ -49,14 +50,30 @@ def test_shapes(dtype, rows, n_in, n_out):
     check(x, w, b)
 
 
-@pytest.mark.parametrize(
-    "wide, narrow", [("float32", "float16"), ("float32", "bfloat16"), ("float64", "float32"), ("float64", "float16")]
-)
+@pytest.mark.parametrize("mix", list(itertools.product(("float32", "float16", "bfloat16"), repeat=3)), ids="-".join)
 @pytest.mark.parametrize("rows", [3, 90])
-def test_narrower_weights(wide, narrow, rows):
-    x, w, b = layer(2, wide, rows, 50, 40)
-    check(x, w.astype(narrow), b)
-    check(x, w, b.astype(narrow))
+def test_mixed_types(mix, rows):
+    """x, weights and what is added, of any types that are summed in float32."""
+    x, w, b = (y.astype(dtype) for y, dtype in zip(layer(2, "float32", rows, 50, 40), mix, strict=True))
+    check(x, w, b)
+
+
+@pytest.mark.parametrize("dtype", ALL_TYPES)
+def test_float64_takes_what_is_added_in_any_type(dtype):
+    x, w, b = layer(2, "float64", 5, 50, 40)
+    check(x, w, b.astype(dtype))
+
+
+@pytest.mark.parametrize("x, w", list(itertools.product(ALL_TYPES, repeat=2)))
+def test_function_and_layer_take_the_same_types(x, w):
+    def taken(call):
+        try:
+            return call(np.ones((2, 3), x), np.ones((4, 3), w)).dtype == x
+        except TypeError as error:
+            assert all(word in str(error) for word in ("float64", x, w))
+            return False
+
+    assert taken(qkv_fast.linear) == taken(lambda x, w: qkv_fast.Linear(w)(x)) == ((x == "float64") == (w == "float64"))
 
 
 @pytest.mark.parametrize("dtype", HALVES)
