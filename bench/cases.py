@@ -237,6 +237,11 @@ CASES: tuple[Case, ...] = (
     *(case(shape, 64, label="project", operation="project", suites=("layers",)) for shape in ("8x12x197", "1x12x512")),
     _rope("rope+tables", 0.70, 0.90),
     _rope("rope", 0.45, 0.60),
+    # Short sentences and sets, whose tokens do not fill vectors.
+    *(
+        case(shape, 64, label="short", suites=("surprises",), goal=Goal("torch", 1.4, 1.4, everywhere=True))
+        for shape in ("1x64x8", "1x64x12", "8x64x8", "8x64x12")
+    ),
     # What a call adds to a process, as sequences grow.
     case("1x8x1024", 64, suites=("memory",)),
     case("1x8x4096", 64, suites=("memory",)),
@@ -246,7 +251,7 @@ CASES: tuple[Case, ...] = (
 
 SUITES: tuple[str, ...] = (
     *("foundation", "quick", "prefill", "decode", "small", "masks", "stages", "half", "memory", "scaling"),
-    *("surroundings", "data", "spotlight", "grad", "layers", "all"),
+    *("surroundings", "data", "spotlight", "grad", "layers", "surprises", "all"),
 )
 
 

@@ -15,6 +15,7 @@ COLUMNS = {
 LABELS = {
     "decode": "new tokens against a longer cache",
     "sd": "an image model",
+    "short": "many short sentences or sets",
     "cross": "few queries against a long text",
     "scaling": "the same work in sequences of several lengths",
     "scores": "Q Kᵀ alone",

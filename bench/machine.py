@@ -19,24 +19,31 @@ REFERENCE = "Zen 4 with AVX-512"  # the kind of CPU that goals were measured on;
 
 
 @functools.cache
-def is_reference() -> bool:
-    """Whether this CPU is of the kind that goals were measured on. Of AMD's family 25 Zen 4 has AVX-512 and Zen 3 has
-    not; Zen 5 is another family."""
+def first_cpu() -> dict[str, str]:
+    """What Linux says of it."""
     said: dict[str, str] = {}
     for line in read("/proc/cpuinfo").splitlines():
         key, _, value = line.partition(":")
         said.setdefault(key.strip(), value.strip())
+    return said
+
+
+def is_intel() -> bool:
+    return first_cpu().get("vendor_id") == "GenuineIntel"
+
+
+def is_reference() -> bool:
+    """Whether this CPU is of the kind that goals were measured on. Of AMD's family 25 Zen 4 has AVX-512 and Zen 3 has
+    not; Zen 5 is another family."""
+    said = first_cpu()
     zen = (said.get("vendor_id"), said.get("cpu family")) == ("AuthenticAMD", "25")
     return zen and "avx512f" in said.get("flags", "").split()
 
 
 def cpu_model() -> str:
     """The name that the CPU gives itself."""
-    for line in read("/proc/cpuinfo").splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() in ("model name", "Model"):
-            return value.strip()
-    return platform.processor() or platform.machine()
+    said = first_cpu()
+    return said.get("model name") or said.get("Model") or platform.processor() or platform.machine()
 
 
 def cpu_count() -> int:

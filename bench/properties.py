@@ -16,7 +16,7 @@ import numpy as np
 import qkv_fast
 
 from .. import _runtime
-from . import data, limits, machine, spotlight, surroundings, work
+from . import data, limits, machine, spotlight, surprises, surroundings, work
 from .cases import CASES, Case, case
 from .measured import Measured, Property, child, ratio
 from .method import Local, Summary, interleave, rotate
@@ -312,5 +312,8 @@ PROPERTIES: tuple[Property, ...] = (
     Property("data-stages", ("data",), data.measure_stages, everywhere=True),
     Property("over-attention", ("spotlight",), spotlight.measure_over_attention, everywhere=True),
     Property("last-rows", ("spotlight",), spotlight.measure_rows, everywhere=True),
+    *(Property(kind, ("surprises",), partial(surprises.measure, kind), everywhere=True) for kind in surprises.TWINS),
+    Property("cache-bandwidth", ("surprises",), surprises.measure_bandwidth, everywhere=True),
+    Property("cache-halves", ("surprises",), surprises.measure_halves, everywhere=True),
     Property("beyond-result", ("spotlight",), spotlight.measure_memory, everywhere=True),
 )
