@@ -62,11 +62,12 @@ static QKV_INLINE int X(lane_terms)(const int nr, const int nv, const int along,
 {
     const int of_row = terms / W, most = !along ? 4 * W : nv > 2 ? 4 : 4 / of_row, rows = nr < most ? nr : most;
     const REAL *at[MOST_ROWS];
+    QKV_IN_REGISTER(stride);                            /* where multiples of it would be as well, for the next rows */
     QKV_UNROLL
     for (int i = 0; i < nr; i++)
         at[i] = a + i * (along ? stride : 1);
     for (int left = n / terms; left != 0; left--, b += terms * LANES) {
-        QKV_IN_REGISTER(left);                          /* where the end of b would be on the stack */
+        QKV_IN_REGISTER(left);                          /* the end of b would be on the stack */
         QKV_UNROLL
         for (int i = 0; i < nr; i += rows) {
             VEC x[LANE_VECTORS], y[8];

@@ -4,7 +4,8 @@
  * load follow one another, so that some of two vectors would be copied; the second kind moves by its own size alone. */
 #if defined(__GNUC__) && !defined(__clang__)
 #define LOAD_NEXT(bytes, registers, y) \
-    __asm__("ld1 {" registers "}, [%1], %2" : "=w"(y), "+r"(*p) : "r"(step * (ptrdiff_t)sizeof **p), "m"(*(const char (*)[bytes])*p))
+    __asm__("ld1 {" registers "}, [%1], %2" : "=w"(y), "+r"(*p) \
+            : "r"(step * (ptrdiff_t)sizeof **p), "m"(*(const char (*)[bytes])*p))
 #define LOAD_ON(T, x2, x4) \
     static QKV_INLINE void load_on_##T(const real_##T **p, ptrdiff_t step, vec_##T *x, const int n) \
     { \
