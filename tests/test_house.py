@@ -44,7 +44,7 @@ HEADERS = {
     "explain.c": "beams.h plan.h plan_stages.h forward.h elements.h mask.h types.h",
     "cache.c": "qkv.h kernels/kernels.h cpu.h",
     "choose.c": "qkv.h threads.h memory.h",
-    "stages.c": "plan_stages.h mask.h threads.h memory.h",
+    "stages.c": "plan_stages.h mask.h threads.h memory.h types.h",
     "hooks.c": "*",
 }
 
