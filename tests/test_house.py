@@ -34,7 +34,7 @@ HEADERS = {
     "plan_tools.h": "cpu.h mask.h types.h",
     "plan.[ch]": "qkv.h kernels/kernels.h cpu.h mask.h types.h plan_tools.h",
     "plan_stages.[ch]": "qkv.h kernels/kernels.h mask.h types.h plan_tools.h",
-    "elements.[ch]": "plan.h mask.h rows.h",
+    "elements.[ch]": "plan.h mask.h rows.h types.h",
     "tile.[ch]": "plan.h mask.h rows.h elements.h",
     "spotlight.[ch]": "plan.h mask.h rows.h elements.h tile.h",
     "backward.[ch]": "plan.h mask.h rows.h elements.h tile.h types.h",
