@@ -83,9 +83,9 @@ alibi_slopes, sinks, softcap, scale, layout, return_lse, out, num_threads
     >>> qkv_fast.explain(cache.attend, q[None, :, -1:], num_threads=1).kernel.split("_")[0]
     'decode'
 
-    Weights that are asked for along an axis that is not the last, of a type that has to be widened:
+    Weights that are asked for along an axis that is not the last, in another byte order:
 
-    >>> plan = qkv_fast.explain(qkv_fast.softmax, np.ones((64, 64), np.float16), axis=0, num_threads=1)
+    >>> plan = qkv_fast.explain(qkv_fast.softmax, np.ones((64, 64), ">f4"), axis=0, num_threads=1)
     >>> plan.kernel.split("_")[:2], plan.tiles_copied
     (['softmax', 'rows'], 64)
     """

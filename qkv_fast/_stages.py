@@ -247,8 +247,8 @@ def softmax(
     softmax", 2018, section 2 ("safe softmax"). NaN or +inf in an element that takes part makes all along its axis
     NaN. An exponential below half the smallest normal number is 0; between, it is at most that number. The weight of
     an element that lies t below the maximum has a relative error of at most about ``(2 + t / 8) * eps``. The bits are
-    the same for any axis, strides and number of threads. An axis other than the last is as fast only if elements are
-    float32 or float64 in native byte order; others are copied one by one, and are slower than after ``astype``.
+    the same for any axis, strides and number of threads. 16 bits are computed in float32 and rounded once. An axis
+    other than the last is as fast only in native byte order; else elements are copied one by one.
 
     Examples
     --------

@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "rows.h"
+#include "types.h"
 
 enum { MAX_LANES = 256 };
 
@@ -226,6 +227,30 @@ qkv_kind qkv_look(const qkv_elements *e, const qkv_lanes *x, int lane, int n, in
             to->mask = NULL;
     }
     return found == both ? QKV_PARTIAL : found == QKV_HIDDEN ? QKV_SKIP : QKV_FULL;
+}
+
+/* Whether n elements are all as the one at `one`. */
+static int are_all(const char *x, int64_t step, int64_t n, const char *one, int64_t size)
+{
+    if (memcmp(x, one, (size_t)size))
+        return 0;
+    if (step == size)                 /* each is as the one before it */
+        return !memcmp(x, x + size, (size_t)((n - 1) * size));
+    for (int64_t i = 1; i < n && step; i++)
+        if (memcmp(x + i * step, one, (size_t)size))
+            return 0;
+    return 1;
+}
+
+int qkv_bias_hides(const qkv_elements *e, const qkv_lanes *x, int lane, int n, int64_t first, int64_t last)
+{
+    const qkv_problem *p = e->problem;
+    for (int j = 0; j < n; j++)
+        if ((j == 0 || x->bias[lane + j] != x->bias[lane + j - 1])
+            && !are_all(x->bias[lane + j] + first * p->bias_at.dim, p->bias_at.dim, last - first, e->plan->hidden,
+                        qkv_size(p->bias_type)))
+            return 0;
+    return 1;
 }
 
 void qkv_set_changes(const qkv_elements *e, const qkv_lanes *x, int lane, int n, int64_t first, int64_t last,

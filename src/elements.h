@@ -48,6 +48,9 @@ int qkv_look_at(const qkv_changes *changes, int n, int64_t at, int64_t keys);
 qkv_kind qkv_look(const qkv_elements *elements, const qkv_lanes *lanes, int lane, int n, int64_t first, int64_t last,
                   qkv_changes *to);
 
+/* Whether the bias is -inf for all of n lanes and the keys [first, last): mostly the first says that it is not. */
+int qkv_bias_hides(const qkv_elements *elements, const qkv_lanes *lanes, int lane, int n, int64_t first, int64_t last);
+
 /* All else that changes these scores, but for the key where positions count from; after the mask, on which `adjust` depends as
  * well. */
 void qkv_set_changes(const qkv_elements *elements, const qkv_lanes *lanes, int lane, int n, int64_t first, int64_t last,

@@ -1,9 +1,9 @@
-/* What a call would do, from its plan: nothing is computed, and of the arrays only masks of attention are looked at.
+/* What a call would do, from its plan: nothing is computed, and of the arrays only masks and biases of attention are looked at.
  *
  * Tiles are counted as the driver will count them, in closed form for each vector of query rows: the keys that the rows
  * of a vector see are an interval that moves to the right with the position, so its first and last row say which
  * blocks it skips, which it sees whole and which in part. Sequences with the same limits are counted once.
- * With masks, segments, ragged batches or several runs of keys that is not so simple: then the driver walks its tiles with
+ * With masks, biases, segments, ragged batches or several runs of keys that is not so simple: then the driver walks its tiles with
  * kernels that do nothing.
  * The stages' tasks are alike: what one of them copies, all do.
  */
@@ -328,7 +328,7 @@ qkv_status qkv_explain(const qkv_problem *problem, qkv_report *report)
     double sizes = (double)(p->dim * qkv_size(p->type) + p->dim_v * qkv_size(p->out_type))
         + (p->lse ? plan.kernels->size : 0);
     double all_keys = 0;
-    if (qkv_is_uneven(p) || p->positions || p->start || p->spans || plan.masked || p->n_runs > 1) { /* what spans two runs is copied */
+    if (qkv_is_uneven(p) || p->positions || p->start || p->spans || plan.masked || p->bias || p->n_runs > 1) { /* what spans two runs is copied */
         status = count_by_walking(p, &plan, report, &all_keys);
         if (status != QKV_OK)
             return status;

@@ -184,13 +184,23 @@ static void attend_keys(const qkv_query_tile *t, const qkv_panel *x, int lane, p
         qkv_ask(t, x, lane, first, tile);
 }
 
+/* What the mask and the bias make of the keys [first, last) for a vector of lanes; sets the mask where it hides some. */
+static qkv_kind look(const qkv_query_tile *t, const qkv_panel *x, int lane, int64_t first, int64_t last, qkv_changes *changes)
+{
+    int w = t->plan->kernels->vector;
+    qkv_kind kind = t->plan->masked ? qkv_look(&t->elements, &x->lanes, lane, w, first, last, changes) : QKV_FULL;
+    if (kind != QKV_SKIP && t->problem->bias && qkv_bias_hides(&t->elements, &x->lanes, lane, w, first, last))
+        return QKV_SKIP;
+    return kind;
+}
+
 /* A whole panel whose rows all see the keys [first, last) as far as positions say; 0 if the mask leaves vectors out. */
 static int attend_full(const qkv_query_tile *t, const qkv_panel *x, pass_rows *kv, int64_t block_first, int64_t first,
                        int64_t last, qkv_tile whole)
 {
     int w = t->plan->kernels->vector, n = x->nv * w, partial = 0, skipped = 0;
-    for (int i = 0; t->plan->masked && i < n; i += w) {
-        qkv_kind kind = qkv_look(&t->elements, &x->lanes, i, w, first, last, &whole.changes);
+    for (int i = 0; (t->plan->masked || t->problem->bias) && i < n; i += w) {
+        qkv_kind kind = look(t, x, i, first, last, &whole.changes);
         partial += kind == QKV_PARTIAL;
         skipped += kind == QKV_SKIP;
     }
@@ -250,9 +260,9 @@ static void attend_block(const qkv_query_tile *t, const qkv_panel *x, pass_rows 
         qkv_tile one = whole;
         int odd = kind == QKV_FULL && (first - block_first) % kernels->pair, limited = kind == QKV_PARTIAL || odd;
         first -= odd;
-        if (kind != QKV_SKIP && plan->masked) {
-            qkv_kind masked = qkv_look(&t->elements, &x->lanes, i * w, w, first, last, &one.changes);
-            kind = masked == QKV_FULL ? kind : masked;
+        if (kind != QKV_SKIP) {
+            qkv_kind seen = look(t, x, i * w, first, last, &one.changes);
+            kind = seen == QKV_FULL ? kind : seen;
         }
         if (kind == QKV_SKIP) {
             t->counters->tiles_skipped++;

@@ -8,6 +8,8 @@
  */
 #include "plan.h"
 
+#include <string.h>
+
 #include "cpu.h"
 #include "mask.h"
 #include "plan_tools.h"
@@ -59,6 +61,21 @@ static int pair_obstacles(const void *data, int n_axes, const qkv_strides *at, i
     return obstacles(data, n_axes, at, swapped, 2) | (odd ? QKV_UNPAIRED : 0);
 }
 
+/* -inf as it is stored. */
+static void store_minus_infinity(qkv_type type, int swapped, char *to)
+{
+    const double wide = -INFINITY;
+    const float narrow = -INFINITY;
+    const uint16_t half = type == QKV_F16 ? 0xfc00 : 0xff80;
+    int size = qkv_size(type);
+    memcpy(to, size == 8 ? (const void *)&wide : size == 4 ? (const void *)&narrow : &half, (size_t)size);
+    for (int i = 0; swapped && i < size / 2; i++) {
+        char x = to[i];
+        to[i] = to[size - 1 - i];
+        to[size - 1 - i] = x;
+    }
+}
+
 static void choose_copies(const qkv_problem *p, qkv_plan *plan)
 {
     qkv_type arithmetic = qkv_arithmetic(p->type);
@@ -81,6 +98,7 @@ static void choose_copies(const qkv_problem *p, qkv_plan *plan)
     plan->direct_out = !plan->obstacles_out;
     plan->direct_bias = p->bias && p->bias_type == arithmetic
         && !obstacles(p->bias, p->n_axes, &p->bias_at, p->swapped_bias, qkv_size(arithmetic));
+    store_minus_infinity(p->bias_type, p->swapped_bias, plan->hidden);
     plan->direct_mask = p->mask && p->mask_at.dim == 1 && !p->q_ids && !p->mask_from;
 }
 

@@ -64,6 +64,7 @@ typedef struct {
     int direct_q, direct_out;         /* rows can be read and written where they lie: there are no */
     int obstacles_q, obstacles_out;
     int direct_bias, direct_mask;     /* likewise */
+    char hidden[sizeof(double)];      /* -inf as a bias has it */
     /* What each row of the mask makes of each block of keys, seen once for all that share the row: bytes of QKV_SEEN and
      * QKV_HIDDEN, with strides like the mask's. 0 bytes: tiles look for themselves. */
     size_t summary_bytes;

@@ -219,6 +219,28 @@ static int weight_obstacles(const qkv_softmax_problem *p, const qkv_softmax_plan
         | widened(p->p_type, qkv_arithmetic(p->type));
 }
 
+/* Of x and out, whose 16 bits are widened and narrowed where they lie if that is all: else they stay obstacles. */
+static int take_half(qkv_type type, int *found)
+{
+    if (*found != QKV_WIDENED)
+        return 0;
+    *found = 0;
+    return (int)type;
+}
+
+static void find_obstacles(const qkv_softmax_problem *p, qkv_softmax_plan *plan, int across)
+{
+    int n = plan->n_axes;
+    plan->copy_x = obstacles_along(p->x, n, plan->x_at, across ? plan->x_run : p->x_step, across ? p->x_step : plan->x_run,
+                                   p->swapped_x, p->type);
+    plan->copy_out = obstacles_along(p->out, n, plan->out_at, across ? plan->out_run : p->out_step,
+                                     across ? p->out_step : plan->out_run, p->swapped_out, p->out_type);
+    plan->copy_p = !p->p ? 0 : weight_obstacles(p, plan, across ? plan->with_run : p->with_step,
+                                                across ? p->with_step : plan->with_run);
+    plan->half_x = p->p ? 0 : take_half(p->type, &plan->copy_x);
+    plan->half_out = p->p ? 0 : take_half(p->out_type, &plan->copy_out);
+}
+
 qkv_status qkv_plan_softmax(const qkv_softmax_problem *p, qkv_softmax_plan *plan)
 {
     *plan = (qkv_softmax_plan){.kernels = kernels_of(p->isa, p->type)};
@@ -232,18 +254,18 @@ qkv_status qkv_plan_softmax(const qkv_softmax_problem *p, qkv_softmax_plan *plan
         return QKV_OK;
     merge_axes(p, plan);
     outer /= plan->run;
-    int n_axes = plan->n_axes, fits = p->n <= STRIP_ROWS;
-    plan->across = fits && plan->run > 1
-        && !obstacles_along(p->x, n_axes, plan->x_at, plan->x_run, p->x_step, p->swapped_x, p->type)
-        && !obstacles_along(p->out, n_axes, plan->out_at, plan->out_run, p->out_step, p->swapped_out, p->out_type)
-        && (!p->p || !weight_obstacles(p, plan, plan->with_run, p->with_step))
-        && (p->x_step != size || p->out_step != size);
+    find_obstacles(p, plan, 1);
+    plan->across = p->n <= STRIP_ROWS && plan->run > 1 && !plan->copy_x && !plan->copy_out && !plan->copy_p
+        && (p->x_step != qkv_size(p->type) || p->out_step != qkv_size(p->out_type));
+    if (!plan->across)
+        find_obstacles(p, plan, 0);
     /* Rows of strips, when they are not streamed, wait for their lines: 0.57 instead of 0.35 ns per element at 12x512x512. */
-    plan->stream = !p->p && (double)total * (double)size >= (plan->across ? STREAM_C_BYTES : STREAM_BYTES);
+    plan->stream = !p->p && !plan->half_out && !plan->copy_out
+        && (double)total * (double)size >= (plan->across ? STREAM_C_BYTES : STREAM_BYTES);
     plan->threads = total < SOFTMAX_TASK ? 1 : p->threads;
     if (plan->across) {
-        int64_t wanted = plan->run, line = QKV_LINE / size;
-        int64_t strip = qkv_max(1, qkv_min(STRIP_WIDTH, STRIP_BYTES / p->n) / QKV_LINE) * line;
+        int64_t wanted = plan->run, line = QKV_LINE / qkv_size(p->out_type);
+        int64_t strip = qkv_max(line, qkv_min(STRIP_WIDTH, STRIP_BYTES / p->n) / QKV_LINE * (QKV_LINE / size));
         if (p->threads > 1)
             wanted = ceil_div(plan->run, ceil_div((int64_t)p->threads * STRIP_TASKS_EACH, outer));
         plan->strip = qkv_min(strip + line, ceil_div(plan->run, w) * w);      /* the last takes what is left of a line */
@@ -253,10 +275,7 @@ qkv_status qkv_plan_softmax(const qkv_softmax_problem *p, qkv_softmax_plan *plan
         plan->at_state = p->p ? 0 : align((size_t)(2 * p->n * plan->strip * size));
         plan->scratch_bytes = plan->at_state + align((size_t)((3 * w + 3) * plan->strip * size));
     } else {
-        plan->copy_x = obstacles_along(p->x, n_axes, plan->x_at, p->x_step, plan->x_run, p->swapped_x, p->type);
-        plan->copy_out = obstacles_along(p->out, n_axes, plan->out_at, p->out_step, plan->out_run, p->swapped_out, p->out_type);
-        plan->copy_p = p->p ? weight_obstacles(p, plan, p->with_step, plan->with_run) : 0;
-        plan->in_out = !p->p && !plan->copy_out && p->n > ROW_BYTES / size;
+        plan->in_out = !p->p && !plan->copy_out && !plan->half_out && p->n > ROW_BYTES / size;
         plan->piece = qkv_min(plan->run, ceil_div(SOFTMAX_TASK, p->n));
         plan->pieces = ceil_div(plan->run, plan->piece);
         int direct = plan->in_out || (p->p && !plan->copy_x && !plan->copy_out);

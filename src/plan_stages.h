@@ -47,6 +47,7 @@ typedef struct {
     int64_t run, x_run, with_run, out_run;
     int64_t piece, pieces, strip;
     int copy_x, copy_p, copy_out;     /* rows go through scratch, because of these obstacles */
+    int half_x, half_out;             /* the type of 16 bits that x and out are read and written in; else 0 */
     int in_out;                       /* rows too long for a cache: exponentials go to `out` at once */
     int stream;
     int64_t tasks;

@@ -13,6 +13,7 @@
 #include "memory.h"
 #include "plan_stages.h"
 #include "threads.h"
+#include "types.h"
 
 typedef struct {
     const void *problem, *plan;
@@ -327,7 +328,7 @@ static void softmax_task(void *context, int64_t task, int worker)
     int64_t outer = task / plan->pieces, piece = task % plan->pieces;
     char *out = p->out + offset_of(outer, plan->n_axes, plan->axes, plan->out_at);
     /* Strips meet at lines: those that are written in part are several times slower. */
-    int64_t head = plan->across ? (int64_t)(-(uintptr_t)out % QKV_LINE) / kernels->size : 0;
+    int64_t head = plan->across ? (int64_t)(-(uintptr_t)out % QKV_LINE) / qkv_size(p->out_type) : 0;
     int64_t first = piece ? qkv_min(plan->run, head + piece * plan->piece) : 0;
     int64_t last = qkv_min(plan->run, head + (piece + 1) * plan->piece);
     int64_t with_at = offset_of(outer, plan->n_axes, plan->axes, plan->with_at) + first * plan->with_run;
@@ -339,17 +340,18 @@ static void softmax_task(void *context, int64_t task, int worker)
         .p = p->p ? p->p + with_at : NULL,
         .e = scratch, .state = scratch + plan->at_state,
         .n = p->n, .count = last - first, .strip = plan->strip, .stream = plan->stream,
+        .half_x = plan->half_x, .half_out = plan->half_out,
     };
     if (plan->across) {
-        tile.x_row = (ptrdiff_t)(p->x_step / kernels->size);
-        tile.out_row = (ptrdiff_t)(p->out_step / kernels->size);
+        tile.x_row = (ptrdiff_t)(p->x_step / qkv_size(p->type));
+        tile.out_row = (ptrdiff_t)(p->out_step / qkv_size(p->out_type));
         tile.p_row = (ptrdiff_t)(p->with_step / kernels->size);
         (p->p ? kernels->softmax_grad_columns : kernels->softmax_columns)(&tile);
         return;
     }
     if (!plan->copy_x && !plan->copy_p && !plan->copy_out && !plan->in_out) {
-        tile.x_row = (ptrdiff_t)(plan->x_run / kernels->size);
-        tile.out_row = (ptrdiff_t)(plan->out_run / kernels->size);
+        tile.x_row = (ptrdiff_t)(plan->x_run / qkv_size(p->type));
+        tile.out_row = (ptrdiff_t)(plan->out_run / qkv_size(p->out_type));
         tile.p_row = (ptrdiff_t)(plan->with_run / kernels->size);
         (p->p ? kernels->softmax_grad_rows : kernels->softmax_rows)(&tile);
         return;

@@ -34,7 +34,7 @@ HEADERS = {
     "plan_tools.h": "cpu.h mask.h types.h",
     "plan.[ch]": "qkv.h kernels/kernels.h cpu.h mask.h types.h plan_tools.h",
     "plan_stages.[ch]": "qkv.h kernels/kernels.h mask.h types.h plan_tools.h",
-    "elements.[ch]": "plan.h mask.h rows.h",
+    "elements.[ch]": "plan.h mask.h rows.h types.h",
     "tile.[ch]": "plan.h mask.h rows.h elements.h",
     "spotlight.[ch]": "plan.h mask.h rows.h elements.h tile.h",
     "backward.[ch]": "plan.h mask.h rows.h elements.h tile.h types.h",
@@ -44,7 +44,7 @@ HEADERS = {
     "explain.c": "beams.h plan.h plan_stages.h forward.h elements.h mask.h types.h",
     "cache.c": "qkv.h kernels/kernels.h cpu.h",
     "choose.c": "qkv.h threads.h memory.h",
-    "stages.c": "plan_stages.h mask.h threads.h memory.h",
+    "stages.c": "plan_stages.h mask.h threads.h memory.h types.h",
     "hooks.c": "*",
 }
 

@@ -157,7 +157,7 @@ typedef struct {
 } qkv_product_tile;
 
 /* Softmax of `count` rows of n elements, or of `count` columns of n elements. x may be e or out, and e may be out for one
- * row. All but `mask` are of the table's element type and aligned to it, e and state to a vector. Of a gradient x is that of the
+ * row. x and out may be of 16 bits where the table has `narrow`, e is not out then. All but `mask` are of the table's element type and aligned to it, e and state to a vector. Of a gradient x is that of the
  * softmax's result p, x and p may be out, and there are no mask, no stream and no e. */
 typedef struct {
     const void *x;                    /* rows: (count, n); columns: (n, count); unit stride along the last */
@@ -171,7 +171,8 @@ typedef struct {
     int64_t n, count;
     int64_t strip;                    /* columns that are worked on together, whole vectors: all, or at least two lines, of which
                                        * one is for what is left at the end */
-    int stream;                       /* write past the caches */
+    int stream;                       /* write past the caches; not in 16 bits */
+    int half_x, half_out;             /* QKV_AS_F16 or QKV_AS_BF16: x and out are of that; 0: of the table's type */
 } qkv_softmax_tile;
 
 /* Rows whose first 2 * pairs elements are turned, pair by pair: element i of a row with element i + pairs or, of neighbours, 2 i

@@ -8,7 +8,7 @@ import pytest
 from _fence import Fence
 from _patterns import PATTERNS
 from _stages import check_scores, check_softmax, check_softmax_grad, check_values, stages
-from _util import ALL_TYPES, TYPES, general_product, no_change, normal, pairs, qkv, same_bits
+from _util import ALL_TYPES, HALVES, TYPES, general_product, no_change, normal, pairs, qkv, same_bits
 
 import qkv_fast
 from qkv_fast import _runtime, reference
@@ -272,6 +272,23 @@ def test_softmax_bits_along_any_axis(dtype):
                 same_bits(np.ascontiguousarray(got.transpose(np.argsort(order))), expected)
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+def test_softmax_of_halves_is_that_of_floats_rounded_once(dtype):
+    """Along rows and columns, in place, masked, at odd places, and where copies are needed."""
+    rng = np.random.default_rng(5)
+    for n, m in ((1, 5), (3, 17), (16, 16), (33, 300), (1030, 70), (140_000, 2)):
+        room = (normal(rng, (2, m + 1, n + 1)) * rng.choice([1, 20])).astype(dtype)
+        room[0, 0], room[:, 1, ::3] = -np.inf, -np.inf
+        for given in (None, rng.random((2, m, n)) < 0.5):
+            for x in (room[:, 1:, 1:], room[:, :-1, :-1].copy(), room.swapaxes(1, 2).copy().swapaxes(1, 2)[:, 1:, :-1]):
+                expected = qkv_fast.softmax(x.astype("f4"), mask=given).astype(dtype)
+                same_bits(qkv_fast.softmax(x, mask=given), expected)
+                turned, hidden = x.swapaxes(1, 2).copy(), None if given is None else given.swapaxes(1, 2)
+                same_bits(qkv_fast.softmax(turned, 1, mask=hidden, out=turned).swapaxes(1, 2), expected)
+                swapped = x.copy() if dtype == "bfloat16" else x.astype(">f2")
+                same_bits(qkv_fast.softmax(swapped, mask=given).astype(dtype), expected)
+
+
 @pytest.mark.parametrize("dtype", ALL_TYPES)
 @pytest.mark.parametrize("n", [5, 700, 9000, 300_000])
 def test_softmax_gradients(dtype, n):
@@ -359,7 +376,7 @@ def test_copies_are_counted(dtype):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="mprotect is POSIX")
-@dtypes
+@pytest.mark.parametrize("dtype", ALL_TYPES)
 @pytest.mark.parametrize("place", ["at_end", "at_start"])
 def test_guard_pages(dtype, place, fences):
     for n, (i, j) in enumerate([*pairs(130, full=False)[::2], (1, 2000), (2000, 1), (64, 64)]):
