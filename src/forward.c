@@ -167,7 +167,6 @@ static void attend_keys(const qkv_query_tile *t, const qkv_panel *x, int lane, p
     tile->v = kv->v + (first - kv->first) / kernels->pair * kv->v_row * (int64_t)kernels->size;
     tile->nk = (int)(last - first);
     tile->skew = (int)(first - block_first);
-    tile->changes.key = block_first;
     int32_t without[MAX_LANES];
     if (t->problem->question == QKV_MOVED) {
         for (int j = 0; j < tile->nv * kernels->vector; j++) {
@@ -205,7 +204,7 @@ static int attend_full(const qkv_query_tile *t, const qkv_panel *x, pass_rows *k
     if (skipped)
         return 1;
     if (t->plan->adjust)
-        qkv_set_changes(&t->elements, &x->lanes, 0, n, first, last, &whole.changes);
+        qkv_set_changes(&t->elements, &x->lanes, 0, n, block_first, first, last, &whole.changes);
     attend_keys(t, x, 0, kv, block_first, first, last, &whole);
     return 1;
 }
@@ -259,7 +258,7 @@ static void attend_block(const qkv_query_tile *t, const qkv_panel *x, pass_rows 
             continue;
         }
         if (plan->adjust)
-            qkv_set_changes(&t->elements, &x->lanes, i * w, w, first, last, &one.changes);
+            qkv_set_changes(&t->elements, &x->lanes, i * w, w, block_first, first, last, &one.changes);
         size_t shift = (size_t)i * (size_t)w * size;
         one.q = (const char *)whole.q + shift;
         one.s = (char *)whole.s + shift;

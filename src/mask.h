@@ -84,7 +84,7 @@ static inline qkv_range qkv_reach(const qkv_problem *p, int64_t sequence, int64_
         return keys;
     qkv_range at = qkv_positions(p, sequence, first, last);
     if (p->left != QKV_OPEN)
-        keys.lo = qkv_max(keys.lo, at.lo - p->left);
+        keys.lo = qkv_max(keys.lo, p->mask_from ? qkv_min(at.lo - p->left, p->mask_from[sequence]) : at.lo - p->left);
     if (p->right != QKV_OPEN)
         keys.hi = qkv_min(keys.hi, at.hi + p->right + 1);
     return keys;

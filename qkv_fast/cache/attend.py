@@ -19,6 +19,7 @@ from .._checks import (
     _as_array,
     _check_layout,
     _check_out,
+    _check_query_positions,
     _check_type,
     _fail_shapes,
     _fail_words,
@@ -56,6 +57,7 @@ class Tokens(NamedTuple):
 # with `join` their positions do not matter.
 Find = Callable[[str, int | None, Any, bool], Keys]
 Held = tuple[Form, Tokens, Find, int | None, int]
+_FARTHEST = 1 << 24  # from the older tokens' number that a draft's positions may be: float32 has all distances
 
 
 def check_tokens(
@@ -200,8 +202,13 @@ def _newest(
     return p, queries
 
 
-def _take_tree(p: Problem, tokens: Tokens, queries: Any, tree: Any, mask: Any) -> None:
-    """A mask of the newest tokens, who are the queries, among themselves; all older ones are seen."""
+def _take_tree(p: Problem, tokens: Tokens, queries: Any, tree: Any, positions: Any, mask: Any, keep: int) -> Any:
+    """A mask of the newest tokens, who are the queries, among themselves; all older ones are seen, as far as the window
+    reaches from where the queries sit. Returns how many tokens before the end the first of these positions is."""
+    if tree is None:
+        if positions is not None:
+            raise ValueError(f"{p.where}: q_positions are those of a tree: without one a query sits at its own token")
+        return queries
     if tokens.whole:
         raise ValueError(f"{p.where}: a tree is of the newest tokens, and queries have none among those of an encoder")
     if mask is not None:
@@ -219,13 +226,34 @@ def _take_tree(p: Problem, tokens: Tokens, queries: Any, tree: Any, mask: Any) -
         held = f"{many} queries, of which sequence {at} has {tokens.lengths[at]} tokens"
         raise ValueError(f"{p.where}: a tree is of the newest tokens: append these first ({held})")
     p.right = None
-    own = given[:, np.newaxis] if given.ndim == 3 else given[np.newaxis, np.newaxis]
-    p.extras = (p.extras or Extras())._replace(mask=own, mask_from=tokens.lengths - queries)
+    begins, back = tokens.lengths - queries, queries
+    at = np.arange(n)[np.newaxis] if positions is None else _check_query_positions(p.where, positions, (batch,), n)
+    if positions is not None:
+        away = at - begins[:, np.newaxis]
+        if away.size and np.abs(away).max() > _FARTHEST:
+            far = int(at.ravel()[np.abs(away).argmax()])
+            raise OverflowError(f"{p.where}: q_positions must be within 2**24 of the older tokens' number, got {far}")
+        p.extras = (p.extras or Extras())._replace(positions=at)
+        own = np.broadcast_to(queries, (batch,))
+        farthest = np.where(np.arange(n) < own[:, np.newaxis], away, 0).min(1, initial=0)
+        back = np.where(own > 0, own - farthest, 0)
+    seen = given if given.ndim == 3 else given[np.newaxis]
+    if p.left is not None and (positions is not None or p.left < n - 1):
+        near = at[:, :, np.newaxis] - at[:, np.newaxis] <= p.left  # of the query's position, the key's
+        if keep:
+            near = near | (begins[:, np.newaxis] + np.arange(n) < keep)[:, np.newaxis]
+        seen = seen & near
+    p.extras = (p.extras or Extras())._replace(mask=seen[:, np.newaxis], mask_from=begins)
+    return back
 
 
 def _beyond(p: Problem, tokens: Tokens, keep: int) -> int:
     """First tokens that every query sees and that may lie before its window."""
-    return min(keep, tokens.most) if p.left is not None and tokens.most - 1 > p.left else 0
+    if not keep or p.left is None:
+        return 0
+    own = None if p.extras is None else p.extras.positions
+    last = tokens.most - 1 if own is None else int(own.max(initial=0))
+    return min(keep, tokens.most) if last > p.left else 0
 
 
 def _place(p: Problem, keys: Keys, tokens: Tokens) -> None:
@@ -236,16 +264,16 @@ def _place(p: Problem, keys: Keys, tokens: Tokens) -> None:
 
 
 def ask_newest(
-    where: str, held: Held, q: Any, lengths: Any, tree: Any, mask: Any, *arguments: Any, values: bool = False
-) -> Problem:
+    where: str, held: Held, q: Any, lengths: Any, tree: Any, q_positions: Any, mask: Any, *arguments: Any,
+    values: bool = False,
+) -> Problem:  # fmt: skip
     """The problem of a question, with or without values; `arguments` are the others of _newest."""
     form, tokens, find, limit, keep = held
     if words := arguments[-1]:
         _fail_words(where, words, _problem.OF_CACHES, _OF_QUESTIONS)
     dim_v = form.dim_v if values else 0
     p, queries = _newest(where, form, tokens, limit, dim_v, q, lengths, mask, *arguments)
-    if tree is not None:
-        _take_tree(p, tokens, queries, tree, mask)
+    back = _take_tree(p, tokens, queries, tree, q_positions, mask, keep)
     p.heads_first, p.shape = True, (*p.rows, dim_v)
     p.number = p.q.dtype.num  # of rotated queries, that of the arithmetic
     if values and _beyond(p, tokens, keep):
@@ -253,7 +281,7 @@ def ask_newest(
             f"{where}: a ring that keeps its first {keep} tokens beyond its window has no values at hand in one order; "
             "received says what weight its tokens have, and a ring without keep=, a slab and pages have influence"
         )
-    keys = find(where, p.left, queries, False)
+    keys = find(where, p.left, back, False)
     p.k, p.v = keys.k, keys.v if values else keys.k[..., :0]
     if kept := _beyond(p, tokens, keep):
         p.extras = (p.extras or Extras())._replace(kept=kept)
@@ -280,6 +308,7 @@ def attend_newest(
     num_threads: int | None,
     words: dict[str, Any],
     tree: Any = None,
+    q_positions: Any = None,
     new: int | None = None,
 ) -> Any:
     """Attention of the queries of the newest tokens over the cache. What is checked is checked before keys are found:
@@ -290,9 +319,9 @@ def attend_newest(
         where, form, tokens, limit, form.dim_v, q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap,
         scale, layout, num_threads, words, new, beams=True,
     )  # fmt: skip
-    len_q = p.rows[2]
-    if tree is not None:
-        _take_tree(p, tokens, queries, tree, mask)
+    len_q, back = p.rows[2], queries
+    if tree is not None or q_positions is not None:
+        back = _take_tree(p, tokens, queries, tree, q_positions, mask, keep)
     result = p.empty() if out is None else _check_out(out, p.shape, p.number, where)
     view = target = result if p.heads_first else result.swapaxes(1, 2)
     p.heads_first = True
@@ -300,7 +329,7 @@ def attend_newest(
     apart = _beyond(p, tokens, keep) if keep else 0
     join = apart > 0 and len_q == 1 and isinstance(queries, int)
     join = join and (tokens.starts is tree is mask is bias is alibi_slopes is None)
-    keys = find(where, p.left, queries, join)
+    keys = find(where, p.left, back, join)
     p.k, p.v = keys.k, keys.v
     if keys.seen is not None:
         tokens = Tokens(keys.seen, 0, int(keys.seen.max()))

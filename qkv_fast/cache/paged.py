@@ -623,6 +623,7 @@ class PagedKVCache(PagedQuestions):
         *,
         lengths: Any = None,
         tree: Any = None,
+        q_positions: Any = None,
         mask: Any = None,
         bias: Any = None,
         causal: bool = True,
@@ -649,6 +650,7 @@ class PagedKVCache(PagedQuestions):
             Here the batch is that of `sequences`.
         <newest_lengths>
         <tree>
+        <tree_positions>
         <mask>
             Here Lq is L, and Lk the tokens of the longest sequence.
         <bias>
@@ -695,7 +697,7 @@ class PagedKVCache(PagedQuestions):
         held = self._held(where, self._check(where, sequences))
         return attend_newest(
             where, held, q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale, layout,
-            return_lse, out, num_threads, words, tree,
+            return_lse, out, num_threads, words, tree, q_positions,
         )  # fmt: skip
 
     @documented
@@ -709,6 +711,7 @@ class PagedKVCache(PagedQuestions):
         lengths: Any = None,
         starts: Any = None,
         tree: Any = None,
+        q_positions: Any = None,
         mask: Any = None,
         bias: Any = None,
         causal: bool = True,
@@ -740,6 +743,7 @@ class PagedKVCache(PagedQuestions):
             As many of its queries count, and the results of the others are 0.
         <new_starts>
         <tree>
+        <tree_positions>
         <mask>
             Here Lq is L, and Lk the tokens of the longest sequence, the new ones among them.
         <bias>
@@ -794,7 +798,7 @@ class PagedKVCache(PagedQuestions):
         try:
             return attend_newest(
                 where, (form, tokens, place, limit, keep), q, counts, mask, bias, causal, window, alibi_slopes, sinks,
-                softcap, scale, layout, return_lse, out, num_threads, words, tree, n,
+                softcap, scale, layout, return_lse, out, num_threads, words, tree, q_positions, n,
             )  # fmt: skip
         except BaseException:  # Ctrl-C among them
             for s, (length, start) in zip(found, before, strict=True):

@@ -515,6 +515,7 @@ class KVCache(Questions):
         *,
         lengths: Any = None,
         tree: Any = None,
+        q_positions: Any = None,
         mask: Any = None,
         bias: Any = None,
         causal: bool = True,
@@ -541,6 +542,7 @@ class KVCache(Questions):
             for all of them.
         <newest_lengths>
         <tree>
+        <tree_positions>
         <mask>
             Here Lq is L, and Lk the tokens of the longest sequence.
         <bias>
@@ -616,7 +618,7 @@ class KVCache(Questions):
             )  # fmt: skip
         return attend_newest(
             "KVCache.attend", self._held(), q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale,
-            layout, return_lse, out, num_threads, words, tree,
+            layout, return_lse, out, num_threads, words, tree, q_positions,
         )  # fmt: skip
 
     @documented
@@ -629,6 +631,7 @@ class KVCache(Questions):
         lengths: Any = None,
         starts: Any = None,
         tree: Any = None,
+        q_positions: Any = None,
         mask: Any = None,
         bias: Any = None,
         causal: bool = True,
@@ -657,6 +660,7 @@ class KVCache(Questions):
             As many of its queries count, and the results of the others are 0.
         <new_starts>
         <tree>
+        <tree_positions>
         <mask>
             Here Lq is L, and Lk the tokens of the longest sequence, the new ones among them.
         <bias>
@@ -712,7 +716,7 @@ class KVCache(Questions):
         try:
             return attend_newest(
                 where, (form, tokens, found, limit, keep), q, counts, mask, bias, causal, window, alibi_slopes, sinks,
-                softcap, scale, layout, return_lse, out, num_threads, words, tree, n,
+                softcap, scale, layout, return_lse, out, num_threads, words, tree, q_positions, n,
             )  # fmt: skip
         except BaseException:  # Ctrl-C among them
             self._lengths, self._least, self._most, self._starts, self._padded = before
