@@ -109,7 +109,8 @@ new_starts : int or array_like of int, optional
     are padded on the left). 0 by default.
 newest_q : array_like, shape (batch, Hq, L, head_dim)
     Queries, of the cache's type or a wider one, any for int8 and int4; ``Hq`` is a multiple of the key
-    heads.
+    heads. Of an encoder's cache (``causal=False``) r times as many sequences, too: number b r to b r + r - 1 read its
+    sequence b, once for all of them in `attend`.
 newest_lengths : int or array_like of int, optional
     How many of the L queries each sequence has, where they differ: its first ones, at its last tokens; the bits are
     those of so many queries. The results of the others are 0.

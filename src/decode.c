@@ -115,7 +115,7 @@ static void open_rows(few *t, const qkv_call *job, int worker, int64_t sequence,
         .problem = p, .plan = plan, .sequence = sequence, .head = head, .first = tile * plan->few.rows,
         .count = qkv_min(plan->few.rows, qkv_queries(p, sequence) * plan->each - tile * plan->few.rows),
         .scratch = scratch, .counters = (qkv_counters *)job->scratch[worker], .changes = changes,
-        .sees = (qkv_range *)(scratch + plan->few.at_limits), .run = p->run_of ? p->run_of[sequence] : 0,
+        .sees = (qkv_range *)(scratch + plan->few.at_limits), .run = qkv_first_run(p, sequence),
     };
     t->lo = (int32_t *)(t->sees + t->count);
     t->hi = t->lo + t->count;

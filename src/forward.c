@@ -288,7 +288,7 @@ static void walk_keys(const qkv_query_tile *t, int64_t begin, int64_t end, uint6
     const qkv_plan *plan = t->plan;
     begin = qkv_max(qkv_max(begin, t->any.lo / plan->block * plan->block), qkv_start(t->problem, t->sequence));
     end = qkv_min(end, t->any.hi);
-    const qkv_run *run = t->problem->runs + (t->problem->run_of ? t->problem->run_of[t->sequence] : 0);
+    const qkv_run *run = t->problem->runs + qkv_first_run(t->problem, t->sequence);
     for (int64_t first = begin, last; first < end; first = last) {
         int64_t cut = first % plan->block;                              /* by the sequence's start */
         last = qkv_min(cut ? first + plan->block - cut : first + plan->pass, end);
@@ -518,7 +518,7 @@ static int prepare_values(const qkv_query_tile *t, qkv_range keys)
     memset(t->scratch + plan->at_v, 0, (size_t)(n * row));
     memset(t->scratch + plan->at_sizes, 0, (size_t)(n * size));
     if (kv.first < kv.last) {
-        kv.run = run_with(p->runs + (p->run_of ? p->run_of[t->sequence] : 0), kv.first);
+        kv.run = run_with(p->runs + qkv_first_run(p, t->sequence), kv.first);
         copy_rows(t, &kv, 1, t->scratch + plan->at_v + (kv.first - keys.lo) * row);
     }
     return qkv_centre_values(t, (qkv_range){kv.first - keys.lo, kv.last - keys.lo});

@@ -161,11 +161,7 @@ class KVCache(Questions):
         keep = types.count(where, "keep", keep, 0)
         if window is None and keep:
             raise ValueError(f"{where}: keep is for a ring, which takes window as well (keep={keep})")
-        if not isinstance(causal, bool | np.bool_):
-            raise TypeError(f"{where}: causal must be True or False, got {causal!r}")
-        if window is not None and not causal:
-            raise ValueError(f"{where}: a ring is causal, an encoder's tokens have no window (window={window!r})")
-        none = -1 if causal else WHOLE
+        none = -1 if types.check_causal(where, causal, window) else WHOLE
         reach = none if window is None else types.count(where, "window", window, 0)
         if capacity - keep <= reach:
             given = f"capacity={capacity}, keep={keep}, window={window}"
@@ -538,8 +534,6 @@ class KVCache(Questions):
         Parameters
         ----------
         <newest_q>
-            Of an encoder's cache also batch * r sequences: number b r to b r + r - 1 read sequence b of the cache, once
-            for all of them.
         <newest_lengths>
         <tree>
         <tree_positions>
