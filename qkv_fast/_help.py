@@ -109,13 +109,18 @@ new_starts : int or array_like of int, optional
     are padded on the left). 0 by default.
 newest_q : array_like, shape (batch, Hq, L, head_dim)
     Queries, of the cache's type or a wider one, any for int8 and int4; ``Hq`` is a multiple of the key
-    heads.
+    heads. Of an encoder's cache (``causal=False``) r times as many sequences, too: number b r to b r + r - 1 read its
+    sequence b, once for all of them in `attend`.
 newest_lengths : int or array_like of int, optional
     How many of the L queries each sequence has, where they differ: its first ones, at its last tokens; the bits are
     those of so many queries. The results of the others are 0.
 tree : array_like of bool, shape (L, L) or (batch, L, L), optional
     Which of the newest tokens, who are the queries, sees which of them: a draft that branches. All older tokens are
     seen, and `causal` says nothing. Not beside `mask`; where `lengths` differ, its first rows and columns count.
+tree_positions : array_like of int, shape (L,) or (batch, L), optional
+    With `tree`: where its tokens sit, as queries and as keys, for `window` and `alibi_slopes`: those of one depth at
+    one position, the number of older tokens plus their depth. Older tokens sit at their index. By default the tokens of
+    a draft sit one after the other.
 newest_asked_lengths : int or array_like of int, optional
     How many of the L queries each sequence has, where they differ: its first ones, at its last tokens. The others
     see nothing.
@@ -124,6 +129,7 @@ newest_asked_lengths : int or array_like of int, optional
 _ASKED = """
 <newest_asked_lengths>
 <tree>
+<tree_positions>
 <mask>
     Here Lq is L, and Lk the tokens of the longest sequence.
 <bias>
@@ -148,6 +154,7 @@ def _split(text: str) -> dict[str, list[str]]:
             name, _, kind = line.partition(" : ")
             lines = entries[name.partition(",")[0]] = []
             shown = name.rpartition("_")[2] if name.startswith(("new", "given", "layer_")) else name
+            shown = "q_positions" if name == "tree_positions" else shown
             line = f"{shown} : {kind}"
         lines.append(line)
     return entries

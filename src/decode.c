@@ -99,6 +99,7 @@ static void open_changes(few *t)
         .bias_rows = (const void **)(t->scratch + plan->few.at_pointers),
         .mask_rows = (const uint8_t **)(t->scratch + plan->few.at_pointers) + t->count,
         .bias_copies = t->scratch + plan->few.at_bias, .mask_copies = (uint8_t *)t->scratch + plan->few.at_mask,
+        .key_copies = t->scratch + plan->few.at_keys,
     };
     x->changes = (qkv_changes){0};
     qkv_open_lanes(&x->elements, &x->lanes, t->first, t->count, (t->count + vector - 1) / vector * vector,
@@ -114,7 +115,7 @@ static void open_rows(few *t, const qkv_call *job, int worker, int64_t sequence,
         .problem = p, .plan = plan, .sequence = sequence, .head = head, .first = tile * plan->few.rows,
         .count = qkv_min(plan->few.rows, qkv_queries(p, sequence) * plan->each - tile * plan->few.rows),
         .scratch = scratch, .counters = (qkv_counters *)job->scratch[worker], .changes = changes,
-        .sees = (qkv_range *)(scratch + plan->few.at_limits), .run = p->run_of ? p->run_of[sequence] : 0,
+        .sees = (qkv_range *)(scratch + plan->few.at_limits), .run = qkv_first_run(p, sequence),
     };
     t->lo = (int32_t *)(t->sees + t->count);
     t->hi = t->lo + t->count;
@@ -245,8 +246,8 @@ static qkv_kind look(few *t, int64_t *first, int64_t *last)
 static void find_changes(few *t, int64_t first, int64_t last)
 {
     qkv_changes *changes = &t->changes->changes;
-    qkv_set_changes(&t->changes->elements, &t->changes->lanes, 0, (int)t->count, first, last, changes);
-    changes->key = first / t->plan->chunk * t->plan->chunk;
+    int64_t base = first / t->plan->chunk * t->plan->chunk;
+    qkv_set_changes(&t->changes->elements, &t->changes->lanes, 0, (int)t->count, base, first, last, changes);
     t->stack.changes = changes->adjust ? changes : NULL;
 }
 

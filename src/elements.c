@@ -253,8 +253,30 @@ int qkv_bias_hides(const qkv_elements *e, const qkv_lanes *x, int lane, int n, i
     return 1;
 }
 
-void qkv_set_changes(const qkv_elements *e, const qkv_lanes *x, int lane, int n, int64_t first, int64_t last,
-                     qkv_changes *to)
+/* Whether some of these keys have positions of their own. */
+static int have_positions(const qkv_problem *p, int64_t sequence, int64_t last)
+{
+    return p->slopes && p->positions && p->mask_from && last > p->mask_from[sequence];
+}
+
+/* Positions of the keys [first, last), counted from `base`. */
+static const void *key_positions(const qkv_elements *e, int64_t base, int64_t first, int64_t last)
+{
+    const qkv_problem *p = e->problem;
+    int64_t from = p->mask_from[e->sequence], end = from + qkv_queries(p, e->sequence);
+    const int64_t *own = p->positions + qkv_query_index(p, e->sequence, 0);
+    for (int64_t j = first; j < last; j++) {
+        int64_t at = (j >= from && j < end ? own[j - from] : j) - base;
+        if (e->plan->kernels->size == sizeof(double))
+            ((double *)e->key_copies)[j - first] = (double)at;
+        else
+            ((float *)e->key_copies)[j - first] = (float)at;
+    }
+    return e->key_copies;
+}
+
+void qkv_set_changes(const qkv_elements *e, const qkv_lanes *x, int lane, int n, int64_t base, int64_t first,
+                     int64_t last, qkv_changes *to)
 {
     const qkv_plan *plan = e->plan;
     if (e->problem->bias)
@@ -262,7 +284,9 @@ void qkv_set_changes(const qkv_elements *e, const qkv_lanes *x, int lane, int n,
     to->hides = e->problem->question == QKV_LARGEST;
     if (e->problem->slopes) {
         to->slope = x->slope + lane;
+        to->key = base;
         to->position = x->position + lane;
+        to->key_position = have_positions(e->problem, e->sequence, last) ? key_positions(e, base, first, last) : NULL;
     }
     to->score_factor = plan->score_factor;
     to->softcap = plan->softcap;

@@ -19,6 +19,7 @@ typedef struct {
     const uint8_t **mask_rows;
     char *bias_copies;
     uint8_t *mask_copies;
+    char *key_copies;                 /* positions of a block's keys */
 } qkv_elements;
 
 /* Some rows, of each: its row of the bias and of the mask at key 0 and of the mask's summary, its position, slope and id. */
@@ -51,10 +52,9 @@ qkv_kind qkv_look(const qkv_elements *elements, const qkv_lanes *lanes, int lane
 /* Whether the bias is -inf for all of n lanes and the keys [first, last): mostly the first says that it is not. */
 int qkv_bias_hides(const qkv_elements *elements, const qkv_lanes *lanes, int lane, int n, int64_t first, int64_t last);
 
-/* All else that changes these scores, but for the key where positions count from; after the mask, on which `adjust` depends as
- * well. */
-void qkv_set_changes(const qkv_elements *elements, const qkv_lanes *lanes, int lane, int n, int64_t first, int64_t last,
-                     qkv_changes *to);
+/* All else that changes these scores; after the mask, on which `adjust` depends as well. Positions count from `base`. */
+void qkv_set_changes(const qkv_elements *elements, const qkv_lanes *lanes, int lane, int n, int64_t base, int64_t first,
+                     int64_t last, qkv_changes *to);
 
 /* Of these keys, those that mask and ids let query i of a beam and head see. */
 int64_t qkv_count_seen(const qkv_problem *problem, int64_t sequence, int64_t beam, int64_t head, int64_t i, qkv_range keys);

@@ -167,7 +167,6 @@ static void attend_keys(const qkv_query_tile *t, const qkv_panel *x, int lane, p
     tile->v = kv->v + (first - kv->first) / kernels->pair * kv->v_row * (int64_t)kernels->size;
     tile->nk = (int)(last - first);
     tile->skew = (int)(first - block_first);
-    tile->changes.key = block_first;
     int32_t without[MAX_LANES];
     if (t->problem->question == QKV_MOVED) {
         for (int j = 0; j < tile->nv * kernels->vector; j++) {
@@ -215,7 +214,7 @@ static int attend_full(const qkv_query_tile *t, const qkv_panel *x, pass_rows *k
     if (skipped)
         return 1;
     if (t->plan->adjust)
-        qkv_set_changes(&t->elements, &x->lanes, 0, n, first, last, &whole.changes);
+        qkv_set_changes(&t->elements, &x->lanes, 0, n, block_first, first, last, &whole.changes);
     attend_keys(t, x, 0, kv, block_first, first, last, &whole);
     return 1;
 }
@@ -269,7 +268,7 @@ static void attend_block(const qkv_query_tile *t, const qkv_panel *x, pass_rows 
             continue;
         }
         if (plan->adjust)
-            qkv_set_changes(&t->elements, &x->lanes, i * w, w, first, last, &one.changes);
+            qkv_set_changes(&t->elements, &x->lanes, i * w, w, block_first, first, last, &one.changes);
         size_t shift = (size_t)i * (size_t)w * size;
         one.q = (const char *)whole.q + shift;
         one.s = (char *)whole.s + shift;
@@ -299,7 +298,7 @@ static void walk_keys(const qkv_query_tile *t, int64_t begin, int64_t end, uint6
     const qkv_plan *plan = t->plan;
     begin = qkv_max(qkv_max(begin, t->any.lo / plan->block * plan->block), qkv_start(t->problem, t->sequence));
     end = qkv_min(end, t->any.hi);
-    const qkv_run *run = t->problem->runs + (t->problem->run_of ? t->problem->run_of[t->sequence] : 0);
+    const qkv_run *run = t->problem->runs + qkv_first_run(t->problem, t->sequence);
     for (int64_t first = begin, last; first < end; first = last) {
         int64_t cut = first % plan->block;                              /* by the sequence's start */
         last = qkv_min(cut ? first + plan->block - cut : first + plan->pass, end);
@@ -529,7 +528,7 @@ static int prepare_values(const qkv_query_tile *t, qkv_range keys)
     memset(t->scratch + plan->at_v, 0, (size_t)(n * row));
     memset(t->scratch + plan->at_sizes, 0, (size_t)(n * size));
     if (kv.first < kv.last) {
-        kv.run = run_with(p->runs + (p->run_of ? p->run_of[t->sequence] : 0), kv.first);
+        kv.run = run_with(p->runs + qkv_first_run(p, t->sequence), kv.first);
         copy_rows(t, &kv, 1, t->scratch + plan->at_v + (kv.first - keys.lo) * row);
     }
     return qkv_centre_values(t, (qkv_range){kv.first - keys.lo, kv.last - keys.lo});

@@ -27,6 +27,12 @@ static inline int64_t qkv_given(const qkv_problem *p, int64_t sequence, int64_t 
     return (sequence / p->beam_step * p->beams + beam) * p->beam_step + sequence % p->beam_step;
 }
 
+/* The number of a sequence's first run. */
+static inline int64_t qkv_first_run(const qkv_problem *p, int64_t sequence)
+{
+    return p->run_of ? p->run_of[qkv_given(p, sequence, 0)] : 0;
+}
+
 static inline int64_t qkv_length(const qkv_problem *p, int64_t sequence)
 {
     return p->length ? p->length[qkv_given(p, sequence, 0)] : p->len_k;
@@ -84,7 +90,7 @@ static inline qkv_range qkv_reach(const qkv_problem *p, int64_t sequence, int64_
         return keys;
     qkv_range at = qkv_positions(p, sequence, first, last);
     if (p->left != QKV_OPEN)
-        keys.lo = qkv_max(keys.lo, at.lo - p->left);
+        keys.lo = qkv_max(keys.lo, p->mask_from ? qkv_min(at.lo - p->left, p->mask_from[sequence]) : at.lo - p->left);
     if (p->right != QKV_OPEN)
         keys.hi = qkv_min(keys.hi, at.hi + p->right + 1);
     return keys;

@@ -168,6 +168,7 @@ static void lay_out_scratch(const qkv_problem *p, qkv_plan *plan)
     TAKE(at_pointers, plan->adjust ? 2 * lanes * sizeof(void *) : 0);
     TAKE(at_bias, p->bias && !plan->direct_bias ? lanes * (size_t)plan->block * size : 0);
     TAKE(at_mask, plan->masked && !plan->direct_mask ? lanes * (size_t)plan->block : 0);
+    TAKE(at_keys, p->slopes && p->positions && p->mask_from ? (size_t)plan->block * size : 0);
     size_t columns = gradients ? (size_t)(qkv_columns(plan, p->dim) + qkv_columns(plan, p->dim_v)) : 2 * (size_t)plan->kernels->vector;
     TAKE(at_sums, (size_t)plan->range * (qkv_asks_cells(p) ? sizeof(double) : columns * size));
     TAKE(at_finite, gradients ? (size_t)(plan->range / plan->block) * sizeof(int64_t) : 0);
@@ -272,6 +273,7 @@ static void plan_few(const qkv_problem *p, qkv_plan *plan)
     TAKE(at_pointers, plan->adjust ? 2 * rows * sizeof(void *) : 0);
     TAKE(at_bias, p->bias && !plan->direct_bias ? rows * (size_t)(CHUNK * size) : 0);
     TAKE(at_mask, plan->masked && !plan->direct_mask ? rows * CHUNK : 0);
+    TAKE(at_keys, p->slopes && p->positions && p->mask_from ? (size_t)(CHUNK * size) : 0);
     TAKE(at_tops, p->question ? (size_t)plan->chunks * few->l_bytes : 0);
 #undef TAKE
     few->scratch_bytes = at;

@@ -21,7 +21,7 @@ typedef struct {
     size_t l_bytes, state_bytes;      /* l, as m; O, m and l */
     /* Scratch of one worker, where that of tiles is otherwise. */
     size_t at_limits, at_rows, at_q, at_state, at_total, at_s, at_sums, at_k, at_v, at_pair, at_copies;
-    size_t at_lanes, at_pointers, at_bias, at_mask;
+    size_t at_lanes, at_pointers, at_bias, at_mask, at_keys;
     size_t at_tops;                   /* of ROWS: m of each chunk */
     size_t scratch_bytes;
 } qkv_few_plan;
@@ -83,7 +83,7 @@ typedef struct {
     /* Scratch of one worker: byte offsets from its beginning. */
     size_t state_bytes;               /* O, m, l of one panel, or what a question keeps, m and l */
     size_t at_panels, at_limits, at_rows, at_q, at_state, at_total, at_s, at_k, at_v, at_tile, at_peaked;
-    size_t at_lanes, at_pointers, at_bias, at_mask;     /* what elements.c needs */
+    size_t at_lanes, at_pointers, at_bias, at_mask, at_keys;        /* what elements.c needs */
     size_t at_sums;                   /* (2, range, vector), the second of what rounding loses; of gradients (range, columns of Q and of dO); of cells: (range) doubles, */
     size_t at_finite;                 /* of gradients: how many keys of each block of a range are known to be finite */
     size_t at_bounds;                 /* and the keys where their parts begin (range * parts + 1) */

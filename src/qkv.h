@@ -143,7 +143,9 @@ typedef struct {
     const double *slopes;             /* ALiBi: -slope * |position - key| is added; one per query head, or NULL */
     const char *bias;                 /* is added; -inf excludes; or NULL */
     const char *mask;                 /* bytes; 0 excludes; or NULL */
-    const int64_t *mask_from;         /* one per sequence: the key that the mask begins at, and does not hide those before; NULL: 0 */
+    /* One per sequence: the key that the mask begins at, and does not hide those before; NULL: 0. `left` hides none from there on, which
+     * are the tokens of the queries: where there are positions, these are theirs as well. */
+    const int64_t *mask_from;
     qkv_type bias_type;
     int swapped_bias;
     qkv_strides bias_at, mask_at;

@@ -172,6 +172,7 @@ void qkv_open_tile(qkv_query_tile *t, const qkv_problem *p, const qkv_plan *plan
         .bias_rows = (const void **)(scratch + plan->at_pointers),
         .mask_rows = (const uint8_t **)(scratch + plan->at_pointers) + lanes,
         .bias_copies = scratch + plan->at_bias, .mask_copies = (uint8_t *)scratch + plan->at_mask,
+        .key_copies = scratch + plan->at_keys,
     };
     t->q_offset = qkv_rows_offset(p, &p->q_at, sequence) + head * plan->group * p->q_at.head;
     t->out_offset = qkv_rows_offset(p, &p->out_at, sequence) + head * plan->group * p->out_at.head;

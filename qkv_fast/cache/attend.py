@@ -4,6 +4,7 @@ Slabs, rings and pages differ only in where the keys of a sequence lie, which `K
 newest tokens of their sequences, so positions need no argument. Attention and questions take the same arguments.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from .._checks import (
     _as_array,
     _check_layout,
     _check_out,
+    _check_query_positions,
     _check_type,
     _fail_shapes,
     _fail_words,
@@ -56,6 +58,7 @@ class Tokens(NamedTuple):
 # with `join` their positions do not matter.
 Find = Callable[[str, int | None, Any, bool], Keys]
 Held = tuple[Form, Tokens, Find, int | None, int]
+_FARTHEST = 1 << 24  # from the older tokens' number that a draft's positions may be: float32 has all distances
 
 
 def check_tokens(
@@ -154,8 +157,7 @@ def check_chosen(where: str, chosen: Array, n: int, length: int, sequence: int) 
 def _newest(
     where: str, form: Form, tokens: Tokens, limit: int | None, dim_v: int, q: Any, lengths: Any, mask: Any, bias: Any,
     causal: Any, window: Any, alibi_slopes: Any, sinks: Any, softcap: Any, scale: Any, layout: str,
-    num_threads: int | None, words: dict[str, Any], new: int | None = None,
-    beams: bool = False,
+    num_threads: int | None, words: dict[str, Any], *, new: int | None = None, beams: bool = False,
 ) -> tuple[Problem, Any]:  # fmt: skip
     """The problem of the queries of the newest tokens, but for where keys lie; and how many queries each sequence has,
     one number or one each. `new`: how many there must be. With `beams` several sequences of q may read one
@@ -200,8 +202,13 @@ def _newest(
     return p, queries
 
 
-def _take_tree(p: Problem, tokens: Tokens, queries: Any, tree: Any, mask: Any) -> None:
-    """A mask of the newest tokens, who are the queries, among themselves; all older ones are seen."""
+def _take_tree(p: Problem, tokens: Tokens, queries: Any, tree: Any, positions: Any, mask: Any, keep: int) -> Any:
+    """A mask of the newest tokens, who are the queries, among themselves; all older ones are seen, as far as the window
+    reaches from where the queries sit. Returns how many tokens before the end the first of these positions is."""
+    if tree is None:
+        if positions is not None:
+            raise ValueError(f"{p.where}: q_positions are those of a tree: without one a query sits at its own token")
+        return queries
     if tokens.whole:
         raise ValueError(f"{p.where}: a tree is of the newest tokens, and queries have none among those of an encoder")
     if mask is not None:
@@ -219,13 +226,35 @@ def _take_tree(p: Problem, tokens: Tokens, queries: Any, tree: Any, mask: Any) -
         held = f"{many} queries, of which sequence {at} has {tokens.lengths[at]} tokens"
         raise ValueError(f"{p.where}: a tree is of the newest tokens: append these first ({held})")
     p.right = None
-    own = given[:, np.newaxis] if given.ndim == 3 else given[np.newaxis, np.newaxis]
-    p.extras = (p.extras or Extras())._replace(mask=own, mask_from=tokens.lengths - queries)
+    begins, back = tokens.lengths - queries, queries
+    places: Array = np.arange(n)[np.newaxis]
+    if positions is not None:
+        places = _check_query_positions(p.where, positions, (batch,), n)
+        away = places - begins[:, np.newaxis]
+        if away.size and np.abs(away).max() > _FARTHEST:
+            far = int(places.ravel()[np.abs(away).argmax()])
+            raise OverflowError(f"{p.where}: q_positions must be within 2**24 of the older tokens' number, got {far}")
+        p.extras = (p.extras or Extras())._replace(positions=places)
+        own = np.broadcast_to(queries, (batch,))
+        farthest = np.where(np.arange(n) < own[:, np.newaxis], away, 0).min(1, initial=0)
+        back = np.where(own > 0, own - farthest, 0)
+    seen = given if given.ndim == 3 else given[np.newaxis]
+    if p.left is not None and (positions is not None or p.left < n - 1):
+        near = places[:, :, np.newaxis] - places[:, np.newaxis] <= p.left  # of the query's position, the key's
+        if keep:
+            near = near | (begins[:, np.newaxis] + np.arange(n) < keep)[:, np.newaxis]
+        seen = seen & near
+    p.extras = (p.extras or Extras())._replace(mask=seen[:, np.newaxis], mask_from=begins)
+    return back
 
 
 def _beyond(p: Problem, tokens: Tokens, keep: int) -> int:
     """First tokens that every query sees and that may lie before its window."""
-    return min(keep, tokens.most) if p.left is not None and tokens.most - 1 > p.left else 0
+    if not keep or p.left is None:
+        return 0
+    own = None if p.extras is None else p.extras.positions
+    last = tokens.most - 1 if own is None else int(own.max(initial=0))
+    return min(keep, tokens.most) if last > p.left else 0
 
 
 def _place(p: Problem, keys: Keys, tokens: Tokens) -> None:
@@ -236,16 +265,16 @@ def _place(p: Problem, keys: Keys, tokens: Tokens) -> None:
 
 
 def ask_newest(
-    where: str, held: Held, q: Any, lengths: Any, tree: Any, mask: Any, *arguments: Any, values: bool = False
-) -> Problem:
+    where: str, held: Held, q: Any, lengths: Any, tree: Any, q_positions: Any, mask: Any, *arguments: Any,
+    values: bool = False,
+) -> Problem:  # fmt: skip
     """The problem of a question, with or without values; `arguments` are the others of _newest."""
     form, tokens, find, limit, keep = held
     if words := arguments[-1]:
         _fail_words(where, words, _problem.OF_CACHES, _OF_QUESTIONS)
     dim_v = form.dim_v if values else 0
-    p, queries = _newest(where, form, tokens, limit, dim_v, q, lengths, mask, *arguments)
-    if tree is not None:
-        _take_tree(p, tokens, queries, tree, mask)
+    p, queries = _newest(where, form, tokens, limit, dim_v, q, lengths, mask, *arguments, beams=True)
+    back = _take_tree(p, tokens, queries, tree, q_positions, mask, keep)
     p.heads_first, p.shape = True, (*p.rows, dim_v)
     p.number = p.q.dtype.num  # of rotated queries, that of the arithmetic
     if values and _beyond(p, tokens, keep):
@@ -253,7 +282,9 @@ def ask_newest(
             f"{where}: a ring that keeps its first {keep} tokens beyond its window has no values at hand in one order; "
             "received says what weight its tokens have, and a ring without keep=, a slab and pages have influence"
         )
-    keys = find(where, p.left, queries, False)
+    keys = find(where, p.left, back, False)
+    if p.rows[0] != len(tokens.lengths):
+        keys, tokens = _each_beam(p, keys, tokens)
     p.k, p.v = keys.k, keys.v if values else keys.k[..., :0]
     if kept := _beyond(p, tokens, keep):
         p.extras = (p.extras or Extras())._replace(kept=kept)
@@ -280,6 +311,7 @@ def attend_newest(
     num_threads: int | None,
     words: dict[str, Any],
     tree: Any = None,
+    q_positions: Any = None,
     new: int | None = None,
 ) -> Any:
     """Attention of the queries of the newest tokens over the cache. What is checked is checked before keys are found:
@@ -288,11 +320,11 @@ def attend_newest(
     batch, longest = len(tokens.lengths), tokens.most
     p, queries = _newest(
         where, form, tokens, limit, form.dim_v, q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap,
-        scale, layout, num_threads, words, new, beams=True,
+        scale, layout, num_threads, words, new=new, beams=True,
     )  # fmt: skip
-    len_q = p.rows[2]
-    if tree is not None:
-        _take_tree(p, tokens, queries, tree, mask)
+    len_q, back = p.rows[2], queries
+    if tree is not None or q_positions is not None:
+        back = _take_tree(p, tokens, queries, tree, q_positions, mask, keep)
     result = p.empty() if out is None else _check_out(out, p.shape, p.number, where)
     view = target = result if p.heads_first else result.swapaxes(1, 2)
     p.heads_first = True
@@ -300,7 +332,10 @@ def attend_newest(
     apart = _beyond(p, tokens, keep) if keep else 0
     join = apart > 0 and len_q == 1 and isinstance(queries, int)
     join = join and (tokens.starts is tree is mask is bias is alibi_slopes is None)
-    keys = find(where, p.left, queries, join)
+    keys = find(where, p.left, back, join)
+    beams = p.rows[0] // batch if p.rows[0] != batch else 1
+    if beams > 1 and keys.runs is not None:
+        keys, tokens = _each_beam(p, keys, tokens)
     p.k, p.v = keys.k, keys.v
     if keys.seen is not None:
         tokens = Tokens(keys.seen, 0, int(keys.seen.max()))
@@ -320,10 +355,7 @@ def attend_newest(
         spans = np.full((batch, len_q, 2), (apart, tokens.most), np.int64)
         p.extras = p.extras._replace(spans=spans, sinks=None)  # the first has these
     _place(p, keys, tokens)
-    if p.rows[0] != batch:
-        report = _forward_beams(p, batch, target, lse)
-    else:
-        report = _problem.forward(p, target, lse)
+    report = _problem.forward(p, target, lse) if beams == 1 else _forward_beams(p, beams, target, lse)
     if report is not None:
         planned = _problem.Planned(p, report, view if apart or form.rotate else target, out)
         planned.also += plans
@@ -341,22 +373,41 @@ def attend_newest(
     return (result, lse) if return_lse else result
 
 
-def _forward_beams(p: Problem, batch: int, out: Array, lse: Array | None) -> Any:
+def _each_beam(p: Problem, keys: Keys, tokens: Tokens) -> tuple[Keys, Tokens]:
+    """Keys as runs, and tokens, of every sequence of q, several of which may be beams of one of the cache."""
+    beams = p.rows[0] // len(tokens.lengths)
+    starts = None if tokens.starts is None else np.repeat(tokens.starts, beams)
+    if starts is not None and p.extras is not None:
+        p.extras = p.extras._replace(starts=starts)
+    if keys.runs is None or keys.run_of is None:
+        rows = [[b * keys.k.strides[0], b * keys.v.strides[0], 0, tokens.most] for b in range(len(tokens.lengths))]
+        table, run_of = np.array(rows, np.int64), np.arange(len(rows) + 1)
+    else:
+        table, run_of = keys.runs, keys.run_of
+    of_each = [np.arange(first, end) for first, end in itertools.pairwise(run_of) for _ in range(beams)]
+    ends = np.cumsum([0, *map(len, of_each)], dtype=np.int64)
+    tokens = tokens._replace(lengths=np.repeat(tokens.lengths, beams), starts=starts)
+    return keys._replace(runs=table[np.concatenate(of_each)], run_of=ends), tokens
+
+
+def _forward_beams(p: Problem, beams: int, out: Array, lse: Array | None) -> Any:
     """Attention of sequences b r ... b r + r - 1 of q over sequence b of the cache, into out and lse."""
-    split = batch, p.rows[0] // batch
+    split = p.rows[0] // beams, beams
 
     def apart(x: Array | None) -> Any:
         return x if x is None or x.ndim < 4 or len(x) == 1 else x.reshape(split + x.shape[1:])
 
     def each(x: Array | None) -> Any:
-        return None if x is None else np.repeat(x, split[1])
+        return x if x is None or len(x) != split[0] else np.repeat(x, beams)
 
     if p.extras is not None:
         p.extras = p.extras._replace(
             mask=apart(p.extras.mask), bias=apart(p.extras.bias), starts=each(p.extras.starts)
         )
-    p.q, p.k, p.v = p.q.reshape(split + p.q.shape[1:]), p.k[:, np.newaxis], p.v[:, np.newaxis]
-    p.rows, p.shape, p.lengths = split + p.rows[1:], split + p.shape[1:], each(p.lengths)
+    if p.k.ndim == 4:  # else runs, which are there for each
+        p.k, p.v = p.k[:, np.newaxis], p.v[:, np.newaxis]
+    p.q, p.rows, p.shape = p.q.reshape(split + p.q.shape[1:]), split + p.rows[1:], split + p.shape[1:]
+    p.lengths = each(p.lengths)
     return _problem.forward(p, out.reshape(split + out.shape[1:]), None if lse is None else lse.reshape(p.rows))
 
 

@@ -185,7 +185,7 @@ def _choose_of(
 
     q = p.q.astype(np.float32) if p.q.dtype.itemsize > 4 else p.q
     own = ask_newest(
-        p.where, (bounds.form, tokens, find, None, 0), q, extras.queries, None, mask, bias, causal, window,
+        p.where, (bounds.form, tokens, find, None, 0), q, extras.queries, None, None, mask, bias, causal, window,
         extras.slopes, extras.sinks, extras.softcap or None, p.scale, "bhld", p.threads, {},
     )  # fmt: skip
     weights = room[0][: math.prod(p.rows) * n].reshape(*p.rows, n)

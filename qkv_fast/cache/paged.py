@@ -17,7 +17,7 @@ from .._core import Problem
 from .._help import documented
 from . import files, types
 from .attend import Held, Keys, Tokens, ask_newest, attend_newest, check_chosen, check_index, check_starts, check_tokens
-from .files import Geometry, Store
+from .files import WHOLE, Geometry, Store
 from .paged_questions import PagedQuestions
 from .pages import Stretch, Table, read_table
 from .ring import BLOCK
@@ -60,6 +60,9 @@ class PagedKVCache(PagedQuestions):
     window : int, optional
         Sequences grow without end, and a query sees the `window` tokens before it and itself: `attention`'s window of
         (window, None). An `append` first gives back the pages that none of its tokens sees.
+    causal : bool, default True
+        False is for the keys of an encoder: every query sees all tokens of its sequence, and several queries may read
+        one sequence (beams). Not with `window`.
 
     Raises
     ------
@@ -118,11 +121,13 @@ class PagedKVCache(PagedQuestions):
         latent: bool = False,
         rotate: bool = False,
         window: int | None = None,
+        causal: bool = True,
     ) -> None:
         where = "PagedKVCache"
         self._form = form = types.check_form(where, kv_heads, head_dim, value_dim, dtype, value_dtype, latent, rotate)
         pages, size = (types.count(where, name, n) for name, n in (("pages", pages), ("page_size", page_size)))
         self._window = None if window is None else types.count(where, "window", window, 0)
+        self._whole = not types.check_causal(where, causal, window)
         try:
             self._k, self._v = form.empty(form.kv_heads, pages * size)
         except ValueError:
@@ -176,6 +181,10 @@ class PagedKVCache(PagedQuestions):
         "Tokens before its own that a query sees; None for all.", "PagedKVCache(4, 64, 20, window=9).window -> 9",
         lambda c: None if c._window is None else int(c._window),
     )  # fmt: skip
+    causal = Shown(
+        "False for the keys of an encoder, which all queries see.", "PagedKVCache(4, 64, 20).causal -> True",
+        lambda c: not c._whole,
+    )  # fmt: skip
 
     @property
     def free_pages(self) -> int:
@@ -217,6 +226,7 @@ class PagedKVCache(PagedQuestions):
     def __repr__(self) -> str:
         form, held = self._form, self._sequences
         window = "" if self._window is None else f", window={self._window}"
+        window += ", causal=False" if self._whole else ""
         starts = {s: found.start for s, found in held.items() if found.start}
         shown = f", starts={starts}" if starts else ""
         return (
@@ -623,6 +633,7 @@ class PagedKVCache(PagedQuestions):
         *,
         lengths: Any = None,
         tree: Any = None,
+        q_positions: Any = None,
         mask: Any = None,
         bias: Any = None,
         causal: bool = True,
@@ -649,13 +660,14 @@ class PagedKVCache(PagedQuestions):
             Here the batch is that of `sequences`.
         <newest_lengths>
         <tree>
+        <tree_positions>
         <mask>
             Here Lq is L, and Lk the tokens of the longest sequence.
         <bias>
         <causal>
             True by default, and here not "top-left": a query sees no token after its own.
         <window>
-            Not further to the left than the cache's own, which is the default.
+            Not further to the left than the cache's own, which is the default. An encoder's tokens have none, or ALiBi.
         <alibi_slopes>
         <sinks>
         <softcap>
@@ -695,7 +707,7 @@ class PagedKVCache(PagedQuestions):
         held = self._held(where, self._check(where, sequences))
         return attend_newest(
             where, held, q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale, layout,
-            return_lse, out, num_threads, words, tree,
+            return_lse, out, num_threads, words, tree, q_positions,
         )  # fmt: skip
 
     @documented
@@ -709,6 +721,7 @@ class PagedKVCache(PagedQuestions):
         lengths: Any = None,
         starts: Any = None,
         tree: Any = None,
+        q_positions: Any = None,
         mask: Any = None,
         bias: Any = None,
         causal: bool = True,
@@ -740,13 +753,14 @@ class PagedKVCache(PagedQuestions):
             As many of its queries count, and the results of the others are 0.
         <new_starts>
         <tree>
+        <tree_positions>
         <mask>
             Here Lq is L, and Lk the tokens of the longest sequence, the new ones among them.
         <bias>
         <causal>
             True by default, and here not "top-left": a query sees no token after its own.
         <window>
-            Not further to the left than the cache's own, which is the default.
+            Not further to the left than the cache's own, which is the default. An encoder's tokens have none, or ALiBi.
         <alibi_slopes>
         <sinks>
         <softcap>
@@ -794,7 +808,7 @@ class PagedKVCache(PagedQuestions):
         try:
             return attend_newest(
                 where, (form, tokens, place, limit, keep), q, counts, mask, bias, causal, window, alibi_slopes, sinks,
-                softcap, scale, layout, return_lse, out, num_threads, words, tree, n,
+                softcap, scale, layout, return_lse, out, num_threads, words, tree, q_positions, n,
             )  # fmt: skip
         except BaseException:  # Ctrl-C among them
             for s, (length, start) in zip(found, before, strict=True):
@@ -814,7 +828,7 @@ class PagedKVCache(PagedQuestions):
         lengths = [s.length for s in found] if ends is None else ends
         starts = [s.start for s in found] if begins is None else begins
         padded = np.array(starts, np.int64) if any(starts) else None
-        tokens = Tokens(np.array(lengths, np.int64), min(lengths), max(lengths), padded)
+        tokens = Tokens(np.array(lengths, np.int64), min(lengths), max(lengths), padded, self._whole)
         if self._window is None:
             return self._form, tokens, lambda *_: self._find(found), None, 0
         return self._form, tokens, lambda *asked: self._find_window(found, *asked), self._window, 0
@@ -927,7 +941,8 @@ class PagedKVCache(PagedQuestions):
         files.check_free(where, path)
         zeros, rows = np.zeros(1, np.int64), self._used()
         geometry = Geometry(1, len(self._table.owners) * self._table.size, -1, 0, self._form)
-        table = [self._table.size, -1 if self._window is None else self._window, self._next]
+        none = WHOLE if self._whole else -1
+        table = [self._table.size, none if self._window is None else self._window, self._next]
         for number, s in self._sequences.items():
             table += [number, s.length, s.start, s.gone, len(s.pages), *s.pages]
         with files.creating(path, geometry, over=True) as new:
@@ -981,5 +996,6 @@ class PagedKVCache(PagedQuestions):
         pool = cls.__new__(cls)
         pool._form, pool._last = store.geometry.form, None
         pool._k, pool._v = pool._form.views(*(x[0] for x in store.arrays))
-        pool._table, pool._window, pool._next, pool._sequences = read
+        pool._table, window, pool._next, pool._sequences = read
+        pool._window, pool._whole = None if window < 0 else window, window == WHOLE
         return pool

@@ -23,6 +23,7 @@ class PagedQuestions:
         *,
         lengths: Any = None,
         tree: Any = None,
+        q_positions: Any = None,
         mask: Any = None,
         bias: Any = None,
         causal: bool = True,
@@ -68,8 +69,8 @@ class PagedQuestions:
         array([4., 6.], dtype=float32)
         """
         p = self._ask(
-            "PagedKVCache.largest", sequences, q, lengths, tree, mask, bias, causal, window, alibi_slopes, sinks,
-            softcap, scale, layout, num_threads, words,
+            "PagedKVCache.largest", sequences, q, lengths, tree, q_positions, mask, bias, causal, window, alibi_slopes,
+            sinks, softcap, scale, layout, num_threads, words,
         )  # fmt: skip
         return _answers.largest(p)
 
@@ -81,6 +82,7 @@ class PagedQuestions:
         *,
         lengths: Any = None,
         tree: Any = None,
+        q_positions: Any = None,
         mask: Any = None,
         bias: Any = None,
         causal: bool = True,
@@ -126,8 +128,8 @@ class PagedQuestions:
         array([2., 3.], dtype=float32)
         """
         p = self._ask(
-            "PagedKVCache.entropy", sequences, q, lengths, tree, mask, bias, causal, window, alibi_slopes, sinks,
-            softcap, scale, layout, num_threads, words,
+            "PagedKVCache.entropy", sequences, q, lengths, tree, q_positions, mask, bias, causal, window, alibi_slopes,
+            sinks, softcap, scale, layout, num_threads, words,
         )  # fmt: skip
         return _answers.entropy(p)
 
@@ -140,6 +142,7 @@ class PagedQuestions:
         *,
         lengths: Any = None,
         tree: Any = None,
+        q_positions: Any = None,
         mask: Any = None,
         bias: Any = None,
         causal: bool = True,
@@ -190,8 +193,8 @@ class PagedQuestions:
         (array([[2, 1]]), array([[0.665, 0.245]], dtype=float32))
         """
         p = self._ask(
-            "PagedKVCache.top_keys", sequences, q, lengths, tree, mask, bias, causal, window, alibi_slopes, sinks,
-            softcap, scale, layout, num_threads, words,
+            "PagedKVCache.top_keys", sequences, q, lengths, tree, q_positions, mask, bias, causal, window, alibi_slopes,
+            sinks, softcap, scale, layout, num_threads, words,
         )  # fmt: skip
         return _answers.top_keys(p, n)
 
@@ -205,6 +208,7 @@ class PagedQuestions:
         queries: Any = None,
         lengths: Any = None,
         tree: Any = None,
+        q_positions: Any = None,
         mask: Any = None,
         bias: Any = None,
         causal: bool = True,
@@ -256,8 +260,8 @@ class PagedQuestions:
         array([0.833, 0.833, 0.333], dtype=float32)
         """
         p = self._ask(
-            "PagedKVCache.received", sequences, q, lengths, tree, mask, bias, causal, window, alibi_slopes, sinks,
-            softcap, scale, layout, num_threads, words,
+            "PagedKVCache.received", sequences, q, lengths, tree, q_positions, mask, bias, causal, window, alibi_slopes,
+            sinks, softcap, scale, layout, num_threads, words,
         )  # fmt: skip
         return _answers.received(p, lse, queries)
 
@@ -272,6 +276,7 @@ class PagedQuestions:
         lse: Any = None,
         lengths: Any = None,
         tree: Any = None,
+        q_positions: Any = None,
         mask: Any = None,
         bias: Any = None,
         causal: bool = True,
@@ -324,8 +329,8 @@ class PagedQuestions:
                [0.333, 0.333]], dtype=float32)
         """
         p = self._ask(
-            "PagedKVCache.weights", sequences, q, lengths, tree, mask, bias, causal, window, alibi_slopes, sinks,
-            softcap, scale, layout, num_threads, words,
+            "PagedKVCache.weights", sequences, q, lengths, tree, q_positions, mask, bias, causal, window, alibi_slopes,
+            sinks, softcap, scale, layout, num_threads, words,
         )  # fmt: skip
         return _answers.weights(p, queries, keys, lse)
 
@@ -340,6 +345,7 @@ class PagedQuestions:
         lse: Any = None,
         lengths: Any = None,
         tree: Any = None,
+        q_positions: Any = None,
         mask: Any = None,
         bias: Any = None,
         causal: bool = True,
@@ -395,8 +401,8 @@ class PagedQuestions:
                [0.292, 0.208]], dtype=float32)
         """
         p = self._ask(
-            "PagedKVCache.pooled", sequences, q, lengths, tree, mask, bias, causal, window, alibi_slopes, sinks,
-            softcap, scale, layout, num_threads, words,
+            "PagedKVCache.pooled", sequences, q, lengths, tree, q_positions, mask, bias, causal, window, alibi_slopes,
+            sinks, softcap, scale, layout, num_threads, words,
         )  # fmt: skip
         return _answers.pooled(p, shape, reduce, lse)
 
@@ -409,6 +415,7 @@ class PagedQuestions:
         groups: Any = None,
         lengths: Any = None,
         tree: Any = None,
+        q_positions: Any = None,
         mask: Any = None,
         bias: Any = None,
         causal: bool = True,
@@ -458,8 +465,8 @@ class PagedQuestions:
         array([2. , 0.5, 2.5], dtype=float32)
         """
         p = self._ask(
-            "PagedKVCache.influence", sequences, q, lengths, tree, mask, bias, causal, window, alibi_slopes, sinks,
-            softcap, scale, layout, num_threads, words, values=True,
+            "PagedKVCache.influence", sequences, q, lengths, tree, q_positions, mask, bias, causal, window,
+            alibi_slopes, sinks, softcap, scale, layout, num_threads, words, values=True,
         )  # fmt: skip
         return _answers.influence(p, groups)
 

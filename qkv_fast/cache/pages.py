@@ -7,6 +7,7 @@ what no later token sees.
 import numpy as np
 
 from .._checks import Array
+from .files import WHOLE
 
 
 class Stretch:
@@ -100,10 +101,10 @@ class Table:
         return rows
 
 
-def read_table(numbers: list[int], rows: int) -> tuple[Table, int | None, int, dict[int, Stretch]] | None:
-    """From the numbers of a file: page size, window (-1: none), the next sequence's number; then of each sequence its
-    number, length, start, gone, how many pages, and these. None where no pool of so many rows has them."""
-    if len(numbers) < 3 or numbers[0] < 1 or rows % numbers[0] or numbers[1] < -1:
+def read_table(numbers: list[int], rows: int) -> tuple[Table, int, int, dict[int, Stretch]] | None:
+    """From the numbers of a file: page size, window (as a Geometry has it), the next sequence's number; then of each
+    sequence its number, length, start, gone, how many pages, and these. None where no pool of so many rows has them."""
+    if len(numbers) < 3 or numbers[0] < 1 or rows % numbers[0] or numbers[1] < WHOLE:
         return None
     size, window, following = numbers[:3]
     table, found, at = Table(rows // size, size), dict[int, Stretch](), 3
@@ -120,4 +121,4 @@ def read_table(numbers: list[int], rows: int) -> tuple[Table, int | None, int, d
     if at != len(numbers):
         return None
     table.free = [page for page in reversed(range(len(table.owners))) if not table.owners[page]]
-    return table, None if window < 0 else window, following, found
+    return table, window, following, found

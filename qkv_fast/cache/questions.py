@@ -22,6 +22,7 @@ class Questions:
         *,
         lengths: Any = None,
         tree: Any = None,
+        q_positions: Any = None,
         mask: Any = None,
         bias: Any = None,
         causal: bool = True,
@@ -64,8 +65,8 @@ class Questions:
         array([4., 6.], dtype=float32)
         """
         p = self._ask(
-            "KVCache.largest", q, lengths, tree, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale,
-            layout, num_threads, words,
+            "KVCache.largest", q, lengths, tree, q_positions, mask, bias, causal, window, alibi_slopes, sinks, softcap,
+            scale, layout, num_threads, words,
         )  # fmt: skip
         return _answers.largest(p)
 
@@ -76,6 +77,7 @@ class Questions:
         *,
         lengths: Any = None,
         tree: Any = None,
+        q_positions: Any = None,
         mask: Any = None,
         bias: Any = None,
         causal: bool = True,
@@ -118,8 +120,8 @@ class Questions:
         array([2., 3.], dtype=float32)
         """
         p = self._ask(
-            "KVCache.entropy", q, lengths, tree, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale,
-            layout, num_threads, words,
+            "KVCache.entropy", q, lengths, tree, q_positions, mask, bias, causal, window, alibi_slopes, sinks, softcap,
+            scale, layout, num_threads, words,
         )  # fmt: skip
         return _answers.entropy(p)
 
@@ -131,6 +133,7 @@ class Questions:
         *,
         lengths: Any = None,
         tree: Any = None,
+        q_positions: Any = None,
         mask: Any = None,
         bias: Any = None,
         causal: bool = True,
@@ -178,8 +181,8 @@ class Questions:
         (array([[2, 1]]), array([[0.665, 0.245]], dtype=float32))
         """
         p = self._ask(
-            "KVCache.top_keys", q, lengths, tree, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale,
-            layout, num_threads, words,
+            "KVCache.top_keys", q, lengths, tree, q_positions, mask, bias, causal, window, alibi_slopes, sinks, softcap,
+            scale, layout, num_threads, words,
         )  # fmt: skip
         return _answers.top_keys(p, n)
 
@@ -192,6 +195,7 @@ class Questions:
         queries: Any = None,
         lengths: Any = None,
         tree: Any = None,
+        q_positions: Any = None,
         mask: Any = None,
         bias: Any = None,
         causal: bool = True,
@@ -240,8 +244,8 @@ class Questions:
         array([0.833, 0.833, 0.333], dtype=float32)
         """
         p = self._ask(
-            "KVCache.received", q, lengths, tree, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale,
-            layout, num_threads, words,
+            "KVCache.received", q, lengths, tree, q_positions, mask, bias, causal, window, alibi_slopes, sinks, softcap,
+            scale, layout, num_threads, words,
         )  # fmt: skip
         return _answers.received(p, lse, queries)
 
@@ -255,6 +259,7 @@ class Questions:
         lse: Any = None,
         lengths: Any = None,
         tree: Any = None,
+        q_positions: Any = None,
         mask: Any = None,
         bias: Any = None,
         causal: bool = True,
@@ -305,8 +310,8 @@ class Questions:
                [0.333, 0.333]], dtype=float32)
         """
         p = self._ask(
-            "KVCache.weights", q, lengths, tree, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale,
-            layout, num_threads, words,
+            "KVCache.weights", q, lengths, tree, q_positions, mask, bias, causal, window, alibi_slopes, sinks, softcap,
+            scale, layout, num_threads, words,
         )  # fmt: skip
         return _answers.weights(p, queries, keys, lse)
 
@@ -320,6 +325,7 @@ class Questions:
         lse: Any = None,
         lengths: Any = None,
         tree: Any = None,
+        q_positions: Any = None,
         mask: Any = None,
         bias: Any = None,
         causal: bool = True,
@@ -372,8 +378,8 @@ class Questions:
                [0.292, 0.208]], dtype=float32)
         """
         p = self._ask(
-            "KVCache.pooled", q, lengths, tree, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale,
-            layout, num_threads, words,
+            "KVCache.pooled", q, lengths, tree, q_positions, mask, bias, causal, window, alibi_slopes, sinks, softcap,
+            scale, layout, num_threads, words,
         )  # fmt: skip
         return _answers.pooled(p, shape, reduce, lse)
 
@@ -385,6 +391,7 @@ class Questions:
         groups: Any = None,
         lengths: Any = None,
         tree: Any = None,
+        q_positions: Any = None,
         mask: Any = None,
         bias: Any = None,
         causal: bool = True,
@@ -433,8 +440,8 @@ class Questions:
         array([2. , 0.5, 2.5], dtype=float32)
         """
         p = self._ask(
-            "KVCache.influence", q, lengths, tree, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale,
-            layout, num_threads, words, values=True,
+            "KVCache.influence", q, lengths, tree, q_positions, mask, bias, causal, window, alibi_slopes, sinks,
+            softcap, scale, layout, num_threads, words, values=True,
         )  # fmt: skip
         return _answers.influence(p, groups)
 

@@ -161,11 +161,7 @@ class KVCache(Questions):
         keep = types.count(where, "keep", keep, 0)
         if window is None and keep:
             raise ValueError(f"{where}: keep is for a ring, which takes window as well (keep={keep})")
-        if not isinstance(causal, bool | np.bool_):
-            raise TypeError(f"{where}: causal must be True or False, got {causal!r}")
-        if window is not None and not causal:
-            raise ValueError(f"{where}: a ring is causal, an encoder's tokens have no window (window={window!r})")
-        none = -1 if causal else WHOLE
+        none = -1 if types.check_causal(where, causal, window) else WHOLE
         reach = none if window is None else types.count(where, "window", window, 0)
         if capacity - keep <= reach:
             given = f"capacity={capacity}, keep={keep}, window={window}"
@@ -515,6 +511,7 @@ class KVCache(Questions):
         *,
         lengths: Any = None,
         tree: Any = None,
+        q_positions: Any = None,
         mask: Any = None,
         bias: Any = None,
         causal: bool = True,
@@ -537,10 +534,9 @@ class KVCache(Questions):
         Parameters
         ----------
         <newest_q>
-            Of an encoder's cache also batch * r sequences: number b r to b r + r - 1 read sequence b of the cache, once
-            for all of them.
         <newest_lengths>
         <tree>
+        <tree_positions>
         <mask>
             Here Lq is L, and Lk the tokens of the longest sequence.
         <bias>
@@ -616,7 +612,7 @@ class KVCache(Questions):
             )  # fmt: skip
         return attend_newest(
             "KVCache.attend", self._held(), q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale,
-            layout, return_lse, out, num_threads, words, tree,
+            layout, return_lse, out, num_threads, words, tree, q_positions,
         )  # fmt: skip
 
     @documented
@@ -629,6 +625,7 @@ class KVCache(Questions):
         lengths: Any = None,
         starts: Any = None,
         tree: Any = None,
+        q_positions: Any = None,
         mask: Any = None,
         bias: Any = None,
         causal: bool = True,
@@ -657,6 +654,7 @@ class KVCache(Questions):
             As many of its queries count, and the results of the others are 0.
         <new_starts>
         <tree>
+        <tree_positions>
         <mask>
             Here Lq is L, and Lk the tokens of the longest sequence, the new ones among them.
         <bias>
@@ -712,7 +710,7 @@ class KVCache(Questions):
         try:
             return attend_newest(
                 where, (form, tokens, found, limit, keep), q, counts, mask, bias, causal, window, alibi_slopes, sinks,
-                softcap, scale, layout, return_lse, out, num_threads, words, tree, n,
+                softcap, scale, layout, return_lse, out, num_threads, words, tree, q_positions, n,
             )  # fmt: skip
         except BaseException:  # Ctrl-C among them
             self._lengths, self._least, self._most, self._starts, self._padded = before

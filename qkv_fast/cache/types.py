@@ -172,6 +172,14 @@ def check_form(
     return make_form(where, heads, (dim, dim_v), (name, name_v), bool(latent), bool(rotate))
 
 
+def check_causal(where: str, causal: Any, window: Any) -> bool:
+    if not isinstance(causal, bool | np.bool_):
+        raise TypeError(f"{where}: causal must be True or False, got {causal!r}")
+    if window is not None and not causal:
+        raise ValueError(f"{where}: an encoder's tokens have no window (causal=False, window={window!r})")
+    return bool(causal)
+
+
 def _check_name(where: str, argument: str, dtype: Any) -> str:
     try:
         name = str(dtype if dtype is None else np.dtype(dtype))  # of None NumPy makes float64

@@ -75,7 +75,8 @@ static QKV_INLINE void X(adjust_square)(const qkv_tile *t, int i, int j, const i
             x[r] = zero;
     if (t->changes.slope) {
         VEC from = X(set1)((REAL)(t->skew + i));        /* counted from the block, wherever the tile begins in it */
-        EACH x[r] = X(add_alibi)(alibi, X(add)(from, X(set1)((REAL)r)), x[r]);
+        const REAL *own = t->changes.key_position ? (const REAL *)t->changes.key_position + i : NULL;
+        EACH x[r] = X(add_alibi)(alibi, own ? X(set1)(own[r]) : X(add)(from, X(set1)((REAL)r)), x[r]);
     }
     if (t->careful)                   /* what is excluded may be NaN, and NaN - inf is NaN; else that shows in the result */
         EACH X(store)(s + r * LANES, X(select)(X(equal)(x[r], none), zero, X(load)(s + r * LANES)));
@@ -119,6 +120,7 @@ static QKV_INLINE void X(adjust_row)(const qkv_changes *t, int row, REAL *s, int
     VEC before = X(set1)((REAL)t->score_factor), after = t->softcap != 0 ? X(set1)(1) : before;
     const REAL *bias = t->bias ? (const REAL *)t->bias[row] + skip : NULL;
     const uint8_t *mask = t->mask ? t->mask[row] + skip : NULL;
+    const REAL *own = t->key_position ? (const REAL *)t->key_position + skip : NULL;
     X(alibi) alibi = {zero, zero};
     if (t->slope)
         alibi = (X(alibi)){X(set1)(-(REAL)t->slope[row]), X(set1)((REAL)(t->position[row] - t->key))};
@@ -134,7 +136,7 @@ static QKV_INLINE void X(adjust_row)(const qkv_changes *t, int row, REAL *s, int
         if (mask)
             x = X(select)(X(seen)(mask + i, part), x, none);
         if (t->slope)
-            x = X(add_alibi)(&alibi, key, x);
+            x = X(add_alibi)(&alibi, own ? X(load_part)(own + i, part) : key, x);
         if (t->softcap != 0)
             y = X(mul)(cap, X(tanh)(X(mul)(before, y)));
         y = X(select)(X(equal)(x, none), none, X(fma)(after, y, x));

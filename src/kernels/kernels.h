@@ -34,6 +34,7 @@ typedef struct {
     const double *slope;              /* -slope * |position - key| is added */
     const int64_t *position;
     int64_t key;                      /* of the block's first, where positions count from */
+    const void *key_position;         /* (keys): where they are, counted likewise; or NULL: one after the other */
     const void *const *bias;          /* -inf excludes */
     int hides;                        /* all that a bias does is to exclude; not for few rows */
     const uint8_t *const *mask;       /* 0 excludes, else nothing is added */

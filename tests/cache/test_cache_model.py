@@ -83,15 +83,25 @@ class Model:
         """(out, lse) of the queries q, which are the newest tokens, in a ring's window and kept tokens if it is one."""
         if q.shape[1] == 0:
             return
-        inputs, options = (q, self.k, self.v), dict(causal=True, window=window, kv_starts=self.start, **options)
-        at = np.arange(len(self) - q.shape[1], len(self))[:, None]
-        if kept and len(self) - 1 > window:
-            j = np.arange(len(self))
-            options |= dict(window=None, mask=(j < kept) | (j >= at - window))
-        elif exact and self.rows.is_exact:
+        inputs, options = (q, self.k, self.v), self.meant(q.shape[1], kept, window, **options)
+        if "mask" not in options and exact and self.rows.is_exact:
             same_bits(got, qkv_fast.attention(*inputs, return_lse=True, **options))
         compare(got, inputs, **options)
 
+    def meant(self, count, kept, window, tree=None, q_positions=None, **options):
+        """What so many newest queries see, as arguments of `attention`: with a mask where that has no others."""
+        n, options = len(self), dict(options, kv_starts=self.start)
+        if tree is None and not (kept and n - 1 > window):
+            return dict(options, causal=True, window=window)
+        keys, older = np.arange(n), n - count
+        at = keys[older:] if q_positions is None else q_positions
+        seen = np.hstack([np.ones((count, older), bool), np.tri(count, dtype=bool) if tree is None else tree])
+        keys = np.concatenate([keys[:older], at])
+        if window is not None:
+            seen &= (at[:, None] - keys <= window) | (np.arange(n) < kept)
+        if q_positions is not None and "alibi_slopes" in options:
+            options["bias"] = -options.pop("alibi_slopes")[:, None, None] * np.abs(at[:, None] - keys)
+        return dict(options, mask=seen)
 
     def check_answer(self, name, got, b, q, kept=0, window=None, **options):
         """The part of an answer that belongs to sequence b and its queries; tokens beyond are worth nothing."""
@@ -103,11 +113,7 @@ class Model:
         if name in ("largest", "entropy", "weights"):
             got = got[:, :count]
         if count:
-            seen = None
-            if kept and n - 1 > window:
-                seen = (np.arange(n) < kept) | (np.arange(n) >= np.arange(n - count, n)[:, None] - window)
-                window = None
-            hold(got, name, q, self.k, causal=True, mask=seen, window=window, kv_starts=self.start, **options)
+            hold(got, name, q, self.k, **self.meant(count, kept, window, **options))
 
 
 def draw_rows(data):
@@ -151,13 +157,36 @@ def draw_queries(data, lengths, heads, dtype):
     return q, counts, [n] * len(lengths) if counts is None else counts
 
 
-def draw_options(data, heads):
+def draw_options(data, heads, lengths, counts, n):
+    """For n queries of each sequence, of which `counts` count; sometimes they are a draft in the form of a tree."""
     drawn = {}
+    if data.draw(st.integers(0, 3), "tree") == 0:
+        rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), "tree's seed"))
+        drawn["tree"] = rng.random((len(lengths), n, n)) < 0.6
+        if data.draw(st.booleans(), "positions"):
+            older = np.subtract(lengths, counts).reshape(-1, 1)
+            drawn["q_positions"] = older + rng.integers(-2, n + 3, (len(lengths), n))
     if data.draw(st.booleans()):
         drawn["alibi_slopes"] = np.linspace(0.1, 0.5, heads)
     if data.draw(st.booleans()):
         drawn["sinks"] = np.linspace(-1, 1, heads)
     return drawn
+
+
+def of_sequence(options, b, n):
+    """What of these is about sequence b, which has n queries."""
+    own = dict(options)
+    if "tree" in own:
+        own["tree"] = own["tree"][b, :n, :n]
+    if "q_positions" in own:
+        own["q_positions"] = own["q_positions"][b, :n]
+    return own
+
+
+def find_firsts(models, counts, options):
+    """Where the first queries sit, or their tokens are."""
+    own = [of_sequence(options, b, n).get("q_positions", []) for b, n in enumerate(counts)]
+    return [min(len(m) - n, *at, len(m)) for m, n, at in zip(models, counts, own, strict=True)]
 
 
 def hold_step(cache, sequences, q, tokens, lengths, options, **of_append):
@@ -282,8 +311,8 @@ class Slab(RuleBasedStateMachine):
     def attend(self, data):
         heads = self.heads * self.group
         q, lengths, counts = draw_queries(data, [len(m) for m in self.model], heads, self.kind)
-        options = draw_options(data, heads)
-        firsts = [len(m) - n for m, n in zip(self.model, counts, strict=True)]
+        options = draw_options(data, heads, [len(m) for m in self.model], counts, q.shape[2])
+        firsts = find_firsts(self.model, counts, options)
         if self.window and not all(self.has(b, firsts[b], len(m), m.start) for b, m in enumerate(self.model) if len(m)):
             with pytest.raises(ValueError, match="the ring holds"):
                 self.cache.attend(q, lengths=lengths, **options)
@@ -291,7 +320,8 @@ class Slab(RuleBasedStateMachine):
         out, lse = self.cache.attend(q, lengths=lengths, return_lse=True, **options)
         exact = not (self.keep and any(len(m) - 1 > self.window for m in self.model))
         for b, (m, n) in enumerate(zip(self.model, counts, strict=True)):
-            m.check((out[b, :, :n], lse[b, :, :n]), q[b, :, :n], exact, self.keep, self.window, **options)
+            own = of_sequence(options, b, n)
+            m.check((out[b, :, :n], lse[b, :, :n]), q[b, :, :n], exact, self.keep, self.window, **own)
             assert not out[b, :, n:].any()
 
     @rule(data=st.data())
@@ -304,7 +334,9 @@ class Slab(RuleBasedStateMachine):
         if data.draw(st.integers(0, 2)) == 0:
             starts = [0 if len(m) else data.draw(st.integers(0, n)) for m, n in zip(self.model, added, strict=True)]
         q = normal(np.random.default_rng(n), (self.batch, heads, n, DIM), self.kind)
-        if hold_step(self.cache, [], q, self.rows.given(k, v), counts, draw_options(data, heads), starts=starts):
+        lengths = [len(m) + new for m, new in zip(self.model, added, strict=True)]
+        options = draw_options(data, heads, lengths, added, n)
+        if hold_step(self.cache, [], q, self.rows.given(k, v), counts, options, starts=starts):
             for b, n in enumerate(added):
                 self.model[b].start += starts[b] if starts else 0
                 self.model[b].grow(k[b, :, :n], v[b, :, :n])
@@ -313,15 +345,15 @@ class Slab(RuleBasedStateMachine):
     def ask(self, data, name):
         heads = self.heads * self.group
         q, lengths, counts = draw_queries(data, [len(m) for m in self.model], heads, self.kind)
-        options = draw_options(data, heads)
-        firsts = [len(m) - n for m, n in zip(self.model, counts, strict=True)]
+        options = draw_options(data, heads, [len(m) for m in self.model], counts, q.shape[2])
+        firsts = find_firsts(self.model, counts, options)
         if self.window and not all(self.has(b, firsts[b], len(m), m.start) for b, m in enumerate(self.model) if len(m)):
             with pytest.raises(ValueError, match=f"^KVCache.{name}: .*the ring holds"):
                 getattr(self.cache, name)(q, lengths=lengths, **options)
             return
         got = getattr(self.cache, name)(q, lengths=lengths, **options)
         for b, (m, n) in enumerate(zip(self.model, counts, strict=True)):
-            m.check_answer(name, got, b, q[b, :, :n], self.keep, self.window, **options)
+            m.check_answer(name, got, b, q[b, :, :n], self.keep, self.window, **of_sequence(options, b, n))
 
     @invariant()
     def holds_the_tokens(self):
@@ -494,7 +526,9 @@ class Pages(RuleBasedStateMachine):
         chosen, k, v, counts, added, starts = self.draw_new(data)
         heads = self.HEADS * self.GROUP
         q = normal(np.random.default_rng(len(chosen)), (len(chosen), heads, k.shape[2], DIM), self.kind)
-        if hold_step(self.pool, [chosen], q, self.rows.given(k, v), counts, draw_options(data, heads), starts=starts):
+        lengths = [len(self.model[s]) + n for s, n in zip(chosen, added, strict=True)]
+        options = draw_options(data, heads, lengths, added, k.shape[2])
+        if hold_step(self.pool, [chosen], q, self.rows.given(k, v), counts, options, starts=starts):
             self.take_new(chosen, k, v, added, starts)
 
     def draw_call(self, data):
@@ -502,11 +536,12 @@ class Pages(RuleBasedStateMachine):
         chosen = data.draw(st.lists(st.sampled_from(sorted(self.model)), min_size=1, max_size=4))
         models, heads = [self.model[s] for s in chosen], self.HEADS * self.GROUP
         q, lengths, counts = draw_queries(data, [len(m) for m in models], heads, self.kind)
+        options = draw_options(data, heads, [len(m) for m in models], counts, q.shape[2])
         there = self.window is None or not any(
-            n and len(m) > (begin := max(len(m) - n - self.window, m.start)) and begin < self.first(m)
-            for m, n in zip(models, counts, strict=True)
+            n and len(m) > (begin := max(first - self.window, m.start)) and begin < self.first(m)
+            for m, n, first in zip(models, counts, find_firsts(models, counts, options), strict=True)
         )
-        return chosen, models, q, lengths, counts, draw_options(data, heads), there
+        return chosen, models, q, lengths, counts, options, there
 
     @precondition(lambda self: self.model)
     @rule(data=st.data())
@@ -518,7 +553,7 @@ class Pages(RuleBasedStateMachine):
             return
         out, lse = self.pool.attend(chosen, q, lengths=lengths, return_lse=True, **options)
         for b, (m, n) in enumerate(zip(models, counts, strict=True)):
-            m.check((out[b, :, :n], lse[b, :, :n]), q[b, :, :n], window=self.window, **options)
+            m.check((out[b, :, :n], lse[b, :, :n]), q[b, :, :n], window=self.window, **of_sequence(options, b, n))
 
     @precondition(lambda self: self.model)
     @rule(data=st.data(), name=st.sampled_from(OF_CACHES))
@@ -530,7 +565,7 @@ class Pages(RuleBasedStateMachine):
             return
         got = getattr(self.pool, name)(chosen, q, lengths=lengths, **options)
         for b, (m, n) in enumerate(zip(models, counts, strict=True)):
-            m.check_answer(name, got, b, q[b, :, :n], window=self.window, **options)
+            m.check_answer(name, got, b, q[b, :, :n], window=self.window, **of_sequence(options, b, n))
 
     @invariant()
     def holds_the_tokens(self):

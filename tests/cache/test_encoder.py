@@ -120,22 +120,104 @@ def test_explained(beams):
     assert plan.bytes == 4 * (2 * q.size + BATCH * HEADS * 2100 * 2 * DIM)
 
 
+def paged(cache):
+    """Its tokens in pages that lie in disorder, and the numbers of the sequences."""
+    pool = qkv_fast.PagedKVCache(HEADS, DIM, 100, page_size=32, dtype=cache.dtype, causal=False)
+    numbers = [pool.add() for _ in range(BATCH)]
+    for at in range(0, int(cache.lengths.max()), 50):
+        k, v = cache.keys[:, :, at : at + 50], cache.values[:, :, at : at + 50]
+        pool.append(numbers, k, v, lengths=np.clip(cache.lengths - at, 0, k.shape[2]))
+    return pool, numbers
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_pages(dtype, tmp_path):
+    """As a slab, and read once by several beams."""
+    cache = made(dtype, (300, 170))
+    pool, numbers = paged(cache)
+    assert pool.causal is False and "causal=False" in repr(pool)
+    pool.save(tmp_path / "encoder.kv")
+    for beams, rows in ((1, 3), (4, 1), (3, 30), (9, 2)):
+        q = np.random.default_rng(rows).standard_normal((BATCH * beams, 4, rows, DIM)).astype(
+            "f4" if dtype == "int8" else dtype
+        )
+        for options in ({}, {"lengths": np.arange(BATCH * beams) % (rows + 1)}, {"sinks": np.arange(4.0)}):
+            options |= dict(return_lse=True, num_threads=2)
+            expected = cache.attend(q, **options)
+            for one in (pool, qkv_fast.PagedKVCache.open(tmp_path / "encoder.kv")):
+                got = one.attend(numbers, q, **options)
+                if dtype == "int8":  # which is quantised twice
+                    np.testing.assert_allclose(got[0], expected[0], atol=0.02)
+                else:
+                    same_bits(got, expected)
+            if len(options) == 2:
+                agree(pool.attend, numbers, q)
+    if dtype == "float32":
+        q = np.ones((6, 4, 1, DIM), "f4")
+        plan = qkv_fast.explain(pool.attend, numbers, q)
+        assert plan.bytes == 4 * (2 * q.size + HEADS * 470 * 2 * DIM)
+        with pytest.raises(ValueError, match=r"q must be of shape \(a multiple of 2,"):
+            pool.attend(numbers, q[:3])
+        with pytest.raises(ValueError, match="window is about positions"):
+            pool.attend(numbers, q, window=3)
+        k = np.ones((2, HEADS, 1, DIM), "f4")
+        got = pool.step(numbers, q, k, k)
+        same_bits(got, pool.attend(numbers, q))
+
+
+def test_empty_caches_and_beams():
+    cache = qkv_fast.KVCache(BATCH, HEADS, DIM, 5, causal=False)
+    pool = qkv_fast.PagedKVCache(HEADS, DIM, 5, causal=False)
+    q = np.ones((6, 4, 2, DIM), "f4")
+    for one, own in ((cache, ()), (pool, ([pool.add(), pool.add()],))):
+        assert not one.attend(*own, q).any() and one.weights(*own, q).shape == (6, 4, 2, 0)
+
+
+ASKED = {
+    "largest": {}, "entropy": {}, "top_keys": dict(n=3), "received": {}, "weights": dict(queries=[2, 1]),
+    "pooled": dict(shape=(2, 7)), "influence": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_questions_of_beams(name):
+    """The bits of questions about keys of their own."""
+    cache = made("float32", (90, 61), starts=[5, 0])
+    plain = made("float32", (90, 61))
+    pool, numbers = paged(plain)
+    rng = np.random.default_rng(5)
+    q = rng.standard_normal((BATCH * 3, 4, 3, DIM), "f4")
+    mask = rng.random((BATCH * 3, 1, 3, 90)) < 0.7
+    for one, own in ((cache, ()), (plain, ()), (pool, (numbers,))):
+        starts = np.repeat(one.starts(*own) if own else one.starts, 3)
+        k, v = np.repeat(plain.keys, 3, 0), np.repeat(plain.values, 3, 0)
+        given = (q, k, v) if name == "influence" else (q, k)
+        ends = dict(kv_lengths=np.repeat([90, 61], 3), kv_starts=starts)
+        for options in (ASKED[name], ASKED[name] | {"mask": mask}):
+            expected = getattr(qkv_fast.spotlight, name)(*given, **ends, **options)
+            got = getattr(one, name)(*own, q, **options)
+            for x, y in zip(got, expected, strict=True):
+                same_bits(x, y)
+
+
 def test_what_does_not_fit():
     cache = made("float32", (40, 25))
     q = np.ones((BATCH, 4, 3, DIM), "f4")
     with pytest.raises(ValueError, match=r"q must be of shape \(a multiple of 2, a multiple of 2, queries, 32\)"):
         cache.attend(np.ones((3, 4, 3, DIM), "f4"))
-    with pytest.raises(ValueError, match=r"q must be of shape \(2, "):
-        cache.weights(np.ones((4, 4, 3, DIM), "f4"))
+    with pytest.raises(ValueError, match=r"q must be of shape \(a multiple of 2, "):
+        cache.weights(np.ones((3, 4, 3, DIM), "f4"))
     for name, value in (("window", 3), ("alibi_slopes", np.ones(4))):
         with pytest.raises(ValueError, match=f"{name} is about positions, and queries have none"):
             cache.attend(q, **{name: value})
     with pytest.raises(ValueError, match="queries have none among those of an encoder"):
         cache.attend(q, tree=np.ones((3, 3), bool))
-    with pytest.raises(ValueError, match="a ring is causal, an encoder's tokens have no window"):
+    with pytest.raises(ValueError, match="an encoder's tokens have no window"):
         qkv_fast.KVCache(1, 1, 8, 10, window=4, causal=False)
     with pytest.raises(TypeError, match="causal must be True or False, got 'no'"):
         qkv_fast.KVCache(1, 1, 8, 10, causal="no")
+    with pytest.raises(ValueError, match="PagedKVCache: an encoder's tokens have no window"):
+        qkv_fast.PagedKVCache(1, 8, 10, window=4, causal=False)
     plain = qkv_fast.KVCache(BATCH, HEADS, DIM, 50)
     with pytest.raises(ValueError, match=r"q must be of shape \(2, "):
         plain.attend(np.ones((4, 4, 3, DIM), "f4"))
