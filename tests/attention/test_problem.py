@@ -89,7 +89,7 @@ def test_the_help_of_each_argument_is_written_once():
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and (text := ast.get_docstring(node)):
                 found += [(node.name, name) for name in entries(text) if name in shared]
     other = {("softmax", "mask"), ("KVCache", "window"), ("MultiHeadAttention", "out"), ("Linear", "num_threads")}
-    other |= {("PagedKVCache", "window"), ("KVCache", "causal")}
+    other |= {("PagedKVCache", "window"), ("KVCache", "causal"), ("PagedKVCache", "causal")}
     other |= {(name, "num_threads") for name in ("__call__", "queries", "keys_values")}
     assert set(found) <= other | {("__call__", "out")}
     help_text = (PACKAGE / "_help.py").read_text(encoding="utf-8")

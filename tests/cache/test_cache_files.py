@@ -440,7 +440,7 @@ DAMAGED_POOLS = {
     "version": (lambda data: data[:8] + struct.pack("<I", 1) + data[12:], "version 1"),
     "page size": (table_with(0, 0), "no such table"),
     "odd page size": (table_with(0, 5), "no such table"),
-    "window": (table_with(1, -2), "no such table"),
+    "window": (table_with(1, -3), "no such table"),
     "next": (table_with(2, 0), "no such table"),
     "number": (table_with(3, -1), "no such table"),
     "length": (table_with(4, 99), "no such table"),
