@@ -203,20 +203,31 @@ def layers(batch: int, length: int, heads: int, dim: int, threads: int, seconds:
     )
     attend = partial(qkv_fast.attention, layout="blhd", num_threads=threads)
 
+    packed_in, packed_out = qkv_fast.Linear(w_in), qkv_fast.Linear(w_out)
+
     def ours() -> np.ndarray:
         q, k, v = qkv_fast.project_qkv(x, w_in, None, heads, layout="blhd", num_threads=threads)
         return qkv_fast.linear(attend(q, k, v).reshape(batch, length, width), w_out, num_threads=threads)
+
+    def packed() -> np.ndarray:
+        q, k, v = qkv_fast.project_qkv(x, packed_in, None, heads, layout="blhd", num_threads=threads)
+        return packed_out(attend(q, k, v).reshape(batch, length, width), num_threads=threads)
 
     def with_numpy() -> np.ndarray:
         projected = np.matmul(x, w_in.T).reshape(batch, length, 3, heads, dim)
         q, k, v = (projected[:, :, i] for i in range(3))
         return np.matmul(attend(q, k, v).reshape(batch, length, width), w_out.T)
 
-    def after_pause() -> float:
+    def after_pause(call: Callable[[], np.ndarray]) -> float:
         time.sleep(QUIET)
-        return sample(lambda: None, ours, CALLS)
+        return sample(lambda: None, call, CALLS)
 
-    return rounds({"numpy": lambda: sample(lambda: None, with_numpy, CALLS), "ours": after_pause}, seconds)
+    contestants = {
+        "numpy": lambda: sample(lambda: None, with_numpy, CALLS),
+        "ours": lambda: after_pause(ours),
+        "packed": lambda: after_pause(packed),
+    }
+    return rounds(contestants, seconds)
 
 
 def measure_layers(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]:
@@ -224,7 +235,8 @@ def measure_layers(seconds: float, threads: tuple[int, ...]) -> Iterator[Measure
     for n in threads:
         for shape, sizes in BLOCKS.items():
             found = apart(layers, *sizes, n, seconds / (len(threads) * len(BLOCKS)), environment=NumPy.environment(n))
-            times = ratio_of(found, "numpy", "ours")
-            note = "; ".join(f"{seconds_text(statistics.median(found[name]))} {name}" for name in ("ours", "numpy"))
-            name = f"block {shape} by our layers over NumPy's products, {threads_text(n)}"
-            yield Measured(name, times.median, "x", 1.25, 1.6, more=True, spread=times.spread, note=note)
+            for whose, what in {"ours": "our layers", "packed": "our packed layers"}.items():
+                times = ratio_of(found, "numpy", whose)
+                note = "; ".join(f"{seconds_text(statistics.median(found[name]))} {name}" for name in (whose, "numpy"))
+                name = f"block {shape} by {what} over NumPy's products, {threads_text(n)}"
+                yield Measured(name, times.median, "x", 1.25, 1.6, more=True, spread=times.spread, note=note)

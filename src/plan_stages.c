@@ -7,12 +7,15 @@
 
 enum {
     B_BYTES = 256 << 10,              /* panels of B of a task: they stay in L2 while all rows of A pass */
+    COPIED_COLUMNS = 288,             /* of a task that copies A, at least: its copy takes 1 / 8 of a linear layer's time with 48 */
+    COPIED_ROWS = 32,                 /* of A at a time then, since B may leave L2 */
     TERMS_PASS = 1024,                /* terms of a pass: where B is longer, C is read again */
     A_BYTES = 32 << 10,               /* rows of A that meet every panel in turn */
     FEW_ROWS = 64,                    /* so many rows meet the columns of B where they lie: 0.7 of the time of panels of B */
     TURNED_BYTES = 2 << 20,           /* of B in a task then */
     TURNED_ROWS = 4,                  /* so many do not pay for that: what counts is how fast B is read */
     BYTE_FLOPS = 5,                   /* operations that take a core as long as a byte of B takes to come */
+    PACKED_FLOPS = 2,                 /* the same of panels: 1 MB takes 25 us */
     C_BYTES = 1 << 20,                /* C of a task, where it needs a copy */
     TASKS_EACH = 4,                   /* tasks per thread of a stage: they are equally long */
     STRIP_WIDTH = 256,                /* bytes of a row of a strip: 128 takes 1.1 to 1.3 times as long, 512 up to 2.1 times */
@@ -119,6 +122,8 @@ qkv_status qkv_plan_product(const qkv_product_problem *p, qkv_product_plan *plan
     plan->stream = !plan->copy_c && !plan->turned_columns && !p->added && !p->packed
         && at_vectors % vector == 0 && p->terms <= QKV_TERMS && bytes >= STREAM_C_BYTES;
     int64_t panels_of_task = B_BYTES / (plan->pass * lanes * size);
+    if (plan->copy_a && !p->packed)
+        panels_of_task = qkv_max(panels_of_task, COPIED_COLUMNS / lanes);
     if (plan->turned_columns) {       /* long tasks, since what is fetched ahead is the next column's */
         int64_t each = ceil_div(p->columns, ceil_div((int64_t)p->threads * TASKS_EACH, heads));
         int64_t most = TURNED_BYTES / (plan->pass * size);
@@ -127,7 +132,7 @@ qkv_status qkv_plan_product(const qkv_product_problem *p, qkv_product_plan *plan
     plan->tile_columns = qkv_max(1, panels_of_task) * lanes;
     plan->tile_columns = qkv_min(plan->tile_columns, ceil_div(p->columns, lanes) * lanes);
     plan->column_tiles = ceil_div(p->columns, plan->tile_columns);
-    plan->group_rows = qkv_max(8, qkv_min(32, A_BYTES / (plan->pass * size) / 8 * 8));
+    plan->group_rows = plan->copy_a ? COPIED_ROWS : qkv_max(8, qkv_min(32, A_BYTES / (plan->pass * size) / 8 * 8));
 
     if (!multiply(heads, plan->column_tiles, &base))
         return QKV_OVERFLOW;
@@ -142,7 +147,8 @@ qkv_status qkv_plan_product(const qkv_product_problem *p, qkv_product_plan *plan
     if (!multiply(base, plan->row_tiles, &plan->tasks))
         return QKV_OVERFLOW;
     plan->copy_rows = plan->passes > 1 ? plan->tile_rows : plan->group_rows;
-    int64_t flops_rows = plan->turned_columns ? BYTE_FLOPS * qkv_size(p->b_type) / 2 : 0;
+    int64_t byte_flops = plan->turned_columns ? BYTE_FLOPS : p->packed ? PACKED_FLOPS : 0;
+    int64_t flops_rows = byte_flops * qkv_size(p->packed ? arithmetic : p->b_type) / 2;
     double flops = row_flops * (double)qkv_max(rows, flops_rows) * (double)base;
     plan->threads = flops < SERIAL_FLOPS ? 1 : (int)qkv_min(p->threads, qkv_max(1, plan->tasks));
 

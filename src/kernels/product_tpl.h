@@ -71,15 +71,17 @@ static void X(multiply)(const qkv_product_tile *t)
 }
 
 /* The same for columns of B that are rows in memory: squares of them are turned in registers on their way into the sums, which
- * are those of panels. A sum waits for itself, so of few rows two vectors of columns take turns, line by line. Meanwhile
- * the same lines of the next columns are fetched: a column may be a page, behind whose end no CPU fetches by itself. */
-static QKV_INLINE void X(turned_terms)(const int nr, const int v, const REAL *a, ptrdiff_t a_row, const void *const *columns, int e,
-                                       int part, VEC c[MOST_ROWS][LANE_VECTORS])
+ * are those of panels. A sum waits for itself, so several take turns, line by line: of few rows those of `ne` parts of terms, or of nv
+ * vectors of columns. Parts come first: columns a power of two apart share a set of the nearest cache, which holds one vector of them.
+ * Meanwhile as many lines are fetched of the columns that come next, in memory's order: a column may be a page, behind whose end no
+ * CPU fetches by itself. */
+static QKV_INLINE void X(turned_terms)(const int nr, const REAL *a, ptrdiff_t a_row, const void *const *columns, int k, int part,
+                                       const int v, VEC c[MOST_ROWS][LANE_VECTORS])
 {
     VEC x[W];
     QKV_UNROLL
     for (int j = 0; j < W; j++) {
-        const REAL *from = (const REAL *)columns[v * W + j] + e;
+        const REAL *from = (const REAL *)columns[v * W + j] + k;
         x[j] = part < W ? X(load_part)(from, part) : X(loadu)(from);
     }
     X(transpose)(x);
@@ -89,68 +91,103 @@ static QKV_INLINE void X(turned_terms)(const int nr, const int v, const REAL *a,
             break;
         QKV_UNROLL
         for (int r = 0; r < nr; r++)
-            c[r][v] = X(mad)(X(set1)(a[r * a_row + e + j]), x[j], c[r][v]);
+            c[r][v] = X(mad)(X(set1)(a[r * a_row + k + j]), x[j], c[r][v]);
     }
 }
 
-static QKV_INLINE void X(turned_rows)(const int nr, const int nv, const qkv_product_tile *t, int i, int e, int n)
+/* Rows i .. i + nr of C, terms from e on: ne parts of QKV_TERMS, or one of n. */
+static QKV_INLINE void X(turned_rows)(const int nr, const int nv, const int ne, const qkv_product_tile *t, int i, int e, int n)
 {
     const int line = QKV_LINE / (int)sizeof(REAL);
     const REAL *a = (const REAL *)t->a + i * t->a_row;
     const void *const *columns = t->b;
-    const ptrdiff_t ahead = ((const char *)columns[1] - (const char *)columns[0]) * nv * W;
-    VEC c[MOST_ROWS][LANE_VECTORS];
+    const ptrdiff_t step = (const char *)columns[1] - (const char *)columns[0];
+    const ptrdiff_t bytes = (ptrdiff_t)(ne > 1 ? ne * QKV_TERMS : n) * (ptrdiff_t)sizeof(REAL);
+    const char *next = (const char *)((const REAL *)columns[0] + e) + step * nv * W;
+    ptrdiff_t at = 0;
+    VEC c[4][MOST_ROWS][LANE_VECTORS];
     QKV_UNROLL
-    for (int r = 0; r < nr; r++) {
+    for (int p = 0; p < ne; p++) {
         QKV_UNROLL
-        for (int v = 0; v < nv; v++)
-            c[r][v] = X(set1)(0);
-    }
-    int k = e, last = e + n;
-    for (; k + line <= last; k += line) {
-        QKV_UNROLL
-        for (int v = 0; v < nv; v++) {
-            for (int j = 0; j < W; j++)
-                QKV_PREFETCH_L2((const char *)((const REAL *)columns[v * W + j] + k) + ahead);
+        for (int r = 0; r < nr; r++) {
             QKV_UNROLL
-            for (int j = 0; j < line; j += W)
-                X(turned_terms)(nr, v, a, t->a_row, columns, k + j, W, c);
+            for (int v = 0; v < nv; v++)
+                c[p][r][v] = X(set1)(0);
         }
     }
-    for (; k < last; k += W) {
+    int k = e, last = e + (ne > 1 ? QKV_TERMS : n);
+    for (; k + line <= last; k += line) {
+        QKV_UNROLL
+        for (int p = 0; p < ne; p++) {
+            QKV_UNROLL
+            for (int v = 0; v < nv; v++) {
+                if (at >= bytes) {
+                    at = 0;
+                    next += step;
+                }
+                QKV_UNROLL
+                for (int j = 0; j < W; j++, at += QKV_LINE)
+                    QKV_PREFETCH_L2(next + at);
+                QKV_UNROLL
+                for (int j = 0; j < line; j += W)
+                    X(turned_terms)(nr, a, t->a_row, columns, k + p * QKV_TERMS + j, W, v, c[p]);
+            }
+        }
+    }
+    for (; ne == 1 && k < last; k += W) {
         QKV_UNROLL
         for (int v = 0; v < nv; v++)
-            X(turned_terms)(nr, v, a, t->a_row, columns, k, last - k < W ? last - k : W, c);
+            X(turned_terms)(nr, a, t->a_row, columns, k, last - k < W ? last - k : W, v, c[0]);
     }
-    X(put_sums)(nr, nv, t, i, t->add | (e > 0), c);
+    QKV_UNROLL
+    for (int p = 0; p < ne; p++)
+        X(put_sums)(nr, nv, t, i, t->add | (e + p > 0), c[p]);
 }
 
-static QKV_INLINE void X(turned_vectors)(const int nv, const qkv_product_tile *t)
+/* Rows i .. i + nr, for columns of up to nv vectors. */
+static QKV_INLINE void X(turned_columns)(const int nr, const int nv, const int ne, const qkv_product_tile *t, int i, int e, int n)
+{
+    qkv_product_tile some = *t;
+    for (int j = 0; j < t->columns; j += some.columns) {
+        some.columns = t->columns - j < nv * W ? t->columns - j : nv * W;
+        some.b = (const void *const *)t->b + j;
+        some.c = (REAL *)t->c + j;
+        if (some.columns > (nv - 1) * W)
+            X(turned_rows)(nr, nv, ne, &some, i, e, n);
+        else
+            for (int v = 0; v < some.columns; v += W) {
+                qkv_product_tile one = some;
+                one.columns = some.columns - v < W ? some.columns - v : W;
+                one.b = (const void *const *)some.b + v;
+                one.c = (REAL *)some.c + v;
+                X(turned_rows)(nr, 1, ne, &one, i, e, n);
+            }
+    }
+}
+
+static QKV_INLINE void X(turned_parts)(const int nr, const int nv, const int ne, const qkv_product_tile *t, int i)
 {
     int e = 0;
-    do {
-        int n = t->n - e < QKV_TERMS ? t->n - e : QKV_TERMS, i = 0;
-        for (; nv == 1 && i + ROW_TILE <= t->m; i += ROW_TILE)
-            X(turned_rows)(ROW_TILE, 1, t, i, e, n);
-        for (; i + 2 <= t->m; i += 2)
-            X(turned_rows)(2, nv, t, i, e, n);
-        for (; i < t->m; i++)
-            X(turned_rows)(1, nv, t, i, e, n);
-        e += QKV_TERMS;
-    } while (e < t->n);
+    for (; ne > 1 && e + ne * QKV_TERMS <= t->n; e += ne * QKV_TERMS)
+        X(turned_columns)(nr, 1, ne, t, i, e, 0);
+    if (ne > 3 && e + 3 * QKV_TERMS <= t->n) {
+        X(turned_columns)(nr, 1, 3, t, i, e, 0);
+        e += 3 * QKV_TERMS;
+    } else if (ne > 2 && e + 2 * QKV_TERMS <= t->n) {
+        X(turned_columns)(nr, 1, 2, t, i, e, 0);
+        e += 2 * QKV_TERMS;
+    }
+    for (; e == 0 || e < t->n; e += QKV_TERMS)
+        X(turned_columns)(nr, nv, 1, t, i, e, t->n - e < QKV_TERMS ? t->n - e : QKV_TERMS);
 }
 
 static void X(multiply_turned)(const qkv_product_tile *t)
 {
-    const int most = t->m < ROW_TILE && LANE_VECTORS > 1 ? 2 * W : W;
-    qkv_product_tile some = *t;
-    for (int j = 0; j < t->columns; j += some.columns) {
-        some.columns = t->columns - j < most ? t->columns - j : most;
-        some.b = (const void *const *)t->b + j;
-        some.c = (REAL *)t->c + j;
-        if (some.columns > W)
-            X(turned_vectors)(LANE_VECTORS > 1 ? 2 : 1, &some);
-        else
-            X(turned_vectors)(1, &some);
-    }
+    int i = 0;
+    for (; i + ROW_TILE <= t->m; i += ROW_TILE)
+        X(turned_parts)(ROW_TILE, 1, 1, t, i);
+    for (; i + 2 <= t->m; i += 2)
+        X(turned_parts)(2, LANE_VECTORS > 1 ? 2 : 1, 2, t, i);
+    for (; i < t->m; i++)
+        X(turned_parts)(1, LANE_VECTORS, 4, t, i);
 }
