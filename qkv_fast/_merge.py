@@ -8,6 +8,8 @@ import numpy as np
 from ._checks import _FLOAT32, _FLOAT64, _NAMES, _TYPES, Array, _as_array, _check_layout, _hint_of_bits, _is_known
 from ._help import documented
 
+_AT_ONCE = 2**15  # elements: what is summed of them in float64 stays in a near cache
+
 
 @documented
 def merge_partials(outs: Sequence[Any], lses: Sequence[Any], *, layout: str = "bhld") -> tuple[Array, Array]:
@@ -70,7 +72,7 @@ def merge_partials(outs: Sequence[Any], lses: Sequence[Any], *, layout: str = "b
         raise ValueError(f"merge_partials: shapes do not fit ({given})")
 
     with np.errstate(all="ignore"):  # NaN and infinity are legal, and -inf is a row that saw nothing
-        logs = np.stack([x.astype(np.float64) for x in lses])
+        logs = np.array(lses, np.float64)
         top = logs.max(axis=0)
         shift = np.where(np.isneginf(top), 0, top)
         weights = np.exp(logs - shift)
@@ -78,11 +80,26 @@ def merge_partials(outs: Sequence[Any], lses: Sequence[Any], *, layout: str = "b
         lse = shift + np.log(total)
         if not heads_first and len(shape) > 2:
             weights, logs, total = (np.swapaxes(x, -1, -2) for x in (weights, logs, total))
-        out = np.zeros(shape)
-        for x, weight, log in zip(outs, weights, logs, strict=True):
-            out += np.where(np.isneginf(log)[..., None], 0, x * weight[..., None])
-        out /= np.where(total == 0, 1, total)[..., None]
-        return out.astype(_TYPES[outs[0].dtype.num]), lse.astype(_TYPES[lses[0].dtype.num])
+        total[total == 0] = 1
+        saw_nothing = np.isneginf(logs)
+        blind = bool(saw_nothing.any())
+        weights, total = weights[..., np.newaxis], total[..., np.newaxis]
+        out = np.empty(shape, _TYPES[outs[0].dtype.num])
+        axis = len(shape) - (2 if heads_first or len(shape) == 2 else 3)
+        step = max(1, _AT_ONCE * shape[axis] // max(out.size, 1))
+        room = np.empty((2, *shape[:axis], min(step, shape[axis]), *shape[axis + 1 :]))
+        for first in range(0, shape[axis], step):
+            rows = (*(slice(None),) * axis, slice(first, first + step))
+            merged, part = room[:, *rows[:axis], : shape[axis] - first]
+            merged.fill(0)
+            for i, x in enumerate(outs):
+                np.multiply(x[rows], weights[i][rows], out=part)
+                if blind:
+                    part[saw_nothing[i][rows]] = 0
+                merged += part
+            merged /= total[rows]
+            out[rows] = merged
+        return out, lse.astype(_TYPES[lses[0].dtype.num])
 
 
 def _list_arrays(name: str, xs: Any) -> list[Array]:

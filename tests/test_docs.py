@@ -41,7 +41,10 @@ def test_examples(name):
     run(examples(name, FUNCTIONS[name]))
 
 
-@pytest.mark.parametrize("host", ["threadpoolctl", "onnx", "torch", "flex", "transformers", "jax", "autograd", "keras"])
+HOSTS = ("threadpoolctl", "onnx", "torch", "flex", "transformers", "jax", "autograd", "keras", "dask")
+
+
+@pytest.mark.parametrize("host", HOSTS)
 def test_examples_of_integrations(host, monkeypatch):
     if host == "keras":  # by itself it asks for TensorFlow
         monkeypatch.setenv("KERAS_BACKEND", "numpy")
