@@ -271,6 +271,11 @@ def _notes(planned: Planned, given: dict[str, Any], used: dict[str, Array], aske
             f"queries: {_many(rows, 'row')} for each key head, of the {report['panel_rows']} that the kernel computes "
             f"side by side; they take {lanes} lanes"
         )
+    if given.get("tolerance") is not None:
+        notes.append(
+            f"tolerance: what {given['tolerance']} leaves out depends on what keys hold, which is not looked at: "
+            "the plan is that of reading all of them, as where nothing can be left out"
+        )
     return notes + _place_notes(report["counts"], asked, index)
 
 

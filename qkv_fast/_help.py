@@ -121,6 +121,9 @@ tree_positions : array_like of int, shape (L,) or (batch, L), optional
     With `tree`: where its tokens sit, as queries and as keys, for `window` and `alibi_slopes`: those of one depth at
     one position, the number of older tokens plus their depth. Older tokens sit at their index. By default the tokens of
     a draft sit one after the other.
+tolerance : float, optional
+    Of a cache with `bounds`: leave out keys that hold at most this share of all weights of each query, above 0 and
+    below 1, and say so. Not with `tree`.
 newest_asked_lengths : int or array_like of int, optional
     How many of the L queries each sequence has, where they differ: its first ones, at its last tokens. The others
     see nothing.

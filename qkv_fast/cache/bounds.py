@@ -1,14 +1,15 @@
 """Attention that leaves out keys, and proves how little they weigh.
 
-A copy of the keys in int8 says what each score is but for half a step for each element of the query, so what each
-weight is but for a factor. The core then chooses the keys that have to be read (src/choose.c); attention is over these
-alone.
+A copy of the keys in int8, or their own rows where these are of int8 or int4, says what each score is but for half a
+step for each element of the query, so what each weight is but for a factor. The core then chooses the keys that have to
+be read (src/choose.c); attention is over these alone.
 """
 
 import contextlib
 import copy
 import math
 from collections import deque
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,18 +29,28 @@ _LARGEST_SCALE = np.float32(2.0**121)  # of int8 rows, beyond which elements are
 _NORMAL = np.float32(2.0**-126)  # what is less may be taken as 0, steps too
 _MOST_ROWS = 32  # of a key head: what is known of the keys of more would take more room than the keys
 _UNIT = 2.0**-24  # of float32
+_FAR = 1e6  # what a bias less than this, with a minus sign, is added to weighs nothing
 
 
 class Bounds:
-    """The int8 copy of a slab's keys, the steps of its rows, infinite where a token has to be read, and the largest
-    magnitude of each head's values."""
+    """What is known of stored rows: an int8 copy of the keys, unless they are of int8 or int4 themselves, the steps of
+    its rows, infinite where a token has to be read, and the largest magnitude of values, of each head of a sequence or,
+    in a pool, of each row."""
 
-    def __init__(self, batch: int, kv_heads: int, capacity: int, dim: int) -> None:
-        self.stored = Rows(dim, dim, np.dtype(np.uint8), "int8")
-        self.rows = np.empty((batch, kv_heads, capacity, self.stored.width), np.uint8)
-        self.steps = np.empty((batch, kv_heads, capacity, 1), np.float32)
-        self.largest = np.zeros((batch, kv_heads), np.float64)
+    def __init__(self, form: Form, *rows: int) -> None:
+        self._form = form
+        copied = Rows(form.dim, form.dim, np.dtype(np.uint8), "int8")
+        self.keys = form.k._replace(turn=-1) if form.k.stored else copied
+        self.rows = None if form.k.stored else np.empty((*rows, copied.width), np.uint8)
+        self.steps = np.empty((*rows, 1), np.float32)
+        self.largest = np.zeros(rows[:2], np.float64)
+        self.tops = np.empty((*rows, 1), np.float64) if len(rows) == 2 else None
         self._rooms: deque[tuple[Array, Array]] = deque(maxlen=1)
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        """What has a row for each of the cache's."""
+        return tuple(x for x in (self.rows, self.steps, self.tops) if x is not None)
 
     def borrow(self, weights: int, keys: int) -> tuple[Array, Array]:
         """Room for so many weights and keys, which the last call has left: new pages took half of a call's time."""
@@ -54,31 +65,102 @@ class Bounds:
 
     @property
     def form(self) -> Form:
-        """Of the problem whose weights are those that the copy gives."""
-        rows = self.stored
-        return Form(self.rows.shape[1], rows.dim, 0, rows, rows._replace(dim=0), (), ("int8", "int8"), False, False)
+        """Of the problem whose weights are those that the rows give."""
+        kind = self.keys.stored
+        heads, dim, values = self._form.kv_heads, self._form.dim, self.keys._replace(dim=0)
+        return Form(heads, dim, 0, self.keys, values, (), (kind, kind), latent=False, rotate=False)
 
-    def take(self, sequences: slice, tokens: slice, k: Array, v: Array) -> None:
-        """What is known of the stored rows k and v of these tokens."""
+    def take(self, at: tuple[slice, ...], k: Array, v: Array) -> None:
+        """What is known of the stored rows k and v, which are these of the cache's."""
         with np.errstate(all="ignore"):
-            keys = k.astype(np.float32)
-            finite: Any = np.isfinite(keys).all(axis=-1) & np.isfinite(v).all(axis=-1)
+            keys = self._form.k._replace(turn=-1).read(k).astype(np.float32)
+            values = np.abs(self._form.v.read(v).astype(np.float64)).max(-1, initial=0)
+            values[np.isnan(values)] = np.inf
+            finite: Any = np.isfinite(keys).all(axis=-1) & np.isfinite(values)
             keys[~finite] = 0
-            rows = self.rows[sequences, :, tokens]
-            self.stored.write(rows, keys)
-            scales = np.ascontiguousarray(rows[..., -4:]).view(np.float32)
+            if self.rows is None:
+                scales = np.nextafter(np.abs(keys).max(-1, keepdims=True) / np.float32(127), np.float32(np.inf))
+            else:
+                self.keys.write(self.rows[at], keys)
+                scales = np.ascontiguousarray(self.rows[at][..., -4:]).view(np.float32)
             known = finite[..., np.newaxis] & (scales < _LARGEST_SCALE)
-            steps = np.where(scales < _NORMAL, 256 * _NORMAL, scales)  # half of which is more than 127 that read as 0
-            self.steps[sequences, :, tokens] = np.where(known, steps, np.inf)
-            most = np.abs(v.astype(np.float64)).max((2, 3), initial=0)
-            most[np.isnan(most)] = np.inf
-        self.largest[sequences] = np.maximum(self.largest[sequences], most)
+            self.steps[at] = np.where(known, np.maximum(scales, self._least), np.inf)
+            if self.tops is not None:
+                self.tops[at] = values[..., np.newaxis]
+            else:
+                self.largest[at[0]] = np.maximum(self.largest[at[0]], values.max(-1, initial=0))
+
+    @property
+    def _least(self) -> np.float32:
+        """Of steps: what they are counted as is then more than elements that read as 0 because they are less than the
+        smallest number: of up to 127 such, half a step; of rows of their own, the roundings of a product."""
+        return (4096 if self.rows is None else 256) * _NORMAL
 
     def first(self, n: int) -> "Bounds":
         """Those of the first n sequences, in the same memory."""
         some = copy.copy(self)
-        some.rows, some.steps, some._rooms = self.rows[:n], self.steps[:n], deque(maxlen=1)
+        some.rows, some.steps = None if self.rows is None else self.rows[:n], self.steps[:n]
+        some._rooms = deque(maxlen=1)
         return some
+
+
+class Stored(NamedTuple):
+    """Where a call finds its keys: k, v, what is known of them and its steps are (batch, kv_heads, rows, width), or
+    without the batch."""
+
+    k: Array
+    v: Array
+    known: Array
+    steps: Array
+    tokens: Tokens  # that queries may see
+    left: int | None
+    right: int | None
+    row_of: Array | None = None  # (batch, tokens): the row of each; None: its number
+
+    def pick(self, first: int, n: int) -> tuple[Keys, Array]:
+        """The known rows of tokens first .. first + n as keys, and their steps, (batch, heads, n)."""
+        if self.row_of is None:
+            rows = self.known[:, :, first : first + n]
+            return Keys(rows, rows), self.steps[:, :, first : first + n, 0]
+        own, table, run_of = self.row_of[:, first : first + n], [], [0]
+        step, row = (self.known.strides[0] if self.known.ndim == 4 else 0), self.known.strides[-2]
+        for b, places in enumerate(own):
+            breaks = np.flatnonzero(np.diff(places) != 1) + 1
+            begins = np.concatenate([[0], breaks]) if len(places) else breaks
+            bytes_to = b * step + places[begins] * row
+            table.append(np.stack([bytes_to, bytes_to, begins, np.diff(begins, append=len(places))], 1))
+            run_of.append(run_of[-1] + len(begins))
+        if self.steps.ndim == 4:
+            steps = np.take_along_axis(self.steps[..., 0], own[:, np.newaxis], 2)
+        else:
+            steps = np.ascontiguousarray(self.steps[:, own, 0].swapaxes(0, 1))
+        return Keys(self.known, self.known, np.concatenate(table), np.array(run_of, np.int64)), steps
+
+    def bring(self, form: Form, chosen: "_Chosen", threads: int) -> list[Array]:
+        """Keys and values that are read, as numbers (batch, heads, keys, dim); keys as rotated queries meet them."""
+        most, rows = int(chosen.counts.max()), chosen.keys
+        if self.row_of is not None:
+            among = np.arange(most) < chosen.counts[..., np.newaxis]
+            rows = np.take_along_axis(self.row_of[:, np.newaxis], np.where(among, rows[..., :most], 0), 2)
+        made = []
+        for x, of in ((self.k, form.k._replace(turn=-1)), (self.v, form.v)):
+            x = x if x.ndim == 4 else np.broadcast_to(x, (len(rows), *x.shape))
+            made.append(of.read(_core.gather(x, rows, chosen.counts, most, threads)))
+        return made
+
+
+# Of a problem, its tokens and its queries, one number or one each: where they are found, or None: nowhere in order.
+Place = Callable[[Problem, Tokens, Any], Stored | None]
+
+
+def check_bounds(where: str, bounds: Bounds | None, tree: Any, positions: Any) -> Bounds:
+    if bounds is None:
+        raise ValueError(f"{where}: tolerance is for a cache that was made with bounds=True")
+    if tree is not None:
+        raise ValueError(f"{where}: tree and tolerance exclude each other: pass the tree as a mask")
+    if positions is not None:
+        raise ValueError(f"{where}: q_positions are those of a tree, which tolerance excludes")
+    return bounds
 
 
 def check_tolerance(where: str, tolerance: Any) -> float:
@@ -97,33 +179,36 @@ class _Chosen(NamedTuple):
 
 
 def attend_within(
-    where: str, held: Held, bounds: Bounds, tolerance: Any, q: Any, lengths: Any, mask: Any, bias: Any, causal: Any,
-    window: Any, alibi_slopes: Any, sinks: Any, softcap: Any, scale: Any, layout: str, return_lse: bool,
-    out: Array | None, num_threads: int | None, words: dict[str, Any],
+    where: str, held: Held, bounds: Bounds, place: Place, tolerance: Any, q: Any, lengths: Any, mask: Any, bias: Any,
+    causal: Any, window: Any, alibi_slopes: Any, sinks: Any, softcap: Any, scale: Any, layout: str, return_lse: bool,
+    out: Array | None, num_threads: int | None, words: dict[str, Any], new: int | None = None,
 ) -> Any:  # fmt: skip
     """Attention that leaves out at most a share `tolerance` of the weights of each query, as (out, left, read) or
     (out, lse, left, read)."""
     tolerance = check_tolerance(where, tolerance)
-    form, tokens, find, _, _ = held
+    form, tokens, find, limit, _ = held
     p, queries = _newest(
-        where, form, tokens, None, form.dim_v, q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap,
-        scale, layout, num_threads, words,
+        where, form, tokens, limit, form.dim_v, q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap,
+        scale, layout, num_threads, words, new=new, beams=True,
     )  # fmt: skip
     if out is not None:
         _check_out(out, p.shape, p.number, where)
     found = None
-    rows = p.rows[1] // form.kv_heads * p.rows[2]
-    if tokens.most and math.prod(p.rows) and rows <= _MOST_ROWS and not p.is_planned:
-        room = bounds.borrow(math.prod(p.rows) * tokens.most, len(bounds.rows) * form.kv_heads * tokens.most)
-        chosen = _choose(p, bounds, tokens, queries, causal, window, tolerance, room)
-        if chosen is not None:
-            keys = find(where, None, queries, False)
-            found = _attend_chosen(p, tokens, queries, chosen, keys, softcap, return_lse, out, num_threads)
-        bounds.give_back(room)
+    few = p.rows[1] // form.kv_heads * p.rows[2] <= _MOST_ROWS and p.rows[0] == len(tokens.lengths)  # and no beams
+    if few and tokens.most and math.prod(p.rows) and not p.is_planned:
+        find(where, p.left, queries, False)  # a step appends
+        stored = place(p, tokens, queries)
+        if stored is not None:
+            most = stored.tokens.most
+            room = bounds.borrow(math.prod(p.rows) * most, p.rows[0] * form.kv_heads * most)
+            chosen = _choose(p, bounds, stored, queries, tolerance, room)
+            if chosen is not None:
+                found = _attend_chosen(p, form, stored, queries, chosen, softcap, return_lse, out, num_threads)
+            bounds.give_back(room)
     if found is None:
         found = attend_newest(
             where, held, q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale, layout,
-            return_lse, out, num_threads, words,
+            return_lse, out, num_threads, words, None, None, new,
         )  # fmt: skip
         if not p.is_planned:
             left = np.zeros(p.rows, np.float32)
@@ -132,24 +217,32 @@ def attend_within(
 
 
 def _attend_chosen(
-    p: Problem, tokens: Tokens, queries: Any, chosen: _Chosen, keys: Keys, softcap: Any, return_lse: bool,
+    p: Problem, form: Form, stored: Stored, queries: Any, chosen: _Chosen, softcap: Any, return_lse: bool,
     out: Array | None, num_threads: int | None,
 ) -> Any:  # fmt: skip
     """Attention over the chosen keys, which are brought together."""
-    most = int(chosen.counts.max())
-    k, v = (_core.gather(x, chosen.keys, chosen.counts, most, p.threads) for x in (keys.k, keys.v))
+    most, tokens, q = int(chosen.counts.max()), stored.tokens, p.q
+    k, v = stored.bring(form, chosen, p.threads)
     if k.dtype != v.dtype:  # of caches alone; float16 and bfloat16 meet in float32
         wide = max(k.dtype, v.dtype, np.dtype(np.float32), key=lambda dtype: dtype.itemsize)
         k, v = k.astype(wide), v.astype(wide)
+    if q.dtype.itemsize < k.dtype.itemsize:  # of rows that have become float32
+        q = q.astype(k.dtype)
     seen, added = _meet(p, tokens, queries, chosen, most)
     extras = p.extras or Extras()
     own = _problem.check(
-        p.where, p.q, k, v, seen, added, False, None, None, None, extras.queries, None, None, None, None, extras.sinks,
+        p.where, q, k, v, seen, added, False, None, None, None, extras.queries, None, None, None, None, extras.sinks,
         softcap, p.scale, "bhld", num_threads, {},
     )  # fmt: skip
+    alike = own.number == p.number
     target = out if out is None or p.heads_first else out.swapaxes(1, 2)
-    found = _problem.attend(own, target, return_lse)
+    found = _problem.attend(own, target if alike else None, return_lse)
     result, *lse = found if return_lse else (found,)
+    if not alike:
+        target = _core.empty(p.where, p.rows + result.shape[3:], p.number) if target is None else target
+        with np.errstate(all="ignore"):  # rounding is silent, as that of the core
+            target[...] = result
+        result = target
     if not p.heads_first:
         result = result.swapaxes(1, 2) if out is None else out
     read = chosen.counts.sum() / (tokens.lengths.sum() * chosen.counts.shape[1])
@@ -157,62 +250,83 @@ def _attend_chosen(
 
 
 def _choose(
-    p: Problem, bounds: Bounds, tokens: Tokens, queries: Any, causal: Any, window: Any, tolerance: float,
-    room: tuple[Array, Array],
-) -> _Chosen | None:  # fmt: skip
+    p: Problem, bounds: Bounds, stored: Stored, queries: Any, tolerance: float, room: tuple[Array, Array]
+) -> _Chosen | None:
     """The keys to read; None where that is all of them, or so many that all are read sooner."""
+    tokens = stored.tokens
     n = tokens.most
     if n >= max(_WORTH_SAMPLING, _SAMPLED * p.rows[2]) and tokens.least == n and tokens.starts is None:
-        if _choose_of(p, bounds, tokens, queries, causal, window, tolerance, room, n // _SAMPLED) is None:
+        if _choose_of(p, bounds, stored, queries, tolerance, room, n // _SAMPLED) is None:
             return None
-    return _choose_of(p, bounds, tokens, queries, causal, window, tolerance, room, n)
+    return _choose_of(p, bounds, stored, queries, tolerance, room, n)
 
 
 def _choose_of(
-    p: Problem, bounds: Bounds, tokens: Tokens, queries: Any, causal: Any, window: Any, tolerance: float,
-    room: tuple[Array, Array], n: int,
-) -> _Chosen | None:  # fmt: skip
+    p: Problem, bounds: Bounds, stored: Stored, queries: Any, tolerance: float, room: tuple[Array, Array], n: int
+) -> _Chosen | None:
     """The same if the newest n tokens were all; those of the longest sequence are."""
+    tokens = stored.tokens
     first = tokens.most - n
     extras, lengths = p.extras or Extras(), tokens.lengths
     mask, bias = (x if x is None or x.shape[-1] == 1 else x[..., first:] for x in (extras.mask, extras.bias))
     if first:
         lengths = np.full_like(lengths, n)
-        tokens = Tokens(lengths, n, n, None)
-
-    def find(*_: Any) -> Keys:
-        return Keys(rows := bounds.rows[:, :, first : first + n], rows)
-
+        tokens = Tokens(lengths, n, n, None, tokens.whole)
+    keys, steps = stored.pick(first, n)
+    bias, is_far = _without_far(p, bias, steps, n)
+    window = None if stored.left is stored.right is None else (stored.left, stored.right)
     q = p.q.astype(np.float32) if p.q.dtype.itemsize > 4 else p.q
     own = ask_newest(
-        p.where, (bounds.form, tokens, find, None, 0), q, extras.queries, None, None, mask, bias, causal, window,
-        extras.slopes, extras.sinks, extras.softcap or None, p.scale, "bhld", p.threads, {},
+        p.where, (bounds.form, tokens, lambda *_: keys, None, 0), q, extras.queries, None, None, mask, bias, False,
+        window, extras.slopes, extras.sinks, extras.softcap or None, p.scale, "bhld", p.threads, {},
     )  # fmt: skip
     weights = room[0][: math.prod(p.rows) * n].reshape(*p.rows, n)
     if extras.queries is not None:
         weights[...] = 0  # rows past them are left alone
     _core.forward(own, own.empty(), None, _core.QUESTIONS["rows"], weights, quick=True)
-    heads = bounds.rows.shape[1]
+    if is_far and not weights.any(-1).all():
+        return None
+    heads = steps.shape[1]
     by_head = (p.rows[0], heads, p.rows[1] // heads * p.rows[2])
     weights = weights.reshape(*by_head, n)
-    steps = bounds.steps[:, :, first : first + n, 0]
-    reach, slack = (x.reshape(by_head) for x in _errors(p, bias, n))
-    keys = room[1][: len(lengths) * heads * n].reshape(len(lengths), heads, n)
-    counts, left = _core.choose(weights, reach, slack, steps, lengths, tolerance, keys, p.threads)
+    reach, slack = (x.reshape(by_head) for x in _errors(p, bounds, bias, n))
+    room_of_keys = room[1][: len(lengths) * heads * n].reshape(len(lengths), heads, n)
+    counts, left = _core.choose(weights, reach, slack, steps, lengths, tolerance, room_of_keys, p.threads)
     if (counts < 0).any() or counts.sum() > _MOST_READ * heads * lengths.sum():
         return None
-    return _Chosen(keys, counts, left.reshape(p.rows), weights)
+    return _Chosen(room_of_keys, counts, left.reshape(p.rows), weights)
 
 
-def _errors(p: Problem, bias: Array | None, n: int) -> tuple[Array, Array]:
+def _without_far(p: Problem, bias: Array | None, steps: Array, n: int) -> tuple[Array | None, bool]:
+    """A bias with -inf where a large finite number means it, and whether there is such a one: keys that weigh nothing
+    beside any other key. What the others of a row, if it has any, then weigh is as if those were hidden; but a row
+    that has no others shares its weight among them."""
+    if bias is None:
+        return None, False
+    far = (bias < -_FAR) & (bias > -np.inf)
+    if not far.any():
+        return bias, False
+    extras = p.extras or Extras()
+    sizes = np.abs(p.q).sum(-1, dtype=np.float64).max(initial=0) * abs(p.scale)
+    widest = 128 * float(np.where(np.isfinite(steps), steps, 0).max(initial=0)) * sizes  # that a score can be
+    steepest = 0.0 if extras.slopes is None else float(np.abs(extras.slopes).max()) * (n + p.rows[2])
+    near = float(np.abs(bias, where=np.isfinite(bias) & ~far, out=np.zeros(bias.shape)).max(initial=0))
+    sink = 0.0 if extras.sinks is None else float(np.abs(extras.sinks).max(initial=0, where=np.isfinite(extras.sinks)))
+    if not 2 * widest + 2 * steepest + near + sink < _FAR / 2 or not np.isfinite(steps).all():
+        return bias, False
+    return np.where(far, -np.inf, bias).astype(bias.dtype), True
+
+
+def _errors(p: Problem, bounds: Bounds, bias: Array | None, n: int) -> tuple[Array, Array]:
     """By how many powers of two the weight of a key may be off, for each step of its row, and whatever its step:
     (batch, Hq, L) float32 each."""
     extras, dim = p.extras or Extras(), p.q.shape[-1]
     with np.errstate(all="ignore"):
         sizes = np.abs(p.q).sum(-1, dtype=np.float64) * abs(p.scale)  # a score's, for each unit of its key's elements
-        # Half a step; and roundings of products and sums, there and here, of at most 127 steps an element; and elements
-        # of the query that read as 0.
-        reach = sizes * (0.5 + 2 * (dim + 16) * 127 * _UNIT) + 2 * dim * 127 * float(_NORMAL) * abs(p.scale)
+        half = 0.5 if bounds.rows is not None else 0.0
+        # Half a step of a copy; roundings of products and sums, there and here, of at most 127 steps an element; and
+        # elements of the query that read as 0.
+        reach = sizes * (half + 2 * (dim + 16) * 127 * _UNIT) + 2 * dim * 127 * float(_NORMAL) * abs(p.scale)
         reach = reach * _LOG2E
         added = 0.0
         if bias is not None:

@@ -34,7 +34,8 @@ _MAGIC_OF_PAGES = b"QKVPAGES"
 _PAGE = 1 << 16  # a multiple of every system's page, which a flush begins on
 # magic, version, bytes of one header, number of the commit, byte order and type, seven numbers of Geometry; of version
 # 3, which caches have that version 2 cannot describe, the type of the values, and 1 where they are latent plus 2 where
-# rows are rotated. Then lengths, reach and starts, (batch,) int64 each, and CRC-32 of all that.
+# rows are rotated plus 4 where who opens it keeps bounds. Then lengths, reach and starts, (batch,) int64 each, and
+# CRC-32 of all that.
 _HEAD = struct.Struct("<8sIQQ17s7q")
 _MORE = struct.Struct("<16sQ")
 
@@ -63,7 +64,7 @@ class Geometry(NamedTuple):
     def version(self) -> int:
         """Of its file: the oldest that describes it, so that what has written one goes on with it."""
         form = self.form
-        return 2 if form.k.name == form.v.name and not form.latent and not form.rotate else 3
+        return 2 if form.k.name == form.v.name and not _kind(form) else 3
 
     def places(self) -> tuple[int, int, int, int]:
         """Bytes: of one header, before the keys, before the values, and of the file."""
@@ -75,7 +76,7 @@ class Geometry(NamedTuple):
 
     def __str__(self) -> str:
         form = self.form
-        more = ", latent" * form.latent + ", rotated" * form.rotate
+        more = ", latent" * form.latent + ", rotated" * form.rotate + ", with bounds" * form.bounds
         ring = f", window {self.window}, keep {self.keep}" if self.window >= 0 else ""
         ring += ", not causal" if self.window == WHOLE else ""
         return (
@@ -132,6 +133,10 @@ class Store:
         self._map.flush(at, head)
         self._commits += 1
         self.lengths, self.reach, self.starts = lengths.copy(), reach.copy(), starts.copy()
+
+
+def _kind(form: Form) -> int:
+    return form.latent + 2 * form.rotate + 4 * form.bounds
 
 
 def _file_id(status: os.stat_result) -> tuple[int, int]:
@@ -217,7 +222,7 @@ def _header(geometry: Geometry, commit: int, *tables: Array) -> bytes:
     version = geometry.version
     made = _HEAD.pack(MAGIC, version, geometry.places()[0], commit, _type_name(form.k.name), *numbers)
     if version > 2:
-        made += _MORE.pack(form.v.name.encode(), form.latent + 2 * form.rotate)
+        made += _MORE.pack(form.v.name.encode(), _kind(form))
     made += b"".join(table.astype("<i8").tobytes() for table in tables)
     return made + _checksum(made)
 
@@ -290,8 +295,8 @@ def _read_headers(where: str, path: Any, file: Any, paged: bool) -> tuple[Geomet
             held = name.decode("ascii", "replace")
             raise fail(f"holds {held} (l or b: byte order), this machine and version read {known}")
     k_name, v_name = (named[name] for name in names)
-    form = types.make_form(where, heads, (dim, dim_v), (k_name, v_name), bool(more & 1), bool(more & 2))
-    if more != form.latent + 2 * form.rotate or (form.latent and k_name != v_name):
+    form = types.make_form(where, heads, (dim, dim_v), (k_name, v_name), *(bool(more & i) for i in (1, 2, 4)))
+    if more != _kind(form) or (form.latent and k_name != v_name):
         raise fail(f"is damaged: there are no {k_name} keys and {v_name} values of this kind ({more})")
     geometry = Geometry(batch, capacity, window, keep, form)
     if not geometry.is_possible():

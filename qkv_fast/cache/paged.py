@@ -7,7 +7,7 @@ have as well copies it first.
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Never, Self
 
 import numpy as np
@@ -17,6 +17,7 @@ from .._core import Problem
 from .._help import documented
 from . import files, types
 from .attend import Held, Keys, Tokens, ask_newest, attend_newest, check_chosen, check_index, check_starts, check_tokens
+from .bounds import Bounds, Stored, attend_within, check_bounds
 from .files import WHOLE, Geometry, Store
 from .paged_questions import PagedQuestions
 from .pages import Stretch, Table, read_table
@@ -60,6 +61,8 @@ class PagedKVCache(PagedQuestions):
     window : int, optional
         Sequences grow without end, and a query sees the `window` tokens before it and itself: `attention`'s window of
         (window, None). An `append` first gives back the pages that none of its tokens sees.
+    bounds : bool, default False
+        Keep what `attend` and `step` need for their `tolerance`, as `KVCache` does.
     causal : bool, default True
         False is for the keys of an encoder: every query sees all tokens of its sequence, and several queries may read
         one sequence (beams). Not with `window`.
@@ -121,10 +124,13 @@ class PagedKVCache(PagedQuestions):
         latent: bool = False,
         rotate: bool = False,
         window: int | None = None,
+        bounds: bool = False,
         causal: bool = True,
     ) -> None:
         where = "PagedKVCache"
-        self._form = form = types.check_form(where, kv_heads, head_dim, value_dim, dtype, value_dtype, latent, rotate)
+        self._form = form = types.check_form(
+            where, kv_heads, head_dim, value_dim, dtype, value_dtype, latent, rotate, bounds
+        )
         pages, size = (types.count(where, name, n) for name, n in (("pages", pages), ("page_size", page_size)))
         self._window = None if window is None else types.count(where, "window", window, 0)
         self._whole = not types.check_causal(where, causal, window)
@@ -132,6 +138,7 @@ class PagedKVCache(PagedQuestions):
             self._k, self._v = form.empty(form.kv_heads, pages * size)
         except ValueError:
             raise OverflowError(f"{where}: no array is as large as {pages} pages of {size} tokens") from None
+        self._bounds = Bounds(form, form.kv_heads, pages * size) if form.bounds else None
         self._table = Table(pages, size)
         self._sequences: dict[int, Stretch] = {}
         self._next = 0
@@ -142,20 +149,22 @@ class PagedKVCache(PagedQuestions):
 
     def __getstate__(self) -> dict[str, Any]:
         used = [x[:, self._used()] for x in self._arrays]
-        return self.__dict__ | {"_last": None, "_k": None, "_v": None, "used": used}
+        return self.__dict__ | {"_last": None, "_k": None, "_v": None, "_bounds": None, "used": used}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         used = state.pop("used")
         self.__dict__.update(state)
-        self._k, self._v = self._form.empty(self._form.kv_heads, len(self._table.owners) * self._table.size)
+        lead = self._form.kv_heads, len(self._table.owners) * self._table.size
+        self._k, self._v = self._form.empty(*lead)
+        self._bounds = Bounds(self._form, *lead) if self._form.bounds else None
         for to, x in zip(self._arrays, used, strict=True):
             _is_known(x.dtype)  # bfloat16, in a process that has not seen any
             to[:, self._used()] = x
 
     @property
     def _arrays(self) -> tuple[Array, ...]:
-        """What is stored: keys, and values if they are not in them."""
-        return self._form.parts(self._k, self._v)
+        """What has a row for each token: keys, values if they are not in them, and what is known of keys."""
+        return (*self._form.parts(self._k, self._v), *(() if self._bounds is None else self._bounds.arrays))
 
     def _used(self) -> Array:
         """Rows of pages that some sequence has."""
@@ -180,6 +189,18 @@ class PagedKVCache(PagedQuestions):
     window = Shown(
         "Tokens before its own that a query sees; None for all.", "PagedKVCache(4, 64, 20, window=9).window -> 9",
         lambda c: None if c._window is None else int(c._window),
+    )  # fmt: skip
+    latent = Shown(
+        "Whether values are the beginnings of keys.", "PagedKVCache(4, 64, 20).latent -> False",
+        lambda c: c._form.latent,
+    )  # fmt: skip
+    rotate = Shown(
+        "Whether rows are rotated before they are quantised.", "PagedKVCache(4, 64, 20, dtype='int8').rotate -> False",
+        lambda c: c._form.rotate,
+    )  # fmt: skip
+    bounds = Shown(
+        "Whether it keeps what `tolerance` needs.", "PagedKVCache(4, 64, 20, bounds=True).bounds -> True",
+        lambda c: c._form.bounds,
     )  # fmt: skip
     causal = Shown(
         "False for the keys of an encoder, which all queries see.", "PagedKVCache(4, 64, 20).causal -> True",
@@ -601,6 +622,8 @@ class PagedKVCache(PagedQuestions):
                     m, t = min(end - done, size - within), done - s.length
                     to = self._k[:, row : row + m], self._v[:, row : row + m]
                     self._form.write(*to, k[i, :, t : t + m], v[i, :, t : t + m])
+                    if self._bounds is not None:
+                        self._bounds.take((slice(None), slice(row, row + m)), *to)
                     done += m
         except BaseException:  # Ctrl-C among them: pages beyond the lengths go back
             for s in found:
@@ -642,6 +665,7 @@ class PagedKVCache(PagedQuestions):
         sinks: Any = None,
         softcap: float | None = None,
         scale: float | None = None,
+        tolerance: float | None = None,
         layout: str = "bhld",
         return_lse: bool = False,
         out: Array | None = None,
@@ -672,6 +696,7 @@ class PagedKVCache(PagedQuestions):
         <sinks>
         <softcap>
         <scale>
+        <tolerance>
         <layout>
             It is that of q and the result.
         <return_lse>
@@ -683,7 +708,9 @@ class PagedKVCache(PagedQuestions):
         out : ndarray, shape (len(sequences), Hq, L, value_dim)
             In q's type.
         lse : ndarray, shape (len(sequences), Hq, L)
-            Only with ``return_lse=True``.
+            Only with ``return_lse=True``; with `tolerance` that of the keys that were read.
+        left, read
+            Only with `tolerance`, as `KVCache.attend` gives them.
 
         Raises
         ------
@@ -704,7 +731,14 @@ class PagedKVCache(PagedQuestions):
         8.0
         """
         where = "PagedKVCache.attend"
-        held = self._held(where, self._check(where, sequences))
+        found = self._check(where, sequences)
+        held = self._held(where, found)
+        if tolerance is not None:
+            bounds = check_bounds(where, self._bounds, tree, q_positions)
+            return attend_within(
+                where, held, bounds, self._rows_of(found), tolerance, q, lengths, mask, bias, causal, window,
+                alibi_slopes, sinks, softcap, scale, layout, return_lse, out, num_threads, words,
+            )  # fmt: skip
         return attend_newest(
             where, held, q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale, layout,
             return_lse, out, num_threads, words, tree, q_positions,
@@ -730,6 +764,7 @@ class PagedKVCache(PagedQuestions):
         sinks: Any = None,
         softcap: float | None = None,
         scale: float | None = None,
+        tolerance: float | None = None,
         layout: str = "bhld",
         return_lse: bool = False,
         out: Array | None = None,
@@ -765,6 +800,7 @@ class PagedKVCache(PagedQuestions):
         <sinks>
         <softcap>
         <scale>
+        <tolerance>
         <layout>
             It is that of q, k, v and the result.
         <return_lse>
@@ -776,7 +812,9 @@ class PagedKVCache(PagedQuestions):
         out : ndarray, shape (len(sequences), Hq, L, value_dim)
             In q's type.
         lse : ndarray, shape (len(sequences), Hq, L)
-            Only with ``return_lse=True``.
+            Only with ``return_lse=True``; with `tolerance` that of the keys that were read.
+        left, read
+            Only with `tolerance`, as `KVCache.attend` gives them.
 
         Raises
         ------
@@ -798,17 +836,25 @@ class PagedKVCache(PagedQuestions):
         where = "PagedKVCache.step"
         new = self._check_new(where, sequences, k, v, lengths, starts, layout)
         found, _, _, n, counts, begins, ends = new
-        form, tokens, find, limit, keep = self._held(where, found, begins, ends)
+        added: list[bool] = []
 
-        def place(*asked: Any) -> Keys:
-            self._add(new)
-            return find(*asked)
+        def append() -> None:
+            if not added:
+                self._add(new)
+                added.append(True)
 
+        held = self._held(where, found, begins, ends, append)
         before = [(s.length, s.start) for s in found]
         try:
+            if tolerance is not None:
+                bounds = check_bounds(where, self._bounds, tree, q_positions)
+                return attend_within(
+                    where, held, bounds, self._rows_of(found), tolerance, q, counts, mask, bias, causal, window,
+                    alibi_slopes, sinks, softcap, scale, layout, return_lse, out, num_threads, words, n,
+                )  # fmt: skip
             return attend_newest(
-                where, (form, tokens, place, limit, keep), q, counts, mask, bias, causal, window, alibi_slopes, sinks,
-                softcap, scale, layout, return_lse, out, num_threads, words, tree, q_positions, n,
+                where, held, q, counts, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale, layout,
+                return_lse, out, num_threads, words, tree, q_positions, n,
             )  # fmt: skip
         except BaseException:  # Ctrl-C among them
             for s, (length, start) in zip(found, before, strict=True):
@@ -820,29 +866,56 @@ class PagedKVCache(PagedQuestions):
         return ask_newest(where, self._held(where, self._check(where, sequences)), q, *arguments, values=values)
 
     def _held(
-        self, where: str, found: list[Stretch], begins: list[int] | None = None, ends: list[int] | None = None
-    ) -> Held:
-        """What these have, or will have when they begin and end there."""
+        self, where: str, found: list[Stretch], begins: list[int] | None = None, ends: list[int] | None = None,
+        append: Callable[[], None] | None = None,
+    ) -> Held:  # fmt: skip
+        """What these have, or will have when they begin and end there, as they do when `append` has been called."""
         if not found:
             raise ValueError(f"{where}: at least one sequence is needed")
         lengths = [s.length for s in found] if ends is None else ends
         starts = [s.start for s in found] if begins is None else begins
         padded = np.array(starts, np.int64) if any(starts) else None
         tokens = Tokens(np.array(lengths, np.int64), min(lengths), max(lengths), padded, self._whole)
-        if self._window is None:
+        if self._window is None and append is None:
             return self._form, tokens, lambda *_: self._find(found), None, 0
-        return self._form, tokens, lambda *asked: self._find_window(found, *asked), self._window, 0
+        firsts = []
+        if (window := self._window) is not None:
+            soon = zip(found, starts, lengths, strict=True)
+            firsts = [self._table.first_after(s, start, length, window) for s, start, length in soon]
 
-    def _find_window(self, found: list[Stretch], where: str, left: int, queries: Any, _: bool) -> Keys:
-        for i, s in enumerate(found):
+        def find(*asked: Any) -> Keys:
+            if self._window is not None:
+                self._check_window(zip(lengths, starts, firsts, strict=True), *asked)
+            if append is not None:
+                append()
+            return self._find(found)
+
+        return self._form, tokens, find, self._window, 0
+
+    def _rows_of(self, found: list[Stretch]) -> Callable[[Problem, Tokens, Any], Stored]:
+        """Where `tolerance` finds the tokens of these sequences."""
+
+        def place(p: Problem, tokens: Tokens, _: Any) -> Stored:
+            assert self._bounds is not None
+            rows = np.zeros((len(found), tokens.most), np.int64)  # those that are not there are hidden: any do
+            for b, s in enumerate(found):
+                first = self._table.first(s)
+                rows[b, first : s.length] = self._table.rows(s, np.arange(first, s.length))
+            known = self._k if self._bounds.rows is None else self._bounds.rows
+            return Stored(self._k, self._v, known, self._bounds.steps, tokens, p.left, p.right, rows)
+
+        return place
+
+    def _check_window(self, held: Iterable[tuple[int, int, int]], where: str, left: int, queries: Any, _: Any) -> None:
+        """`held` are the length of each sequence, its start, and the first token that is there."""
+        for i, (length, start, first) in enumerate(held):
             n = queries if isinstance(queries, int) else int(queries[i])
-            begin = max(s.length - n - left, s.start)
-            if n and s.length > begin < self._table.first(s):
+            begin = max(length - n - left, start)
+            if n and length > begin < first:
                 raise ValueError(
-                    f"{where}: the first query's window begins at token {begin}, those from {self._table.first(s)} on "
+                    f"{where}: the first query's window begins at token {begin}, those from {first} on "
                     f"are there: attend to the tokens of the last append (window={left})"
                 )
-        return self._find(found)
 
     def _find(self, found: list[Stretch]) -> Keys:
         last, wanted = self._last, [(s.gone, s.start, s.pages) for s in found]
@@ -869,6 +942,40 @@ class PagedKVCache(PagedQuestions):
                     table.append([page * size * k_row, page * size * v_row, first + i * size, size])
             run_of.append(len(table))
         return Keys(self._k, self._v, np.array(table, np.int64).reshape(-1, 4), np.array(run_of, np.int64))
+
+    def largest_values(self, sequences: Sequence[int]) -> Array:
+        """With `bounds`: the largest magnitude of the values of each head, inf where one is not finite:
+        (len(sequences), kv_heads) float64.
+
+        Parameters
+        ----------
+        sequences : sequence of int
+            Their numbers.
+
+        Raises
+        ------
+        TypeError, ValueError
+            What is no sequence here, or a cache without `bounds`.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import qkv_fast
+        >>> pool = qkv_fast.PagedKVCache(1, 8, 20, bounds=True)
+        >>> s, k = pool.add(), np.ones((1, 1, 3, 8), "float32")
+        >>> pool.append([s], k, -2 * k)
+        >>> pool.largest_values([s])
+        array([[2.]])
+        """
+        where = "PagedKVCache.largest_values"
+        found = self._check(where, sequences)
+        if self._bounds is None or self._bounds.tops is None:
+            raise ValueError(f"{where}: only a cache that was made with bounds=True knows")
+        largest = np.zeros((len(found), self._form.kv_heads))
+        for b, s in enumerate(found):
+            rows = self._table.rows(s, np.arange(self._table.first(s), s.length))
+            largest[b] = self._bounds.tops[:, rows, 0].max(1, initial=0)
+        return largest
 
     def gather(self, sequence: int) -> tuple[Array, Array]:
         """Copies of the keys and values of one sequence, in order: float32 for int8 and int4.
@@ -947,7 +1054,7 @@ class PagedKVCache(PagedQuestions):
             table += [number, s.length, s.start, s.gone, len(s.pages), *s.pages]
         with files.creating(path, geometry, over=True) as new:
             store = Store(where, new, True)
-            for to, x in zip(store.arrays, self._arrays, strict=True):
+            for to, x in zip(store.arrays, self._form.parts(self._k, self._v), strict=True):
                 to[0][:, rows] = x[:, rows]
             store.commit(zeros, zeros, zeros)
             del to, store  # all that maps the file, which is then given its name
@@ -997,5 +1104,10 @@ class PagedKVCache(PagedQuestions):
         pool._form, pool._last = store.geometry.form, None
         pool._k, pool._v = pool._form.views(*(x[0] for x in store.arrays))
         pool._table, window, pool._next, pool._sequences = read
-        pool._window, pool._whole = None if window < 0 else window, window == WHOLE
+        pool._window, pool._whole, pool._bounds = None if window < 0 else window, window == WHOLE, None
+        if pool._form.bounds:
+            pool._bounds = Bounds(pool._form, *pool._k.shape[:2])
+            for page in np.flatnonzero(pool._table.owners).tolist():
+                at = slice(None), slice(page * pool._table.size, (page + 1) * pool._table.size)
+                pool._bounds.take(at, pool._k[at], pool._v[at])
         return pool

@@ -57,6 +57,11 @@ class Table:
         """The first token that is there, or would be."""
         return max(s.start, s.gone * self.size)
 
+    def first_after(self, s: Stretch, start: int, length: int, window: int) -> int:
+        """The same once it has that length and start, after an append that gives back what it can."""
+        gone = s.gone + (self.unseen(s, window) if length > max(s.length, start) else 0)
+        return max(start, gone * self.size if s.pages else 0)
+
     def lacks(self, s: Stretch, n: int, window: int | None) -> bool:
         """Whether token n, were it the next one, would see some that are not there any more."""
         return window is not None and n > s.start and max(n - window, s.start) < s.gone * self.size

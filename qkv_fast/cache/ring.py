@@ -40,6 +40,12 @@ class Ring(NamedTuple):
         """Where tokens are."""
         return np.where(tokens < self.keep, tokens, self.keep + (tokens - self.keep) % self.size)
 
+    def seen(self, lengths: Array, left: int) -> tuple[Array, Array]:
+        """Where all that the last token of each sequence sees lies, in order, (batch, most), and how many these are."""
+        gaps = np.maximum(lengths - 1 - left - self.keep, 0)
+        t = np.arange(int((lengths - gaps).max()))
+        return self.rows(np.where(t < self.keep, t, t + gaps[:, np.newaxis])), lengths - gaps
+
     def positions(self, lengths: Array, reach: Array, rows: int) -> Array:
         """The token in each of the first rows, (batch, rows); -1 where there is none."""
         keep, size = self

@@ -16,7 +16,7 @@ from .._core import Problem
 from .._help import documented
 from . import files, types
 from .attend import Held, Keys, Tokens, ask_newest, attend_newest, check_chosen, check_index, check_starts, check_tokens
-from .bounds import Bounds, attend_within
+from .bounds import Bounds, Stored, attend_within, check_bounds
 from .files import WHOLE, Geometry, Store
 from .moves import Moves
 from .questions import Questions
@@ -64,9 +64,8 @@ class KVCache(Questions):
     keep : int, default 0
         With `window`: the number of first tokens that stay, and that every later query sees as well.
     bounds : bool, default False
-        Keep what `attend` needs for its `tolerance`: a copy of the keys in int8, which files do not
-        keep. Not with `window`, `path` or
-        ``causal=False``, nor for rows of int8 or int4.
+        Keep what `attend` and `step` need for their `tolerance`: a copy of the keys in int8 (of rows of int8 and int4
+        themselves, a number each), in memory. Files say that it is wanted, and whoever opens one makes it anew.
     path : str or path-like, optional
         The cache is a memory map of this file, which other processes can `open`. It is made if it does not exist; else
         it must be that of a cache with these parameters, and the cache has the tokens of its last `flush`. Not with
@@ -155,7 +154,7 @@ class KVCache(Questions):
         causal: bool = True,
     ) -> None:
         where = "KVCache"
-        form = types.check_form(where, kv_heads, head_dim, value_dim, dtype, value_dtype, latent, rotate)
+        form = types.check_form(where, kv_heads, head_dim, value_dim, dtype, value_dtype, latent, rotate, bounds)
         batch = types.count(where, "batch", batch)
         capacity = types.count(where, "capacity", capacity)
         keep = types.count(where, "keep", keep, 0)
@@ -167,12 +166,8 @@ class KVCache(Questions):
             given = f"capacity={capacity}, keep={keep}, window={window}"
             raise ValueError(f"{where}: capacity must be more than keep + window: the window and the token ({given})")
         geometry = Geometry(batch, capacity, reach, keep, form)
-        if bounds and (window is not None or path is not None or any(form.stored) or not causal):
-            given = f"{form.names}, window={window}, path={path!r}, causal={causal}"
-            what = "bounds are of keys and values in floats, in memory, causal and without window"
-            raise ValueError(f"{where}: {what} ({given})")
         if path is None:
-            self._take(geometry, None, bool(bounds))
+            self._take(geometry, None)
             return
         if window is not None:
             raise ValueError(f"{where}: a ring is not written in place: use path without window, or save()")
@@ -188,29 +183,30 @@ class KVCache(Questions):
             raise ValueError(f"{where}: {os.fspath(path)!r} is a cache of {found}; asked for was {geometry}")
         self._take(geometry, store)
 
-    def _take(self, geometry: Geometry, store: Store | None, bounded: bool = False) -> None:
+    def _take(self, geometry: Geometry, store: Store | None) -> None:
         self._geometry, self._store = geometry, store
         self._bounds: Bounds | None = None
         # As a slab, whose capacity no token exceeds, a ring that is never turned.
         self._ring = Ring(geometry.keep, geometry.capacity - geometry.keep)
         if store is None:
             try:
-                self._allocate(bounded)
+                self._allocate()
             except ValueError:
                 raise OverflowError(f"KVCache: no array is as large as a cache of {geometry}") from None
             self._lengths, self._reach, self._starts = np.zeros((3, geometry.batch), np.int64)
         else:
             self._k, self._v = store.k, store.v
             self._lengths, self._reach, self._starts = store.lengths.copy(), store.reach.copy(), store.starts.copy()
+            self._bound_all()
         self._least, self._most = int(self._lengths.min()), int(self._lengths.max())
         self._padded = bool(self._starts.any())
         self._laps: tuple[Any, Keys] | None = None  # the last runs of a ring, and what they were made for
 
-    def _allocate(self, bounded: bool) -> None:
+    def _allocate(self) -> None:
         batch, capacity, _, _, form = self._geometry
         self._k, self._v = form.empty(batch, form.kv_heads, capacity)
-        if bounded:
-            self._bounds = Bounds(batch, form.kv_heads, capacity, form.dim)
+        if form.bounds:
+            self._bounds = Bounds(form, batch, form.kv_heads, capacity)
 
     def _set_lengths(self, lengths: Array) -> None:
         self._lengths = lengths
@@ -235,7 +231,7 @@ class KVCache(Questions):
     def __setstate__(self, state: dict[str, Any]) -> None:
         used, largest = state.pop("used"), state.pop("largest")
         self.__dict__.update(state)
-        self._allocate(largest is not None)
+        self._allocate()
         if self._bounds is not None:
             self._bounds.largest = largest
         for to, x in zip(self._arrays, used, strict=True):
@@ -248,7 +244,7 @@ class KVCache(Questions):
         return self._stored(self._k, self._v, self._bounds)
 
     def _stored(self, k: Array, v: Array, known: Bounds | None) -> tuple[Array, ...]:
-        return (*self._geometry.form.parts(k, v), *(() if known is None else (known.rows, known.steps)))
+        return (*self._geometry.form.parts(k, v), *(() if known is None else known.arrays))
 
     def _used(self) -> slice:
         """Rows that hold tokens."""
@@ -284,6 +280,18 @@ class KVCache(Questions):
     keep = Shown(
         "Of a ring: first tokens that stay.", "KVCache(2, 4, 64, 100, window=50, keep=4).keep -> 4",
         lambda c: int(c._geometry.keep),
+    )  # fmt: skip
+    latent = Shown(
+        "Whether values are the beginnings of keys.", "KVCache(2, 4, 64, 100).latent -> False",
+        lambda c: c._geometry.form.latent,
+    )  # fmt: skip
+    rotate = Shown(
+        "Whether rows are rotated before they are quantised.", "KVCache(2, 4, 64, 100, dtype='int8').rotate -> False",
+        lambda c: c._geometry.form.rotate,
+    )  # fmt: skip
+    bounds = Shown(
+        "Whether it keeps what `tolerance` needs.", "KVCache(2, 4, 64, 100, bounds=True).bounds -> True",
+        lambda c: c._geometry.form.bounds,
     )  # fmt: skip
     causal = Shown(
         "False for the keys of an encoder, which all queries see.", "KVCache(2, 4, 64, 100).causal -> True",
@@ -402,7 +410,7 @@ class KVCache(Questions):
 
     def __repr__(self) -> str:
         batch, capacity, window, keep, form = self._geometry
-        ring = f", window={window}, keep={keep}" if window >= 0 else ", bounds=True" if self._bounds is not None else ""
+        ring = f", window={window}, keep={keep}" if window >= 0 else ""
         ring += "" if self.causal else ", causal=False"
         starts = f", starts={self._starts.tolist()}" if self._padded else ""
         return (
@@ -491,8 +499,16 @@ class KVCache(Questions):
         """What is to be known of the tokens from `begins` to `ends`, which are stored."""
         assert self._bounds is not None
         for b, (begin, end) in enumerate(zip(begins.tolist(), ends.tolist(), strict=True)):
-            one, rows = slice(b, b + 1), slice(begin, end)
-            self._bounds.take(one, rows, self._k[one, :, rows], self._v[one, :, rows])
+            for row, _, many in self._ring.pieces(begin, end - begin):
+                at = slice(b, b + 1), slice(None), slice(row, row + many)
+                self._bounds.take(at, self._k[at], self._v[at])
+
+    def _bound_all(self) -> None:
+        """The same of all rows, which are those of a file."""
+        batch, capacity, *_, form = self._geometry
+        if form.bounds:
+            self._bounds = self._bounds or Bounds(form, batch, form.kv_heads, capacity)
+            self._bound(np.zeros(batch, np.int64), np.minimum(self._reach, capacity))
 
     def _write(self, to_k: Array, to_v: Array, k: Array, v: Array, begin: int, n: int) -> None:
         """n tokens k and v to the rows of the tokens from `begin` on."""
@@ -550,9 +566,7 @@ class KVCache(Questions):
         <sinks>
         <softcap>
         <scale>
-        tolerance : float, optional
-            Of a cache with `bounds`: leave out keys that hold at most this share of all weights of each query, above 0
-            and below 1, and say so. Not with `tree`.
+        <tolerance>
         <layout>
             It is that of q and the result.
         <return_lse>
@@ -583,11 +597,13 @@ class KVCache(Questions):
         -----
         With `tolerance` the scores of all keys are bounded by a copy of them in int8, and keys are left out whose
         weights together are proven to be small; ``|out - exact|`` is at most ``2 * left * largest_values`` beside what
-        rounding does. A bias, a mask, a window, ALiBi, sinks and a soft cap keep the proof; all query heads of a key
-        head read the keys that one of them needs. A bias is read whole. Where keys or values are not finite, or a key
-        head has more than 32 queries, all are read. It pays where there are many keys and few hold the weight: to find
-        out takes a good part of the time of attention, and the newest sixteenth of long sequences says whether it is
-        tried at all. Most heads of encoders spread their weight too evenly.
+        rounding does (of rows of int8 and int4, of what they hold). A bias, a mask, a window, ALiBi, sinks and a soft
+        cap keep the proof; all query heads of a key head read the keys that one of them needs. A bias is read whole.
+        Where keys or values are not finite, or a key head has more than 32 queries, all are read; so they are for
+        beams, and by a ring that has gone around where there is more than one query, a mask, a bias or ALiBi. It pays
+        where there are many keys and few hold the weight: to find out takes a good part of the time of attention, and
+        the newest sixteenth of long sequences says whether it is tried at all. Most heads of encoders spread their
+        weight too evenly.
 
         Examples
         --------
@@ -602,13 +618,10 @@ class KVCache(Questions):
         (1, 8, 1, 64)
         """
         if tolerance is not None:
-            if self._bounds is None:
-                raise ValueError("KVCache.attend: tolerance is for a cache that was made with bounds=True")
-            if tree is not None:
-                raise ValueError("KVCache.attend: tree and tolerance exclude each other: pass the tree as a mask")
+            bounds = check_bounds("KVCache.attend", self._bounds, tree, q_positions)
             return attend_within(
-                "KVCache.attend", self._held(), self._bounds, tolerance, q, lengths, mask, bias, causal, window,
-                alibi_slopes, sinks, softcap, scale, layout, return_lse, out, num_threads, words,
+                "KVCache.attend", self._held(), bounds, self._rows_of, tolerance, q, lengths, mask, bias, causal,
+                window, alibi_slopes, sinks, softcap, scale, layout, return_lse, out, num_threads, words,
             )  # fmt: skip
         return attend_newest(
             "KVCache.attend", self._held(), q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap, scale,
@@ -634,6 +647,7 @@ class KVCache(Questions):
         sinks: Any = None,
         softcap: float | None = None,
         scale: float | None = None,
+        tolerance: float | None = None,
         layout: str = "bhld",
         return_lse: bool = False,
         out: Array | None = None,
@@ -666,6 +680,7 @@ class KVCache(Questions):
         <sinks>
         <softcap>
         <scale>
+        <tolerance>
         <layout>
             It is that of q, k, v and the result.
         <return_lse>
@@ -678,6 +693,8 @@ class KVCache(Questions):
             In q's type.
         lse : ndarray, shape (batch, Hq, L)
             Only with ``return_lse=True``.
+        left, read
+            Only with `tolerance`, as `attend` gives them.
 
         Raises
         ------
@@ -703,11 +720,18 @@ class KVCache(Questions):
 
         def found(*asked: Any) -> Keys:
             keys = find(*asked)  # or an error
-            self._add(new)
+            if self._lengths is not tokens.lengths:
+                self._add(new)
             return keys
 
         before = self._lengths, self._least, self._most, self._starts, self._padded
         try:
+            if tolerance is not None:
+                bounds = check_bounds(where, self._bounds, tree, q_positions)
+                return attend_within(
+                    where, (form, tokens, found, limit, keep), bounds, self._rows_of, tolerance, q, counts, mask, bias,
+                    causal, window, alibi_slopes, sinks, softcap, scale, layout, return_lse, out, num_threads, words, n,
+                )  # fmt: skip
             return attend_newest(
                 where, (form, tokens, found, limit, keep), q, counts, mask, bias, causal, window, alibi_slopes, sinks,
                 softcap, scale, layout, return_lse, out, num_threads, words, tree, q_positions, n,
@@ -732,6 +756,21 @@ class KVCache(Questions):
         reach = self._reach if soon is None else np.maximum(self._reach, soon.lengths)
         begins = self._starts if tokens.starts is None else tokens.starts
         return form, tokens, lambda *asked: self._find(tokens.lengths, reach, begins, *asked), window, keep
+
+    def _rows_of(self, p: Problem, tokens: Tokens, queries: Any) -> Stored | None:
+        """Where `tolerance` finds what the queries see, in order; None where a ring's does not lie so."""
+        assert self._bounds is not None
+        known = self._k if self._bounds.rows is None else self._bounds.rows
+        stored = Stored(self._k, self._v, known, self._bounds.steps, tokens, p.left, p.right)
+        if p.left is None or self._geometry.window < 0 or tokens.most - 1 <= p.left:
+            return stored
+        own = p.extras
+        plain = own is None or own.mask is own.bias is own.slopes is own.starts is own.queries is None
+        if p.rows[2] != 1 or not plain or tokens.least < 1:
+            return None
+        rows, seen = self._ring.seen(tokens.lengths, p.left)
+        tokens = Tokens(seen, int(seen.min()), int(seen.max()))
+        return stored._replace(row_of=rows, tokens=tokens, left=None, right=None)
 
     def _find(
         self, lengths: Array, reach: Array, starts: Array, where: str, left: int, queries: Any, join: bool
@@ -914,7 +953,7 @@ class KVCache(Questions):
         where = "KVCache.reorder"
         batch = self._geometry.batch
         given = _as_array("index", index, where)
-        if given.dtype.kind not in "iu":
+        if given.size and given.dtype.kind not in "iu":
             raise TypeError(f"{where}: index must be integers, got {given.dtype}")
         if given.ndim != 1 or not given.size:
             raise ValueError(f"{where}: index must have the shape (n,), one per new sequence, got {given.shape}")
@@ -942,7 +981,7 @@ class KVCache(Questions):
         if more:
             form = self._geometry.form
             k, v = form.empty(n, form.kv_heads, self._geometry.capacity)
-            known = None if self._bounds is None else Bounds(n, form.kv_heads, self._geometry.capacity, form.dim)
+            known = None if self._bounds is None else Bounds(form, n, form.kv_heads, self._geometry.capacity)
             rows = self._used()
             for to, x in zip(self._stored(k, v, known), self._arrays, strict=True):
                 for b, source in enumerate(order.tolist()):
@@ -1130,6 +1169,7 @@ class KVCache(Questions):
         cache._starts, cache._padded = store.starts.copy(), bool(store.starts.any())
         cache._set_lengths(store.lengths.copy())
         rows = slice(min(int(cache._reach.max()), store.geometry.capacity))
-        for to, x in zip(cache._arrays, store.arrays, strict=True):
+        for to, x in zip(store.geometry.form.parts(cache._k, cache._v), store.arrays, strict=True):
             to[:, :, rows] = x[:, :, rows]
+        cache._bound_all()
         return cache

@@ -85,12 +85,14 @@ class Form(NamedTuple):
     stored: tuple[str | None, str | None]  # of the two
     latent: bool  # values are the beginnings of keys
     rotate: bool  # keys or values are rotated
+    bounds: bool = False  # what `tolerance` needs is kept beside them, in memory: bounds.py
 
     @property
     def names(self) -> str:
         """Of the types, as arguments."""
         value_dtype = f", value_dtype={self.v.name!r}" if self.v.name != self.k.name else ""
-        return f"dtype={self.k.name!r}{value_dtype}" + (", rotate=True" if self.rotate else "")
+        more = (", rotate=True" if self.rotate else "") + (", bounds=True" if self.bounds else "")
+        return f"dtype={self.k.name!r}{value_dtype}{more}"
 
     @property
     def dims(self) -> str:
@@ -154,8 +156,9 @@ def count(where: str, name: str, n: Any, least: int = 1) -> int:
 
 
 def check_form(
-    where: str, kv_heads: Any, head_dim: Any, value_dim: Any, dtype: Any, value_dtype: Any, latent: Any, rotate: Any
-) -> Form:
+    where: str, kv_heads: Any, head_dim: Any, value_dim: Any, dtype: Any, value_dtype: Any, latent: Any, rotate: Any,
+    bounds: Any,
+) -> Form:  # fmt: skip
     heads, dim = count(where, "kv_heads", kv_heads), count(where, "head_dim", head_dim)
     dim_v = dim if value_dim is None else count(where, "value_dim", value_dim)
     if max(dim, dim_v) > _core.MAX_DIM:
@@ -169,7 +172,7 @@ def check_form(
         raise ValueError(f"{where}: latent values are of their keys' type, got value_dtype={name_v!r} for {name!r}")
     if rotate and not {name, name_v} & {*_BYTES}:
         raise ValueError(f"{where}: rotate is for rows of {' and '.join(_BYTES)}, got {name} and {name_v}")
-    return make_form(where, heads, (dim, dim_v), (name, name_v), bool(latent), bool(rotate))
+    return make_form(where, heads, (dim, dim_v), (name, name_v), bool(latent), bool(rotate), bool(bounds))
 
 
 def check_causal(where: str, causal: Any, window: Any) -> bool:
@@ -191,14 +194,15 @@ def _check_name(where: str, argument: str, dtype: Any) -> str:
 
 
 def make_form(
-    where: str, kv_heads: int, dims: tuple[int, int], names: tuple[str, str], latent: bool, rotate: bool
-) -> Form:
+    where: str, kv_heads: int, dims: tuple[int, int], names: tuple[str, str], latent: bool, rotate: bool,
+    bounds: bool,
+) -> Form:  # fmt: skip
     """Of keys and values; the names are of NAMES."""
     turns = [(dims[1] if latent else 0) if rotate and name in _BYTES else -1 for name in names]
     k = Rows(dims[0], dims[0], *_find_type(where, names[0]), turns[0])
     v = Rows(dims[1], dims[0] if latent else dims[1], *_find_type(where, names[1]), turns[1])
     dtypes = dict.fromkeys(x.dtype for x in (k, v) if not x.stored)
-    return Form(kv_heads, *dims, k, v, tuple(dtypes), (k.stored, v.stored), latent, max(turns) >= 0)
+    return Form(kv_heads, *dims, k, v, tuple(dtypes), (k.stored, v.stored), latent, max(turns) >= 0, bounds)
 
 
 def _find_type(where: str, name: str) -> tuple[np.dtype[Any], str | None]:

@@ -5,11 +5,12 @@ import pickle
 
 import numpy as np
 import pytest
+from _quantised import QUANTISED
 from _util import ALL_TYPES, normal, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qkv_fast import KVCache, explain, num_threads, reference
+from qkv_fast import KVCache, PagedKVCache, explain, num_threads, reference
 from qkv_fast.cache import bounds
 
 pytestmark = pytest.mark.usefixtures("isa")
@@ -24,21 +25,26 @@ def filled(rng, dtype="float32", batch=1, heads=1, n=600, dims=(16, 16), lengths
     return cache, k.astype("float64"), v.astype("float64")
 
 
-def hold(cache, q, k, v, tolerance, **options):
-    """Assert that what is proven is true, of float64's result over all keys; returns the share of keys read."""
-    out, lse, left, read = cache.attend(q, tolerance=tolerance, return_lse=True, **options)
+def hold(cache, q, k, v, tolerance, own=(), seen=None, **options):
+    """Assert that what is proven is true, of float64's result over all keys; returns the share of keys read. `own`: the
+    sequences of a pool; `seen`: what a ring's queries see."""
+    out, lse, left, read = cache.attend(*own, q, tolerance=tolerance, return_lse=True, **options)
     assert out.dtype == q.dtype and left.dtype == np.float32 and left.shape == lse.shape
     assert left.min() >= 0 and left.max() <= tolerance and 0 <= read <= 1
-    plain, whole = cache.attend(q, return_lse=True, **options)
+    plain, whole = cache.attend(*own, q, return_lse=True, **options)
     if read == 1:
         same_bits((out, lse), (plain, whole))
         assert not left.any()
     lengths = options.pop("lengths", None)
+    ends, starts = (x(*own) if own else x for x in (cache.lengths, cache.starts))
+    if seen is not None:
+        options["mask"] = seen
     exact, full = reference.attention(
-        q.astype("float64"), k, v, q_lengths=lengths, kv_lengths=cache.lengths, causal=options.pop("causal", True),
-        kv_starts=cache.starts, return_lse=True, **options,
+        q.astype("float64"), k, v, q_lengths=lengths, kv_lengths=ends, causal=options.pop("causal", cache.causal),
+        kv_starts=starts, return_lse=True, **options,
     )  # fmt: skip
-    most = np.repeat(cache.largest_values, q.shape[1] // cache.kv_heads, axis=1)[:, :, None, None]
+    largest = cache.largest_values(*own) if own else cache.largest_values
+    most = np.repeat(largest, q.shape[1] // cache.kv_heads, axis=1)[:, :, None, None]
     # Rounding is no more than several times that of attention over all keys, and units for each of up to 30 keys' sums.
     rounding = 8 * np.abs(plain.astype("float64") - exact).max(initial=0) + 32 * UNIT[q.dtype.name] * most
     assert (np.abs(out.astype("float64") - exact) <= 2 * left[..., None] * most + rounding).all()
@@ -193,7 +199,9 @@ def test_layouts_outputs_threads_and_plans():
     other = cache.attend(q.swapaxes(1, 2), tolerance=1e-2, layout="blhd", out=room)
     assert other[0] is room
     same_bits(np.ascontiguousarray(room.swapaxes(1, 2)), out)
-    assert explain(cache.attend, q, tolerance=1e-2).pairs == explain(cache.attend, q).pairs
+    plan = explain(cache.attend, q, tolerance=1e-2)
+    assert plan.pairs == explain(cache.attend, q).pairs
+    assert any(note.startswith("tolerance: what 0.01 leaves out") for note in plan.notes)
 
 
 def test_empty_caches_and_queries_that_see_nothing():
@@ -225,8 +233,156 @@ def test_caches_that_have_no_bounds():
         KVCache(1, 1, 8, 9).attend(np.ones((1, 1, 1, 8), "float32"), tolerance=0.1)
     with pytest.raises(ValueError, match="bounds=True knows"):
         _ = KVCache(1, 1, 8, 9).largest_values
-    for options in (
-        {"dtype": "int8"}, {"value_dtype": "int4"}, {"window": 3}, {"path": "somewhere.kv"}, {"causal": False},
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match="and values in floats, in memory, causal and without window"):
-            KVCache(1, 1, 8, 9, bounds=True, **options)
+
+
+def numbers(dtype, heads, k, v, **rows):
+    """Keys and values as a cache gives them back, in float64."""
+    cache = KVCache(len(k), heads, k.shape[-1], k.shape[2], value_dim=v.shape[-1], dtype=dtype, **rows)
+    cache.append(*((k,) if cache.latent else (k, v)))
+    return cache.keys.astype("float64"), cache.values.astype("float64")
+
+
+def as_one_of(kind, path, heads, k, v, lengths, **rows):
+    """A cache of some kind with these tokens; the sequences of a pool; and what the one query of a ring sees."""
+    batch, _, n, dim = k.shape
+    dims, own, seen = dict(value_dim=v.shape[-1], bounds=True, **rows), (), None
+    given = (k,) if rows.get("latent") else (k, v)
+    if kind.startswith("pages"):
+        window = n // 2 if kind == "pages with a window" else None
+        cache = PagedKVCache(heads, dim, 4 + n * batch // 3, page_size=7, window=window, **dims)
+        own = ([cache.add() for _ in range(batch)],)
+    elif kind.startswith("ring"):
+        keep, window = (3 if kind == "ring that keeps" else 0), n // 2
+        cache = KVCache(batch, heads, dim, keep + window + 10, window=window, keep=keep, **dims)
+    else:
+        of = {"encoder": dict(causal=False), "file": dict(path=path)}.get(kind, {})
+        cache = KVCache(batch, heads, dim, n + 3, **of, **dims)
+    for at in range(0, n, 9):
+        step = [x[:, :, at : at + 9] for x in given]
+        cache.append(*own, *step, lengths=np.clip(np.subtract(lengths, at), 0, step[0].shape[2]))
+    if cache.causal and cache.window is not None:
+        j, last = np.arange(n), np.reshape(lengths, (-1, 1, 1, 1)) - 1
+        seen = (j >= last - cache.window) & (j <= last) | (j < getattr(cache, "keep", 0))
+    return cache, own, seen
+
+
+KINDS = ["slab", "file", "encoder", "ring", "ring that keeps", "pages", "pages with a window"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(st.data())
+def test_every_kind_of_cache(tmp_path_factory, kind, data):
+    """All types of rows, latent and rotated ones too: the bound holds, and keys are left out."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    draw = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731
+    batch, heads, group, n = draw(1, 2), draw(1, 2), draw(1, 3), data.draw(st.integers(1, 500))
+    rows = dict(dtype=draw(*ALL_TYPES, *QUANTISED), latent=draw(False, True))
+    rows["rotate"] = rows["dtype"] in QUANTISED and draw(False, True)
+    dims = (16, 8) if rows["latent"] else (draw(1, 33), draw(1, 16))
+    k, v = (normal(rng, (batch, heads, n, dim)).astype("float32") for dim in dims)
+    if rows["dtype"] not in QUANTISED:
+        k, v = k.astype(rows["dtype"]), v.astype(rows["dtype"])
+    lengths = rng.integers(1, n + 1, batch)
+    lengths[rng.integers(batch)] = n
+    path = tmp_path_factory.mktemp("bounds") / "cache.kv"
+    cache, own, seen = as_one_of(kind, path, heads, k, v, lengths, **rows)
+    q = (normal(rng, (batch, heads * group, 1, dims[0])) * draw(0.3, 5, 40)).astype(
+        "float32" if rows["dtype"] in QUANTISED else rows["dtype"]
+    )
+    stored = numbers(rows.pop("dtype"), heads, k, v, **rows)
+    options = {"sinks": normal(rng, heads * group)} if draw(False, True) else {}
+    hold(cache, q, *stored, draw(1e-4, 1e-2, 0.3), own, seen, **options)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8", "int4"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_few_keys_of_every_kind_are_read(tmp_path, kind, dtype):
+    rng = np.random.default_rng(11)
+    k, v = normal(rng, (2, 1, 2, 800, 32)).astype("float32")
+    rows = dict(dtype=dtype, rotate=dtype in QUANTISED)
+    cache, own, seen = as_one_of(kind, tmp_path / "cache.kv", 2, k, v, [800], **rows)
+    q = normal(rng, (1, 4, 1, 32)).astype("float32") * 10
+    stored = numbers(dtype, 2, k, v, rotate=rows["rotate"])
+    assert hold(cache, q, *stored, 1e-3, own, seen) < 0.1
+    if "window" not in kind and not kind.startswith("ring"):
+        bias = np.where(np.arange(800) % 3, 0, -1e9).astype("float32")[None]
+        assert hold(cache, q, *stored, 1e-3, own, bias=bias) < 0.1
+    token = normal(rng, (1, 2, 1, 32)).astype("float32")
+    if kind == "file":
+        cache.flush()
+    other = KVCache.load(tmp_path / "cache.kv") if kind == "file" else copy.copy(cache)
+    found = cache.step(*own, q, token, token, tolerance=1e-3)
+    other.append(*own, token, token)
+    expected = other.attend(*own, q, tolerance=1e-3)
+    same_bits(found[:2], expected[:2])
+    assert found[2] == expected[2] < 0.1
+    assert not cache.step(*own, q * 0, token, token, tolerance=1e-3)[1].any()
+    if kind != "file":
+        path = tmp_path / "saved.kv"
+        cache.save(path)
+        for again in (type(cache).open(path), pickle.loads(pickle.dumps(cache))):
+            assert again.bounds and "bounds=True" in repr(again)
+            same_bits(again.attend(*own, q, tolerance=1e-3)[:2], cache.attend(*own, q, tolerance=1e-3)[:2])
+
+
+@pytest.mark.parametrize("value", [-1e9, np.finfo("float32").min, -65504.0])
+def test_large_biases_that_mean_minus_infinity(value):
+    rng = np.random.default_rng(12)
+    cache, k, v = filled(rng, n=500, batch=2)
+    q = normal(rng, (2, 2, 2, 16)).astype("float32") * 20
+    hidden = rng.random((2, 1, 2, 500)) < 0.4
+    bias = np.where(hidden, value, normal(rng, (2, 1, 2, 500))).astype("float32")
+    assert hold(cache, q, k, v, 1e-3, bias=bias) < 0.3
+    bias[1, :, 1] = value  # of all keys: they share the weight
+    assert (hold(cache, q, k, v, 1e-3, bias=bias) == 1) == (value < -1e6)
+    bias[1, :, 1, ::2] = value * 0.9
+    hold(cache, q, k, v, 1e-3, bias=bias)
+    hold(cache, q, k, v, 1e-3, bias=bias, sinks=[-1e6, 0])
+    hold(cache, q * 1e6, k, v, 1e-3, bias=bias)
+
+
+def test_pages_that_are_copied_take_along_what_is_known():
+    rng = np.random.default_rng(13)
+    pool = PagedKVCache(1, 16, 60, page_size=16, bounds=True)
+    k, v = normal(rng, (2, 1, 1, 400, 16)).astype("float32")
+    a = pool.add()
+    pool.append([a], k, v)
+    b = pool.fork(a)
+    token = normal(rng, (2, 1, 1, 1, 16)).astype("float32")
+    pool.append([b], *token)
+    pool.select(b, 300, [5, 1, 7])
+    q = normal(rng, (2, 2, 1, 16)).astype("float32") * 20
+    kept = np.r_[:300, 305, 301, 307]
+    own = [np.zeros((2, 1, 400, 16)) for _ in range(2)]
+    for x, y in zip(own, (k, v), strict=True):
+        x[0], x[1, :, : len(kept)] = y[0], y[0][:, kept]
+    assert hold(pool, q, *own, 1e-3, ([a, b],)) < 0.3
+    same_bits(pool.largest_values([b])[0, 0], np.abs(v[0, 0, kept]).max().astype("float64"))
+    with pytest.raises(ValueError, match="bounds=True knows"):
+        PagedKVCache(1, 8, 4).largest_values([])
+
+
+def test_what_caches_were_made_with():
+    cache = KVCache(1, 1, 8, 9, dtype="int8", rotate=True, latent=True, bounds=True)
+    pool = PagedKVCache(1, 8, 9, dtype="int8", rotate=True, latent=True, bounds=True)
+    for one in (cache, pool):
+        assert (one.latent, one.rotate, one.bounds) == (True, True, True)
+    plain = KVCache(1, 1, 8, 9)
+    assert (plain.latent, plain.rotate, plain.bounds) == (False, False, False)
+    with pytest.raises(AttributeError, match="cannot be set"):
+        plain.bounds = True
+
+
+def test_steps_that_fail_change_nothing():
+    cache, *_ = filled(np.random.default_rng(14), n=20)
+    pool = PagedKVCache(1, 16, 4, bounds=True)
+    own = ([pool.add()],)
+    q, k = np.ones((1, 1, 1, 16), "float32"), np.ones((1, 1, 1, 16), "float32")
+    for one, sequences in ((cache, ()), (pool, own)):
+        before = repr(one)
+        wrongs = {"below 1": {}, "as a mask": {"tree": np.eye(1) > 0}, "those of a tree": {"q_positions": [0]}}
+        for says, wrong in wrongs.items():
+            wrong = {"tolerance": 0.1 if wrong else 2} | wrong
+            with pytest.raises(ValueError, match=says):
+                one.step(*sequences, q, k, k, **wrong)
+        assert repr(one) == before

@@ -147,7 +147,7 @@ def test_latent_values(path, dtype, rotate):
     del cache, copy
     with pytest.raises(ValueError, match=f"capacity 20, {dtype}, latent.*; asked for was .* capacity 20, {dtype}$"):
         KVCache(2, 2, 8, 20, value_dim=4, dtype=dtype, path=path)
-    for at, number in ((69, 9), (117, 4)):  # value_dim; what says that values are latent and rows rotated
+    for at, number in ((69, 9), (117, 8)):  # value_dim; what says that values are latent, rows rotated, bounds kept
         data = bytearray(path.read_bytes())
         for first in (0, HEADER):
             struct.pack_into("<q", data, first + at, number)

@@ -103,6 +103,18 @@ class Model:
             options["bias"] = -options.pop("alibi_slopes")[:, None, None] * np.abs(at[:, None] - keys)
         return dict(options, mask=seen)
 
+    def check_within(self, got, most, q, kept=0, window=None, **options):
+        """(out, left) of an attend with a tolerance, of values of up to `most`."""
+        if q.shape[1]:
+            out, left = got
+            options = self.meant(q.shape[1], kept, window, **options)
+            wide = [x.astype("float64") for x in (q, self.k, self.v)]
+            exact = qkv_fast.reference.attention(*wide, **options)
+            unit = {"float64": 2.0**-40, "bfloat16": 2.0**-6}.get(q.dtype.name, 2.0**-8)  # far from wrong bounds
+            slack = unit * max(1, most.max())
+            most = np.repeat(most, q.shape[0] // len(most))[:, None, None]
+            assert (np.abs(out.astype("float64") - exact) <= 2 * left[..., None] * most + slack).all()
+
     def check_answer(self, name, got, b, q, kept=0, window=None, **options):
         """The part of an answer that belongs to sequence b and its queries; tokens beyond are worth nothing."""
         n, count = len(self), q.shape[1]
@@ -220,7 +232,7 @@ class Slab(RuleBasedStateMachine):
         self.capacity = least + data.draw(st.integers(0, 20))
         self.cache = qkv_fast.KVCache(
             self.batch, self.heads, DIM, self.capacity, value_dim=DIM_V, window=self.window, keep=self.keep,
-            **self.rows._asdict(),
+            bounds=data.draw(st.booleans(), "bounds"), **self.rows._asdict(),
         )  # fmt: skip
         poison = np.full((self.batch, self.heads, self.capacity, DIM), np.nan, "float32")
         self.cache.append(*self.rows.given(poison, poison[..., :DIM_V]))
@@ -317,6 +329,13 @@ class Slab(RuleBasedStateMachine):
             with pytest.raises(ValueError, match="the ring holds"):
                 self.cache.attend(q, lengths=lengths, **options)
             return
+        if self.cache.bounds and "tree" not in options and data.draw(st.booleans(), "tolerance"):
+            out, left, _ = self.cache.attend(q * 8, lengths=lengths, tolerance=1e-2, **options)
+            assert left.max(initial=0) <= 1e-2
+            for b, (m, n) in enumerate(zip(self.model, counts, strict=True)):
+                own, most = q[b, :, :n] * 8, np.abs(m.v.astype("float64")).max((1, 2), initial=0)
+                m.check_within((out[b, :, :n], left[b, :, :n]), most, own, self.keep, self.window, **options)
+            return
         out, lse = self.cache.attend(q, lengths=lengths, return_lse=True, **options)
         exact = not (self.keep and any(len(m) - 1 > self.window for m in self.model))
         for b, (m, n) in enumerate(zip(self.model, counts, strict=True)):
@@ -383,7 +402,7 @@ class Pages(RuleBasedStateMachine):
         self.window = data.draw(st.none() | st.integers(0, 12), "window")
         self.pool = qkv_fast.PagedKVCache(
             self.HEADS, DIM, self.PAGES, page_size=self.SIZE, value_dim=DIM_V, window=self.window,
-            **self.rows._asdict(),
+            bounds=data.draw(st.booleans(), "bounds"), **self.rows._asdict(),
         )
         poison = np.full((1, self.HEADS, self.SIZE * self.PAGES, DIM), np.nan, "float32")
         everything = self.pool.add()
@@ -550,6 +569,14 @@ class Pages(RuleBasedStateMachine):
         if not there:
             with pytest.raises(ValueError, match="the first query's window begins at"):
                 self.pool.attend(chosen, q, lengths=lengths, **options)
+            return
+        if self.pool.bounds and "tree" not in options and data.draw(st.booleans(), "tolerance"):
+            out, left, _ = self.pool.attend(chosen, q * 8, lengths=lengths, tolerance=1e-2, **options)
+            assert left.max(initial=0) <= 1e-2
+            for b, (m, n) in enumerate(zip(models, counts, strict=True)):
+                most, first = self.pool.largest_values(chosen)[b], min(self.first(m), len(m))
+                same_bits(most, np.abs(m.v[:, first:].astype("float64")).max((1, 2), initial=0))
+                m.check_within((out[b, :, :n], left[b, :, :n]), most, q[b, :, :n] * 8, window=self.window, **options)
             return
         out, lse = self.pool.attend(chosen, q, lengths=lengths, return_lse=True, **options)
         for b, (m, n) in enumerate(zip(models, counts, strict=True)):
