@@ -122,7 +122,7 @@ qkv_status qkv_plan_product(const qkv_product_problem *p, qkv_product_plan *plan
     plan->stream = !plan->copy_c && !plan->turned_columns && !p->added && !p->packed
         && at_vectors % vector == 0 && p->terms <= QKV_TERMS && bytes >= STREAM_C_BYTES;
     int64_t panels_of_task = B_BYTES / (plan->pass * lanes * size);
-    if (plan->copy_a && !p->packed)
+    if (plan->copy_a && p->a && !p->packed)             /* panels of packed B are those of any A, of which there is none yet */
         panels_of_task = qkv_max(panels_of_task, COPIED_COLUMNS / lanes);
     if (plan->turned_columns) {       /* long tasks, since what is fetched ahead is the next column's */
         int64_t each = ceil_div(p->columns, ceil_div((int64_t)p->threads * TASKS_EACH, heads));

@@ -56,7 +56,9 @@ def check_by_differences(attend, rng, arrays, options, dout, dlse, gradients):
     for name, gradient in gradients.items():
         argument = {"slopes": "alibi_slopes"}.get(name, name)
         value = np.asarray(arguments[argument], "f8")
-        step = np.where(np.isfinite(value) & (np.abs(value) < 1e30), 1e-5 * rng.standard_normal(value.shape), 0)
+        farthest = sum(arguments[x].shape[-2] for x in "qk") if name == "slopes" else 1  # which multiplies the step
+        small = 1e-5 / farthest
+        step = np.where(np.isfinite(value) & (np.abs(value) < 1e30), small * rng.standard_normal(value.shape), 0)
         change = (loss(argument, value + step) - loss(argument, value - step)) / 2
         size = np.abs(gradient * step).sum()
         # The error of central differences is of the order of step^2 relative to the gradient.
