@@ -47,6 +47,16 @@ void qkv_open_lanes(const qkv_elements *e, qkv_lanes *x, int64_t row, int64_t n,
     }
 }
 
+/* Where a run of lanes ends that begins at j and whose rows lie `step` bytes one after the other. */
+static int end_of_run(const char *const *rows, int j, int n, ptrdiff_t *step)
+{
+    int end = j + 1;
+    *step = end < n ? (ptrdiff_t)((uintptr_t)rows[end] - (uintptr_t)rows[j]) : 0;
+    while (end < n && (uintptr_t)rows[end] - (uintptr_t)rows[end - 1] == (uintptr_t)*step)
+        end++;
+    return end;
+}
+
 /* Rows of the bias at key `first`, for n lanes. */
 static const void *const *bias_rows(const qkv_elements *e, const qkv_lanes *x, int lane, int n, int64_t first,
                                     int64_t last)
@@ -55,18 +65,16 @@ static const void *const *bias_rows(const qkv_elements *e, const qkv_lanes *x, i
     const qkv_plan *plan = e->plan;
     const void **rows = e->bias_rows;
     size_t row_bytes = (size_t)e->block * (size_t)plan->kernels->size;
-    for (int j = 0; j < n; j++) {
-        char *from = (char *)x->bias[lane + j] + first * p->bias_at.dim;
-        if (plan->direct_bias) {
-            rows[j] = from;
-        } else if (j > 0 && x->bias[lane + j] == x->bias[lane + j - 1]) {
-            rows[j] = rows[j - 1];
-        } else {
-            char *copy = e->bias_copies + (size_t)j * row_bytes;
-            qkv_rows one = {from, 0, (ptrdiff_t)p->bias_at.dim, p->bias_type, p->swapped_bias};
-            plan->kernels->gather(copy, 0, &one, 1, (int)(last - first));
-            rows[j] = copy;
+    for (int j = 0, end; j < n; j = end) {
+        ptrdiff_t step;
+        end = end_of_run(x->bias + lane, j, n, &step);
+        char *from = (char *)x->bias[lane + j] + first * p->bias_at.dim, *copy = e->bias_copies + (size_t)j * row_bytes;
+        if (!plan->direct_bias) {
+            qkv_rows some = {from, step, (ptrdiff_t)p->bias_at.dim, p->bias_type, p->swapped_bias};
+            plan->kernels->gather(copy, (ptrdiff_t)e->block, &some, step ? end - j : 1, (int)(last - first));
         }
+        for (int i = 0; i < end - j; i++)
+            rows[j + i] = plan->direct_bias ? from + i * step : step ? copy + (size_t)i * row_bytes : copy;
     }
     return rows;
 }
@@ -108,6 +116,23 @@ int64_t qkv_count_seen(const qkv_problem *p, int64_t sequence, int64_t beam, int
     return seen;
 }
 
+/* Lanes of a mask, `lane` bytes apart, to rows of copies: along keys or, where lanes lie closer, eight lanes at a time. */
+static void copy_mask(uint8_t *to, int64_t block, const char *from, ptrdiff_t lane, ptrdiff_t key, int lanes, int64_t keys)
+{
+    enum { SIDE = 8 };
+    int along = lane < 0 || lane > (key < 0 ? -key : key) || lanes == 1;
+    for (int j = 0; j < lanes; j += along ? 1 : SIDE) {
+        const char *x = from + j * lane;
+        uint8_t *y = to + j * block;
+        int some = (int)qkv_min(lanes - j, SIDE);
+        for (int64_t i = 0; i < keys && along; i++)
+            y[i] = x[i * key] != 0;
+        for (int64_t i = 0; i < keys && !along; i++)
+            for (int k = 0; k < some; k++)
+                y[k * block + i] = x[i * key + k * lane] != 0;
+    }
+}
+
 void qkv_set_mask(const qkv_elements *e, const qkv_lanes *x, int lane, int n, int64_t first, int64_t last, qkv_changes *to)
 {
     const qkv_problem *p = e->problem;
@@ -125,17 +150,24 @@ void qkv_set_mask(const qkv_elements *e, const qkv_lanes *x, int lane, int n, in
             rows[j] = copies + j * block;
         }
     }
-    /* Key by key: of a mask that is given by its columns, lanes lie side by side. */
     for (int k = 0; k < count && begin > first; k++)
         memset(copies + own[k] * block, 1, (size_t)(begin - first));
-    for (int64_t i = begin; i < last && count && p->mask; i++)
-        for (int k = 0; k < count; k++)
-            copies[own[k] * block + i - first] = x->mask[lane + own[k]][(i - from) * p->mask_at.dim] != 0;
+    for (int k = 0, end; k < count && p->mask; k = end) {
+        const char *const *some = x->mask + lane + own[k];
+        ptrdiff_t step;
+        for (end = k + 1; end < count && own[end] == own[end - 1] + 1;)
+            end++;
+        end = k + end_of_run(some, 0, end - k, &step);
+        copy_mask(copies + own[k] * block + (begin - first), block, some[0] + (begin - from) * p->mask_at.dim, step, p->mask_at.dim,
+                  end - k, last - begin);
+    }
     for (int k = 0; k < count && p->q_ids; k++) {
-        const int32_t *ids = key_ids(p, e->sequence), id = x->id[lane + own[k]];
+        const int32_t *ids = key_ids(p, e->sequence) + first, id = x->id[lane + own[k]];
         uint8_t *copy = copies + own[k] * block;
-        for (int64_t i = first; i < last; i++)
-            copy[i - first] = (!p->mask || copy[i - first]) & (ids[i] == id);
+        for (int64_t i = 0; i < last - first && !p->mask; i++)
+            copy[i] = ids[i] == id;
+        for (int64_t i = 0; i < last - first && p->mask; i++)
+            copy[i] &= ids[i] == id;
     }
     to->mask = rows;
 }
@@ -242,7 +274,7 @@ static int are_all(const char *x, int64_t step, int64_t n, const char *one, int6
     return 1;
 }
 
-int qkv_bias_hides(const qkv_elements *e, const qkv_lanes *x, int lane, int n, int64_t first, int64_t last)
+static int bias_hides(const qkv_elements *e, const qkv_lanes *x, int lane, int n, int64_t first, int64_t last)
 {
     const qkv_problem *p = e->problem;
     for (int j = 0; j < n; j++)
@@ -251,6 +283,16 @@ int qkv_bias_hides(const qkv_elements *e, const qkv_lanes *x, int lane, int n, i
                         qkv_size(p->bias_type)))
             return 0;
     return 1;
+}
+
+int64_t qkv_bias_end(const qkv_elements *e, const qkv_lanes *x, int lane, int n, int64_t first, int64_t last)
+{
+    enum { STRIP = 32 };
+    if (bias_hides(e, x, lane, n, first, last))
+        return first;
+    for (int64_t begin; last > first && bias_hides(e, x, lane, n, begin = qkv_max(first, (last - 1) / STRIP * STRIP), last);)
+        last = begin;
+    return last;
 }
 
 /* Whether some of these keys have positions of their own. */

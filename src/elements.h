@@ -49,8 +49,9 @@ int qkv_look_at(const qkv_changes *changes, int n, int64_t at, int64_t keys);
 qkv_kind qkv_look(const qkv_elements *elements, const qkv_lanes *lanes, int lane, int n, int64_t first, int64_t last,
                   qkv_changes *to);
 
-/* Whether the bias is -inf for all of n lanes and the keys [first, last): mostly the first says that it is not. */
-int qkv_bias_hides(const qkv_elements *elements, const qkv_lanes *lanes, int lane, int n, int64_t first, int64_t last);
+/* Where those of the keys [first, last) end that the bias hides from none of n lanes: it is -inf for all of them behind, in whole
+ * strips of keys. */
+int64_t qkv_bias_end(const qkv_elements *elements, const qkv_lanes *lanes, int lane, int n, int64_t first, int64_t last);
 
 /* All else that changes these scores; after the mask, on which `adjust` depends as well. Positions count from `base`. */
 void qkv_set_changes(const qkv_elements *elements, const qkv_lanes *lanes, int lane, int n, int64_t base, int64_t first,

@@ -183,14 +183,15 @@ static void attend_keys(const qkv_query_tile *t, const qkv_panel *x, int lane, p
         qkv_ask(t, x, lane, first, tile);
 }
 
-/* What the mask and the bias make of the keys [first, last) for a vector of lanes; sets the mask where it hides some. */
-static qkv_kind look(const qkv_query_tile *t, const qkv_panel *x, int lane, int64_t first, int64_t last, qkv_changes *changes)
+/* What the mask and the bias make of the keys [first, *last) for a vector of lanes; sets the mask where it hides some, and cuts off
+ * last keys that the bias hides from all. */
+static qkv_kind look(const qkv_query_tile *t, const qkv_panel *x, int lane, int64_t first, int64_t *last, qkv_changes *changes)
 {
     int w = t->plan->kernels->vector;
-    qkv_kind kind = t->plan->masked ? qkv_look(&t->elements, &x->lanes, lane, w, first, last, changes) : QKV_FULL;
-    if (kind != QKV_SKIP && t->problem->bias && qkv_bias_hides(&t->elements, &x->lanes, lane, w, first, last))
-        return QKV_SKIP;
-    return kind;
+    qkv_kind kind = t->plan->masked ? qkv_look(&t->elements, &x->lanes, lane, w, first, *last, changes) : QKV_FULL;
+    if (kind != QKV_SKIP && t->problem->bias)
+        *last = qkv_bias_end(&t->elements, &x->lanes, lane, w, first, *last);
+    return *last == first ? QKV_SKIP : kind;
 }
 
 /* A whole panel whose rows all see the keys [first, last) as far as positions say; 0 if the mask leaves vectors out. */
@@ -198,13 +199,17 @@ static int attend_full(const qkv_query_tile *t, const qkv_panel *x, pass_rows *k
                        int64_t last, qkv_tile whole)
 {
     int w = t->plan->kernels->vector, n = x->nv * w, partial = 0, skipped = 0;
+    int64_t end = t->problem->bias ? first : last;
     for (int i = 0; (t->plan->masked || t->problem->bias) && i < n; i += w) {
-        qkv_kind kind = look(t, x, i, first, last, &whole.changes);
+        int64_t seen = last;
+        qkv_kind kind = look(t, x, i, first, &seen, &whole.changes);
         partial += kind == QKV_PARTIAL;
         skipped += kind == QKV_SKIP;
+        end = qkv_max(end, seen);
     }
     if (skipped > 0 && skipped < x->nv)
         return 0;
+    last = end;
     whole.changes.mask = NULL;
     if (partial)
         qkv_set_mask(&t->elements, &x->lanes, 0, n, first, last, &whole.changes);
@@ -260,7 +265,7 @@ static void attend_block(const qkv_query_tile *t, const qkv_panel *x, pass_rows 
         int odd = kind == QKV_FULL && (first - block_first) % kernels->pair, limited = kind == QKV_PARTIAL || odd;
         first -= odd;
         if (kind != QKV_SKIP) {
-            qkv_kind seen = look(t, x, i * w, first, last, &one.changes);
+            qkv_kind seen = look(t, x, i * w, first, &last, &one.changes);
             kind = seen == QKV_FULL ? kind : seen;
         }
         if (kind == QKV_SKIP) {
@@ -656,6 +661,8 @@ static place find_tile(const qkv_call *job, int64_t index)
         index -= sequence * job->plan->heads * tiles;
     }
     /* Late rows first: under a causal mask they are the heavy ones. */
+    if (job->plan->heads_inner)
+        return (place){sequence, index % job->plan->heads, tiles - 1 - index / job->plan->heads};
     return (place){sequence, index / tiles, tiles - 1 - index % tiles};
 }
 

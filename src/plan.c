@@ -26,7 +26,7 @@ enum {
     FEW_COLUMNS = 8,
     FEW_LEAST = 4,
     FEW_BYTES = 48,
-    FEW_WIDENED = 32,
+    FEW_WIDENED = 32,                 /* not of int8 and int4: 32 take 1.6 times as long as lanes of rows with widened copies (Zen 3) */
     FEW_BEAMS = 64,                   /* rows of a tile that several beams share: what is kept of a row is 5 KB */
     CHUNK = 1024,                     /* keys per chunk; merging chunks of about 1000 keeps the error of 64k keys small */
     PASS_BYTES = 256 << 10,           /* K and V of a pass: a quarter of L2, half of an older 512 KB one */
@@ -39,6 +39,7 @@ enum {
     SHARING_PANELS = 3,               /* up to this many: they read K and V from memory once (64 rows: 0.88 of the time) */
     PARTIAL_BYTES = 32 << 20,         /* most memory that a split may take */
     SUMMARY_BYTES = 8 << 20,          /* most of a mask's summary: 1 GB of mask */
+    HEADS_INNER_BYTES = 16 << 20,     /* a bias that heads share is read tile by tile, by all heads, where L3 would not hold it */
     SUMMARY_ROWS = 64,                /* of a task of it: some microseconds for rows of a few thousand keys */
     GRADIENT_PARTS = 4,               /* most partial sums of dQ */
     GRADIENT_KEYS = 512,              /* fewest keys of one */
@@ -134,6 +135,14 @@ static void plan_summary(const qkv_problem *p, qkv_plan *plan)
         plan->summary_keys = p->mask_at.dim ? most : 1;
         plan->summary_bytes = (size_t)(rows * blocks);
     }
+}
+
+/* Whether heads read the same lines of a bias or mask: they lie side by side or, of one that they share, are more than stays in
+ * a cache for the next head. */
+static int shares_lines(const qkv_problem *p, const void *data, const qkv_strides *at)
+{
+    double bytes = (double)llabs(at->row) * (double)p->len_q;
+    return data && llabs(at->head) < llabs(at->row) && (at->head || bytes >= HEADS_INNER_BYTES);
 }
 
 static int reads_out(const qkv_problem *p)
@@ -234,7 +243,8 @@ static void plan_few(const qkv_problem *p, qkv_plan *plan)
     if (plan->rows == 0 || (p->question && !keeps_rows(p)))
         return;
     qkv_type arithmetic = qkv_arithmetic(p->type);
-    int64_t most = p->k_type == arithmetic && p->v_type == arithmetic ? FEW_BYTES / size : FEW_WIDENED;
+    int quantised = p->k_type >= QKV_I8 || p->v_type >= QKV_I8, own = p->k_type == arithmetic && p->v_type == arithmetic;
+    int64_t most = own || quantised ? FEW_BYTES / size : FEW_WIDENED;
     few->most = qkv_min(most, qkv_max(FEW_LEAST, (p->dim + p->dim_v) / FEW_COLUMNS));
     plan->decode = p->len_q * plan->group <= few->most;
     if (!plan->decode && !qkv_is_uneven(p))
@@ -498,6 +508,7 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     }
     plan->threads = (int)qkv_min(plan->threads, qkv_max(1, plan->tasks));
     plan_summary(p, plan);
+    plan->heads_inner = shares_lines(p, p->bias, &p->bias_at) || shares_lines(p, p->mask, &p->mask_at);
     plan->bases = plan->split ? plan->tasks / plan->chunks : p->question == QKV_GRADIENTS ? plan->tasks / plan->ranges : 0;
     size_t numbers = (size_t)plan->bases;
     numbers += qkv_is_uneven(p) ? (size_t)plan->sequences + 1 : 0;

@@ -51,6 +51,7 @@ typedef struct {
     qkv_few_plan few;
     int64_t tile_panels;              /* panels in a query tile */
     int64_t tiles;                    /* query tiles of one head; in ragged batches, at most */
+    int heads_inner;                  /* the tiles of all heads follow one another: they read the same lines of a bias or mask */
 
     int64_t block;                    /* keys of one kernel call; bounds are multiples of it */
     int64_t chunk;                    /* keys summed apart and then merged; a multiple of block */

@@ -144,17 +144,80 @@ static void X(widen_row)(REAL *to, const char *data, const qkv_rows *from, int d
     }
 }
 
+/* Elements that lie side by side, in the other byte order. */
+static void X(swap_row)(REAL *to, const char *data, int d)
+{
+    for (int e = 0; e < d; e++) {     /* which compilers turn into vectors */
+        uint32_t x[sizeof(REAL) / 4], y[sizeof(REAL) / 4];
+        memcpy(x, data + e * (ptrdiff_t)sizeof(REAL), sizeof x);
+        for (size_t i = 0; i < sizeof(REAL) / 4; i++) {
+            uint32_t word = x[sizeof(REAL) / 4 - 1 - i];
+            y[i] = word << 24 | (word << 8 & 0xff0000) | (word >> 8 & 0xff00) | word >> 24;
+        }
+        memcpy(to + e, y, sizeof y);
+    }
+}
+
+/* What is finite stays so: a bias that averages excludes nothing. */
+static inline REAL X(narrow)(double x)
+{
+    const double most = (double)REAL_LARGEST;
+    double y = x > most ? most : x;
+    y = y < -most ? -most : y;
+    return (REAL)(x - x == 0 ? y : x);
+}
+
+/* d <= W columns of n <= W rows whose columns lie in memory as rows do elsewhere. */
+static QKV_INLINE void X(gather_square)(REAL *to, ptrdiff_t to_row, const char *data, ptrdiff_t col, int n, int d)
+{
+    VEC x[W];
+    QKV_UNROLL
+    for (int j = 0; j < W; j++)
+        x[j] = j >= d ? X(set1)(0) : n == W ? X(loadu)((const REAL *)(data + j * col)) : X(load_part)((const REAL *)(data + j * col), n);
+    X(transpose)(x);
+    QKV_UNROLL
+    for (int j = 0; j < W; j++)
+        if (j < n)
+            X(store_part)(to + j * to_row, x[j], d);
+}
+
+/* Such rows, some columns from end to end: memory likes what lies side by side. Meanwhile the next ones are fetched. */
+static void X(gather_turned)(REAL *to, ptrdiff_t to_row, const char *data, ptrdiff_t col, int n, int d)
+{
+    for (int e = 0; e < d; e += W)
+        for (int i = 0; i < n; i += W) {
+            const char *from = data + e * col + i * (ptrdiff_t)sizeof(REAL);
+            REAL *square = to + i * to_row + e;
+            for (int j = W; j < 2 * W && i * (int)sizeof(REAL) % QKV_LINE == 0; j++)
+                QKV_PREFETCH_L2((const void *)((uintptr_t)from + (uintptr_t)(j * col)));
+            if (n - i >= W && d - e >= W)
+                X(gather_square)(square, to_row, from, col, W, W);
+            else
+                X(gather_square)(square, to_row, from, col, n - i < W ? n - i : W, d - e < W ? d - e : W);
+        }
+}
+
 /* Rows of bytes with their scales (qkv.h). The product is exact but for that of int8 in float32, which is rounded. */
 static void X(dequantise_row)(REAL *to, const char *data, const char *scales, int type, int d)
 {
     if (type == QKV_AS_I8) {
         float scale;
         memcpy(&scale, scales, sizeof scale);
-        for (int e = 0; e < d; e++)
+        int e = 0;
+#if WIDENS
+        for (VEC factor = X(set1)((REAL)scale); e + W <= d; e += W)
+            X(storeu)(to + e, X(mul)(factor, X(widen_i8)(data + e)));
+#endif
+        for (; e < d; e++)
             to[e] = (REAL)scale * (REAL)((const signed char *)data)[e];
         return;
     }
-    for (int e = 0; e < d; e++) {
+    int e = 0;
+#if WIDENS
+    for (; e + W <= d; e += W)
+        X(storeu)(to + e, X(widen_i4)(data + e / 32 * 16, e % 32, scales + e / 32 * 2));
+#endif
+    for (; e < d; e++) {
         uint16_t half;
         memcpy(&half, scales + e / 32 * 2, sizeof half);
         uint32_t bits = (uint32_t)half << 16;
@@ -167,11 +230,18 @@ static void X(dequantise_row)(REAL *to, const char *data, const char *scales, in
 static void X(gather)(void *to, ptrdiff_t to_row, const qkv_rows *from, int n, int d)
 {
     const int own = sizeof(REAL) == 4 ? QKV_AS_F32 : QKV_AS_F64;
+    if (n > 1 && from->type == own && !from->swapped && from->row == sizeof(REAL) && from->col != sizeof(REAL)
+        && ((uintptr_t)from->data | (uintptr_t)from->col) % sizeof(REAL) == 0) {
+        X(gather_turned)(to, to_row, from->data, from->col, n, d);
+        return;
+    }
     for (int i = 0; i < n; i++) {
         REAL *row = (REAL *)to + i * to_row;
         const char *data = from->data + i * from->row;
         if (from->type == own && from->col == sizeof(REAL) && !from->swapped)
             memcpy(row, data, (size_t)d * sizeof(REAL));
+        else if (from->type == own && from->col == sizeof(REAL))
+            X(swap_row)(row, data, d);
         else if (from->type == own)
             for (int e = 0; e < d; e++)
                 X(copy_bytes)(row + e, data + e * from->col, sizeof(REAL), from->swapped);
@@ -181,11 +251,17 @@ static void X(gather)(void *to, ptrdiff_t to_row, const qkv_rows *from, int n, i
                 X(copy_bytes)(&x, data + e * from->col, sizeof x, from->swapped);
                 row[e] = (REAL)x;
             }
+        else if (from->type == QKV_AS_F64 && from->col == sizeof(double) && !from->swapped)
+            for (int e = 0; e < d; e++) {                   /* which compilers turn into vectors */
+                double x;
+                memcpy(&x, data + e * sizeof x, sizeof x);
+                row[e] = X(narrow)(x);
+            }
         else if (from->type == QKV_AS_F64)
             for (int e = 0; e < d; e++) {
-                double x, most = (double)REAL_LARGEST;      /* finite stays finite: a bias that averages excludes nothing */
+                double x;
                 X(copy_bytes)(&x, data + e * from->col, sizeof x, from->swapped);
-                row[e] = (REAL)(isfinite(x) ? x > most ? most : x < -most ? -most : x : x);
+                row[e] = X(narrow)(x);
             }
         else if (from->type >= QKV_AS_I8)
             X(dequantise_row)(row, data, data + from->col, from->type, d);

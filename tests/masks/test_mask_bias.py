@@ -239,6 +239,24 @@ def test_nothing_visible(dtype, threads):
 
 
 @dtypes
+@pytest.mark.parametrize("lq", [13, 40, 300])
+def test_last_keys_that_a_bias_hides_are_left_out(dtype, lq):
+    """Wherever a row's keys end: the same bits as where another row of the call sees all of them."""
+    rng = np.random.default_rng(14)
+    q, k, v = qkv(14, dtype, heads=(2, 1), lengths=(lq, 300))
+    bias = normal(rng, (2, lq, 300), dtype)
+    ends = rng.integers(0, 301, (2, lq, 1))
+    bias = np.where(np.arange(300) < ends, bias, np.dtype(dtype).type(-np.inf))
+    out, lse = check(q, k, v, bias=bias)
+    k[:, ends.max() :], v[:, ends.max() :] = np.nan, np.inf
+    for step in (1, 3):
+        rows = np.s_[:, ::step]
+        got = qkv_fast.attention(q[rows], k, v, bias=bias[rows], return_lse=True)
+        if step == 1 or len(range(0, lq, step)) > 12:
+            same_bits(got, (out[rows], lse[rows]))
+
+
+@dtypes
 def test_tiles_are_skipped_and_full_where_they_can_be(dtype):
     q, k, v = qkv(13, dtype, lengths=(2048, 2048))
     document = np.repeat(np.arange(8), 256)
@@ -248,6 +266,11 @@ def test_tiles_are_skipped_and_full_where_they_can_be(dtype):
         qkv_fast.attention(q, k, v, mask=document[:, None] == document)
     tiles = whole["tiles_full"]
     assert blocks["tiles_full"] + blocks["tiles_partial"] < 0.25 * tiles  # an eighth, and what straddles an edge
+    bias = np.where(document[:, None] == document, 0, -np.inf)
+    for given in (bias.astype(dtype), bias, bias.T, bias.astype(">f4"), np.repeat(bias.astype(dtype), 2, -1)[:, ::2]):
+        with _runtime.counters() as hidden:
+            qkv_fast.attention(q, k, v, bias=given)
+        assert hidden["tiles_skipped"] == blocks["tiles_skipped"]
     with _runtime.counters() as full:
         qkv_fast.attention(q, k, v, mask=np.ones((2048, 2048), bool))
     assert (full["tiles_full"], full["tiles_partial"]) == (tiles, 0)
