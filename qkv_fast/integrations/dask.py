@@ -246,7 +246,7 @@ class _Problem:
     def _axes_of(self, name: str, ndim: int, leading: tuple[int, ...]) -> tuple[Any, ...]:
         if name in ("mask", "bias"):
             return (*leading, "h", "q", "k")[-ndim:] if ndim > 2 else ("q", "k")[2 - ndim :]
-        heads, length, dim = {"q": "hqd", "k": "gkd", "v": "gke"}[name]
+        heads, length, dim = {"q": ("h", "q", "d"), "k": ("g", "k", "d"), "v": ("g", "k", "e")}[name]
         if ndim == 2:
             return length, dim
         before = leading if ndim > 3 else ()
@@ -366,7 +366,7 @@ class _Problem:
     def _bytes(self, name: str, block: dict[Any, int]) -> int:
         x = self.operands[name].array
         sizes = (chunks[i] for chunks, i in zip(x.chunks, self.index(name, block), strict=True))
-        return math.prod(sizes) * x.dtype.itemsize
+        return int(math.prod(sizes) * x.dtype.itemsize)
 
     def partial_bytes(self, block: dict[Any, int]) -> int:
         rows = math.prod(b - a for a, b in (self._span(axis, block) for axis in self.axes["lse"]))
@@ -377,7 +377,7 @@ class _Problem:
             math.prod(map(max, x.array.chunks)) * x.array.dtype.itemsize for x in list(self.operands.values())[:3]
         )
         rows = math.prod(max(self._sizes(axis)) for axis in self.axes["lse"])
-        return largest + rows * (self.sizes["e"] + 1) * self.wide.itemsize
+        return int(largest + rows * (self.sizes["e"] + 1) * self.wide.itemsize)
 
     # What is done with them.
 
@@ -434,7 +434,7 @@ class _Problem:
             last = np.minimum(last, high + min(self.right, 2 * _FARTHEST) + 1)
         begins, ends = np.array(self.bounds["k"][:-1]), np.array(self.bounds["k"][1:])
         first, last = (np.where((num_rows > 0) & (first < last), x, -1).reshape(-1, 1) for x in (first, last))
-        seen = ((first < ends) & (last > begins)).any(axis=0)
+        seen: Any = ((first < ends) & (last > begins)).any(axis=0)
         if self.ids is not None and b > a:
             ids = self.ids[0][(*at, slice(a, b))]
             for i in np.flatnonzero(seen):
@@ -526,7 +526,7 @@ def _attend(names: list[str], options: dict[str, Any], q: Any, k: Any, v: Any, *
         out = np.empty((*batch, *q.shape[-3:-1], v.shape[-1]), np.float32)
     masks, before = dict(zip(names, rest, strict=False)), rest[len(names) :]
     found = qkv_fast.attention(q, k, v, **options, **masks, out=out, return_lse=True)
-    return _merge(*before, found, options.get("layout", "bhld")) if before else found
+    return _merge(before[0], found, options.get("layout", "bhld")) if before else found
 
 
 def _merge(a: Any, b: Any, layout: str) -> tuple[Any, Any]:
