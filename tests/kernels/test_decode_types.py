@@ -36,8 +36,8 @@ def check(q, cache, **options):
     options.setdefault("causal", True)
     with _runtime.counters() as seen:
         out, lse = cache.attend(q, return_lse=True, **options)
-    # The kernel of few rows took it, if there are more keys than a block has or more rows than a vector. Of int8 and int4
-    # as many rows are few as of the queries' own type.
+    # The kernel of few rows took it, if there are more keys than a block has or more rows than a vector.
+    # Of int8 and int4 as many rows are few as of the queries' own type.
     rows = q.shape[1] // cache.keys.shape[1] * q.shape[2]
     if cache.keys.dtype in HALVES or rows <= 48 // q.itemsize:
         assert seen["tiles_full"] + seen["tiles_partial"] <= seen["tasks"] * -(-cache.lengths.max() // CHUNK)
