@@ -265,7 +265,9 @@ static qkv_status count_by_walking(qkv_problem *p, const qkv_plan *plan, qkv_rep
         report->pairs += pairs;
         *all_keys += keys * (double)p->heads_kv;
     }
-    return walk(p, plan, &report->counts);
+    qkv_status status = walk(p, plan, &report->counts);
+    report->counts.threads = plan->threads;             /* of kernels that do nothing, one thread may have done all tasks */
+    return status;
 }
 
 static void count_in_closed_form(const qkv_problem *p, const qkv_plan *plan, qkv_report *report, double *all_keys)
