@@ -122,16 +122,42 @@ class Linear:
            [6., 8.]])
     """
 
-    __slots__ = ("_b", "_isa", "_kind", "_packed", "n_in", "n_out")
+    __slots__ = ("_b", "_isa", "_kind", "_packed", "_shape")
 
     def __init__(self, w: Any, b: Any = None, *, num_threads: int | None = None) -> None:
         where = "Linear"
         w = _check_weights(where, w)
-        self.n_out, self.n_in = w.shape
+        self._shape: tuple[int, int] = w.shape
         self._kind = w.dtype
         self._b = None if b is None else _check_added(where, b, w).copy()
         threads, self._isa, _ = _runtime.current(num_threads, where)
         self._packed = _core.pack(w, threads, self._isa)
+
+    @property
+    def n_in(self) -> int:
+        """Elements of a row of x.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import qkv_fast
+        >>> qkv_fast.Linear(np.ones((2, 3))).n_in
+        3
+        """
+        return self._shape[1]
+
+    @property
+    def n_out(self) -> int:
+        """Elements of a row of the result.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import qkv_fast
+        >>> qkv_fast.Linear(np.ones((2, 3))).n_out
+        2
+        """
+        return self._shape[0]
 
     def __call__(self, x: Any, *, out: Array | None = None, num_threads: int | None = None) -> Array:
         """The layer's result for x.

@@ -10,6 +10,7 @@ from . import _core
 from ._attention import attention
 from ._checks import Array, _as_array, _check_count, _fail_shapes, _per_sequence
 from ._layers import Linear
+from ._masks import check_starts
 from ._rope import Rotation
 from ._varlen import attention_varlen
 from .cache import KVCache, PagedKVCache
@@ -161,6 +162,9 @@ class MultiHeadAttention:
         """
         where = "MultiHeadAttention.from_state"
         _check_count(where, "num_heads", num_heads)
+        if not isinstance(weights, Mapping) or not isinstance(prefix, str):
+            kinds = f"{type(weights).__name__} and {type(prefix).__name__}"
+            raise TypeError(f"{where}: weights must be a mapping of names to arrays, and prefix a str, got {kinds}")
         prefix = f"{prefix}." if prefix and not prefix.endswith(".") else prefix
         here = {name.removeprefix(prefix) for name in weights if name.startswith(prefix)}
         names = {family: (*parts, out) for family, (parts, out) in _FAMILIES.items()}
@@ -176,6 +180,11 @@ class MultiHeadAttention:
         parts, out = _FAMILIES[family]
         turned = family == "GPT-2"  # which keeps them (n_in, n_out)
 
+        def thirds(name: str, x: Array) -> list[Array]:
+            if not x.ndim or len(x) % 3:
+                _fail_shapes(where, f"{prefix}{name} must have three parts of one size, of q, k and v", **{name: x})
+            return np.split(x, 3)
+
         def get(name: str) -> tuple[Array, Array | None]:
             w = _as_array(name, weights[prefix + name], where)
             bias = prefix + name.removesuffix("weight") + "bias"
@@ -183,11 +192,12 @@ class MultiHeadAttention:
 
         if len(parts) == 1:
             w, b = get(parts[0])
-            q, k, v = zip(np.split(w, 3), [None] * 3 if b is None else np.split(b, 3), strict=True)
+            biases = [None] * 3 if b is None else thirds(parts[0].removesuffix("weight") + "bias", b)
+            q, k, v = zip(thirds(parts[0], w), biases, strict=True)
         else:
             q, k, v = map(get, parts)
             if "in_proj_bias" in here:  # torch's, of all three
-                biases = np.split(_as_array("in_proj_bias", weights[prefix + "in_proj_bias"], where), 3)
+                biases = thirds("in_proj_bias", _as_array("in_proj_bias", weights[prefix + "in_proj_bias"], where))
                 q, k, v = ((w, b) for (w, _), b in zip((q, k, v), biases, strict=True))
         if num_kv_heads is None:
             num_kv_heads = max(1, k[0].shape[0] * num_heads // max(1, q[0].shape[0]))
@@ -310,17 +320,20 @@ class MultiHeadAttention:
             if held is not None:
                 positions = _cached_positions(cache, sequences, held, starts, x)
             elif "cu_seqlens_q" in options and x.ndim > 1:
-                positions = _packed_positions(options["cu_seqlens_q"], x.shape[-2])
+                positions = _packed_positions("cu_seqlens_q", options["cu_seqlens_q"], x)
         options["num_threads"] = num_threads
         if memory is None:
             q, k, v = self._own(x, positions, num_threads)
         else:
             q = self.queries(x, positions, num_threads=num_threads)
             if isinstance(memory, tuple):
+                if len(memory) != 2:
+                    raise ValueError(f"{where}: memory must be one array or (k, v), got a tuple of {len(memory)}")
                 k, v = memory
             else:
-                packed = None if self._rope is None else options.get("cu_seqlens_k")
-                at = None if packed is None else _packed_positions(packed, np.shape(memory)[-2])
+                memory, at = _as_array("memory", memory, where), None
+                if self._rope is not None and "cu_seqlens_k" in options and memory.ndim > 1:
+                    at = _packed_positions("cu_seqlens_k", options["cu_seqlens_k"], memory)
                 k, v = self.keys_values(memory, at, num_threads=num_threads)
         if held is not None:
             given = () if sequences is None else (sequences,)
@@ -369,10 +382,10 @@ class MultiHeadAttention:
         return f"MultiHeadAttention({self._q.n_in} -> {self._out.n_out}, {heads}{', rope' * (self._rope is not None)})"
 
 
-def _packed_positions(starts: Any, tokens: int) -> Array:
-    """From 0 on in each packed sequence."""
-    starts, token = np.asarray(starts), np.arange(tokens)
-    positions: Array = token - starts[np.searchsorted(starts, token, side="right") - 1]
+def _packed_positions(name: str, starts: Any, x: Array) -> Array:
+    """From 0 on in each of the packed sequences that x (tokens, elements) has."""
+    begins, lengths, _ = check_starts(_WHERE, name, starts, x.shape[-2])
+    positions: Array = np.arange(x.shape[-2]) - np.repeat(begins[:-1], lengths)
     return positions
 
 

@@ -246,9 +246,9 @@ def softmax(
     The maximum is subtracted first, as in M. Milakov and N. Gimelshein, "Online normalizer calculation for
     softmax", 2018, section 2 ("safe softmax"). NaN or +inf in an element that takes part makes all along its axis
     NaN. An exponential below half the smallest normal number is 0; between, it is at most that number. The weight of
-    an element that lies t below the maximum has a relative error of at most about ``(2 + t / 8) * eps``. The bits are
-    the same for any axis, strides and number of threads. 16 bits are computed in float32 and rounded once. An axis
-    other than the last is as fast only in native byte order; else elements are copied one by one.
+    an element that lies t below the maximum has a relative error of at most about ``(2 + t) * eps``, since t is rounded
+    too. The bits are the same for any axis, strides and number of threads. 16 bits are computed in float32 and rounded
+    once. An axis other than the last is as fast only in native byte order; else elements are copied one by one.
 
     Examples
     --------

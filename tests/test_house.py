@@ -91,7 +91,7 @@ IMPORTS = {
     "qkv_fast/_grad.py": "_core _problem _checks _help",
     "qkv_fast/_stages.py": "_core _runtime _checks _help",
     "qkv_fast/_layers.py": "_core _runtime _checks _help",
-    "qkv_fast/_multihead.py": "_core _checks _attention _varlen _layers _rope cache",  # the verbs that it is made of
+    "qkv_fast/_multihead.py": "_core _checks _masks _attention _varlen _layers _rope cache",  # what it is made of
     "qkv_fast/_rope.py": "_core _runtime _checks _help",
     "qkv_fast/_merge.py": "_checks _help",
     "qkv_fast/_plans.py": "_runtime",

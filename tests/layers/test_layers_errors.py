@@ -179,3 +179,12 @@ def test_what_a_layer_refuses_before_its_cache_changes():
     layer, cache = qkv_fast.MultiHeadAttention(w, w, w, w, num_heads=2), qkv_fast.KVCache(1, 2, 4, 9, bounds=True)
     refuses(TypeError, ["tolerance", "own attend"], layer, zeros(1, 3, 8), cache=cache, tolerance=0.1)
     assert cache.lengths.tolist() == [0]
+
+
+def test_sizes_of_a_layer_cannot_be_set():
+    """Its packed weights are read by them."""
+    layer = qkv_fast.Linear(np.ones((2, 3)))
+    for name in ("n_in", "n_out"):
+        with pytest.raises(AttributeError):
+            setattr(layer, name, 10**6)
+    assert (layer.n_in, layer.n_out) == (3, 2)

@@ -1,6 +1,7 @@
 """MultiHeadAttention: what its parts make of the same input; weights by the names of five families of models."""
 
 import copy
+import functools
 import itertools
 import pickle
 import re
@@ -214,6 +215,14 @@ def test_errors():
     assert slab.lengths.tolist() == [0, 0]
     refuses(ValueError, ["(24,)"], lambda: layer(x[0, 0]))
     refuses(ValueError, ["(24,)"], lambda: layer(x, x[0, 0]))
+    refuses(ValueError, ["memory", "tuple of 3"], lambda: layer(x, (x, x, x)))
+    refuses(TypeError, ["list", "str"], lambda: MultiHeadAttention.from_state([], num_heads=1))
+    refuses(TypeError, ["prefix", "int"], lambda: MultiHeadAttention.from_state({}, 5, num_heads=1))
+    for family, name in dict(torch="in_proj_weight", kdim="in_proj_bias", gpt2="c_attn.bias").items():
+        state = state_of(family, given)
+        state[f"layers.0.attn.{name}"] = state[f"layers.0.attn.{name}"][1:]
+        make = functools.partial(MultiHeadAttention.from_state, state, "layers.0.attn", num_heads=HEADS)
+        refuses(ValueError, [f"layers.0.attn.{name}", "71"], make)
 
 
 def test_padded_prompts_in_a_cache():
@@ -254,6 +263,16 @@ def test_positions_of_a_packed_memory():
     x, memory = inputs(shape=(5, N)), inputs(shape=(7, N))
     got = layer(x, memory, cu_seqlens_q=[0, 2, 5], cu_seqlens_k=[0, 3, 7])
     close(got[2:][None], expected(given, x[None, 2:], memory[None, 3:], rope={}))
+
+
+    for starts in (np.array([0, 2, 5], "uint64"), [0, 0, 2, 2, 5, 5]):
+        ends = [0, 3, 7] if len(starts) == 3 else [0, 0, 3, 3, 7, 7]
+        same_bits(layer(x, memory, cu_seqlens_q=starts, cu_seqlens_k=ends), got)
+    for wrong in ([], [[0, 5]], None, [0.0, 5.0], [0, 4]):
+        for name, given in (("cu_seqlens_q", (x,)), ("cu_seqlens_k", (x, x))):
+            options = dict(cu_seqlens_q=[0, 5], cu_seqlens_k=[0, 5]) | {name: wrong}
+            with pytest.raises((TypeError, ValueError), match=f"{name} must"):
+                layer(*given, **options)
 
 
 @pytest.mark.parametrize("shape", [(1, 0, N), (0, 3, N)])

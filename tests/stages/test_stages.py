@@ -59,6 +59,20 @@ def test_long_rows(dtype, n):
     same_bits(out, got)
 
 
+@dtypes
+@pytest.mark.parametrize("below", [0.5, 4, 16, 32, 64])
+def test_error_of_a_small_weight(dtype, below):
+    """At most (2 + t) eps of its own size, t below the largest: t is rounded, worst just beyond powers of two."""
+    rng, eps = np.random.default_rng(0), np.finfo(dtype).eps
+    high = rng.uniform(-40, 40, 20_000).astype(dtype)
+    low = (high - rng.uniform(below, 1.2 * below, high.shape)).astype(dtype)
+    t = high.astype("longdouble") - low
+    error = np.abs(qkv_fast.softmax(np.stack([high, low], axis=1))[:, 1] * (1 + np.exp(t)) - 1)
+    assert (error <= (2 + t) * eps).all()
+    if dtype == "float32":  # where all differences are rounded that much
+        assert below < 16 or (error > (2 + t / 4) * eps).any()
+
+
 @pytest.mark.parametrize("n", [513, 1030, 2048, 8192])
 @pytest.mark.parametrize("spread", [1, 3, 4, 5])
 def test_softmax_keeps_the_error_rule(spread, n):
