@@ -170,7 +170,10 @@ static void choose_task(void *context, int64_t task, int worker)
         c->left[r] = (float)low;
         if (low == 0)                 /* nothing is seen, or nothing but a sink weighs */
             continue;
-        float least = threshold(weight, n, c->tolerance * low - vanished(c, r, n, largest));
+        double allowed = c->tolerance * low - (1 + 2 * margin) * vanished(c, r, n, largest);
+        if (!(allowed >= 0))          /* what reads as 0, and is not read, may weigh more */
+            return;
+        float least = threshold(weight, n, allowed);
         for (int64_t i = 0; i < n; i++)
             mark[i] |= weight[i] >= least;
     }
