@@ -845,6 +845,38 @@ def choose(cnp.ndarray weights not None, cnp.ndarray reach not None, cnp.ndarray
     return count, left
 
 
+def prune(cnp.ndarray queries not None, cnp.ndarray rows not None, cnp.ndarray steps not None, cnp.ndarray starts,
+          cnp.ndarray lengths not None, double scale, double tolerance, cnp.ndarray keys not None, int threads, int isa):
+    """The same of contiguous float32 queries (sequences, heads, rows, dim) and int8 rows (sequences, heads, keys, bytes), where
+    all keys are seen from starts on and nothing becomes of their scores: see qkv_pruning."""
+    cdef qkv_pruning c
+    cdef qkv_status status
+    cdef tuple shape = (<object>queries).shape
+    cdef cnp.ndarray count = empty("attend", shape[:2], cnp.NPY_INT64)
+    cdef cnp.ndarray left = empty("attend", shape[:3], cnp.NPY_FLOAT32)
+    c.sequences, c.heads, c.rows, c.dim = shape
+    c.len_k = keys.shape[2]
+    c.queries = <const float *>cnp.PyArray_DATA(queries)
+    c.keys = <const char *>cnp.PyArray_DATA(rows)
+    c.keys_at[0], c.keys_at[1], c.keys_at[2] = stride_of(rows, 4), stride_of(rows, 3), stride_of(rows, 2)
+    c.steps = <const float *>cnp.PyArray_DATA(steps)
+    c.steps_at[0], c.steps_at[1] = stride_of(steps, 3), stride_of(steps, 2)
+    c.start = integers_of(starts)
+    c.length = integers_of(lengths)
+    c.scale, c.tolerance = scale, tolerance
+    c.chosen = <int64_t *>cnp.PyArray_DATA(keys)
+    c.count = <int64_t *>cnp.PyArray_DATA(count)
+    c.left = <float *>cnp.PyArray_DATA(left)
+    c.threads = threads
+    c.isa = isa
+    c.interrupted = check_signals
+    c.interrupted_arg = PyThreadState_Get()
+    with nogil:
+        status = qkv_prune(&c)
+    raise_status(status)
+    return count, left
+
+
 def gather(cnp.ndarray x not None, cnp.ndarray keys not None, cnp.ndarray count not None, int64_t most, int threads):
     """Of rows x (sequences, heads, rows, dim), whose elements are next to each other, those of `keys`: (sequences, heads, most,
     dim), with zeros behind the last."""

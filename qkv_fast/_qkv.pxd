@@ -293,6 +293,25 @@ cdef extern from "qkv.h" nogil:
 
     qkv_status qkv_choose(const qkv_choice *choice) nogil
 
+    ctypedef struct qkv_pruning:
+        int64_t sequences, heads, rows, len_k, dim
+        const float *queries
+        const char *keys
+        int64_t keys_at[3]
+        const float *steps
+        int64_t steps_at[2]
+        const int64_t *start
+        const int64_t *length
+        double scale, tolerance
+        int64_t *chosen
+        int64_t *count
+        float *left
+        int threads, isa
+        int (*interrupted)(void *) noexcept nogil
+        void *interrupted_arg
+
+    qkv_status qkv_prune(const qkv_pruning *pruning) nogil
+
     ctypedef struct qkv_gathering:
         int64_t sequences, heads, most, bytes, keys_row
         const int64_t *keys

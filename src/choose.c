@@ -9,6 +9,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "cpu.h"
+#include "kernels/kernels.h"
 #include "memory.h"
 #include "qkv.h"
 #include "threads.h"
@@ -170,7 +172,10 @@ static void choose_task(void *context, int64_t task, int worker)
         c->left[r] = (float)low;
         if (low == 0)                 /* nothing is seen, or nothing but a sink weighs */
             continue;
-        float least = threshold(weight, n, c->tolerance * low - vanished(c, r, n, largest));
+        double allowed = c->tolerance * low - (1 + 2 * margin) * vanished(c, r, n, largest);
+        if (!(allowed >= 0))          /* what reads as 0, and is not read, may weigh more */
+            return;
+        float least = threshold(weight, n, allowed);
         for (int64_t i = 0; i < n; i++)
             mark[i] |= weight[i] >= least;
     }
@@ -206,6 +211,182 @@ qkv_status qkv_choose(const qkv_choice *c)
     choosing job = {.choice = c, .marks = qkv_scratch_take((size_t)threads * (size_t)c->len_k * sizeof(int32_t), 0)};
     qkv_status status = job.marks ? run(choose_task, &job, tasks, threads, c->interrupted, c->interrupted_arg) : QKV_NO_MEMORY;
     qkv_scratch_put(job.marks, 0);
+    return status;
+}
+
+/* The same without weights of all keys: where nothing but a product of Q and K makes a score, what bounds its power of two is
+ * enough to see of most keys that they do not matter. Queries become int16, so that scores are made in integers.
+ *
+ * Sizes: a power of two is off by less than `widest`, half a step of each element, so it is at most 254 * widest, of which a
+ * rounding is 0.001; what is read as 0 is less. Each bound is 0.01 wider for that.
+ */
+static const double widest = 40;      /* powers of two that a weight may be off here */
+static const double deepest = 100;    /* below the largest, that are looked at */
+static const float slack = 0.01f;
+
+typedef struct {
+    double reach;                     /* of a key's step: by how much the power of two may be off */
+    double top;                       /* the sum of all weights, over 2^low, at least */
+    int64_t many;                     /* keys that are near */
+} pruned_row;
+
+typedef struct {
+    const qkv_pruning *pruning;
+    const qkv_kernels *kernels;
+    char *scratch;                    /* of each worker */
+    size_t bytes;
+} pruning;
+
+/* What a worker needs. */
+typedef struct {
+    int64_t *near;                    /* (rows, len_k): keys that may matter */
+    pruned_row *rows;
+    float *up, *top;                  /* as of qkv_bytes; what bounds the weights of near keys takes the place of `up` */
+    float *factor, *reach, *low;      /* (rows) */
+    int32_t *mark;                    /* (len_k) */
+    int16_t *queries;
+    size_t bytes;
+} room;
+
+static int64_t whole_groups(int64_t keys) { return (keys + QKV_BYTES_GROUP - 1) / QKV_BYTES_GROUP * QKV_BYTES_GROUP; }
+
+/* Laid out from an address on, which may be 0: `bytes` is said then. */
+static room furnish(const qkv_pruning *c, uintptr_t at)
+{
+    size_t keys = (size_t)whole_groups(c->len_k), rows = (size_t)c->rows;
+    room r;
+    uintptr_t near = at, of_rows = near + rows * keys * sizeof *r.near, up = of_rows + rows * sizeof *r.rows;
+    uintptr_t top = up + rows * keys * sizeof *r.up, factor = top + rows * keys / QKV_BYTES_GROUP * sizeof *r.top;
+    uintptr_t mark = factor + 3 * rows * sizeof *r.factor, queries = mark + keys * sizeof *r.mark;
+    r.near = (int64_t *)near;
+    r.rows = (pruned_row *)of_rows;
+    r.up = (float *)up;
+    r.top = (float *)top;
+    r.factor = (float *)factor;
+    r.reach = (float *)(factor + rows * sizeof *r.factor);
+    r.low = (float *)(factor + 2 * rows * sizeof *r.factor);
+    r.mark = (int32_t *)mark;
+    r.queries = (int16_t *)queries;
+    r.bytes = (size_t)(queries - at) + rows * (size_t)c->dim * sizeof *r.queries;
+    return r;
+}
+
+/* Elements of a query as integers; 0 if it is out of reach. */
+static int round_query(const qkv_pruning *c, const float *q, int16_t *to, float *factor, double *reach)
+{
+    double most = 0, sum = 0, scale = c->scale * 1.4426950408889634, size = fabs(scale);
+    double limit = floor(2147483647.0 / (127 * (double)c->dim));
+    limit = limit < INT16_MAX ? limit : INT16_MAX;
+    for (int64_t d = 0; d < c->dim; d++) {
+        double x = fabs((double)q[d]);
+        if (!(x < INFINITY))
+            return 0;
+        most = x > most ? x : most;
+        sum += x;
+    }
+    if (most * size != 0 && !(most * size > 0x1p-60 && most * size < 0x1p60))
+        return 0;
+    double step = most / limit;
+    for (int64_t d = 0; d < c->dim; d++)
+        to[d] = (int16_t)(step > 0 ? lrint(q[d] / step) : 0);
+    *factor = (float)(scale * step);
+    /* Half a step of the keys' elements and of the query's, roundings of up to 127 steps, and elements that read as 0. */
+    *reach = size * (1 + margin) * (sum * (0.5 + 127 * 0x1p-19) + 127 * (double)c->dim * (0.501 * step + 2 * smallest));
+    return 1;
+}
+
+/* At least 2^y, -126 < y <= 2 widest; at most 2^y. */
+static inline float power_above(float y) { return float_of((127 << 23) + (int32_t)(y * 0x1p23f) + 1); }
+static inline float power_below(float y) { return float_of((127 << 23) + (int32_t)(y * 0x1p23f) - 1) * 0.942f; }
+
+/* Lists the keys of row r, from `first` on, that weigh 2^(low + under) or more at most, and bounds of their weights over 2^low;
+ * and adds up what they weigh at least. */
+static void list_near(const room *of, const qkv_bytes *bytes, int64_t r, int64_t first, double under)
+{
+    pruned_row *row = &of->rows[r];
+    int64_t found = 0, *near = of->near + r * bytes->up_row;
+    double sum = 0;
+    float reach = (float)(2 * row->reach * (1 + 4 * margin)), low = of->low[r], least = (float)(low + under) - slack;
+    float *up = of->up + r * bytes->up_row, *top = of->top + r * (bytes->up_row / QKV_BYTES_GROUP);
+    for (int64_t group = 0; group < bytes->up_row / QKV_BYTES_GROUP; group++)
+        for (int64_t i = group * QKV_BYTES_GROUP; top[group] >= least && i < (group + 1) * QKV_BYTES_GROUP; i++)
+            if (up[i] >= least) {
+                float x = up[i], y = x - low - bytes->step[i] * reach - slack;
+                sum += y > -(float)deepest ? power_below(y) : 0;
+                near[found] = first + i;
+                up[found++] = power_above(x - low + slack);
+            }
+    row->top = sum * (1 - margin);
+    row->many = found;
+}
+
+static void prune_task(void *context, int64_t task, int worker)
+{
+    const pruning *job = context;
+    const qkv_pruning *c = job->pruning;
+    int64_t sequence = task / c->heads, head = task % c->heads, n = c->length[sequence];
+    int64_t first = c->start ? c->start[sequence] : 0, up_row = whole_groups(n - first);
+    const float *step = (const float *)((const char *)c->steps + sequence * c->steps_at[0] + head * c->steps_at[1]);
+    const char *keys = c->keys + sequence * c->keys_at[0] + head * c->keys_at[1];
+    room own = furnish(c, (uintptr_t)job->scratch + (size_t)worker * job->bytes);
+    float *left = c->left + task * c->rows, largest = 0;
+    c->count[task] = -1;
+    for (int64_t i = first; i < n; i++)
+        largest = step[i] > largest ? step[i] : largest;
+    for (int64_t r = 0; r < c->rows; r++) {
+        double *reach = &own.rows[r].reach;
+        if (!round_query(c, c->queries + (task * c->rows + r) * c->dim, own.queries + r * c->dim, &own.factor[r], reach)
+            || !(*reach * largest < widest))
+            return;
+        own.low[r] = -INFINITY;
+        own.reach[r] = (float)(*reach * (1 + margin));
+    }
+    qkv_bytes bytes = {
+        .keys = (const int8_t *)keys + first * c->keys_at[2], .key_row = (ptrdiff_t)c->keys_at[2],
+        .at_scale = (ptrdiff_t)qkv_i8_bytes(c->dim), .n = (ptrdiff_t)(n - first), .rows = (ptrdiff_t)c->rows,
+        .dim = (ptrdiff_t)c->dim, .step = step + first, .queries = own.queries, .factor = own.factor, .reach = own.reach,
+        .up_row = (ptrdiff_t)up_row, .up = own.up, .top = own.top, .low = own.low,
+    };
+    job->kernels->bound_bytes(&bytes);
+    memset(own.mark, 0, (size_t)n * sizeof *own.mark);
+    double under = first < n ? log2(c->tolerance / (2 * (double)(n - first))) : 0;      /* all below: half the tolerance */
+    if (!(under > -deepest + 2))
+        return;
+    for (int64_t r = 0; r < c->rows && first < n; r++) {
+        list_near(&own, &bytes, r, first, under);
+        const int64_t *near = own.near + r * bytes.up_row, many = own.rows[r].many;
+        const float *bound = own.up + r * bytes.up_row;
+        double rest = c->tolerance * (own.rows[r].top * (1 - 4 * margin) - 0.5 * (1 + margin));
+        float least = many ? threshold(bound, many, rest) : INFINITY;
+        for (int64_t i = 0; i < many; i++)
+            own.mark[near[i]] |= bound[i] >= least;
+    }
+    int64_t count = list_marked(own.mark, n, c->chosen + task * c->len_k);
+    for (int64_t r = 0; r < c->rows; r++) {
+        left[r] = 0;
+        if (count == n - first)
+            continue;
+        double most = 0.5 * c->tolerance * (1 + margin);
+        for (int64_t i = r * bytes.up_row; i < r * bytes.up_row + own.rows[r].many; i++)
+            most += own.mark[own.near[i]] ? 0 : own.up[i];
+        left[r] = (float)(most / own.rows[r].top * (1 + margin));
+    }
+    c->count[task] = count;
+}
+
+qkv_status qkv_prune(const qkv_pruning *c)
+{
+    int64_t tasks = c->sequences * c->heads, work = tasks * c->rows * c->len_k;
+    if (work == 0) {
+        memset(c->count, 0, (size_t)tasks * sizeof *c->count);
+        memset(c->left, 0, (size_t)(tasks * c->rows) * sizeof *c->left);
+        return QKV_OK;
+    }
+    int threads = tasks * c->len_k * c->dim < SERIAL ? 1 : c->threads;
+    pruning job = {.pruning = c, .kernels = qkv_kernels_at(c->isa, QKV_F32), .bytes = (furnish(c, 0).bytes + 63) / 64 * 64};
+    job.scratch = qkv_scratch_take((size_t)(threads < tasks ? threads : tasks) * job.bytes, 0);
+    qkv_status status = job.scratch ? run(prune_task, &job, tasks, threads, c->interrupted, c->interrupted_arg) : QKV_NO_MEMORY;
+    qkv_scratch_put(job.scratch, 0);
     return status;
 }
 

@@ -366,6 +366,25 @@ typedef struct {
 
 qkv_status qkv_choose(const qkv_choice *choice);
 
+/* The same of queries and keys: every key from start_b on and below length_b is seen, and a score is scale times a product. */
+typedef struct {
+    int64_t sequences, heads, rows, len_k, dim;
+    const float *queries;             /* (sequences, heads, rows, dim) */
+    const char *keys;                 /* (sequences, heads, len_k): rows of I8, byte strides */
+    int64_t keys_at[3];
+    const float *steps;               /* (sequences, heads, len_k): an element of a key is half as much off; infinite: a key to be read */
+    int64_t steps_at[2];
+    const int64_t *start, *length;    /* one per sequence; start may be NULL: 0 */
+    double scale, tolerance;
+    int64_t *chosen, *count;          /* as of qkv_choice, by whose way more may be known where the count is -1 */
+    float *left;
+    int threads, isa;
+    int (*interrupted)(void *);       /* or NULL */
+    void *interrupted_arg;
+} qkv_pruning;
+
+qkv_status qkv_prune(const qkv_pruning *pruning);
+
 /* Rows of such keys, to (sequences, heads, most, bytes) without gaps, with zeros behind the last. */
 typedef struct {
     int64_t sequences, heads, most, bytes, keys_row;    /* keys_row: of keys, from one head to the next */

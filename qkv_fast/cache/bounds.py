@@ -175,7 +175,8 @@ class _Chosen(NamedTuple):
     keys: Array  # (batch, kv_heads, keys): those to read, rising, as far as the counts go
     counts: Array  # (batch, kv_heads)
     left: Array  # (batch, Hq, L): what share of its weights the others have at most
-    weights: Array  # (batch, kv_heads, rows of a head, keys): bounds of all weights, below 0 where the key is read
+    # (batch, kv_heads, rows of a head, keys): bounds of all weights, below 0 where the key is read; None: all see all
+    weights: Array | None
 
 
 def attend_within(
@@ -272,6 +273,11 @@ def _choose_of(
     if first:
         lengths = np.full_like(lengths, n)
         tokens = Tokens(lengths, n, n, None, tokens.whole)
+    if (pruned := _prune(p, bounds, stored, tokens, tolerance, room[1], first, n)) is not None:
+        keys_read, counts, left = pruned
+        if counts.sum() > _MOST_READ * keys_read.shape[1] * lengths.sum():
+            return None
+        return _Chosen(keys_read, counts, left.reshape(p.rows), None)
     keys, steps = stored.pick(first, n)
     bias, is_far = _without_far(p, bias, steps, n)
     window = None if stored.left is stored.right is None else (stored.left, stored.right)
@@ -295,6 +301,27 @@ def _choose_of(
     if (counts < 0).any() or counts.sum() > _MOST_READ * heads * lengths.sum():
         return None
     return _Chosen(room_of_keys, counts, left.reshape(p.rows), weights)
+
+
+def _prune(
+    p: Problem, bounds: Bounds, stored: Stored, tokens: Tokens, tolerance: float, room: Array, first: int, n: int
+) -> tuple[Array, Array, Array] | None:
+    """Keys to read, how many, and what share of its weights each row leaves, where scores are nothing but products of
+    rows that lie side by side, and all are seen; else None. In integers, which is done sooner."""
+    extras = p.extras or Extras()
+    plain = extras.mask is extras.bias is extras.slopes is extras.queries is None and not extras.softcap
+    seen = stored.left is None and (stored.right is None or p.rows[2] == 1)  # a query of the last token
+    if not plain or not seen or bounds.rows is None or stored.row_of is not None:
+        return None
+    batch, heads = p.rows[0], stored.known.shape[1]
+    with np.errstate(all="ignore"):  # what float32 cannot hold is infinite, and nothing is known then
+        q = np.ascontiguousarray(p.q, np.float32).reshape(batch, heads, -1, p.q.shape[-1])
+    rows, steps = stored.known[:, :, first : first + n], stored.steps[:, :, first : first + n, 0]
+    keys = room[: batch * heads * n].reshape(batch, heads, n)
+    counts, left = _core.prune(
+        q, rows, steps, tokens.starts, tokens.lengths, p.scale, tolerance, keys, p.threads, p.isa
+    )
+    return None if (counts < 0).any() else (keys, counts, left)
 
 
 def _without_far(p: Problem, bias: Array | None, steps: Array, n: int) -> tuple[Array | None, bool]:
@@ -345,7 +372,10 @@ def _meet(
     heads = p.rows[1]
     among = np.arange(most) < chosen.counts[..., np.newaxis]
     keys = np.where(among, chosen.keys[..., :most], 0)
-    seen = (np.take_along_axis(chosen.weights, keys[:, :, np.newaxis], -1) < 0) & among[:, :, np.newaxis]
+    seen = among[:, :, np.newaxis]
+    if chosen.weights is None:
+        return np.repeat(seen, heads // keys.shape[1] * p.rows[2], 2).reshape(*p.rows, most), None
+    seen = seen & (np.take_along_axis(chosen.weights, keys[:, :, np.newaxis], -1) < 0)
     seen = seen.reshape(*p.rows, most)
     extras = p.extras or Extras()
     if extras.bias is None and extras.slopes is None:

@@ -95,11 +95,12 @@ _Static_assert(EXP2_STEPS == 1 || EXP2_STEPS == 8, "exp2_poly.h has no other pol
 #include "softmax_tpl.h"
 #include "rotate_tpl.h"
 #include "hadamard_tpl.h"
+#include "bytes_tpl.h"
 #define UNPAIRED \
     .multiply = X(multiply), .multiply_turned = X(multiply_turned), .fence = X(fence), \
     .softmax_rows = X(softmax_rows), .softmax_columns = X(softmax_columns), \
     .softmax_grad_rows = X(softmax_grad_rows), .softmax_grad_columns = X(softmax_grad_columns), .rotate = X(rotate), \
-    .hadamard = X(hadamard), .multiply_row = X(multiply_row), \
+    .hadamard = X(hadamard), .multiply_row = X(multiply_row), .bound_bytes = X(bound_bytes), \
     .grad_scores = X(grad_scores), .grad_values = X(grad_values), .finite_rows = X(finite_rows),
 #else
 #define UNPAIRED

@@ -203,6 +203,21 @@ typedef struct {
     int swapped;                      /* byte order differs from the machine's */
 } qkv_rows;
 
+/* Keys of signed bytes and queries of int16, whose products' sums do not overflow: x = product * scale * factor is off by at
+ * most step * reach. */
+enum { QKV_BYTES_GROUP = 32 };        /* keys that are looked at together */
+typedef struct {
+    const int8_t *keys;               /* (n): rows, `key_row` bytes apart; `at_scale` bytes from where one begins, a float32 scale */
+    ptrdiff_t key_row, at_scale, n, rows, dim;
+    const float *step;                /* (n) */
+    const int16_t *queries;           /* (rows, dim) */
+    const float *factor, *reach;      /* (rows) */
+    ptrdiff_t up_row;                 /* n, up to whole groups */
+    float *up;                        /* out (rows, up_row): x + step * reach, -inf behind the last */
+    float *top;                       /* out (rows, up_row / QKV_BYTES_GROUP): the largest of each group */
+    float *low;                       /* in/out (rows): the largest x - step * reach */
+} qkv_bytes;
+
 /* The functions of one CPU path for one element type. */
 typedef struct {
     int size;                         /* bytes per element */
@@ -329,6 +344,8 @@ typedef struct {
     /* The Hadamard transform of n elements, a power of two; and x <- x times factors, n of each. */
     void (*hadamard)(void *x, int64_t n);
     void (*multiply_row)(void *x, const void *factors, int64_t n);
+
+    void (*bound_bytes)(const qkv_bytes *bytes);              /* of the tables of float32 */
 
     void (*exp2)(const void *x, void *y, int64_t n);          /* elementwise, for tests */
     double (*fma)(int64_t rounds, double *flops);             /* keeps the FMA units busy; for the benchmark */

@@ -52,7 +52,8 @@ def hold(cache, q, k, v, tolerance, own=(), seen=None, **options):
     seen = np.isfinite(full)
     missing = -np.expm1(lse[seen].astype("float64") - full[seen])
     wide = 2.0**-20 if q.dtype != np.float64 else 2.0**-44
-    assert (missing <= left[seen] + wide * (1 + np.abs(full[seen]))).all()
+    rounding = 8 * np.abs(whole[seen].astype("float64") - full[seen]) + wide * (1 + np.abs(full[seen]))
+    assert (missing <= left[seen] + rounding).all()
     return read
 
 
@@ -92,10 +93,11 @@ def test_the_newest_of_many_say_whether_it_is_worth_it(monkeypatch):
     rng = np.random.default_rng(1)
     cache, k, v = filled(rng, n=1000, batch=2)
     q = normal(rng, (2, 1, 1, 16)).astype("float32") * 30
-    at_once = cache.attend(q, tolerance=1e-3)
-    monkeypatch.setattr(bounds, "_WORTH_SAMPLING", 100)
     mask, bias = np.ones((1, 1000), bool), np.zeros((1, 1000), "float32")
-    for options in ({}, {"mask": mask}, {"bias": bias}, {"mask": mask[:, :1]}):
+    calls = {}, {"mask": mask}, {"bias": bias}, {"mask": mask[:, :1]}
+    whole = [cache.attend(q, tolerance=1e-3, **options) for options in calls]
+    monkeypatch.setattr(bounds, "_WORTH_SAMPLING", 100)
+    for options, at_once in zip(calls, whole, strict=True):
         found = cache.attend(q, tolerance=1e-3, **options)
         np.testing.assert_allclose(found[0], at_once[0], atol=1e-5)
         assert found[2] == at_once[2] < 1
@@ -140,6 +142,16 @@ def test_queries_that_are_next_to_nothing_in_float32():
     cache.append(k, v)
     bias = np.where(np.arange(500) < 20, 0, -14)[None].astype("float64")
     hold(cache, np.full((1, 1, 1, 64), 1.1e-38), k, v, 1e-3, bias=bias)
+
+
+@pytest.mark.parametrize("size", [200, 300, 350])
+def test_what_reads_as_nothing_may_be_more_than_is_tolerated(size):
+    """The widest bounds that are looked at, of padding too."""
+    rng = np.random.default_rng(11)
+    k, v, q = (normal(rng, (1, 2, n, 128)).astype("float64") for n in (900, 900, 3))
+    cache = KVCache(1, 2, 128, 900, dtype="float64", bounds=True)
+    cache.append(k, v, starts=[400])
+    hold(cache, q * size, k, v, 1e-3)
 
 
 def test_more_queries_than_are_looked_at(monkeypatch):

@@ -67,8 +67,75 @@ static APART void check_choice(int64_t sequences, int64_t heads, int64_t rows, i
         free(owned[i]);
 }
 
+/* Keys are as much off as they may be, and so are bytes behind a row's. */
+static APART void check_pruning(int isa, int64_t sequences, int64_t heads, int64_t rows, int64_t len, int64_t dim, double size)
+{
+    int64_t all = sequences * heads * rows, width = (dim + 3) / 4 * 4 + 4;
+    float *queries = block(all * dim * 4), *left = block(all * 4), *steps = block(sequences * heads * len * 4);
+    char *bytes = block(sequences * heads * len * width);
+    double *own = block(sequences * heads * len * dim * 8), *score = block(len * 8 + 8);
+    int64_t *keys = block(sequences * heads * len * 8), *count = block(sequences * heads * 8);
+    int64_t *length = block(sequences * 8), *start = block(sequences * 8);
+    for (int64_t i = 0; i < all * dim; i++)
+        queries[i] = in(-size, size);
+    for (int64_t i = 0; i < sequences * heads * len; i++) {
+        float step = in(0.001, 0.03);
+        memset(bytes + i * width, 0, (size_t)width);
+        memcpy(bytes + i * width + width - 4, &step, 4);
+        steps[i] = step;
+        for (int64_t d = 0; d < dim; d++) {
+            int n = (int)between(0, 254) - 127;
+            bytes[i * width + d] = (char)n;
+            own[i * dim + d] = (double)step * (n + (draw() % 2 ? 0.5 : -0.5));
+        }
+    }
+    for (int64_t i = 0; i < sequences; i++) {
+        length[i] = i ? between(0, len) : len;
+        start[i] = draw() % 2 ? between(0, length[i]) : 0;
+    }
+    qkv_pruning c = {
+        .sequences = sequences, .heads = heads, .rows = rows, .len_k = len, .dim = dim, .queries = queries, .keys = bytes,
+        .keys_at = {heads * len * width, len * width, width}, .steps = steps, .steps_at = {heads * len * 4, len * 4},
+        .start = draw() % 2 ? start : NULL, .length = length, .scale = in(-1, 1), .tolerance = exp(in(-10, -0.5)),
+        .chosen = keys, .count = count, .left = left, .threads = 3, .isa = isa,
+    };
+    qkv_trim();
+    qkv_fail_allocation(0);
+    CHECK(qkv_prune(&c) == (all * len > 0 ? QKV_NO_MEMORY : QKV_OK), "no memory");
+    qkv_fail_allocation(-1);
+    CHECK(qkv_prune(&c) == QKV_OK, "pruning");
+    for (int64_t head = 0; head < sequences * heads; head++) {
+        int64_t first = c.start ? start[head / heads] : 0, n = length[head / heads];
+        CHECK(-1 <= count[head] && count[head] <= n - first, "count %lld", (long long)count[head]);
+        for (int64_t r = head * rows; r < (head + 1) * rows && count[head] >= 0 && first < n; r++) {
+            double most = -INFINITY, read = 0, others = 0;
+            for (int64_t j = first; j < n; j++) {
+                score[j] = 0;
+                for (int64_t d = 0; d < dim; d++)
+                    score[j] += c.scale * queries[r * dim + d] * own[(head * len + j) * dim + d];
+                most = score[j] > most ? score[j] : most;
+            }
+            for (int64_t j = first, next = 0; j < n; j++) {
+                int chosen = next < count[head] && keys[head * len + next] == j;
+                next += chosen;
+                *(chosen ? &read : &others) += exp(score[j] - most);
+            }
+            CHECK(others <= left[r] * (read + others) * (1 + 1e-6), "row %lld: %g of %g", (long long)r, others, read);
+            CHECK(left[r] <= c.tolerance, "row %lld has %g left", (long long)r, left[r]);
+        }
+    }
+    void *owned[] = {queries, left, steps, bytes, own, score, keys, count, length, start};
+    for (size_t i = 0; i < sizeof owned / sizeof *owned; i++)
+        free(owned[i]);
+}
+
 int main(void)
 {
+    for (int isa = 0; tested_path(isa); isa++)
+        for (int i = 0; i < share_of(40); i++)
+            check_pruning(isa, between(1, 3), between(1, 3), between(1, 9), between(1, 900), between(1, 150), i % 3 ? 4 : 0.2);
+    check_pruning(0, 1, 1, 2, 700, 1024, 1);
+    check_pruning(0, 2, 1, 0, 10, 3, 1);
     for (int i = 0; i < share_of(60); i++)
         check_choice(between(1, 3), between(1, 3), between(1, 5), between(1, 1500), i % 3 ? 60 : 4, i % 2 ? 6 : 0.2);
     check_choice(1, 2, 4, 70000, 30, 3);
