@@ -1,6 +1,7 @@
 """Multi-head attention with its projections: an input in, an output of the same width out."""
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,8 +28,8 @@ _FAMILIES = {
     "Llama": (("q_proj.weight", "k_proj.weight", "v_proj.weight"), "o_proj.weight"),
     "Whisper": (("q_proj.weight", "k_proj.weight", "v_proj.weight"), "out_proj.weight"),
 }
-# Of layers that do more than this one.
-_NOT_HERE = {"bias_k", "bias_v", "sinks", "q_norm.weight", "k_norm.weight", "q_layernorm.weight", "k_layernorm.weight"}
+# What stands among them and is not used: GPT-2's causal masks, rotary positions, the norm behind BERT's output.
+_IDLE = re.compile(r"bias|masked_bias|rotary_emb\..*|output\.LayerNorm\..*")
 
 
 class MultiHeadAttention:
@@ -175,7 +176,8 @@ class MultiHeadAttention:
             raise KeyError(f"{where}: no weights of a known name begin with {prefix!r}; known are {known}")
         if missing:
             raise KeyError(f"{where}: weights of {family} are missing: {', '.join(missing)}")
-        if odd := sorted(here & _NOT_HERE):
+        used = {"in_proj_bias", *names[family], *(name.removesuffix("weight") + "bias" for name in names[family])}
+        if odd := sorted(name for name in here - used if not _IDLE.fullmatch(name)):
             raise ValueError(f"{where}: a layer with {', '.join(odd)} is more than projections and attention")
         parts, out = _FAMILIES[family]
         turned = family == "GPT-2"  # which keeps them (n_in, n_out)
@@ -330,6 +332,9 @@ class MultiHeadAttention:
                 if len(memory) != 2:
                     raise ValueError(f"{where}: memory must be one array or (k, v), got a tuple of {len(memory)}")
                 k, v = memory
+                if {np.shape(y)[-2:-1] for y in memory} != {(self.num_kv_heads,)}:
+                    rule = f"k and v must be of shape (..., Lk, {self.num_kv_heads}, D), as keys_values gives them"
+                    raise ValueError(f"{where}: {rule} (k.shape={np.shape(k)}, v.shape={np.shape(v)})")
             else:
                 memory, at = _as_array("memory", memory, where), None
                 if self._rope is not None and "cu_seqlens_k" in options and memory.ndim > 1:

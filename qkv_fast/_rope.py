@@ -153,6 +153,8 @@ class Rotation:
         if cos_sin is not None:
             if scaling is not None:
                 raise ValueError(f"{where}: cos_sin replaces scaling, so both can't be given")
+            if not np.array_equal(base, 10000.0):
+                raise ValueError(f"{where}: cos_sin replaces base, so both can't be given (base={base!r})")
             self._cos_sin = _check_tables(where, cos_sin)
             turned = 2 * self._cos_sin[0].shape[-1]
             _check_rotary_dim(where, turned if rotary_dim is None else rotary_dim, dim, turned)

@@ -159,6 +159,7 @@ def check_form(
     where: str, kv_heads: Any, head_dim: Any, value_dim: Any, dtype: Any, value_dtype: Any, latent: Any, rotate: Any,
     bounds: Any,
 ) -> Form:  # fmt: skip
+    check_switches(where, latent=latent, rotate=rotate, bounds=bounds)
     heads, dim = count(where, "kv_heads", kv_heads), count(where, "head_dim", head_dim)
     dim_v = dim if value_dim is None else count(where, "value_dim", value_dim)
     if max(dim, dim_v) > _core.MAX_DIM:
@@ -175,9 +176,14 @@ def check_form(
     return make_form(where, heads, (dim, dim_v), (name, name_v), bool(latent), bool(rotate), bool(bounds))
 
 
+def check_switches(where: str, **switches: Any) -> None:
+    for name, x in switches.items():
+        if not isinstance(x, bool | np.bool_):
+            raise TypeError(f"{where}: {name} must be True or False, got {x!r}")
+
+
 def check_causal(where: str, causal: Any, window: Any) -> bool:
-    if not isinstance(causal, bool | np.bool_):
-        raise TypeError(f"{where}: causal must be True or False, got {causal!r}")
+    check_switches(where, causal=causal)
     if window is not None and not causal:
         raise ValueError(f"{where}: an encoder's tokens have no window (causal=False, window={window!r})")
     return bool(causal)

@@ -158,8 +158,9 @@ typedef struct {
 } qkv_product_tile;
 
 /* Softmax of `count` rows of n elements, or of `count` columns of n elements. x may be e or out, and e may be out for one
- * row. x and out may be of 16 bits where the table has `narrow`, e is not out then. All but `mask` are of the table's element type and aligned to it, e and state to a vector. Of a gradient x is that of the
- * softmax's result p, x and p may be out, and there are no mask, no stream and no e. */
+ * row. x and out may be of 16 bits where the table has `narrow`; e is not an out of 16 bits. All but `mask` are of the table's
+ * element type and aligned to it, e and state to a vector. Of a gradient x is that of the softmax's result p, x and p may be out,
+ * and there are no mask, no stream and no e. */
 typedef struct {
     const void *x;                    /* rows: (count, n); columns: (n, count); unit stride along the last */
     void *out;                        /* the same */

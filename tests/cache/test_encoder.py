@@ -216,6 +216,9 @@ def test_what_does_not_fit():
         qkv_fast.KVCache(1, 1, 8, 10, window=4, causal=False)
     with pytest.raises(TypeError, match="causal must be True or False, got 'no'"):
         qkv_fast.KVCache(1, 1, 8, 10, causal="no")
+    for name in ("latent", "rotate", "bounds"):
+        with pytest.raises(TypeError, match=f"{name} must be True or False, got 'no'"):
+            qkv_fast.KVCache(1, 1, 8, 10, **{name: "no"})
     with pytest.raises(ValueError, match="PagedKVCache: an encoder's tokens have no window"):
         qkv_fast.PagedKVCache(1, 8, 10, window=4, causal=False)
     plain = qkv_fast.KVCache(BATCH, HEADS, DIM, 50)

@@ -132,6 +132,7 @@ LLAMA3 = dict(rope_type="llama3", factor=2.0, low_freq_factor=4.0, high_freq_fac
         (ValueError, ["rotary_dim", "10"], X, dict(cos_sin=(zeros(5, 5), zeros(5, 5)))),
         (ValueError, ["rotary_dim", "6", "8"], X, dict(cos_sin=(zeros(5, 4), zeros(5, 4)), rotary_dim=6)),
         (ValueError, ["cos_sin", "scaling"], X, dict(cos_sin=(zeros(5, 4), zeros(5, 4)), scaling=YARN)),
+        (ValueError, ["cos_sin", "base=5.0"], X, dict(cos_sin=(zeros(5, 4), zeros(5, 4)), base=5.0)),
         (
             ValueError,
             ["positions", "0", "4", "-1"],

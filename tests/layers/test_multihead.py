@@ -84,6 +84,9 @@ def test_cross_attention(kv_heads):
     got = layer(x, memory)
     close(got, expected(given, x, memory, kv_heads=kv_heads))
     same_bits(layer(x, layer.keys_values(memory)), got)
+    of_more = [np.repeat(y, 2, axis=-2) for y in layer.keys_values(memory)]
+    with pytest.raises(ValueError, match=rf"k and v must be of shape \(\.\.\., Lk, {layer.num_kv_heads}, D\)"):
+        layer(x, tuple(of_more))
 
 
 @pytest.mark.parametrize("rope", [None, {}])
@@ -281,7 +284,9 @@ def test_nothing_in(shape):
     assert layer(np.zeros(shape)).shape == (*shape[:-1], 20)
 
 
-@pytest.mark.parametrize("name", ["bias_k", "q_norm.weight"])
+@pytest.mark.parametrize(
+    "name", ["bias_k", "q_norm.weight", "sinks", "q_proj.weight_scale", "q_proj.lora_A.weight", "rel_pos_linear.weight"]
+)
 def test_weights_of_more_than_this_layer(name):
     state = {f"a.{part}_proj.weight": np.eye(8) for part in "qkvo"} | {f"a.{name}": np.ones(8)}
     with pytest.raises(ValueError, match=re.escape(name)):
