@@ -85,15 +85,15 @@ class MultiHeadAttention:
     True
     """
 
-    __slots__ = ("_kv", "_out", "_q", "_rope", "num_heads", "num_kv_heads")
+    __slots__ = ("_kv", "_num_heads", "_num_kv_heads", "_out", "_q", "_rope")
 
     def __init__(
         self, q: Any, k: Any, v: Any, out: Any, *, num_heads: int, num_kv_heads: int | None = None,
         rope: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         where = _WHERE
-        self.num_heads = _check_count(where, "num_heads", num_heads)
-        self.num_kv_heads = num_heads if num_kv_heads is None else _check_count(where, "num_kv_heads", num_kv_heads)
+        self._num_heads = _check_count(where, "num_heads", num_heads)
+        self._num_kv_heads = num_heads if num_kv_heads is None else _check_count(where, "num_kv_heads", num_kv_heads)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"{where}: num_kv_heads must divide num_heads, got {num_kv_heads} for {num_heads}")
         if rope is not None and not isinstance(rope, Mapping):
@@ -121,6 +121,32 @@ class MultiHeadAttention:
             none = np.zeros(kv_rows, w_k.dtype)
             bias = np.concatenate([none if b is None else b for b in (b_k, b_v)])
         self._kv = Linear(np.concatenate([w_k, w_v]), bias)
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import qkv_fast
+        >>> qkv_fast.MultiHeadAttention(*np.ones((4, 8, 8)), num_heads=2).num_heads
+        2
+        """
+        return self._num_heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key and value heads.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import qkv_fast
+        >>> qkv_fast.MultiHeadAttention(*np.ones((4, 8, 8)), num_heads=2).num_kv_heads
+        2
+        """
+        return self._num_kv_heads
 
     @classmethod
     def from_state(

@@ -183,9 +183,9 @@ def test_what_a_layer_refuses_before_its_cache_changes():
 
 
 def test_sizes_of_a_layer_cannot_be_set():
-    """Its packed weights are read by them."""
-    layer = qkv_fast.Linear(np.ones((2, 3)))
-    for name in ("n_in", "n_out"):
+    """Its packed weights are read by them, and rows are turned as long as they were."""
+    layer, heads = qkv_fast.Linear(np.ones((2, 3))), qkv_fast.MultiHeadAttention(*[zeros(8, 8)] * 4, num_heads=2)
+    for of, name in ((layer, "n_in"), (layer, "n_out"), (heads, "num_heads"), (heads, "num_kv_heads")):
         with pytest.raises(AttributeError):
-            setattr(layer, name, 10**6)
-    assert (layer.n_in, layer.n_out) == (3, 2)
+            setattr(of, name, 10**6)
+    assert (layer.n_in, layer.n_out, heads.num_heads, heads.num_kv_heads) == (3, 2, 2, 2)
