@@ -31,7 +31,7 @@ import dask
 import dask.array as da
 import numpy as np
 from dask.base import tokenize
-from dask.core import get_dependencies, istask
+from dask.core import istask
 from dask.highlevelgraph import HighLevelGraph
 
 import qkv_fast
@@ -448,7 +448,7 @@ class _Problem:
         found = dict(self.options)
         if self.left is not None or self.right is not None or "alibi_slopes" in found:
             if self.positions is None:
-                found["q_offset"] = np.maximum(self.offsets[at] + a - c, -_FARTHEST)
+                found["q_offset"] = np.clip(self.offsets[at] + a - c, -_FARTHEST, _FARTHEST)
             else:
                 found["q_positions"] = np.maximum(self.positions[(*at, slice(a, b))] - c, -_FARTHEST)
         else:
@@ -505,15 +505,21 @@ def _check(arrays: dict[str, Any], options: dict[str, Any]) -> None:
 
 
 def _made_at_once(x: Any) -> dict[Any, Any]:
-    """Of the blocks that one task makes from what is in the graph as data: those tasks."""
+    """Of the blocks that one task makes from what is stored: those tasks. Arrays in memory and futures would be moved
+    whole, for a part of them too."""
     (optimized,) = dask.optimize(x)
     graph = dict(optimized.__dask_graph__())
+
+    def is_stored(at: Any) -> bool:
+        node = graph.get(at)  # None for a future
+        return node is not None and not istask(node) and type(getattr(node, "value", node)) is not np.ndarray
+
     found = {}
     for key in graph:
         if key[0] != x.name:
             continue
         node = graph.get(getattr(graph[key], "target", None), graph[key])  # of a task that others are a part of
-        if istask(node) and all(at in graph and not istask(graph[at]) for at in get_dependencies(graph, task=node)):
+        if istask(node) and all(map(is_stored, node.dependencies)):
             found[key] = node
     return found
 

@@ -17,6 +17,7 @@ dask = pytest.importorskip("dask", reason="the extra [test] leaves it out; [dask
 import dask.array as da  # noqa: E402
 import distributed  # noqa: E402
 import zarr  # noqa: E402
+from dask.core import get_dependencies  # noqa: E402
 
 from qkv_fast.integrations import dask as adapter  # noqa: E402
 from qkv_fast.integrations.dask import attention, explain  # noqa: E402
@@ -95,6 +96,13 @@ def test_nothing(shape):
     x = np.ones(shape, np.float32)
     for arrays in ((x, x, x), (x, x[:, :, :0], x[:, :, :0])):
         hold(np.random.default_rng(0), arrays, {})
+
+
+def test_farthest_positions():
+    q, k, v = qkv(6, heads=(2, 2), lengths=(20, 40))
+    for far in (2**60, -(2**60)):
+        for options in (dict(q_offset=far), dict(q_positions=np.full(20, far))):
+            hold(np.random.default_rng(6), (q, k, v), dict(causal=True) | options)
 
 
 def test_heads_within_groups():
@@ -226,6 +234,20 @@ def test_what_explain_counts():
     assert explain(q, made, v)[0] == plan.bytes_between_workers + 16 * block and not explain(q, made, v).made_anew
     cut = explain(q, k, v.rechunk((4, 32, 16)))
     assert cut.bytes_between_workers > plan.bytes_between_workers
+
+
+def test_blocks_cut_from_memory(client):
+    """By tasks of their own: those that attend to a piece don't need all that it is cut from."""
+    x = np.ones((2, 256, 16), np.float32)
+    q, v = da.from_array(x[:, :128], chunks=(2, 8, 16)), da.from_array(x, chunks=(2, 64, 16))
+    whole = da.from_array(x, chunks=x.shape)
+    plan = explain(q, whole, v)
+    graph = dict(dask.optimize(attention(q, whole, v))[0].__dask_graph__())
+    results = dict(zip(graph, dask.get(graph, list(graph)), strict=True))
+    needs = [results[at] for key in graph for at in get_dependencies(graph, key)]
+    moved = sum(x.nbytes for found in needs for x in (found if isinstance(found, tuple) else (found,)))
+    assert moved <= plan.bytes_between_workers
+    assert not plan.made_anew and not explain(q, client.persist(whole), whole.rechunk((2, 64, 16))).made_anew
 
 
 def lazy(*shape, dtype="float32", chunks="auto"):
