@@ -34,7 +34,7 @@ def _in_this_thread():
 @pytest.fixture(scope="module")
 def client():
     """Two processes of one thread each."""
-    options = dict(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None)
+    options = dict(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0")  # any port
     with distributed.LocalCluster(**options) as cluster, distributed.Client(cluster, set_as_default=False) as client:
         client.run(functools.partial(__import__, "zarr"))
         yield client
@@ -186,15 +186,20 @@ def store(path, name, x, chunks):
     return da.from_zarr(z)
 
 
-def memory(of):
-    with open("/proc/self/status") as file:
-        return next(1024 * int(line.split()[1]) for line in file if line.startswith(of))
+def on_workers():
+    """What says how much memory a worker has, and what forgets the most it had: not by the name of this module, which
+    workers can't import."""
 
+    def memory(of):
+        with open("/proc/self/status") as file:
+            return next(1024 * int(line.split()[1]) for line in file if line.startswith(of))
 
-def forget():
-    with open("/proc/self/clear_refs", "w") as file:  # the highest value so far is that of now
-        file.write("5")
-    return memory("VmRSS")
+    def forget():
+        with open("/proc/self/clear_refs", "w") as file:  # the highest value so far is that of now
+            file.write("5")
+        return memory("VmRSS")
+
+    return memory, forget
 
 
 @pytest.mark.alone
@@ -213,6 +218,7 @@ def test_memory_and_bytes_between_workers(client, tmp_path, chunks):
     def moved():
         return sum(client.run(lambda dask_worker: dask_worker.transfer_outgoing_bytes_total).values())
 
+    memory, forget = on_workers()
     before = client.run(forget)
     moved_before = moved()
     found = client.compute(out).result()
