@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import dask
 import dask.array as da
 import numpy as np
+from dask._task_spec import DataNode, Task
 from dask.base import tokenize
 from dask.core import istask
 from dask.highlevelgraph import HighLevelGraph
@@ -38,6 +39,7 @@ import qkv_fast
 
 _AT_A_TIME = 32  # tasks, if there are as many blocks: what follows one after another stays on one worker
 _MOST_LARGE = 8  # runs whose partials are large beside blocks of k and v: a worker holds one for each level of the tree
+_SMALL = 1 / 8  # share of a block that may be moved so that the block is made anew
 _FARTHEST = 2**60  # that a position may be from key 0
 
 
@@ -190,11 +192,12 @@ class _Step(NamedTuple):
 
 
 class _Operand(NamedTuple):
-    """A Dask array, what each of its axes is, and what makes its blocks where that may be a part of another task."""
+    """A Dask array, what each of its axes is, and what makes its blocks where that may be a part of another task, with
+    the bytes that this task needs then."""
 
     array: Any
     axes: tuple[Any, ...]
-    nodes: dict[Any, Any]
+    nodes: dict[Any, tuple[Any, int]]
 
 
 class _Problem:
@@ -415,7 +418,7 @@ class _Problem:
         """What stands for a block in a task, and the bytes that come from another one."""
         operand = self.operands[name]
         key = (operand.array.name, *self.index(name, block))
-        return (operand.nodes[key], 0) if key in operand.nodes else (key, self._bytes(name, block))
+        return operand.nodes[key] if key in operand.nodes else (key, self._bytes(name, block))
 
     def _visible(self, block: dict[Any, int]) -> list[int]:
         """Numbers of the blocks of keys that a query may see, or of one, whose partial says that none is seen."""
@@ -504,24 +507,37 @@ def _check(arrays: dict[str, Any], options: dict[str, Any]) -> None:
         qkv_fast.explain(**stand_ins | {"v": stand_ins["v"][..., :0]}, **options)
 
 
-def _made_at_once(x: Any) -> dict[Any, Any]:
-    """Of the blocks that one task makes from what is stored: those tasks. Arrays in memory and futures would be moved
-    whole, for a part of them too."""
+def _made_at_once(x: Any) -> dict[Any, tuple[Any, int]]:
+    """Of the blocks that one task makes from what is stored: those tasks, and the bytes of arrays in memory that each
+    needs. They go wherever a block is made, so they have to be small beside it."""
     (optimized,) = dask.optimize(x)
     graph = dict(optimized.__dask_graph__())
-
-    def is_stored(at: Any) -> bool:
-        node = graph.get(at)  # None for a future
-        return node is not None and not istask(node) and type(getattr(node, "value", node)) is not np.ndarray
-
     found = {}
     for key in graph:
         if key[0] != x.name:
             continue
-        node = graph.get(getattr(graph[key], "target", None), graph[key])  # of a task that others are a part of
-        if istask(node) and all(map(is_stored, node.dependencies)):
-            found[key] = node
+        node: Any = graph.get(getattr(graph[key], "target", None), graph[key])  # of a task that others are a part of
+        if istask(node) and all(at in graph and not istask(graph[at]) for at in node.dependencies):  # no futures
+            held: int = _bytes_held(node) + sum(_bytes_held(graph[at]) for at in node.dependencies)
+            size = x.dtype.itemsize * math.prod(chunks[i] for chunks, i in zip(x.chunks, key[1:], strict=True))
+            if held <= size * _SMALL:
+                found[key] = node, held
     return found
+
+
+def _bytes_held(part: Any) -> int:
+    """Of the arrays in memory within a part of a task."""
+    if type(part) is np.ndarray:
+        return int(part.nbytes)
+    if isinstance(part, DataNode):
+        part = [part.value]
+    elif isinstance(part, Task):
+        part = [*part.args, *part.kwargs.values()]
+    elif isinstance(part, dict):
+        part = part.values()
+    elif not isinstance(part, (tuple, list)):
+        return 0
+    return sum(map(_bytes_held, part))
 
 
 def _attend(names: list[str], options: dict[str, Any], q: Any, k: Any, v: Any, *rest: Any) -> tuple[Any, Any]:

@@ -2,6 +2,7 @@
 
 import doctest
 import functools
+import pickle
 
 import numpy as np
 import pytest
@@ -253,7 +254,18 @@ def test_blocks_cut_from_memory(client):
     needs = [results[at] for key in graph for at in get_dependencies(graph, key)]
     moved = sum(x.nbytes for found in needs for x in (found if isinstance(found, tuple) else (found,)))
     assert moved <= plan.bytes_between_workers
-    assert not plan.made_anew and not explain(q, client.persist(whole), whole.rechunk((2, 64, 16))).made_anew
+    assert not plan.made_anew and not explain(q, client.persist(whole), v).made_anew
+
+
+def test_arrays_in_memory_are_not_part_of_every_task(tmp_path):
+    """Of k = array * 2 each task would have a piece; small ones, such as a mean, may be."""
+    x = np.ones((2, 4096, 16), np.float32)
+    q, stored = da.from_array(x[:, :128], chunks=(2, 8, 16)), store(tmp_path, "k", x, (2, 1024, 16))
+    k = da.from_array(x, chunks=(2, 1024, 16)) * 2
+    assert not explain(q, k, k).made_anew and not explain(q, stored * x, stored).made_anew
+    assert explain(q, stored - x.mean((0, 1)), stored).made_anew
+    tasks = dict(dask.optimize(attention(q, k, k))[0].__dask_graph__()).values()
+    assert sum(len(pickle.dumps(task)) for task in tasks) < 4 * x.nbytes
 
 
 def lazy(*shape, dtype="float32", chunks="auto"):
