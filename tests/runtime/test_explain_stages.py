@@ -39,7 +39,8 @@ def test_counters(dtype, threads):
             arrays, options = arguments_of(stage)
             plan = agree(getattr(qkv_fast, stage.name), *arrays, **options, num_threads=threads)
             assert plan.stage == stage.name and plan.dtype == ("float64" if dtype == "float64" else "float32")
-            assert (plan.tiles_copied > 0) >= (dtype in ("float16", "bfloat16"))
+            widened = dtype in ("float16", "bfloat16") and stage.name != "softmax"  # which widens where x lies
+            assert (plan.tiles_copied > 0) >= widened
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -109,7 +110,8 @@ def test_other_notes():
     assert "temporary" in first(qkv_fast.weighted_values, qkv_fast.scores(q, k), v, out=v)
     assert first(qkv_fast.scores, q, k, scale=1e90).startswith("scale: ")
     x = normal(np.random.default_rng(0), (64, 64), "float16")
-    notes = agree(qkv_fast.softmax, x, axis=0, num_threads=1).notes
+    assert agree(qkv_fast.softmax, x, axis=0, num_threads=1).tiles_copied == 0
+    notes = agree(qkv_fast.softmax, x[:, ::-1], axis=0, num_threads=1).notes
     assert notes[0].startswith("x: a type narrower") and "rows whose elements are not adjacent; copied" in notes[0]
     assert notes[1].startswith("out: a type narrower") and "written through a copy of each row" in notes[1]
     assert any(note.startswith("threads: 1 of 4") for note in agree(qkv_fast.softmax, x, num_threads=4).notes)
