@@ -190,6 +190,9 @@ def test_workflows_run_actions_of_a_commit_and_may_do_nothing_unasked():
         used = re.findall(r"uses: *(\S+)(.*)", text)
         assert used, path.name
         for action, comment in used:
+            if action.startswith("./"):  # of the commit itself
+                assert (CHECKOUT / action).is_file(), action
+                continue
             assert re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", action), action
             assert re.fullmatch(r" # v\d+\.\d+\.\d+", comment), action
 
