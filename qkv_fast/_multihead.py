@@ -192,6 +192,8 @@ class MultiHeadAttention:
         if not isinstance(weights, Mapping) or not isinstance(prefix, str):
             kinds = f"{type(weights).__name__} and {type(prefix).__name__}"
             raise TypeError(f"{where}: weights must be a mapping of names to arrays, and prefix a str, got {kinds}")
+        if odd := [name for name in weights if not isinstance(name, str)]:
+            raise TypeError(f"{where}: names of weights must be str, got {odd[0]!r}")
         prefix = f"{prefix}." if prefix and not prefix.endswith(".") else prefix
         here = {name.removeprefix(prefix) for name in weights if name.startswith(prefix)}
         names = {family: (*parts, out) for family, (parts, out) in _FAMILIES.items()}

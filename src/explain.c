@@ -330,7 +330,8 @@ qkv_status qkv_explain(const qkv_problem *problem, qkv_report *report)
     double sizes = (double)(p->dim * qkv_size(p->type) + p->dim_v * qkv_size(p->out_type))
         + (p->lse ? plan.kernels->size : 0);
     double all_keys = 0;
-    if (qkv_is_uneven(p) || p->positions || p->start || p->spans || plan.masked || p->bias || p->n_runs > 1) { /* what spans two runs is copied */
+    /* What spans two runs is copied. */
+    if (qkv_is_uneven(p) || p->positions || p->start || p->spans || plan.masked || p->bias || p->n_runs > 1) {
         status = count_by_walking(p, &plan, report, &all_keys);
         if (status != QKV_OK)
             return status;

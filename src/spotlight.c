@@ -107,7 +107,8 @@ static void *answer_row(const qkv_query_tile *t, const qkv_row *r)
 static void begin_rows(const qkv_query_tile *t, const qkv_panel *x)
 {
     const qkv_problem *p = t->problem;
-    qkv_range seen = t->plan->masked || p->bias || p->kept ? (qkv_range){0, 0} : x->limits[0].all;       /* a tile may be hidden */
+    int hidden = t->plan->masked || p->bias || p->kept;                 /* some tile may be, as a whole */
+    qkv_range seen = hidden ? (qkv_range){0, 0} : x->limits[0].all;
     qkv_row r = qkv_first_row(t, x);
     seen.lo = qkv_min(seen.lo, p->answer_n);
     for (int j = 0; j < x->n; j++, qkv_next_row(&r)) {

@@ -692,7 +692,7 @@ class KVCache(Questions):
         out : ndarray, shape (batch, Hq, L, value_dim)
             In q's type.
         lse : ndarray, shape (batch, Hq, L)
-            Only with ``return_lse=True``.
+            Only with ``return_lse=True``; with `tolerance` that of the keys that were read.
         left, read
             Only with `tolerance`, as `attend` gives them.
 

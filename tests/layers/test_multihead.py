@@ -221,6 +221,7 @@ def test_errors():
     refuses(ValueError, ["memory", "tuple of 3"], lambda: layer(x, (x, x, x)))
     refuses(TypeError, ["list", "str"], lambda: MultiHeadAttention.from_state([], num_heads=1))
     refuses(TypeError, ["prefix", "int"], lambda: MultiHeadAttention.from_state({}, 5, num_heads=1))
+    refuses(TypeError, ["names", "7"], lambda: MultiHeadAttention.from_state({7: np.eye(8)}, num_heads=1))
     for family, name in dict(torch="in_proj_weight", kdim="in_proj_bias", gpt2="c_attn.bias").items():
         state = state_of(family, given)
         state[f"layers.0.attn.{name}"] = state[f"layers.0.attn.{name}"][1:]
@@ -266,11 +267,13 @@ def test_positions_of_a_packed_memory():
     x, memory = inputs(shape=(5, N)), inputs(shape=(7, N))
     got = layer(x, memory, cu_seqlens_q=[0, 2, 5], cu_seqlens_k=[0, 3, 7])
     close(got[2:][None], expected(given, x[None, 2:], memory[None, 3:], rope={}))
-
-
     for starts in (np.array([0, 2, 5], "uint64"), [0, 0, 2, 2, 5, 5]):
         ends = [0, 3, 7] if len(starts) == 3 else [0, 0, 3, 3, 7, 7]
         same_bits(layer(x, memory, cu_seqlens_q=starts, cu_seqlens_k=ends), got)
+
+
+def test_starts_that_are_none():
+    layer, x = MultiHeadAttention(*parts(), num_heads=HEADS, rope={}), inputs(shape=(5, N))
     for wrong in ([], [[0, 5]], None, [0.0, 5.0], [0, 4]):
         for name, given in (("cu_seqlens_q", (x,)), ("cu_seqlens_k", (x, x))):
             options = dict(cu_seqlens_q=[0, 5], cu_seqlens_k=[0, 5]) | {name: wrong}

@@ -57,6 +57,14 @@ def test_strides(name, pattern):
 
 
 @questions
+def test_a_bias_that_hides_whole_tiles(name):
+    q, k, _ = qkv(7, heads=(2, 1), lengths=(40, 700), dims=(16, 1))
+    at = np.arange(700)
+    for seen in (at < 100, at >= 650, (at < 40) | (at >= 600)):
+        check(name, q, k, bias=np.where(seen, 0, -np.inf).astype("f4"))
+
+
+@questions
 def test_layouts_batches_and_dimensions(name):
     q, k, _ = qkv(4, batch=(3,), heads=(4, 2), lengths=(50, 60))
     options = dict(causal=True, alibi_slopes=qkv_fast.alibi_slopes(4), sinks=np.arange(4.0))
