@@ -127,6 +127,7 @@ static QKV_INLINE void X(give_tail)(const int half, char *out, VEC y, int n)
     X(give)(half, (char *)some, y);
     memcpy(out, some, (size_t)n * sizeof *some);
 }
+
 /* The maximum of a row, which is widened into e if `half`. */
 static QKV_INLINE REAL X(find_max)(const int half, REAL *e, const char *x, int64_t n)
 {
