@@ -42,13 +42,15 @@ AARCH64 = "#include <arm_neon.h>\n"
 
 @dataclass(frozen=True)
 class CpuPath:
-    """src/kernels/<name>.c: its target, the flags it needs, those it gets if the compiler knows them, its probe."""
+    """src/kernels/<name>.c: its target, the flags it needs, those it gets if the compiler knows them, its probe; whether
+    it is built only where QKV_FAST_REQUIRE_PATHS names it."""
 
     name: str
     target: str = ""
     flags: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     probe: str = ""
+    only_if_required: bool = False
 
     @property
     def source(self) -> str:
@@ -88,6 +90,21 @@ PATHS = (
         optional=("-mprefer-vector-width=512",),
         probe=X86_64 + "__m512 f(__m512 a, __m512bh b, float c);\n"  # some clang cannot take a broadcast for pairs
         "__m512 f(__m512 a, __m512bh b, float c) { return _mm512_dpbf16_ps(a, b, (__m512bh)_mm512_set1_ps(c)); }\n",
+    ),
+    CpuPath(  # not yet run on a CPU that has it
+        "amx",
+        target="x86_64",
+        flags=(*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+        optional=("-mprefer-vector-width=512",),
+        probe=X86_64 + "void f(void);\nvoid f(void) { _tile_dpbf16ps(0, 1, 2); }\n",
+        only_if_required=True,
+    ),
+    CpuPath(  # for tests
+        "amx_emulated",
+        target="x86_64",
+        flags=(*AVX2, "-O2", "-DQKV_SANITIZED", "-Wno-psabi"),
+        probe=X86_64 + "__m256 f(__m256 a);\n__m256 f(__m256 a) { return _mm256_fmadd_ps(a, a, a); }\n",
+        only_if_required=True,
     ),
     CpuPath(
         "neon",
@@ -213,10 +230,11 @@ class Core:
         if strangers := kernels - {path.source for path in PATHS}:
             raise OptionError(f"setup.py: no entry in PATHS for {', '.join(sorted(strangers))}")
         targets = self.targets()
-        found = {path: flags for path in PATHS if (flags := self.path_flags(path, targets)) is not None}
+        required = os.environ.get("QKV_FAST_REQUIRE_PATHS", "").split()
+        wanted = [path for path in PATHS if path.name in required or not path.only_if_required]
+        found = {path: flags for path in wanted if (flags := self.path_flags(path, targets)) is not None}
         names = [path.name for path in found]
         print(f"qkv_fast: this compiler builds the CPU paths {', '.join(names)}")
-        required = os.environ.get("QKV_FAST_REQUIRE_PATHS", "").split()
         if missing := [name for name in required if name not in names]:
             raise CompileError(f"QKV_FAST_REQUIRE_PATHS: this compiler cannot build {', '.join(missing)}")
         macros = [path.macro for path in found]

@@ -110,6 +110,7 @@ OBSTACLES = {
     QKV_WIDENED: "a type narrower than that of the arithmetic", QKV_SWAPPED: "swapped bytes",
     QKV_STRIDED: "rows whose elements are not adjacent", QKV_UNALIGNED: "addresses that are not aligned",
     QKV_UNPAIRED: "pairs of bfloat16 that are multiplied, to be put side by side",
+    QKV_UNTILED: "tiles of bfloat16 that are multiplied, to be put together",
 }
 PLAN = object()                                 # as counters: see forward
 QUESTIONS = {
@@ -731,6 +732,13 @@ def fma_rate(bint wide, int threads, double seconds, int isa):
     cdef double rate
     with nogil:
         rate = qkv_fma_rate(isa, QKV_F64 if wide else QKV_F32, threads, seconds)
+    return rate
+
+
+def tile_rate(int parts, int threads, double seconds, int isa):
+    cdef double rate
+    with nogil:
+        rate = qkv_tile_rate(isa, parts, threads, seconds)
     return rate
 
 

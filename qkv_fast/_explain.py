@@ -122,10 +122,10 @@ alibi_slopes, sinks, softcap, scale, layout, return_lse, out, num_threads
         report["scratch_bytes"] = max(report["scratch_bytes"], other["scratch_bytes"])
     isa, dtype = _runtime.available_isas()[index], "float64" if p.q.dtype.itemsize == 8 else "float32"
     kernel = "decode" if report["decode"] else "attend"
-    if report["pair"] == 2:  # which is all that this path has of its own
-        kernel += f"_bf16_{isa}"
-    else:
-        kernel += f"_{'f64' if dtype == 'float64' else 'f32'}_{isa.removesuffix('bf16')}"
+    kind = "f64" if dtype == "float64" else "bf16" if report["pair"] == 2 else "f32"
+    if report["parts"]:
+        kind = ("bf16", "f16", "f32")[report["parts"] - 1]
+    kernel += f"_{kind}_{_runtime.available_isas()[report['isa']]}"
     stored = {} if p.extras is None else {"k": p.extras.k_stored, "v": p.extras.v_stored}
     return Plan(
         isa=isa,

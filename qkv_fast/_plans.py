@@ -83,8 +83,9 @@ class Plan(NamedTuple):
 
         The peaks are measured when this is first asked, in about 0.3 s and 256 MB, and then kept.
         """
-        index = _runtime.available_isas().index(self.isa)
-        flops, bandwidth = _runtime.measured_peaks(index, self.kernel.split("_")[1], max(1, self.threads))
+        _, kind, path = self.kernel.split("_", 2)
+        index = _runtime.available_isas().index(path)
+        flops, bandwidth = _runtime.measured_peaks(index, kind, max(1, self.threads))
         return self.operations / flops, self.bytes / bandwidth
 
     @property

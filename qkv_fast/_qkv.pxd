@@ -139,10 +139,13 @@ cdef extern from "qkv.h" nogil:
         QKV_STRIDED
         QKV_UNALIGNED
         QKV_UNPAIRED
+        QKV_UNTILED
 
     ctypedef struct qkv_report:
         qkv_counters counts
+        int64_t isa
         int64_t pair
+        int64_t parts
         int64_t decode
         int64_t panel_rows, vector_rows, kernel_keys
         int64_t rows
@@ -270,6 +273,7 @@ cdef extern from "qkv.h" nogil:
     int64_t qkv_allocations()
     int qkv_exp2(int isa, qkv_type type, const void *x, void *y, int64_t n)
     double qkv_fma_rate(int isa, qkv_type type, int threads, double seconds)
+    double qkv_tile_rate(int isa, int parts, int threads, double seconds)
     double qkv_pair_rate(int threads, double seconds)
     double qkv_read_rate(const void *data, size_t bytes, int threads, double seconds)
     double qkv_copy_rate(void *to, const void *data, size_t bytes, int threads, double seconds)

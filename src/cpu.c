@@ -3,15 +3,19 @@
  * To add a path: its file in kernels/, a line in setup.py's table, a feature bit if it needs a new one, and a line in
  * `built` below.
  */
+#define _GNU_SOURCE                   /* syscall */
 #include "cpu.h"
 
 #include <stdatomic.h>
 
 #include "qkv.h"
 
-extern const qkv_isa qkv_avx512bf16, qkv_avx512, qkv_avx2, qkv_neonbf16, qkv_neon, qkv_portable;
+extern const qkv_isa qkv_amx, qkv_amx_emulated, qkv_avx512bf16, qkv_avx512, qkv_avx2, qkv_neonbf16, qkv_neon, qkv_portable;
 
 static const qkv_isa *const built[] = {                /* best first */
+#ifdef QKV_HAVE_AMX
+    &qkv_amx,
+#endif
 #ifdef QKV_HAVE_AVX512BF16
     &qkv_avx512bf16,
 #endif
@@ -26,6 +30,9 @@ static const qkv_isa *const built[] = {                /* best first */
 #endif
 #ifdef QKV_HAVE_NEON
     &qkv_neon,
+#endif
+#ifdef QKV_HAVE_AMX_EMULATED
+    &qkv_amx_emulated,                                 /* behind every path that is fast */
 #endif
     &qkv_portable,
 };
@@ -54,12 +61,13 @@ static uint64_t enabled_states(void)
 
 static uint32_t detect(void)
 {
-    enum { EAX = 0, EBX = 1, ECX = 2 };
+    enum { EAX = 0, EBX = 1, ECX = 2, EDX = 3 };
     enum { FMA = 1 << 12, OSXSAVE = 1 << 27, AVX = 1 << 28, F16C = 1 << 29 };         /* leaf 1, ecx */
     enum { AVX2 = 1 << 5, F = 1 << 16, DQ = 1 << 17, CD = 1 << 28, BW = 1 << 30 };    /* leaf 7, ebx */
+    enum { AMX_BF16 = 1 << 22, AMX_TILE = 1 << 24 };                                  /* leaf 7, edx */
     enum { BF16 = 1 << 5 };                                                           /* leaf 7.1, eax */
     const uint32_t VL = 1u << 31;
-    const uint64_t YMM = 0x6, ZMM = 0xe6;              /* register states that the system saves */
+    const uint64_t YMM = 0x6, ZMM = 0xe6, TILES = 0x60000;            /* register states that the system saves */
     uint32_t zero[4], one[4], seven[4], more[4], have = 0;
 
     cpuid(0, 0, zero);
@@ -77,6 +85,8 @@ static uint32_t detect(void)
     const uint32_t all = F | DQ | CD | BW | VL;
     if ((states & ZMM) == ZMM && (seven[EBX] & all) == all)
         have |= QKV_CPU_AVX512 | (seven[EAX] >= 1 && more[EAX] & BF16 ? QKV_CPU_AVX512BF16 : 0);
+    if ((states & TILES) == TILES && seven[EDX] & AMX_TILE && seven[EDX] & AMX_BF16)
+        have |= QKV_CPU_AMX;
     /* Twice the rate of multiply-adds on Zen 4 and later; on Sapphire Rapids less than theirs. */
     const int amd = zero[ECX] == 0x444d4163;           /* AuthentiCAMD */
     if (have & QKV_CPU_AVX512BF16 && amd)
@@ -128,6 +138,29 @@ uint32_t qkv_features(void)
     return have & ~known;
 }
 
+#if defined(__linux__) && defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+/* For all threads, those that exist too. It is refused while one of them has an alternate signal stack that tiles do not fit. */
+static int asks_for_tiles(void)
+{
+    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+}
+#else
+static int asks_for_tiles(void) { return 0; }
+#endif
+
+int qkv_may_use_tiles(const qkv_isa *isa)
+{
+    static _Atomic int given;                          /* asked again while it is not: a signal stack may be gone */
+    if (!isa->tiles[0] || !(isa->needs & QKV_CPU_AMX))
+        return isa->tiles[0] != NULL;
+    if (!atomic_load_explicit(&given, memory_order_relaxed) && asks_for_tiles())
+        atomic_store_explicit(&given, 1, memory_order_relaxed);
+    return atomic_load_explicit(&given, memory_order_relaxed);
+}
+
 const qkv_isa *qkv_isa_at(int index)
 {
     uint32_t have = qkv_features();
@@ -143,7 +176,7 @@ uint32_t qkv_built_needs(int path) { return path >= 0 && path < BUILT ? built[pa
 const char *qkv_feature_name(int bit)
 {
     static const char *const names[] = {"avx2", "fma", "avx512 (f, vl, dq, bw, cd)", "avx512bf16", "f16c",
-                                        "fast avx512bf16 (amd)", "streams (zen 3, zen 4)", "bf16 (arm)"};   /* as QKV_CPU_... */
+                                        "fast avx512bf16 (amd)", "streams (zen 3, zen 4)", "bf16 (arm)", "amx (tile, bf16)"};   /* as QKV_CPU_... */
     return bit >= 0 && (size_t)bit < sizeof names / sizeof names[0] ? names[bit] : NULL;
 }
 
@@ -160,6 +193,17 @@ const char *qkv_compiler(void)
 #else
     return "unknown";
 #endif
+}
+
+int qkv_path_with(const qkv_kernels *kernels, int isa)
+{
+    for (const qkv_isa *path; (path = qkv_isa_at(isa)) != NULL; isa++) {
+        const qkv_kernels *tables[] = {path->type[0], path->type[1], path->pairs, path->tiles[0], path->tiles[1], path->tiles[2]};
+        for (size_t i = 0; i < sizeof tables / sizeof tables[0]; i++)
+            if (tables[i] == kernels)
+                return isa;
+    }
+    return -1;
 }
 
 const qkv_kernels *qkv_kernels_at(int index, int type)

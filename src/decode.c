@@ -163,7 +163,7 @@ static const char *piece(few *t, int values, int64_t first, int64_t *last, ptrdi
         return from.data;
     }
     *last = qkv_min(*last, first + plan->few.pass);
-    ptrdiff_t copy_row = (ptrdiff_t)(values ? plan->copy_row_v : plan->copy_row_k);
+    ptrdiff_t copy_row = (ptrdiff_t)(values ? plan->few.copy_row_v : plan->few.copy_row_k);
     *row = copy_row * plan->few.kernels->size;
     *as = qkv_arithmetic(p->type);
     char *copy = t->scratch + (values ? plan->few.at_v : plan->few.at_k);

@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "beams.h"
+#include "cpu.h"
 #include "elements.h"
 #include "forward.h"
 #include "mask.h"
@@ -161,6 +162,12 @@ static void no_gather(void *to, ptrdiff_t to_row, const qkv_rows *from, int n, i
     (void)to, (void)to_row, (void)from, (void)n, (void)d;
 }
 
+static void no_values(void *to, ptrdiff_t to_row, const qkv_rows *from, int at, int n, int d)
+{
+    (void)at;
+    no_gather(to, to_row, from, n, d);
+}
+
 static void no_scatter(const qkv_rows *to, const void *from, ptrdiff_t from_row, int n, int d)
 {
     (void)to, (void)from, (void)from_row, (void)n, (void)d;
@@ -195,7 +202,9 @@ static qkv_kernels idle(const qkv_kernels *of)
     kernels.expect = no_expect;
     kernels.finish = no_finish;
     kernels.finite = all_finite;
-    kernels.gather = kernels.gather_terms = kernels.gather_values = no_gather;
+    kernels.gather = kernels.gather_terms = no_gather;
+    kernels.gather_values = no_values;
+    kernels.begin = kernels.end = NULL;
     kernels.scatter = no_scatter;
     kernels.decode_stack = no_stack;
     kernels.decode_score = kernels.decode_value = no_product;
@@ -306,6 +315,9 @@ qkv_status qkv_explain(const qkv_problem *problem, qkv_report *report)
         own = *folded;
     qkv_status status = qkv_make_plan(p, &plan);
     memset(report, 0, sizeof *report);
+    const qkv_kernels *kernels = plan.decode ? plan.few.kernels : plan.kernels;
+    report->isa = qkv_path_with(kernels, p->isa);
+    report->parts = kernels->parts;
     report->pair = plan.decode ? plan.few.kernels->pair : plan.kernels->pair;
     report->decode = plan.decode;
     report->panel_rows = plan.decode ? plan.few.rows : plan.kernels->lanes;

@@ -80,7 +80,6 @@ static void copy_rows(const qkv_query_tile *t, const pass_rows *kv, int values, 
         int64_t end = qkv_min(last, r->first + r->count);
         char *data = (char *)row_of(r, values, key, at) + offset;
         qkv_rows from = qkv_rows_at(p, values, data);
-        char *to = copy + (key - first) / pair * copy_row * plan->kernels->size;
         n = end - key;
         if (end < last && n > pair) {
             n -= n % pair;
@@ -88,7 +87,10 @@ static void copy_rows(const qkv_query_tile *t, const pass_rows *kv, int values, 
             from.row = (ptrdiff_t)((uintptr_t)row_of(run_with(r, end), values, end, at) - (uintptr_t)data) + offset;
             n = pair;
         }
-        (values ? plan->kernels->gather_values : plan->kernels->gather_terms)(to, copy_row, &from, (int)n, (int)d);
+        if (values)
+            plan->kernels->gather_values(copy, copy_row, &from, (int)(key - first), (int)n, (int)d);
+        else
+            plan->kernels->gather_terms(copy + (key - first) * copy_row * plan->kernels->size, copy_row, &from, (int)n, (int)d);
     }
 }
 
@@ -246,8 +248,8 @@ static void attend_block(const qkv_query_tile *t, const qkv_panel *x, pass_rows 
         t->counters->tiles_skipped += x->nv;
         return;
     }
-    int whole_pairs = (first - block_first) % kernels->pair == 0;
-    if (kind == QKV_FULL && !careful && whole_pairs && attend_full(t, x, kv, block_first, first, last, whole))
+    int aligned = (first - block_first) % kernels->aligned == 0;
+    if (kind == QKV_FULL && !careful && aligned && attend_full(t, x, kv, block_first, first, last, whole))
         return;
     /* Rows of the panel see different keys: vector by vector, each cut down to its own, wastes least. */
     int32_t lo[MAX_VECTOR], hi[MAX_VECTOR];
@@ -262,8 +264,9 @@ static void attend_block(const qkv_query_tile *t, const qkv_panel *x, pass_rows 
             last = qkv_min(block_last, last + (rows - (last - block_first) % rows) % rows);
         }
         qkv_tile one = whole;
-        int odd = kind == QKV_FULL && (first - block_first) % kernels->pair, limited = kind == QKV_PARTIAL || odd;
-        first -= odd;
+        int64_t more = kind == QKV_FULL ? (first - block_first) % kernels->aligned : 0;
+        int limited = kind == QKV_PARTIAL || more;
+        first -= more;
         if (kind != QKV_SKIP) {
             qkv_kind seen = look(t, x, i * w, first, &last, &one.changes);
             kind = seen == QKV_FULL ? kind : seen;
@@ -333,7 +336,11 @@ static void attend_chunk(const qkv_query_tile *t, int64_t chunk, uint64_t chosen
     for (int i = 0; i < t->panels; i++)
         if (chosen >> i & 1)
             reset(t, t->panel[i].state, t->panel[i].nv);
+    if (plan->kernels->begin)         /* a chunk at a time: Python may run between them */
+        plan->kernels->begin();
     walk_keys(t, chunk * plan->chunk, (chunk + 1) * plan->chunk, chosen, careful);
+    if (plan->kernels->end)
+        plan->kernels->end();
 }
 
 /* The totals of the chosen panels before the first key. */

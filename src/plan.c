@@ -81,7 +81,7 @@ static void choose_copies(const qkv_problem *p, qkv_plan *plan)
 {
     qkv_type arithmetic = qkv_arithmetic(p->type);
     int kv_axes = p->run_of ? 0 : p->n_axes;
-    int pairs = plan->kernels->pair > 1;
+    int tiles = plan->kernels->parts > 0, pairs = plan->kernels->pair > 1 && !tiles;
     plan->copy_k = !pairs && p->k_type != arithmetic ? QKV_WIDENED : 0;
     plan->copy_v = pairs ? QKV_UNPAIRED : p->v_type != arithmetic ? QKV_WIDENED : 0;
     for (int64_t i = 0; i < p->n_runs; i++) {
@@ -95,6 +95,8 @@ static void choose_copies(const qkv_problem *p, qkv_plan *plan)
           | obstacles(p->q, row_axes, &p->q_at, p->swapped_q, qkv_size(p->type));
     plan->obstacles_out = (p->out_type != arithmetic ? QKV_WIDENED : 0)
         | obstacles(p->out, row_axes, &p->out_at, p->swapped_out, qkv_size(p->out_type));
+    if (tiles)
+        plan->copy_k = plan->copy_v = plan->obstacles_q = QKV_UNTILED;
     plan->direct_q = !plan->obstacles_q;
     plan->direct_out = !plan->obstacles_out;
     plan->direct_bias = p->bias && p->bias_type == arithmetic
@@ -154,7 +156,7 @@ static void lay_out_scratch(const qkv_problem *p, qkv_plan *plan)
 {
     size_t size = (size_t)plan->kernels->size, lanes = (size_t)plan->kernels->lanes;
     size_t vectors = lanes / (size_t)plan->kernels->vector;
-    size_t panels = (size_t)plan->tile_panels, dim = (size_t)p->dim, dim_v = (size_t)p->dim_v;
+    size_t panels = (size_t)plan->tile_panels, dim_v = (size_t)p->dim_v;
     size_t at = 0;
     int64_t pair = plan->kernels->pair;
 #define TAKE(field, bytes) (plan->field = at, at += align(bytes))
@@ -165,13 +167,14 @@ static void lay_out_scratch(const qkv_problem *p, qkv_plan *plan)
     TAKE(at_state, panels * plan->state_bytes);
     TAKE(at_total, plan->merges ? panels * plan->state_bytes : 0);
     int gradients = p->question == QKV_GRADIENTS;       /* dS and products beside S */
-    TAKE(at_s, (size_t)plan->block * lanes * size * (gradients ? 3 : 1));
+    TAKE(at_s, (size_t)plan->block * lanes * size * (gradients ? 3 : plan->kernels->parts == 3 ? 2 : 1));
     TAKE(at_k, plan->copy_k || p->n_runs > 1 ? (size_t)(plan->pass * plan->copy_row_k) * size : 0);
     int64_t copied_v = (plan->copy_v || p->n_runs > 1) && !plan->one ? plan->pass / pair : 0;
     copied_v = p->question == QKV_INFLUENCE ? plan->range : copied_v;
     TAKE(at_v, (size_t)(copied_v * plan->copy_row_v) * size);
     /* Who reads O has a row more for it. */
-    TAKE(at_tile, plan->direct_q && plan->direct_out && !reads_out(p) ? 0 : (lanes + 1) * (dim > dim_v ? dim : dim_v) * size);
+    size_t most = (size_t)qkv_max(plan->terms, qkv_max(p->dim, p->dim_v));
+    TAKE(at_tile, plan->direct_q && plan->direct_out && !reads_out(p) ? 0 : (lanes + 1) * most * size);
     TAKE(at_peaked, sizeof(int));
     TAKE(at_lanes, plan->adjust ? panels * lanes * QKV_LANE_BYTES : 0);
     TAKE(at_pointers, plan->adjust ? 2 * lanes * sizeof(void *) : 0);
@@ -229,6 +232,30 @@ static int multiplies_pairs(const qkv_problem *p, const qkv_plan *plan)
     return !p->question && !p->answer && qkv_isa_at(p->isa)->pairs && halves && fabs(plan->q_factor) == 1;
 }
 
+/* The table of tiles, or NULL. Parts of numbers hold them exactly, but for what is below the smallest normal one. Few rows and
+ * questions have no tiles. */
+static const qkv_kernels *tiles_for(const qkv_problem *p, const qkv_plan *plan)
+{
+    const qkv_type types[] = {p->type, p->k_type, p->v_type};
+    const qkv_isa *isa = qkv_isa_at(p->isa);
+    int parts = 1;
+    for (int i = 0; i < 3; i++)
+        parts = types[i] == QKV_BF16 ? parts : types[i] == QKV_F16 ? (int)qkv_max(parts, 2) : 3;
+    if (p->question || p->answer || p->type == QKV_F64 || fabs(plan->q_factor) != 1 || !qkv_may_use_tiles(isa))
+        return NULL;
+    return isa->tiles[parts - 1];
+}
+
+/* Rows of lanes and of copies, which tiles have otherwise than the table of the arithmetic. */
+static void plan_tiles(const qkv_problem *p, qkv_plan *plan)
+{
+    const qkv_kernels *kernels = plan->kernels;
+    size_t state_bytes = (size_t)((p->dim_v + 2) * kernels->lanes * kernels->size);
+    plan->state_bytes = (size_t)qkv_max((int64_t)align(state_bytes), (int64_t)plan->few.state_bytes);
+    plan->terms = plan->copy_row_k = kernels->parts * ceil_div(p->dim, 32) * 16;
+    plan->copy_row_v = kernels->parts * ceil_div(p->dim_v, 16) * 16;
+}
+
 /* Whether few rows are asked for their weights, and may have them from the walk of attention. */
 static int keeps_rows(const qkv_problem *p)
 {
@@ -261,6 +288,8 @@ static void plan_few(const qkv_problem *p, qkv_plan *plan)
     size_t at = 0, rows = (size_t)n, lanes = (size_t)(ceil_div(n, vector) * vector);
     size_t dim = (size_t)qkv_max(p->dim, p->dim_v);
     few->pass = qkv_min(CHUNK, qkv_max(16, COPY_PASS_BYTES / ((p->dim + p->dim_v + 1) * size) / 16 * 16));
+    few->copy_row_k = plan->copy_row_k;
+    few->copy_row_v = plan->copy_row_v;
     int64_t pair = few->kernels->pair;
     few->q_row = ceil_div(p->dim, pair * vector) * vector;
     few->o_row = ceil_div(p->dim_v, pair * vector) * pair * vector;
@@ -275,8 +304,8 @@ static void plan_few(const qkv_problem *p, qkv_plan *plan)
     TAKE(at_sums, rows * (size_t)(few->o_row * size));
     TAKE(at_state, few->state_bytes);
     TAKE(at_total, few->state_bytes);
-    TAKE(at_k, few->copy_k ? (size_t)(few->pass * plan->copy_row_k * size) : 0);
-    TAKE(at_v, few->copy_v ? (size_t)(few->pass * plan->copy_row_v * size) : 0);
+    TAKE(at_k, few->copy_k ? (size_t)(few->pass * few->copy_row_k * size) : 0);
+    TAKE(at_v, few->copy_v ? (size_t)(few->pass * few->copy_row_v * size) : 0);
     TAKE(at_pair, pairs ? (size_t)(2 * ceil_div(p->dim_v, 2) * size) : 0);
     TAKE(at_copies, !few->obstacles_q && plan->direct_out ? 0 : rows * dim * (size_t)size);
     TAKE(at_lanes, plan->adjust ? lanes * QKV_LANE_BYTES : 0);
@@ -452,8 +481,13 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
         choose_copies(p, plan);
     }
     plan->terms = ceil_div(p->dim, kernels->pair);
+    if (!plan->decode && tiles_for(p, plan)) {
+        kernels = plan->kernels = tiles_for(p, plan);
+        choose_copies(p, plan);
+        plan_tiles(p, plan);
+    }
     plan->one = p->latent && kernels->pair == 1;
-    int64_t row_bytes = (p->dim + (plan->one ? 0 : p->dim_v)) * kernels->size / kernels->pair;
+    int64_t row_bytes = (p->dim + (plan->one ? 0 : p->dim_v)) * kernels->size / kernels->pair * qkv_max(1, kernels->parts);
     /* Copies want many panels to share them, and leave them the room by being short. */
     int copies = (plan->copy_k | plan->copy_v) != 0;
     double cold_bytes = (double)plan->sequences * (double)p->heads_kv * (double)plan->reach * (double)row_bytes;

@@ -17,6 +17,7 @@ typedef struct {
     int64_t most;                     /* rows of one beam that are few */
     int64_t rows;                     /* in a tile */
     int64_t pass;                     /* keys that are copied at a time */
+    int64_t copy_row_k, copy_row_v;   /* elements per row of copied K and V */
     int64_t q_row, s_row, o_row;      /* elements per row of Q, S and O, whole vectors; of pairs those of Q, and two vectors of O */
     size_t l_bytes, state_bytes;      /* l, as m; O, m and l */
     /* Scratch of one worker, where that of tiles is otherwise. */
@@ -41,7 +42,7 @@ typedef struct {
     int adjust;                       /* scores need a step between K Q^T and softmax */
     int masked;                       /* by element: a mask, or segments in any order */
 
-    int64_t terms;                    /* of a score: dim, or pairs of them */
+    int64_t terms;                    /* of a score: dim, or pairs of them; of tiles those of all parts, up to whole tiles */
     /* Rows that share their keys are those of all query heads of a key head, or of one query head where it is asked what each
      * of these gives. `heads` are what rows are of, `group` query heads in each, and so many of them share a key head. */
     int64_t sequences, heads, group, sharing;
@@ -91,7 +92,7 @@ typedef struct {
     size_t at_sizes, at_products, at_centre;            /* (range), (block, lanes), (dim_v): of INFLUENCE */
     size_t at_without;                /* (panels, lanes) of keys: of MOVED */
     size_t at_best, at_rest, at_outputs, at_shares;     /* of GROUPS: two states, O^T and (lanes) of qkv_share, for every panel */
-    int64_t copy_row_k, copy_row_v;   /* elements per row of copied K and V */
+    int64_t copy_row_k, copy_row_v;   /* elements per row of copied K and V, or of V's pairs of rows */
     size_t scratch_bytes;
     size_t partial_bytes;             /* all partial states of a split problem */
     size_t shared_bytes;              /* those, what counts them, first tiles of ragged batches, and the summary */

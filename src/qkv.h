@@ -211,13 +211,16 @@ enum {
     QKV_SWAPPED = 2,                  /* byte order differs from the machine's */
     QKV_STRIDED = 4,                  /* elements of a row are not next to each other */
     QKV_UNALIGNED = 8,                /* addresses are no multiples of the element size */
-    QKV_UNPAIRED = 16                 /* pairs are multiplied, and are not side by side at multiples of their size: never in V */
+    QKV_UNPAIRED = 16,                /* pairs are multiplied, and are not side by side at multiples of their size: never in V */
+    QKV_UNTILED = 32                  /* tiles are multiplied, and no array holds them */
 };
 
 /* What a call would do; all 0 but the kernel's numbers if it has nothing to compute. */
 typedef struct {
     qkv_counters counts;              /* as the call will count, if the pool is free and all results are finite */
+    int64_t isa;                      /* the path that has the kernel, where that asked for has none of its own */
     int64_t pair;                     /* elements that are multiplied at a time: 2 for pairs of bfloat16 */
+    int64_t parts;                    /* of a number that is multiplied in tiles, or 0 */
     int64_t decode;                   /* few rows, lanes along the head dimension: a tile is all of them and one chunk */
     int64_t panel_rows, vector_rows, kernel_keys;       /* query rows in a panel and in a vector, keys in registers */
     int64_t rows;                     /* of one key head: len_q * group */
@@ -424,6 +427,7 @@ int64_t qkv_allocations(void);        /* allocations since qkv_fail_allocation w
 int qkv_exp2(int isa, qkv_type type, const void *x, void *y, int64_t n);
 /* Rates are those of all threads together, at most 256. */
 double qkv_fma_rate(int isa, qkv_type type, int threads, double seconds);     /* floating-point operations per second */
+double qkv_tile_rate(int isa, int parts, int threads, double seconds);      /* the same of numbers of 1 to 3 parts; 0 without tiles */
 double qkv_pair_rate(int threads, double seconds);    /* the same for bfloat16 pairs; 0 where the CPU or the build has none */
 double qkv_read_rate(const void *data, size_t bytes, int threads, double seconds);      /* bytes read per second */
 double qkv_copy_rate(void *to, const void *data, size_t bytes, int threads, double seconds);    /* bytes copied per second */

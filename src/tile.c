@@ -107,7 +107,7 @@ const void **qkv_query_rows(const qkv_query_tile *t, const qkv_panel *x)
         if (!plan->direct_q) {
             char *copy = t->scratch + plan->at_tile + (size_t)j * row_bytes;
             qkv_rows one = {from, 0, (ptrdiff_t)p->q_at.dim, p->type, p->swapped_q};
-            plan->kernels->gather_terms(copy, 0, &one, 1, (int)p->dim);
+            plan->kernels->gather_terms(copy, (ptrdiff_t)plan->terms, &one, 1, (int)p->dim);
             rows[j] = copy;
         }
     }

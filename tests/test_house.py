@@ -41,7 +41,7 @@ HEADERS = {
     "call.h": "plan.h threads.h",
     "decode.[ch]": "call.h tile.h elements.h mask.h rows.h types.h",
     "forward.[ch]": "plan.h backward.h beams.h call.h decode.h spotlight.h tile.h elements.h mask.h types.h memory.h",
-    "explain.c": "beams.h plan.h plan_stages.h forward.h elements.h mask.h types.h",
+    "explain.c": "beams.h cpu.h plan.h plan_stages.h forward.h elements.h mask.h types.h",
     "cache.c": "qkv.h kernels/kernels.h cpu.h",
     "choose.c": "qkv.h kernels/kernels.h cpu.h threads.h memory.h",
     "stages.c": "plan_stages.h mask.h threads.h memory.h types.h",

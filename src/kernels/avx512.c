@@ -9,6 +9,7 @@
 
 /* float32 */
 
+#define T f32
 #include "avx512_tpl.h"
 
 static inline vec_f32 widen_i8_f32(const void *p)
@@ -26,7 +27,6 @@ static inline vec_f32 widen_i4_f32(const void *p, int at, const char *scale)
     return _mm512_permutexvar_ps(at < 16 ? n : _mm512_srli_epi32(n, 4), _mm512_mul_ps(plain, _mm512_castsi512_ps(both)));
 }
 
-#define T f32
 #define LANE_VECTORS 3
 #define ROW_TILE 8
 #define ROW_TILE_1 8

@@ -9,7 +9,9 @@
 
 #include "kernels.h"
 #include "compiler.h"
+#define T f32
 #include "avx512_tpl.h"
+#include "avx512_pairs_tpl.h"
 
 static inline __m512bh pairs_of(vec_f32 x) { return (__m512bh)x; }
 
@@ -23,29 +25,6 @@ static inline vec_f32 mad_seen_f32(vec_f32 v, vec_f32 p, vec_f32 z)
     weights = _mm512_maskz_mov_epi16(seen, weights);
     values = _mm512_maskz_mov_epi16(seen, values);
     return mad_f32(_mm512_castsi512_ps(values), _mm512_castsi512_ps(weights), z);
-}
-
-static inline vec_f32 append_f32(vec_f32 x, vec_f32 y) { return (vec_f32)_mm512_cvtne2ps_pbh(y, x); }
-
-static inline vec_f32 join_f32(vec_f32 x, vec_f32 y)
-{
-    const __m512i order = _mm512_add_epi32(                 /* halves 0, 16, 1, 17 ... */
-        _mm512_mullo_epi32(_mm512_set1_epi32(0x00010001), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)),
-        _mm512_set1_epi32(0x00100000));
-    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, _mm512_castps_si512(append_f32(x, y))));
-}
-
-static inline vec_f32 interleave_f32(const void *a, const void *b)
-{
-    __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(a)), high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(b));
-    return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-}
-
-static inline vec_f32 turn_f32(vec_f32 factor, vec_f32 x)
-{
-    __m512i sign = _mm512_and_si512(_mm512_castps_si512(factor), _mm512_set1_epi32(INT32_MIN));
-    sign = _mm512_or_si512(sign, _mm512_srli_epi32(sign, 16));
-    return _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(x), sign));
 }
 
 static inline vec_f32 load_halves_f32(const void *p, int n)
@@ -65,7 +44,6 @@ static inline vec_f32 unzip_f32(vec_f32 x, vec_f32 y, int at)
     return _mm512_permutex2var_ps(x, _mm512_add_epi32(order, _mm512_set1_epi32(at / 2)), y);
 }
 
-#define T f32
 #define LANE_VECTORS 3
 #define ROW_TILE 8
 #define ROW_TILE_1 8

@@ -27,4 +27,10 @@ static const double exp2_poly_f64_1[] = {
     0x1.e79bb61d45e39p-32,
 };
 
+/* Paths whose tables have these names compute in float32. */
+#define exp2_poly_bf16_1 exp2_poly_f32_1
+#define exp2_poly_bf16_8 exp2_poly_f32_8
+#define exp2_poly_f16_1 exp2_poly_f32_1
+#define exp2_poly_f16_8 exp2_poly_f32_8
+
 #endif

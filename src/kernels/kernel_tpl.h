@@ -13,6 +13,8 @@
  *   WIDENS         1 where few rows of narrower types are widened as they are loaded, which is a kind of code for each
  *   HALVES_AHEAD   if WIDENS or PAIR is 2: bytes between what some rows read of K and V in 16 bits and what is fetched
  *   HALVES_SHARED  if WIDENS: 1 where two rows share a read of V in 16 bits, for which there are registers, else 0
+ *   TILE_PARTS     1, 2 or 3 where attention, and nothing else, is products of tiles: parts of a number (tiles_tpl.h). Undefined where
+ *                  products are of rows of registers
  *   EXP2_STEPS     fractions of an exponent that power can look up: 8, or 1 where looking up is slow; no other has a polynomial
  *
  * Primitives, static inline functions of that file (w is the number of elements in a vector):
@@ -58,6 +60,10 @@
 #include <math.h>
 #include <string.h>
 
+#ifndef TILE_PARTS
+#define TILE_PARTS 0
+#endif
+
 #include "exp2_poly.h"
 #include "tanh_poly.h"
 
@@ -86,10 +92,16 @@ _Static_assert(EXP2_STEPS == 1 || EXP2_STEPS == 8, "exp2_poly.h has no other pol
 #if PAIR == 1
 #include "grad_tpl.h"
 #endif
+#if !TILE_PARTS
 #include "look_tpl.h"
+#endif
 #include "rows_tpl.h"
+#if TILE_PARTS
+#include "tile_rows_tpl.h"
+#else
 #include "peak_tpl.h"
 #include "decode_tpl.h"
+#endif
 #if PAIR == 1
 #include "product_tpl.h"
 #include "softmax_tpl.h"
@@ -106,26 +118,35 @@ _Static_assert(EXP2_STEPS == 1 || EXP2_STEPS == 8, "exp2_poly.h has no other pol
 #define UNPAIRED
 #endif
 
-#define KERNELS { \
-    .size = sizeof(REAL), .pair = PAIR, .vector = W, .lanes = LANES, .row_tile = ROW_TILE, \
-    .attend = X(attend), .reset = X(reset), .merge = X(merge), \
+#if TILE_PARTS
+#define OF_REGISTERS .parts = TILE_PARTS, .aligned = STRIP, .begin = X(begin_tiles), .end = X(end_tiles), .fma = X(tile_rounds),
+#else
+#define OF_REGISTERS \
+    .aligned = PAIR, \
     .look_largest = X(look_largest), .look_entropy = X(look_entropy), .look_heaviest = X(look_heaviest), \
     .look_normalisers = X(look_normalisers), .look_received = X(look_received), \
     .look_weights = X(look_weights), .look_sums = X(look_sums), .look_maxima = X(look_maxima), \
     .pour_sums = X(pour_sums), .pour_maxima = X(pour_maxima), \
     .look_rows = X(look_rows), .weigh_row = X(weigh_row), .look_influence = X(look_influence), \
     .centre_values = X(centre_values), .centre_outputs = X(centre_outputs), .distance = X(distance), \
-    .pack = X(pack), .expect = X(expect), .finish = X(finish), .finite = X(finite), \
-    .gather = X(gather), .scatter = X(scatter), .gather_terms = X(gather_terms), .gather_values = X(gather_values), \
     .widens = WIDENS, \
     .decode_stack = X(decode_stack), .decode_score = X(decode_score), .decode_weigh = X(decode_weigh), \
     .decode_value = X(decode_value), .decode_merge = X(decode_merge), .decode_finish = X(decode_finish), \
-    UNPAIRED \
-    .exp2 = X(exp2_array), .fma = X(fma_rounds) }
+    .fma = X(fma_rounds),
+#endif
+
+#define KERNELS { \
+    .size = sizeof(REAL), .pair = PAIR, .vector = W, .lanes = LANES, .row_tile = ROW_TILE, \
+    .attend = X(attend), .reset = X(reset), .merge = X(merge), \
+    .pack = X(pack), .expect = X(expect), .finish = X(finish), .finite = X(finite), \
+    .gather = X(gather), .scatter = X(scatter), .gather_terms = X(gather_terms), .gather_values = X(gather_values), \
+    OF_REGISTERS UNPAIRED \
+    .exp2 = X(exp2_array) }
 
 static const qkv_kernels X(kernels) = KERNELS;
 
 #undef KERNELS
+#undef OF_REGISTERS
 #undef REAL_LARGEST
 #undef MOST_ROWS
 #undef ROWS
@@ -138,6 +159,7 @@ static const qkv_kernels X(kernels) = KERNELS;
 #undef QKV_JOIN
 #undef QKV_JOIN2
 #undef EXP2_STEPS
+#undef TILE_PARTS
 #undef HALVES_SHARED
 #undef HALVES_AHEAD
 #undef WIDENS

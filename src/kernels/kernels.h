@@ -226,6 +226,14 @@ typedef struct {
     int vector;                       /* elements per vector */
     int lanes;                        /* elements per panel row, a multiple of vector */
     int row_tile;                     /* keys that attend works on at a time: other numbers of keys are slower */
+    int aligned;                      /* its keys begin at multiples of this in a block, which row_tile is one of */
+    int parts;                        /* of a number that is multiplied in tiles, or 0: K and V are then what gather_terms and
+                                       * gather_values make of them, with rows of `parts` * whole tiles, and nothing below is
+                                       * there but what attention needs. Keys up to a multiple of `aligned` are read */
+
+    /* Around all calls of attend that a thread makes for a task, where there are parts; else NULL. */
+    void (*begin)(void);
+    void (*end)(void);
 
     /* O, m, l <- merge(O, m, l, Q K^T, V) for one tile. An excluded score (hidden by lo and hi, or -inf) has weight
      * 0. NaN in q, k or v of a visible pair reaches O of that lane; a lane that has seen nothing keeps m = -inf, l = 0.
@@ -298,9 +306,10 @@ typedef struct {
     void (*scatter)(const qkv_rows *to, const void *from, ptrdiff_t from_row, int n, int d);
 
     /* K, or Q for pack, as pairs of elements of a row, and V as pairs of two rows; what is missing of the last is 0. Without
-     * pairs, gather. Strides of `to` are in the table's elements, which pairs are as large as. */
+     * pairs, gather. Strides of `to` are in the table's elements, which pairs are as large as. V is that of the keys at .. at + n of
+     * `to`, whole pairs if there are more. */
     void (*gather_terms)(void *to, ptrdiff_t to_row, const qkv_rows *from, int n, int d);
-    void (*gather_values)(void *to, ptrdiff_t to_row, const qkv_rows *from, int n, int d);
+    void (*gather_values)(void *to, ptrdiff_t to_row, const qkv_rows *from, int at, int n, int d);
 
     /* Few rows. In this order: q <- factor * n rows of d elements at unit stride, 0 behind each; positions at .. at + n of
      * S <- Q K^T; S -> P, m and l, where -inf is excluded; positions at .. at + n of P V, added to O, from 0 at the first to
@@ -358,10 +367,12 @@ typedef struct {
     uint32_t needs;                   /* QKV_CPU_... bits that the CPU and its system must have */
     const qkv_kernels *type[2];       /* of the arithmetic, by qkv_type: float32, float64; NULL: the next path's */
     const qkv_kernels *pairs;         /* attention of bfloat16 alone, whose pairs are multiplied; or NULL */
+    const qkv_kernels *tiles[3];      /* attention by tiles, of one to three parts; or NULL */
 } qkv_isa;
 
 enum { QKV_CPU_AVX2 = 1, QKV_CPU_FMA = 2, QKV_CPU_AVX512 = 4 };      /* AVX512 is F, VL, DQ, BW and CD together */
 enum { QKV_CPU_AVX512BF16 = 8, QKV_CPU_F16C = 16, QKV_CPU_FAST_PAIRS = 32, QKV_CPU_STREAMS = 64 };
 enum { QKV_CPU_BF16 = 128 };          /* of Arm */
+enum { QKV_CPU_AMX = 256 };           /* AMX-TILE and AMX-BF16; a process has to ask for permission as well */
 
 #endif

@@ -2,8 +2,10 @@
  *
  * Parameters: T, REAL_TYPE, BITS_TYPE (an unsigned integer of its size), VECTOR_BYTES, MANTISSA_BITS, EXPONENT_BIAS.
  * With gcc and clang a vector is VECTOR_BYTES long and operators work on all its elements; elsewhere it is one element
- * and the same operators work on that.
+ * and the same operators work on that. With FUSED, fma is one operation, which a plain target may have to call a function for.
  */
+#include "portable_halves.h"
+
 #define P3(a, b) a##_##b
 #define P2(a, b) P3(a, b)
 #define P(name) P2(name, T)
@@ -70,7 +72,16 @@ static inline P(vec) P(add)(P(vec) x, P(vec) y) { return x + y; }
 static inline P(vec) P(sub)(P(vec) x, P(vec) y) { return x - y; }
 static inline P(vec) P(mul)(P(vec) x, P(vec) y) { return x * y; }
 static inline P(vec) P(div)(P(vec) x, P(vec) y) { return x / y; }
+#if FUSED
+static inline P(vec) P(fma)(P(vec) x, P(vec) y, P(vec) z)
+{
+    for (int i = 0; i < P(width); i++)
+        z[i] = __builtin_fmaf(x[i], y[i], z[i]);
+    return z;
+}
+#else
 static inline P(vec) P(fma)(P(vec) x, P(vec) y, P(vec) z) { return x * y + z; }
+#endif
 
 static inline P(mask) P(bits)(P(vec) x) { P(mask) b; memcpy(&b, &x, sizeof b); return b; }
 static inline P(vec) P(from_bits)(P(mask) b) { P(vec) x; memcpy(&x, &b, sizeof x); return x; }
@@ -115,6 +126,21 @@ static inline P(vec) P(widen)(const void *p, int mantissa, int bias)
 
 static inline P(vec) P(widen_f16)(const void *p) { return P(widen)(p, 10, 15); }
 static inline P(vec) P(widen_bf16)(const void *p) { return P(widen)(p, 7, 127); }
+
+#if MANTISSA_BITS == 23
+static inline void P(narrow_by)(uint32_t (*of)(uint32_t), void *p, P(vec) x)
+{
+    uint32_t bits[P(width)];
+    uint16_t half[P(width)];
+    memcpy(bits, &x, sizeof bits);
+    for (int i = 0; i < P(width); i++)
+        half[i] = (uint16_t)of(bits[i]);
+    memcpy(p, half, sizeof half);
+}
+
+static inline void P(narrow_f16)(void *p, P(vec) x) { P(narrow_by)(f16_of, p, x); }
+static inline void P(narrow_bf16)(void *p, P(vec) x) { P(narrow_by)(bf16_of, p, x); }
+#endif
 
 static inline P(vec) P(max)(P(vec) x, P(vec) y) { return P(select)(P(less)(y, x), x, y); }
 static inline P(vec) P(maxnum)(P(vec) x, P(vec) y) { return P(max)(x, y); }

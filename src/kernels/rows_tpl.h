@@ -276,13 +276,13 @@ static void X(gather_terms)(void *to, ptrdiff_t to_row, const qkv_rows *from, in
     X(gather)(to, to_row, from, n, d);
 }
 
-static void X(gather_values)(void *to, ptrdiff_t to_row, const qkv_rows *from, int n, int d)
+static void X(gather_values)(void *to, ptrdiff_t to_row, const qkv_rows *from, int at, int n, int d)
 {
-    X(gather)(to, to_row, from, n, d);
+    X(gather)((REAL *)to + at * to_row, to_row, from, n, d);
 }
 #else
 /* count elements of 16 bits from any strides and byte order, side by side. */
-static void X(collect)(uint16_t *to, const char *data, const qkv_rows *from, int count)
+static inline void X(collect)(uint16_t *to, const char *data, const qkv_rows *from, int count)
 {
     if (from->col == sizeof(uint16_t) && !from->swapped)
         memcpy(to, data, (size_t)count * sizeof(uint16_t));
@@ -291,6 +291,7 @@ static void X(collect)(uint16_t *to, const char *data, const qkv_rows *from, int
             X(copy_bytes)(to + e, data + e * from->col, sizeof(uint16_t), from->swapped);
 }
 
+#if !TILE_PARTS
 static void X(gather_terms)(void *to, ptrdiff_t to_row, const qkv_rows *from, int n, int d)
 {
     for (int i = 0; i < n; i++) {
@@ -301,11 +302,11 @@ static void X(gather_terms)(void *to, ptrdiff_t to_row, const qkv_rows *from, in
     }
 }
 
-static void X(gather_values)(void *to, ptrdiff_t to_row, const qkv_rows *from, int n, int d)
+static void X(gather_values)(void *to, ptrdiff_t to_row, const qkv_rows *from, int at, int n, int d)
 {
     int plain = from->col == sizeof(uint16_t) && !from->swapped;
     for (int i = 0; i < n; i += 2) {
-        REAL *row = (REAL *)to + i / 2 * to_row;
+        REAL *row = (REAL *)to + (at + i) / 2 * to_row;
         const char *a = from->data + i * from->row, *b = a + from->row;
         for (int e = 0; e < d; e += W) {
             int part = d - e < W ? d - e : W;
@@ -321,6 +322,7 @@ static void X(gather_values)(void *to, ptrdiff_t to_row, const qkv_rows *from, i
         }
     }
 }
+#endif
 #endif
 
 #if NARROWS
