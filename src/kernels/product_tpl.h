@@ -85,13 +85,23 @@ static QKV_INLINE void X(turned_terms)(const int nr, const REAL *a, ptrdiff_t a_
         x[j] = part < W ? X(load_part)(from, part) : X(loadu)(from);
     }
     X(transpose)(x);
+#if LANE_MADS
+    VEC y[ROW_TILE];
+    QKV_UNROLL
+    for (int r = 0; r < nr; r++)
+        y[r] = part < W ? X(load_part)(a + r * a_row + k, part) : X(loadu)(a + r * a_row + k);
+#endif
     QKV_UNROLL
     for (int j = 0; j < W; j++) {
         if (j >= part)
             break;
         QKV_UNROLL
         for (int r = 0; r < nr; r++)
+#if LANE_MADS
+            c[r][v] = X(mad_lane)(y[r], j, x[j], c[r][v]);
+#else
             c[r][v] = X(mad)(X(set1)(a[r * a_row + k + j]), x[j], c[r][v]);
+#endif
     }
 }
 
