@@ -404,7 +404,9 @@ class MultiHeadAttention:
 
     def _joined(self, seen: Array, num_threads: int | None) -> Array:
         """The output of what all heads see, (..., L, heads, D)."""
-        return self._out(seen.reshape(*seen.shape[:-2], self._out.n_in), num_threads=num_threads)
+        *axes, heads, dim = seen.shape
+        y = self._apply(self._out, seen.reshape(math.prod(axes), heads * dim), num_threads)
+        return y.reshape(*axes, self._out.n_out)
 
     def _own(self, x: Array, positions: Any, num_threads: int | None) -> tuple[Array, Array, Array]:
         """Queries, keys and values of one input, side by side, so that positions are put in all at once."""
@@ -420,10 +422,15 @@ class MultiHeadAttention:
     def _heads(self, name: str, given: Any, layer: Linear, heads: int, num_threads: int | None) -> Array:
         """What a layer makes of (..., L, elements), as (..., L, heads, D)."""
         x = _as_array(name, given, _WHERE)
-        rows = self._input(name, x, layer)
-        y = _core.empty(_WHERE, (len(rows), layer.n_out), x.dtype.num)
-        layer._into(_WHERE, rows, y, num_threads)
+        y = self._apply(layer, self._input(name, x, layer), num_threads)
         return y.reshape(*x.shape[:-1], heads, layer.n_out // heads)
+
+    @staticmethod
+    def _apply(layer: Linear, rows: Array, num_threads: int | None) -> Array:
+        """What a layer makes of rows that have been checked."""
+        y = _core.empty(_WHERE, (len(rows), layer.n_out), rows.dtype.num)
+        layer._into(_WHERE, rows, y, num_threads)
+        return y
 
     def _input(self, name: str, x: Array, *layers: Linear) -> Array:
         """The rows of an input of these layers."""
