@@ -330,13 +330,13 @@ def _check_weights(where: str, given: Any) -> Array:
     return w
 
 
-def _check_added(where: str, given: Any, w: Array) -> Array:
-    b = _as_array("b", given, where)
-    _check_type(where, "b", b)
+def _check_added(where: str, given: Any, w: Array, name: str = "b") -> Array:
+    b = _as_array(name, given, where)
+    _check_type(where, name, b)
     if b.dtype.itemsize > 4 and _arithmetic(w.dtype.num) != _arithmetic(b.dtype.num):
-        raise TypeError(f"{where}: b must be float32 or narrower beside weights of {w.dtype}, got {b.dtype}")
+        raise TypeError(f"{where}: {name} must be float32 or narrower beside weights of {w.dtype}, got {b.dtype}")
     if b.shape != w.shape[:1]:
-        _fail_shapes(where, f"b must be of shape ({w.shape[0]},)", b=b)
+        _fail_shapes(where, f"{name} must be of shape ({w.shape[0]},)", **{name: b})
     return b
 
 

@@ -3,14 +3,14 @@
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from . import _core
 from ._attention import attention
 from ._checks import Array, _as_array, _check_count, _fail_shapes, _per_sequence
-from ._layers import Linear
+from ._layers import Linear, _check_added
 from ._masks import check_starts
 from ._rope import Rotation
 from ._varlen import attention_varlen
@@ -18,18 +18,34 @@ from .cache import KVCache, PagedKVCache
 
 _WHERE = "MultiHeadAttention"
 
-# Of each family of models the names of what makes queries, keys and values, in one or three parts, and of what makes
-# the output. A bias has the name of its weight with "bias" for "weight".
+
+class _Family(NamedTuple):
+    """The names that a family of models gives the weights of a layer. A bias has that of its weight with "bias" for
+    "weight"."""
+
+    parts: tuple[str, ...]  # what makes queries, keys and values, in one or three parts
+    out: str
+    biases: str = ""  # those of all three parts
+    turned: bool = False  # weights are (n_in, n_out)
+    idle: str = ""  # a pattern of what stands among them and is not used: causal masks, norms before or behind
+    frequencies: str = ""  # of rotary positions
+
+
 _FAMILIES = {
-    "torch.nn.MultiheadAttention": (("in_proj_weight",), "out_proj.weight"),
-    "torch.nn.MultiheadAttention with kdim": (("q_proj_weight", "k_proj_weight", "v_proj_weight"), "out_proj.weight"),
-    "BERT": (("self.query.weight", "self.key.weight", "self.value.weight"), "output.dense.weight"),
-    "GPT-2": (("c_attn.weight",), "c_proj.weight"),
-    "Llama": (("q_proj.weight", "k_proj.weight", "v_proj.weight"), "o_proj.weight"),
-    "Whisper": (("q_proj.weight", "k_proj.weight", "v_proj.weight"), "out_proj.weight"),
-}
-# What stands among them and is not used: GPT-2's causal masks, rotary positions, the norm behind BERT's output.
-_IDLE = re.compile(r"bias|masked_bias|rotary_emb\..*|output\.LayerNorm\..*")
+    "torch.nn.MultiheadAttention": _Family(("in_proj_weight",), "out_proj.weight"),
+    "torch.nn.MultiheadAttention with kdim": _Family(
+        ("q_proj_weight", "k_proj_weight", "v_proj_weight"), "out_proj.weight", biases="in_proj_bias"
+    ),
+    "BERT and ESM": _Family(
+        ("self.query.weight", "self.key.weight", "self.value.weight"), "output.dense.weight",
+        idle=r"(output\.)?LayerNorm\..*", frequencies="self.rotary_embeddings.inv_freq",
+    ),
+    "GPT-2": _Family(("c_attn.weight",), "c_proj.weight", turned=True, idle=r"bias|masked_bias"),
+    "Llama": _Family(
+        ("q_proj.weight", "k_proj.weight", "v_proj.weight"), "o_proj.weight", frequencies="rotary_emb.inv_freq"
+    ),
+    "Whisper": _Family(("q_proj.weight", "k_proj.weight", "v_proj.weight"), "out_proj.weight"),
+}  # fmt: skip
 
 
 class MultiHeadAttention:
@@ -109,7 +125,7 @@ class MultiHeadAttention:
         if rows % self.num_heads or rows // self.num_heads * self.num_kv_heads != kv_rows:
             heads = f"{self.num_heads} query and {self.num_kv_heads} key heads"
             _fail_shapes(where, f"the rows of q and k are not those of {heads} of one size", **weights)
-        self._rope = None if rope is None else Rotation(rows // self.num_heads, **rope)
+        self._rope = None if rope is None else Rotation(rows // self.num_heads, **rope).kept()
         if weights["v"].shape != weights["k"].shape:
             _fail_shapes(where, "k and v must have one shape", **weights)
         if weights["out"].shape[1] != rows:
@@ -153,7 +169,7 @@ class MultiHeadAttention:
         cls, weights: Mapping[str, Any], prefix: str = "", *, num_heads: int, num_kv_heads: int | None = None,
         rope: Mapping[str, Any] | None = None,
     ) -> "MultiHeadAttention":  # fmt: skip
-        """A layer from a model's weights, by the names of torch's MultiheadAttention, BERT, GPT-2, Llama or Whisper.
+        """A layer from a model's weights, by the names of torch, BERT, ESM, GPT-2, Llama or Whisper.
 
         Parameters
         ----------
@@ -166,7 +182,8 @@ class MultiHeadAttention:
         num_kv_heads : int, optional
             Key and value heads. By default what the rows of the keys' weights say.
         rope : mapping, optional
-            As for the class.
+            As for the class. It must be given where the weights have frequencies of rotary positions, and unless it
+            has a scaling or tables, its frequencies must be those.
 
         Returns
         -------
@@ -196,7 +213,7 @@ class MultiHeadAttention:
             raise TypeError(f"{where}: names of weights must be str, got {odd[0]!r}")
         prefix = f"{prefix}." if prefix and not prefix.endswith(".") else prefix
         here = {name.removeprefix(prefix) for name in weights if name.startswith(prefix)}
-        names = {family: (*parts, out) for family, (parts, out) in _FAMILIES.items()}
+        names = {family: (*of.parts, of.out) for family, of in _FAMILIES.items()}
         family = max(names, key=lambda known: sum(name in here for name in names[known]))
         missing = [prefix + name for name in names[family] if name not in here]
         if len(missing) == len(names[family]):
@@ -204,11 +221,12 @@ class MultiHeadAttention:
             raise KeyError(f"{where}: no weights of a known name begin with {prefix!r}; known are {known}")
         if missing:
             raise KeyError(f"{where}: weights of {family} are missing: {', '.join(missing)}")
-        used = {"in_proj_bias", *names[family], *(name.removesuffix("weight") + "bias" for name in names[family])}
-        if odd := sorted(name for name in here - used if not _IDLE.fullmatch(name)):
+        of = _FAMILIES[family]
+        used = {of.biases, of.frequencies, *names[family], *(_bias_of(name) for name in names[family])}
+        if odd := sorted(name for name in here - used if not re.fullmatch(of.idle, name)):
             raise ValueError(f"{where}: a layer with {', '.join(odd)} is more than projections and attention")
-        parts, out = _FAMILIES[family]
-        turned = family == "GPT-2"  # which keeps them (n_in, n_out)
+        if of.frequencies in here and rope is None:
+            raise ValueError(f"{where}: {prefix}{of.frequencies} says that positions are rotary: pass rope=")
 
         def thirds(name: str, x: Array) -> list[Array]:
             if not x.ndim or len(x) % 3:
@@ -217,21 +235,24 @@ class MultiHeadAttention:
 
         def get(name: str) -> tuple[Array, Array | None]:
             w = _as_array(name, weights[prefix + name], where)
-            bias = prefix + name.removesuffix("weight") + "bias"
-            return w.T if turned else w, None if bias not in weights else _as_array(bias, weights[bias], where)
+            bias = prefix + _bias_of(name)
+            return w.T if of.turned else w, None if bias not in weights else _as_array(bias, weights[bias], where)
 
-        if len(parts) == 1:
-            w, b = get(parts[0])
-            biases = [None] * 3 if b is None else thirds(parts[0].removesuffix("weight") + "bias", b)
-            q, k, v = zip(thirds(parts[0], w), biases, strict=True)
+        if len(of.parts) == 1:
+            w, b = get(of.parts[0])
+            biases = [None] * 3 if b is None else thirds(_bias_of(of.parts[0]), b)
+            q, k, v = zip(thirds(of.parts[0], w), biases, strict=True)
         else:
-            q, k, v = map(get, parts)
-            if "in_proj_bias" in here:  # torch's, of all three
-                biases = thirds("in_proj_bias", _as_array("in_proj_bias", weights[prefix + "in_proj_bias"], where))
+            q, k, v = map(get, of.parts)
+            if of.biases in here:
+                biases = thirds(of.biases, _as_array(of.biases, weights[prefix + of.biases], where))
                 q, k, v = ((w, b) for (w, _), b in zip((q, k, v), biases, strict=True))
         if num_kv_heads is None:
             num_kv_heads = max(1, k[0].shape[0] * num_heads // max(1, q[0].shape[0]))
-        return cls(q, k, v, get(out), num_heads=num_heads, num_kv_heads=num_kv_heads, rope=rope)
+        layer = cls(q, k, v, get(of.out), num_heads=num_heads, num_kv_heads=num_kv_heads, rope=rope)
+        if of.frequencies in here and layer._rope is not None:
+            layer._rope.check_frequencies(where, prefix + of.frequencies, weights[prefix + of.frequencies])
+        return layer
 
     def queries(self, x: Any, positions: Any = None, *, num_threads: int | None = None) -> Array:
         """Queries of an input, for questions about where they look.
@@ -370,12 +391,22 @@ class MultiHeadAttention:
                 k, v = self.keys_values(memory, at, num_threads=num_threads)
         if held is not None:
             given = () if sequences is None else (sequences,)
-            seen: Array = cache.step(*given, q, k, v, starts=starts, layout="blhd", **options)
-        elif "cu_seqlens_q" in options:
-            seen = attention_varlen(q, k, v, **options)
-        else:
-            seen = attention(q, k, v, layout="blhd", **options)
-        return self._out(seen.reshape(*seen.shape[:-2], self._out.n_in), num_threads=num_threads)
+            before = cache._before() if sequences is None else cache._before(cache._check(where, sequences))
+            try:
+                seen: Array = cache.step(*given, q, k, v, starts=starts, layout="blhd", **options)
+                return self._joined(seen, num_threads)
+            except BaseException:  # Ctrl-C, or no memory for the output: then its tokens would stay
+                cache._take_back(before)
+                raise
+        if "cu_seqlens_q" in options:
+            return self._joined(attention_varlen(q, k, v, **options), num_threads)
+        return self._joined(attention(q, k, v, layout="blhd", **options), num_threads)
+
+    def _joined(self, seen: Array, num_threads: int | None) -> Array:
+        """The output of what all heads see, (..., L, heads, D)."""
+        *axes, heads, dim = seen.shape
+        y = self._apply(self._out, seen.reshape(math.prod(axes), heads * dim), num_threads)
+        return y.reshape(*axes, self._out.n_out)
 
     def _own(self, x: Array, positions: Any, num_threads: int | None) -> tuple[Array, Array, Array]:
         """Queries, keys and values of one input, side by side, so that positions are put in all at once."""
@@ -391,10 +422,15 @@ class MultiHeadAttention:
     def _heads(self, name: str, given: Any, layer: Linear, heads: int, num_threads: int | None) -> Array:
         """What a layer makes of (..., L, elements), as (..., L, heads, D)."""
         x = _as_array(name, given, _WHERE)
-        rows = self._input(name, x, layer)
-        y = _core.empty(_WHERE, (len(rows), layer.n_out), x.dtype.num)
-        layer._into(_WHERE, rows, y, num_threads)
+        y = self._apply(layer, self._input(name, x, layer), num_threads)
         return y.reshape(*x.shape[:-1], heads, layer.n_out // heads)
+
+    @staticmethod
+    def _apply(layer: Linear, rows: Array, num_threads: int | None) -> Array:
+        """What a layer makes of rows that have been checked."""
+        y = _core.empty(_WHERE, (len(rows), layer.n_out), rows.dtype.num)
+        layer._into(_WHERE, rows, y, num_threads)
+        return y
 
     def _input(self, name: str, x: Array, *layers: Linear) -> Array:
         """The rows of an input of these layers."""
@@ -450,10 +486,14 @@ def _cached_positions(cache: Any, sequences: Any, lengths: Array, starts: Any, x
     return own
 
 
+def _bias_of(name: str) -> str:
+    return name.removesuffix("weight") + "bias"
+
+
 def _pair(where: str, name: str, given: Any) -> tuple[Array, Array | None]:
     """Weights and their bias, if there is one."""
     w, b = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
     w = _as_array(name, w, where)
     if w.ndim != 2:
         _fail_shapes(where, f"the weights of {name} must be of shape (n_out, n_in)", **{name: w})
-    return w, None if b is None else _as_array(f"the bias of {name}", b, where)
+    return w, None if b is None else _check_added(where, b, w, f"the bias of {name}")

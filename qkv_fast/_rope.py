@@ -163,6 +163,24 @@ class Rotation:
         if self._scaling["rope_type"] not in _OF_LENGTH:
             self._angles = self._frequencies(0)
 
+    def kept(self) -> "Rotation":
+        """For later calls: with tables of its own, which nobody else changes."""
+        if self._cos_sin is not None:
+            cos, sin = self._cos_sin
+            self._cos_sin = cos.copy(), sin.copy()
+        return self
+
+    def check_frequencies(self, where: str, name: str, given: Any) -> None:
+        """That a model's own frequencies are these, which may be rounded to 16 bits; unless they are scaled, where
+        some models keep those before and some those behind, or replaced by tables."""
+        if self._cos_sin is not None or self._scaling["rope_type"] != "default":
+            return
+        kept, (own, _) = _as_array(name, given, where).astype(np.float64), self._frequencies(0)
+        if kept.shape != own.shape or not np.allclose(own, kept, 2**-8, 2**-24):
+            least = ", ".join(f"{x[-1]:.3g}" if x.size else "none" for x in (own, kept.reshape(-1)))
+            count = f"{own.size} and {kept.size}"
+            raise ValueError(f"{where}: rope has other frequencies than {name}: {count} of them, the least {least}")
+
     def _frequencies(self, length: int) -> tuple[Array, float]:
         """Radians per position of each pair, and the factor of cosines and sines, for texts of this length."""
         base, dim = self._base, self._rotary_dim
@@ -319,7 +337,7 @@ def _check_scaling(
         if "factor" not in given and "attention_factor" not in given:
             raise ValueError(f"{where}: a scaling of longrope needs factor or attention_factor")
         for key in ("short_factor", "long_factor"):
-            given[key] = np.asarray(given[key], np.float64)
+            given[key] = np.array(given[key], np.float64)
             if given[key].shape != (rotary_dim // 2,):
                 raise ValueError(f"{where}: {key} must have {rotary_dim // 2} numbers, got shape {given[key].shape}")
     return base, {**given, "rope_type": kind}, rotary_dim

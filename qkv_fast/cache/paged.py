@@ -844,7 +844,7 @@ class PagedKVCache(PagedQuestions):
                 added.append(True)
 
         held = self._held(where, found, begins, ends, append)
-        before = [(s.length, s.start) for s in found]
+        before = self._before(found)
         try:
             if tolerance is not None:
                 bounds = check_bounds(where, self._bounds, tree, q_positions)
@@ -857,10 +857,18 @@ class PagedKVCache(PagedQuestions):
                 return_lse, out, num_threads, words, tree, q_positions, n,
             )  # fmt: skip
         except BaseException:  # Ctrl-C among them
-            for s, (length, start) in zip(found, before, strict=True):
-                s.start = start
-                self._table.cut(s, length)
+            self._take_back(before)
             raise
+
+    def _before(self, found: list[Stretch]) -> list[tuple[Stretch, int, int]]:
+        """For `_take_back`, should what is now to be done with these sequences fail."""
+        return [(s, s.length, s.start) for s in found]
+
+    def _take_back(self, before: list[tuple[Stretch, int, int]]) -> None:
+        """As they were, but for pages that a window has given back."""
+        for s, length, start in before:
+            s.start = start
+            self._table.cut(s, length)
 
     def _ask(self, where: str, sequences: Any, q: Any, *arguments: Any, values: bool = False) -> Problem:
         return ask_newest(where, self._held(where, self._check(where, sequences)), q, *arguments, values=values)

@@ -724,7 +724,7 @@ class KVCache(Questions):
                 self._add(new)
             return keys
 
-        before = self._lengths, self._least, self._most, self._starts, self._padded
+        before = self._before()
         try:
             if tolerance is not None:
                 bounds = check_bounds(where, self._bounds, tree, q_positions)
@@ -737,8 +737,16 @@ class KVCache(Questions):
                 softcap, scale, layout, return_lse, out, num_threads, words, tree, q_positions, n,
             )  # fmt: skip
         except BaseException:  # Ctrl-C among them
-            self._lengths, self._least, self._most, self._starts, self._padded = before
+            self._take_back(before)
             raise
+
+    def _before(self) -> tuple[Array, int, int, Array, bool]:
+        """For `_take_back`, should what is now to be done fail."""
+        return self._lengths, self._least, self._most, self._starts, self._padded
+
+    def _take_back(self, before: tuple[Array, int, int, Array, bool]) -> None:
+        """As it was, but for what new tokens have overwritten in a ring."""
+        self._lengths, self._least, self._most, self._starts, self._padded = before
 
     def _ask(self, where: str, q: Any, *arguments: Any, values: bool = False) -> Problem:
         return ask_newest(where, self._held(), q, *arguments, values=values)

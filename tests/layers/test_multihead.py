@@ -14,6 +14,7 @@ from _util import normal, same_bits
 
 import qkv_fast
 from qkv_fast import MultiHeadAttention, reference
+from qkv_fast import _runtime as runtime
 
 pytestmark = pytest.mark.usefixtures("isa")
 N, HEADS, DIM = 24, 4, 6
@@ -261,6 +262,33 @@ def test_errors_leave_the_cache_as_it_was():
     assert padded.starts.tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("paged", [False, True])
+def test_without_memory_the_cache_is_as_it_was(paged):
+    """Whichever allocation fails, those of the output's product among them, which comes when tokens are appended."""
+    layer = MultiHeadAttention(*parts(dtype="float32"), num_heads=HEADS)
+    if paged:
+        pages = qkv_fast.PagedKVCache(HEADS, DIM, 9, page_size=4)
+        options = dict(cache=pages, sequences=[pages.add(), pages.add()])
+    else:
+        options = dict(cache=qkv_fast.KVCache(2, HEADS, DIM, 30))
+    x = inputs("float32")
+    failed = 0
+    while True:
+        runtime.trim()
+        with runtime.fail_allocation(failed):
+            try:
+                layer(x[:, :5], lengths=[5, 2], **options)
+                break
+            except MemoryError:
+                failed += 1
+        assert held(**options) == [0, 0]
+    assert failed > 2 and held(**options) == [5, 2]
+
+
+def held(cache, sequences=None):
+    return (cache.lengths if sequences is None else cache.lengths(sequences)).tolist()
+
+
 def test_positions_of_a_packed_memory():
     given = parts()
     layer = MultiHeadAttention(*given, num_heads=HEADS, rope={})
@@ -294,6 +322,69 @@ def test_weights_of_more_than_this_layer(name):
     state = {f"a.{part}_proj.weight": np.eye(8) for part in "qkvo"} | {f"a.{name}": np.ones(8)}
     with pytest.raises(ValueError, match=re.escape(name)):
         MultiHeadAttention.from_state(state, "a", num_heads=2)
+
+
+@pytest.mark.parametrize("odd", ["whisper masked_bias", "llama in_proj_bias", "gpt2 LayerNorm.bias"])
+def test_weights_that_another_family_has_no_use_for(odd):
+    family, name = odd.split()
+    state = state_of(family, parts()) | {f"layers.0.attn.{name}": np.zeros(3 * HEADS * DIM)}
+    with pytest.raises(ValueError, match=name):
+        MultiHeadAttention.from_state(state, "layers.0.attn", num_heads=HEADS)
+
+
+@pytest.mark.parametrize("given", ["llama rotary_emb.inv_freq", "bert self.rotary_embeddings.inv_freq"])
+def test_frequencies_of_a_state(given):
+    """Positions are not left out in silence, and neither are they put in by others."""
+    family, name = given.split()
+    plain = state_of(family, parts())
+    frequencies = (10000.0 ** (-np.arange(0, DIM, 2) / DIM)).astype("float16")
+    state = plain | {f"layers.0.attn.{name}": frequencies, "layers.0.attn2": 0}
+    make = functools.partial(MultiHeadAttention.from_state, prefix="layers.0.attn", num_heads=HEADS)
+    with pytest.raises(ValueError, match=rf"layers\.0\.attn\.{name}.*rope="):
+        make(state)
+    x = inputs()
+    same_bits(make(state, rope={})(x), make(plain, rope={})(x))
+    for wrong in (dict(base=500.0), dict(rotary_dim=4)):
+        with pytest.raises(ValueError, match=rf"other frequencies than layers\.0\.attn\.{name}"):
+            make(state, rope=wrong)
+    scaled = dict(scaling=dict(rope_type="linear", factor=2.0))
+    same_bits(make(state, rope=scaled)(x), make(plain, rope=scaled)(x))
+
+
+def test_esms_own_layer():
+    """BERT's names, with rotary positions, and a norm before."""
+    esm = pytest.importorskip("transformers.models.esm.modeling_esm", reason="compared with transformers' layer")
+    torch = pytest.importorskip("torch", reason="transformers' layer needs torch")
+    config = esm.EsmConfig(
+        hidden_size=N, num_attention_heads=HEADS, position_embedding_type="rotary", attn_implementation="eager"
+    )
+    config.attention_probs_dropout_prob = config.hidden_dropout_prob = 0.0
+    model = esm.EsmAttention(config).double().eval()
+    state = {f"attention.{name}": w.numpy() for name, w in model.state_dict().items()}
+    layer = MultiHeadAttention.from_state(state, "attention", num_heads=HEADS, rope={})
+    x = inputs()
+    with torch.no_grad():
+        seen = model.self(torch.from_numpy(x), attention_mask=None)
+        exact = model.output.dense(seen[0] if isinstance(seen, tuple) else seen).numpy()
+    # torch's cosines and sines are float32: of angles up to 6.
+    np.testing.assert_allclose(layer(x), exact, rtol=0, atol=1e-5 * np.abs(exact).max())
+
+
+def test_what_was_given_may_change():
+    """A layer has its own weights, tables and factors."""
+    x = inputs()
+    tables = tuple(np.random.default_rng(4).standard_normal((2, 9, DIM // 2)))
+    factors = np.full(DIM // 2, 2.0)
+    longrope = dict(rope_type="longrope", short_factor=factors, long_factor=factors, factor=2.0,
+                    original_max_position_embeddings=4)  # fmt: skip
+    for rope in (dict(cos_sin=tables), dict(scaling=longrope)):
+        given = parts()
+        layer = MultiHeadAttention(*given, num_heads=HEADS, rope=rope)
+        expect = layer(x)
+        for y in (*tables, factors, *itertools.chain(*given)):
+            y[...] = 7
+        same_bits(layer(x), expect)
+        factors[:] = 2
 
 
 def test_copies_and_pickles():
