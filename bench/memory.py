@@ -21,15 +21,25 @@ def kilobytes(path: str, key: str) -> int | None:
     return None
 
 
-def growth(call: Callable[[], object]) -> int | None:
-    """Bytes by which the process grew at most during a call, its result included; None if the system can't say."""
+def forget() -> int | None:
+    """Let the high-water mark of this process start again from what it has now: that many bytes."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+        Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return None
-    before = kilobytes("/proc/self/status", "VmRSS")
+    return kilobytes("/proc/self/status", "VmRSS")
+
+
+def highest() -> int | None:
+    """Bytes that this process had at most since `forget`."""
+    return kilobytes("/proc/self/status", "VmHWM")
+
+
+def growth(call: Callable[[], object]) -> int | None:
+    """Bytes by which the process grew at most during a call, its result included; None if the system can't say."""
+    before = forget()
     result = call()
-    most = kilobytes("/proc/self/status", "VmHWM")
+    most = highest()
     del result
     return None if before is None or most is None else max(0, most - before)
 

@@ -16,7 +16,7 @@ import numpy as np
 import qkv_fast
 
 from .. import _runtime
-from . import data, limits, machine, spotlight, surprises, surroundings, work
+from . import data, hosts, limits, machine, spotlight, surprises, surroundings, work
 from .cases import CASES, Case, case
 from .measured import Measured, Property, child, ratio
 from .method import Local, Summary, interleave, rotate
@@ -315,5 +315,11 @@ PROPERTIES: tuple[Property, ...] = (
     *(Property(kind, ("surprises",), partial(surprises.measure, kind), everywhere=True) for kind in surprises.TWINS),
     Property("cache-bandwidth", ("surprises",), surprises.measure_bandwidth, everywhere=True),
     Property("cache-halves", ("surprises",), surprises.measure_halves, everywhere=True),
+    *(
+        Property(name, ("hosts",), partial(hosts.measure_models, model), everywhere=True)
+        for name, model in zip(("bert", "llama-prefill", "llama-decode"), hosts.MODELS, strict=True)
+    ),
+    Property("adapters", ("hosts",), hosts.measure_adapters, everywhere=True),
+    Property("dask-workers", ("hosts",), hosts.measure_workers, everywhere=True),
     Property("beyond-result", ("spotlight",), spotlight.measure_memory, everywhere=True),
 )

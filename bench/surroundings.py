@@ -38,11 +38,11 @@ BLOCKS = {"1x512x768": (1, 512, 12, 64), "vit 8x197x768": (8, 197, 12, 64)}  # b
 Samples = dict[str, list[float]]
 
 
-def apart(function: Callable[..., Samples], *arguments: float, environment: dict[str, str]) -> Samples:
-    """What a function of this module gives in a process of its own: numbers in, lists of seconds out."""
+def apart(function: Callable[..., Samples], *arguments: float | str, environment: dict[str, str]) -> Samples:
+    """What a function gives in a process of its own: numbers and words in, lists of seconds out."""
     code = f"""
 import json, sys
-from {__name__} import {function.__name__}
+from {function.__module__} import {function.__name__}
 print(json.dumps({function.__name__}(*json.loads(sys.argv[1]))))
 """
     return json.loads(child(code, json.dumps(arguments), environment=environment))
@@ -63,11 +63,11 @@ def sample(before: Callable[[], object], call: Callable[[], object], count: int)
     return statistics.median(times[1:])
 
 
-def rounds(contestants: dict[str, Callable[[], float]], seconds: float) -> Samples:
+def rounds(contestants: dict[str, Callable[[], float]], seconds: float, least: int = LEAST_ROUNDS) -> Samples:
     """Samples of each in turn, for about that long."""
     found: Samples = {name: [] for name in contestants}
     start, done = time.perf_counter(), 0
-    while done < LEAST_ROUNDS or time.perf_counter() - start < seconds:
+    while done < least or time.perf_counter() - start < seconds:
         for name, contestant in contestants.items():
             found[name].append(contestant())
         done += 1

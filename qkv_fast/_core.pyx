@@ -5,7 +5,9 @@ released, and raise_status turns the core's status into an exception: the only p
 """
 cimport cython
 cimport numpy as cnp
-from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid
+from cpython.mem cimport PyMem_Free, PyMem_Malloc
+from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid, PyCapsule_New
+from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from ._qkv cimport *
@@ -67,11 +69,20 @@ def build_info():
     }
 
 
-cdef struct dl_tensor:                           # DLPack's DLTensor, ABI of major version 1, up to its type
-    void *data
+cdef struct dl_tensor:                           # DLPack's DLTensor, ABI of major version 1
+    char *data
     int32_t device_type, device_id, ndim
     uint8_t code, bits                          # of an element; code 1 is an unsigned integer, 4 bfloat16
     uint16_t lanes
+    int64_t *shape
+    int64_t *strides                            # in elements; NULL: C order
+    uint64_t byte_offset
+
+
+cdef struct dl_managed:                         # DLManagedTensor
+    dl_tensor tensor
+    void *manager                               # here the array, with a reference
+    void (*deleter)(dl_managed *) noexcept
 
 
 cdef struct dl_versioned:                       # DLManagedTensorVersioned; the older DLManagedTensor begins with dl_tensor
@@ -99,6 +110,66 @@ def bfloat16_as_bits(capsule):
         return False
     tensor.code = 1
     return True
+
+
+def memory_of(capsule, bfloat16, str where):
+    """The memory in a capsule named "dltensor", of real numbers on the CPU, as an array that keeps the capsule and may
+    not be written to. `bfloat16` gives that type, for `where`: NumPy does not know it by itself."""
+    cdef dl_tensor *tensor = <dl_tensor *>PyCapsule_GetPointer(capsule, "dltensor")
+    cdef cnp.npy_intp dims[64]                  # NumPy's most
+    cdef cnp.npy_intp strides[64]
+    cdef int i, number = -1, size = tensor.bits // 8
+    cdef bint empty = False
+    if tensor.code == 2:
+        number = cnp.NPY_FLOAT32 if size == 4 else cnp.NPY_FLOAT64 if size == 8 else cnp.NPY_FLOAT16 if size == 2 else -1
+    elif tensor.code == 4 and size == 2:
+        number = (<cnp.dtype>bfloat16(where)).num
+    elif tensor.code == 6 and size == 1:
+        number = cnp.NPY_BOOL
+    elif tensor.code == 0:
+        number = cnp.NPY_INT64 if size == 8 else cnp.NPY_INT32 if size == 4 else -1
+    if number < 0 or tensor.lanes != 1 or tensor.device_type != 1 or tensor.ndim > 64:
+        raise BufferError(f"{where}: type {tensor.code} of {tensor.bits} bits on device {tensor.device_type} of DLPack")
+    for i in range(tensor.ndim):
+        dims[i] = tensor.shape[i]
+        strides[i] = tensor.strides[i] * size if tensor.strides else 0
+        empty |= dims[i] == 0
+    cdef cnp.ndarray found = cnp.PyArray_New(
+        cnp.ndarray, tensor.ndim, dims, number, strides if tensor.strides and not empty else NULL,
+        NULL if empty else tensor.data + tensor.byte_offset, 0, 0, None
+    )
+    cnp.set_array_base(found, capsule)
+    return found
+
+
+cdef void delete_managed(dl_managed *managed) noexcept with gil:
+    Py_DECREF(<object>managed.manager)
+    PyMem_Free(managed)
+
+
+cdef void delete_capsule(capsule) noexcept:
+    if PyCapsule_IsValid(capsule, "dltensor"):  # nobody took what is in it
+        delete_managed(<dl_managed *>PyCapsule_GetPointer(capsule, "dltensor"))
+
+
+def capsule_of(cnp.ndarray array):
+    """A capsule named "dltensor" with the memory of an array of floating-point numbers, which is kept for as long."""
+    cdef int i, n = array.ndim, size = <int>cnp.PyArray_ITEMSIZE(array)
+    cdef dl_managed *managed = <dl_managed *>PyMem_Malloc(sizeof(dl_managed) + 2 * n * sizeof(int64_t))
+    if managed == NULL:
+        raise MemoryError
+    cdef dl_tensor *tensor = &managed.tensor
+    tensor.data, tensor.byte_offset = <char *>cnp.PyArray_DATA(array), 0
+    tensor.device_type, tensor.device_id, tensor.ndim = 1, 0, n
+    tensor.code, tensor.bits, tensor.lanes = 2 if cnp.PyArray_ISFLOAT(array) else 4, <uint8_t>(8 * size), 1
+    tensor.shape = <int64_t *>(managed + 1)
+    tensor.strides = tensor.shape + n
+    for i in range(n):
+        tensor.shape[i] = array.shape[i]
+        tensor.strides[i] = array.strides[i] // size
+    Py_INCREF(array)
+    managed.manager, managed.deleter = <void *>array, delete_managed
+    return PyCapsule_New(managed, "dltensor", delete_capsule)
 
 
 COUNTERS = ("tiles_full", "tiles_partial", "tiles_skipped", "tiles_copied", "panels_careful", "splits", "tasks",

@@ -65,6 +65,16 @@ def memory_of(where: str, tensor: Any) -> Array:
     return _from_bits(where, tensor.view(torch.int16).numpy())
 
 
+def lent(where: str, capsule: Any) -> Array:
+    """The memory in a capsule of torch's, for the time of a call: nothing keeps torch from resizing it later."""
+    return _core.memory_of(capsule, _bfloat16, where)
+
+
+def capsule_of(x: Array) -> Any:
+    """Floating-point numbers as DLPack has them, bfloat16 too."""
+    return _core.capsule_of(x)
+
+
 def is_plain(kind: type[Any]) -> bool:
     """Whether the memory of torch tensors of this class is what they mean, as far as the class says."""
     torch = sys.modules["torch"]
@@ -143,4 +153,4 @@ def _bfloat16(where: str) -> Any:
         import ml_dtypes
     except ImportError:
         raise ImportError(f"{where}: bfloat16 needs ml_dtypes: pip install ml_dtypes") from None
-    return ml_dtypes.bfloat16
+    return np.dtype(ml_dtypes.bfloat16)

@@ -4,17 +4,28 @@ A tensor that is not what its memory says (fake, nested, inside of a transform, 
 name, never read raw.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
-from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils.dlpack import to_dlpack
 
-from .._foreign import is_plain
+from .._foreign import capsule_of, is_plain, lent, memory_of
 
 TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+# What torch's dispatcher looks at, with inference_mode and without. It has one key more for each way in which a tensor
+# may not be what its memory says (sparse, nested, negative, fake, inside of a transform ...), and for each mode in
+# which somebody wants to see what a thread calls (traces, transforms).
+_Key, _Keys = torch._C.DispatchKey, torch._C.DispatchKeySet
+_keys_of, _keys_of_thread = torch._C._dispatch_keys, torch._C._dispatch_tls_local_include_set
+_CPU, _THREAD = _Keys(_Key.CPU).add(_Key.AutocastCPU), _Keys(_Key.BackendSelect)
+_PLAIN = {_CPU.raw_repr(), _CPU.add(_Key.AutogradCPU).add(_Key.ADInplaceOrView).raw_repr()}
+_UNSEEN = {_THREAD.raw_repr(), _THREAD.add(_Key.ADInplaceOrView).raw_repr()}
+_KINDS = (torch.Tensor, torch.nn.Parameter)
 
 
 def refuse(where: str, what: str) -> NoReturn:
@@ -40,18 +51,41 @@ def check_tensor(where: str, name: str, x: Any, types: tuple[torch.dtype, ...]) 
         raise TypeError(f"{where}: {name} must be {allowed}, got {x.dtype}")
 
 
-def check_unrecorded(where: str, tensors: dict[str, torch.Tensor]) -> None:
-    """That nobody expects forward gradients of the result, or to record how it was made."""
-    if forward_ad._current_level >= 0:  # outside of all levels nothing carries one, and asking takes time
+def check_tensors(
+    where: str, tensors: dict[str, torch.Tensor], others: Mapping[str, tuple[torch.dtype, ...]] = MappingProxyType({})
+) -> bool:
+    """That all are what `check_tensor` asks for, of the first's type but where `others` has types by name, and that
+    nobody expects forward gradients of the result, or to record how it was made. Returns whether they are plain, so
+    that their memory may be read as it is."""
+    plain = forward_ad._current_level < 0 and _keys_of_thread().raw_repr() in _UNSEEN
+    types = TYPES
+    for name, x in tensors.items():
+        allowed = others[name] if name in others else types
+        # The dispatcher answers in a third of the time that the questions of `check_tensor` and `detached` take.
+        if type(x) not in _KINDS or _keys_of(x).raw_repr() not in _PLAIN or x.dtype not in allowed:
+            check_tensor(where, name, x, allowed)
+            plain = False
+        if types is TYPES:
+            types = (x.dtype,)
+    if not plain:
+        _check_unrecorded(where, tensors)
+    return plain
+
+
+def _check_unrecorded(where: str, tensors: dict[str, torch.Tensor]) -> None:
+    if forward_ad._current_level >= 0:  # outside of all levels nothing carries one
         carrying = [name for name, x in tensors.items() if forward_ad.unpack_dual(x).tangent is not None]
         if carrying:
             names = ", ".join(carrying)
             refuse(where, f"no forward gradients: {names} carries a tangent; pass unpack_dual(...).primal")
-    # Whether there is any mode takes less time to tell than which, and mostly there is none.
-    in_mode = torch._C._len_torch_dispatch_stack() or _len_torch_dispatch_stack_pre_dispatch()
-    if torch.jit.is_tracing() or (in_mode and get_proxy_mode() is not None):
+    if torch.jit.is_tracing() or get_proxy_mode() is not None:
         what = "no torch.jit.trace, no make_fx: the result for these inputs would become a constant of the trace"
         refuse(where, what)
+
+
+def memory(where: str, name: str, x: torch.Tensor, plain: bool) -> Any:
+    """x as an array of NumPy, for the time of a call; `plain` is what `check_tensors` returned."""
+    return lent(where, to_dlpack(x)) if plain else memory_of(where, detached(where, name, x))
 
 
 def detached(where: str, name: str, x: torch.Tensor) -> torch.Tensor:
@@ -68,7 +102,6 @@ def detached(where: str, name: str, x: torch.Tensor) -> torch.Tensor:
 
 
 def as_tensor(x: Any) -> torch.Tensor:
-    """NumPy knows bfloat16 by ml_dtypes, and torch's only as bits."""
-    if x.dtype.kind == "V":
-        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(x)
+    """A result of ours as a tensor that has its memory."""
+    found: torch.Tensor = torch._C._from_dlpack(capsule_of(x))
+    return found

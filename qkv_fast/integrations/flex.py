@@ -22,7 +22,7 @@ import torch
 
 from .. import attention
 from .._foreign import memory_of
-from ._tensors import TYPES, as_tensor, check_tensor, check_unrecorded, detached, refuse
+from ._tensors import TYPES, as_tensor, check_tensor, check_tensors, detached, memory, refuse
 from .torch import Recorded
 
 __all__ = ["Mask", "Score", "alibi", "causal", "documents", "flex_attention", "sliding_window", "soft_cap"]
@@ -348,9 +348,7 @@ def flex_attention(
             return_aux=return_aux,
         )  # fmt: skip
     tensors = {"query": query, "key": key, "value": value}
-    check_tensor(_NAME, "query", query, TYPES)
-    check_tensor(_NAME, "key", key, (query.dtype,))
-    check_tensor(_NAME, "value", value, (query.dtype,))
+    plain = check_tensors(_NAME, tensors)
     shapes = ", ".join(f"{name}: {tuple(x.shape)}" for name, x in tensors.items())
     if not query.ndim == key.ndim == value.ndim == 4:
         raise ValueError(f"{_NAME}: query, key and value must have 4 axes each ({shapes})")
@@ -362,7 +360,6 @@ def flex_attention(
         refuse(_NAME, f"no kernel_options: they are for kernels of torch's, got {kernel_options!r}")
     if return_aux is not None and (return_lse or return_aux.max_scores):
         refuse(_NAME, f"return_aux is for lse alone, without return_lse, got {return_aux!r}")
-    check_unrecorded(_NAME, tensors)
 
     options: dict[str, Any] = {"q_offset": _one_offset(score.offset, mask.offset) or 0, "scale": scale}
     options |= {"window": (mask.left, mask.right), "softcap": score.cap}
@@ -370,11 +367,11 @@ def flex_attention(
         options["alibi_slopes"] = memory_of(_NAME, detached(_NAME, "slopes", score.slopes))
     if mask.ids is not None:
         options["segments"] = tuple(memory_of(_NAME, detached(_NAME, "ids", ids)) for ids in mask.ids)
-    plain = [detached(_NAME, name, x) for name, x in tensors.items()]
+    given = [memory(_NAME, name, x, plain) for name, x in tensors.items()]
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values()):
         out, lse = Recorded.apply(_NAME, options, query, key, value)
     else:
-        out, lse = map(as_tensor, attention(*(memory_of(_NAME, x) for x in plain), return_lse=True, **options))
+        out, lse = map(as_tensor, attention(*given, return_lse=True, **options))
     if return_aux is not None:
         from torch.nn.attention.flex_attention import AuxOutput
 

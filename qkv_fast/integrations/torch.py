@@ -25,7 +25,7 @@ import torch
 
 from .. import attention, attention_grad
 from .._foreign import memory_of
-from ._tensors import TYPES, as_tensor, check_tensor, check_unrecorded, detached, refuse
+from ._tensors import as_tensor, check_tensors, detached, memory, refuse
 
 _NAME = "scaled_dot_product_attention"
 
@@ -107,16 +107,15 @@ def scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     tensors = {"query": query, "key": key, "value": value}
-    check_tensor(_NAME, "query", query, TYPES)
-    check_tensor(_NAME, "key", key, (query.dtype,))
-    check_tensor(_NAME, "value", value, (query.dtype,))
     causal: Any = "top-left" if is_causal else False
-    if _is_causal_bias(attn_mask):
-        causal = _causal(attn_mask, query, key, is_causal)
-    elif attn_mask is not None:
-        check_tensor(_NAME, "attn_mask", attn_mask, (torch.bool, torch.float32, query.dtype))
+    types = {}
+    of_lengths = attn_mask is not None and _is_causal_bias(attn_mask)  # and no numbers
+    if attn_mask is not None and not of_lengths:
         tensors["attn_mask"] = attn_mask
-    check_unrecorded(_NAME, tensors)
+        types["attn_mask"] = (torch.bool, torch.float32, getattr(query, "dtype", torch.float32))
+    plain = check_tensors(_NAME, tensors, types)
+    if of_lengths:
+        causal = _causal(attn_mask, query, key, is_causal)
     if not isinstance(is_causal, bool) or not isinstance(enable_gqa, bool):
         name, switch = ("enable_gqa", enable_gqa) if isinstance(is_causal, bool) else ("is_causal", is_causal)
         raise TypeError(f"scaled_dot_product_attention: {name} must be bool, got {switch!r}")
@@ -131,18 +130,24 @@ def scaled_dot_product_attention(
             f"(query: {tuple(query.shape)}, key: {tuple(key.shape)}, value: {tuple(value.shape)})"
         )
 
-    plain = [detached(_NAME, name, x) for name, x in tensors.items()]
-    recorded = torch.is_grad_enabled() and [x for x in tensors.values() if x.requires_grad]
-    q, k, v, *masks = _with_equal_axes(*(tensors.values() if recorded else plain))
-    if q.ndim > 2 and not q.size(-3) == k.size(-3) == v.size(-3):
+    recorded = torch.is_grad_enabled() and any([x.requires_grad for x in tensors.values()])
+    if not plain:
+        detached_ones = {name: detached(_NAME, name, x) for name, x in tensors.items()}  # it refuses some
+        tensors = tensors if recorded else detached_ones
+    q, k, v = tensors["query"], tensors["key"], tensors["value"]
+    masks = [tensors["attn_mask"]] if "attn_mask" in tensors else []
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    if masks or not len(q_shape) == len(k_shape) == len(v_shape):
+        q, k, v, *masks = _with_equal_axes(q, k, v, *masks)
+        q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    if len(q_shape) > 2 and not q_shape[-3] == k_shape[-3] == v_shape[-3]:
         q, k, v = _share_heads(q, k, v, enable_gqa)
     if recorded:
         result: torch.Tensor = Recorded.apply(_NAME, {"causal": causal, "scale": scale}, q, k, v, *masks)[0]
         return result
-    q, k, v = memory_of(_NAME, q), memory_of(_NAME, k), memory_of(_NAME, v)
-    if not masks:
-        return as_tensor(attention(q, k, v, causal=causal, scale=scale))
-    return as_tensor(attention(q, k, v, causal=causal, scale=scale, **_added([memory_of(_NAME, x) for x in masks])))
+    added = _added([memory(_NAME, "attn_mask", x, plain) for x in masks]) if masks else {}
+    q, k, v = memory(_NAME, "query", q, plain), memory(_NAME, "key", k, plain), memory(_NAME, "value", v, plain)
+    return as_tensor(attention(q, k, v, causal=causal, scale=scale, **added))
 
 
 class Recorded(torch.autograd.Function):

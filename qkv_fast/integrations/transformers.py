@@ -23,9 +23,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from .. import attention, spotlight
-from .._foreign import memory_of
 from ._model_types import MODEL_TYPES
-from ._tensors import TYPES, as_tensor, check_tensor, check_unrecorded, detached, refuse
+from ._tensors import TYPES, as_tensor, check_tensors, memory, refuse
 
 __all__ = ["MODEL_TYPES", "attention_forward", "attention_mask"]
 
@@ -35,6 +34,8 @@ _NOT_OURS = frozenset(
     "position_ids cache_position use_cache output_hidden_states output_router_logits return_dict deterministic "
     "num_items_in_batch logits_to_keep position_embeddings layer_idx".split()
 )
+
+_ADDED = {"attention_mask": (torch.bool, *TYPES), "position_bias": TYPES, "s_aux": TYPES}
 
 
 def attention_forward(
@@ -116,21 +117,16 @@ def attention_forward(
             sliding_window, output_attentions, **others,
         )  # fmt: skip
         return outside
-    check_tensor(_NAME, "query", query, TYPES)
-    check_tensor(_NAME, "key", key, (query.dtype,))
-    check_tensor(_NAME, "value", value, (query.dtype,))
     tensors = {"query": query, "key": key, "value": value}
-    if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
-        shapes = ", ".join(f"{name}: {tuple(x.shape)}" for name, x in tensors.items())
-        raise ValueError(f"{_NAME}: query, key and value must have 4 axes each ({shapes})")
     if not attention_mask is position_bias is s_aux is None:
-        for name, x in (("attention_mask", attention_mask), ("position_bias", position_bias), ("s_aux", s_aux)):
-            if x is not None:
-                check_tensor(_NAME, name, x, (torch.bool, *TYPES) if name == "attention_mask" else TYPES)
-                tensors[name] = x
+        added = {"attention_mask": attention_mask, "position_bias": position_bias, "s_aux": s_aux}
+        tensors |= {name: x for name, x in added.items() if x is not None}
+    plain = check_tensors(_NAME, tensors, _ADDED)
+    if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
+        shapes = ", ".join(f"{name}: {tuple(tensors[name].shape)}" for name in ("query", "key", "value"))
+        raise ValueError(f"{_NAME}: query, key and value must have 4 axes each ({shapes})")
     if torch.is_grad_enabled() and (needing := [name for name, x in tensors.items() if x.requires_grad]):
         refuse(_NAME, f"no gradients: {', '.join(needing)} has requires_grad set; use torch.no_grad()")
-    check_unrecorded(_NAME, tensors)
     if dropout:
         refuse(_NAME, f"no dropout: dropout must be 0, got {dropout!r}; call model.eval()")
     for name, x in others.items():
@@ -146,18 +142,18 @@ def attention_forward(
             arguments |= _positions(queries, key.shape[2], is_causal, sliding_window)
     else:
         if attention_mask.dtype != torch.bool:
-            attention_mask, added = _split(attention_mask)
-            if added is not None:
-                position_bias = added if position_bias is None else position_bias + added
-        arguments["mask"] = memory_of(_NAME, detached(_NAME, "attention_mask", attention_mask))
+            attention_mask, bias = _split(attention_mask)
+            if bias is not None:
+                position_bias = bias if position_bias is None else position_bias + bias
+        arguments["mask"] = memory(_NAME, "attention_mask", attention_mask, plain)
     if position_bias is not None:
-        arguments["bias"] = memory_of(_NAME, detached(_NAME, "position_bias", position_bias))
+        arguments["bias"] = memory(_NAME, "position_bias", position_bias, plain)
     if s_aux is not None:
-        arguments["sinks"] = memory_of(_NAME, detached(_NAME, "s_aux", s_aux))
+        arguments["sinks"] = memory(_NAME, "s_aux", s_aux, plain)
 
-    q = memory_of(_NAME, detached(_NAME, "query", query))
-    k = memory_of(_NAME, detached(_NAME, "key", key))
-    v = memory_of(_NAME, detached(_NAME, "value", value))
+    q = memory(_NAME, "query", query, plain)
+    k = memory(_NAME, "key", key, plain)
+    v = memory(_NAME, "value", value, plain)
     weights = spotlight.weights(q, k, **arguments) if output_attentions else None
     # Layers take lengths before heads, and so it is computed; of one query memory is the same in both orders.
     if queries == 1:

@@ -3,6 +3,8 @@
 import inspect
 import itertools
 import re
+import tracemalloc
+import weakref
 
 import numpy as np
 import pytest
@@ -207,6 +209,29 @@ def test_parameters():
     torch.testing.assert_close(ours, THEIRS(q, k, v))
 
 
+@pytest.mark.parametrize("dtype", [*TYPES, torch.float16, torch.bfloat16])
+def test_memory_goes_both_ways(dtype):
+    """No copies; a result outlives what it was made from, and what is dropped is given back."""
+    q, k, v = (x.to(dtype) for x in torch.randn(3, 1, 4, 1000, 64))
+    with torch.inference_mode():
+        inferred = scaled_dot_product_attention(q.clone(), k, v)
+    expected = scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(inferred, expected, rtol=0, atol=0)
+    assert scaled_dot_product_attention(inferred, k, v).shape == q.shape
+    assert not scaled_dot_product_attention(q, k[:, :, :0], v[:, :, :0]).any()
+    gone = weakref.ref(q)
+    tracemalloc.start()  # NumPy tells it of the memory of its arrays
+    try:
+        for _ in range(20):
+            found = scaled_dot_product_attention(q, k, v)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert found.nbytes <= held < 2 * found.nbytes
+    del q
+    assert gone() is None and torch.equal(found, expected)
+
+
 LENGTHS = ((5, 5), (3, 6), (6, 3), (1, 4), (4, 1))
 
 
@@ -361,10 +386,11 @@ def test_a_trace_would_keep_the_result():
         torch.jit.trace(lambda *x: scaled_dot_product_attention(*x), inputs)
 
 
-def test_make_fx_would_keep_the_result():
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+def test_make_fx_would_keep_the_result(pre_dispatch):
     inputs = tensors("4-D")[:3]
     with pytest.raises(NotImplementedError, match="make_fx"):
-        proxy_tensor.make_fx(lambda *x: scaled_dot_product_attention(*x))(*inputs)
+        proxy_tensor.make_fx(lambda *x: scaled_dot_product_attention(*x), pre_dispatch=pre_dispatch)(*inputs)
 
 
 def fake(x):
