@@ -107,7 +107,7 @@ _Static_assert(EXP2_STEPS == 1 || EXP2_STEPS == 8, "exp2_poly.h has no other pol
 #endif
 
 #define KERNELS { \
-    .size = sizeof(REAL), .pair = PAIR, .vector = W, .lanes = LANES, .row_tile = ROW_TILE, \
+    .size = sizeof(REAL), .pair = PAIR, .vector = W, .lanes = LANES, .row_tile = ROW_TILE, .decode_keys = SUMS, \
     .attend = X(attend), .reset = X(reset), .merge = X(merge), \
     .look_largest = X(look_largest), .look_entropy = X(look_entropy), .look_heaviest = X(look_heaviest), \
     .look_normalisers = X(look_normalisers), .look_received = X(look_received), \

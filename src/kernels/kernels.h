@@ -226,6 +226,7 @@ typedef struct {
     int vector;                       /* elements per vector */
     int lanes;                        /* elements per panel row, a multiple of vector */
     int row_tile;                     /* keys that attend works on at a time: other numbers of keys are slower */
+    int decode_keys;                  /* and decode_score */
 
     /* O, m, l <- merge(O, m, l, Q K^T, V) for one tile. An excluded score (hidden by lo and hi, or -inf) has weight
      * 0. NaN in q, k or v of a visible pair reaches O of that lane; a lane that has seen nothing keeps m = -inf, l = 0.
