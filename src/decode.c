@@ -124,7 +124,7 @@ static void open_rows(few *t, const qkv_call *job, int worker, int64_t sequence,
     t->lo = (int32_t *)(t->sees + t->count);
     t->hi = t->lo + t->count;
     t->stack = (qkv_stack){
-        .q = scratch + plan->few.at_q, .s = scratch + plan->few.at_s, .sums = scratch + plan->few.at_sums,
+        .q = scratch + plan->few.at_q, .s = scratch + plan->few.at_s, .parts = scratch + plan->few.at_parts, .sums = scratch + plan->few.at_sums,
         .q_row = (ptrdiff_t)plan->few.q_row, .s_row = (ptrdiff_t)plan->few.s_row, .o_row = (ptrdiff_t)plan->few.o_row,
         .lo = t->lo, .hi = t->hi, .c = plan->c, .rows = (int)t->count, .d = (int)p->dim, .dv = (int)p->dim_v,
         .k_scales = (ptrdiff_t)qkv_scales_at(p, 0), .v_scales = (ptrdiff_t)qkv_scales_at(p, 1),
@@ -161,6 +161,12 @@ static const char *piece(few *t, int values, int64_t first, int64_t *last, ptrdi
     const qkv_problem *p = t->problem;
     const qkv_plan *plan = t->plan;
     qkv_rows from = rows_from(t, values, first, last);
+    if (!values && plan->few.columns) {
+        *last = qkv_min(*last, first + QKV_COLUMN_KEYS);
+        *row = from.col;
+        *as = from.type;
+        return from.data;
+    }
     if (!(values ? plan->few.copy_v : plan->few.copy_k)) {
         *row = from.row;
         *as = from.type;
@@ -325,6 +331,8 @@ static void begin_chunk(few *t, int64_t chunk, char *state)
 static void meet_keys(few *t, int values, int64_t first, int64_t last)
 {
     const qkv_kernels *kernels = t->plan->few.kernels;
+    void (*score)(const qkv_stack *, const void *, ptrdiff_t, int, int, int) =
+        t->plan->few.columns ? kernels->decode_score_columns : kernels->decode_score;
     const char *rows;
     ptrdiff_t row;
     int as;
@@ -334,7 +342,7 @@ static void meet_keys(few *t, int values, int64_t first, int64_t last)
         end = next_block(t, 1, key, last);
         rows = values && kernels->pair > 1 ? even_piece(t, &key, &end, t->keys.lo, t->keys.hi, &row, &as)
                                            : piece(t, values, key, &end, &row, &as);
-        (values ? kernels->decode_value : kernels->decode_score)(&t->stack, rows, row, as, (int)(key - t->base), (int)(end - key));
+        (values ? kernels->decode_value : score)(&t->stack, rows, row, as, (int)(key - t->base), (int)(end - key));
     }
 }
 

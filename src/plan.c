@@ -280,6 +280,8 @@ static void plan_few(const qkv_problem *p, qkv_plan *plan)
     few->streams = (qkv_features() & QKV_CPU_STREAMS) != 0;
     few->obstacles_q = plan->obstacles_q & ~anywhere;
     int64_t n = few->rows = qkv_min(plan->beams > 1 ? FEW_BEAMS : few->most, plan->rows);
+    few->columns = !pairs && few->copy_k == QKV_STRIDED && p->k_type == arithmetic && p->k_at.row == size && n <= QKV_COLUMN_ROWS;
+    few->copy_k = few->columns ? 0 : few->copy_k;
     size_t at = 0, rows = (size_t)n, lanes = (size_t)(ceil_div(n, vector) * vector);
     size_t dim = (size_t)qkv_max(p->dim, p->dim_v);
     few->pass = qkv_min(CHUNK, qkv_max(16, COPY_PASS_BYTES / ((p->dim + p->dim_v + 1) * size) / 16 * 16));
@@ -294,6 +296,7 @@ static void plan_few(const qkv_problem *p, qkv_plan *plan)
     TAKE(at_q, rows * (size_t)(few->q_row * size));
     few->s_row = CHUNK + COPY_PAD;
     TAKE(at_s, rows * (size_t)(few->s_row * size));
+    TAKE(at_parts, few->columns ? rows * (size_t)(vector * QKV_COLUMN_KEYS * size) : 0);
     TAKE(at_sums, rows * (size_t)(few->o_row * size));
     TAKE(at_state, few->state_bytes);
     TAKE(at_total, few->state_bytes);

@@ -14,6 +14,7 @@ enum { QKV_LANE_BYTES = 48 };         /* room for what a lane has in qkv_lanes o
 typedef struct {
     const qkv_kernels *kernels;       /* the table of pairs where these are multiplied */
     int copy_k, copy_v, obstacles_q;
+    int columns;                      /* keys lie side by side, and lanes are keys in K Q^T */
     int streams;                      /* the CPU has QKV_CPU_STREAMS */
     int64_t most;                     /* rows of one beam that are few */
     int64_t rows;                     /* in a tile */
@@ -22,7 +23,7 @@ typedef struct {
     int64_t q_row, s_row, o_row;      /* elements per row of Q, S and O, whole vectors; of pairs those of Q, and two vectors of O */
     size_t l_bytes, state_bytes;      /* l, as m; O, m and l */
     /* Scratch of one worker, where that of tiles is otherwise. */
-    size_t at_limits, at_rows, at_q, at_state, at_total, at_s, at_sums, at_k, at_v, at_pair, at_copies;
+    size_t at_limits, at_rows, at_q, at_state, at_total, at_s, at_parts, at_sums, at_k, at_v, at_pair, at_copies;
     size_t at_lanes, at_pointers, at_bias, at_mask, at_keys;
     size_t at_tops;                   /* of ROWS: m of each chunk */
     size_t head_bytes;                /* of one key head */

@@ -101,7 +101,7 @@ _Static_assert(EXP2_STEPS == 1 || EXP2_STEPS == 8, "exp2_poly.h has no other pol
     .softmax_rows = X(softmax_rows), .softmax_columns = X(softmax_columns), \
     .softmax_grad_rows = X(softmax_grad_rows), .softmax_grad_columns = X(softmax_grad_columns), .rotate = X(rotate), \
     .hadamard = X(hadamard), .multiply_row = X(multiply_row), .bound_bytes = X(bound_bytes), \
-    .grad_scores = X(grad_scores), .grad_values = X(grad_values), .finite_rows = X(finite_rows),
+    .decode_score_columns = X(decode_score_columns), .grad_scores = X(grad_scores), .grad_values = X(grad_values), .finite_rows = X(finite_rows),
 #else
 #define UNPAIRED
 #endif

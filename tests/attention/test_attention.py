@@ -135,6 +135,19 @@ def test_layout(dtype, heads):
     same_bits(qkv_fast.attention(*(x[0] for x in swapped), causal=True, layout="blhd"), out2[0])
 
 
+@pytest.mark.parametrize("dim", [1, 7, 8, 77, 160])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_few_rows_over_keys_in_columns(dtype, dim):
+    """Keys stored (D, L) give the bits of rows, of up to four query heads to a key head and of more."""
+    rng = np.random.default_rng(dim)
+    for group, length in itertools.product((1, 2, 3, 4, 5), (1, 9, 600, 1300)):
+        q, k = normal(rng, (2, 2 * group, 1, dim), dtype), normal(rng, (2, 2, length, dim), dtype)
+        columns = k.swapaxes(2, 3).copy().swapaxes(2, 3)
+        given = {"window": (700, 0), "kv_lengths": [length, length - length // 3]}
+        same_bits(qkv_fast.attention(q, columns, k, return_lse=True), qkv_fast.attention(q, k, k, return_lse=True))
+        same_bits(qkv_fast.attention(q, columns, k, **given), qkv_fast.attention(q, k, k, **given))
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("dtype", TYPES)
 def test_few_rows_of_many_tokens_side_by_side(dtype, threads):
