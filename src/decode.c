@@ -36,6 +36,8 @@ typedef struct {
     int32_t *lo, *hi;                 /* (rows): positions in the chunk at hand */
     uint64_t hidden;                  /* blocks of it that a mask hides from all rows, a bit each */
     int64_t run;                      /* where the last piece lay */
+    int64_t base;                     /* of the chunk at hand: its first key, */
+    qkv_range keys;                   /* and those that some row sees */
     qkv_stack stack;
     char *scratch;
     qkv_counters *counters;
@@ -106,11 +108,13 @@ static void open_changes(few *t)
                    t->scratch + plan->few.at_lanes);
 }
 
-static void open_rows(few *t, const qkv_call *job, int worker, int64_t sequence, int64_t head, int64_t tile, changes *changes)
+/* Number i of the key heads that are taken together, of which `head` is the first. */
+static void open_rows(few *t, const qkv_call *job, int worker, int64_t sequence, int64_t head, int i, int64_t tile, changes *changes)
 {
     const qkv_problem *p = job->problem;
     const qkv_plan *plan = job->plan;
-    char *scratch = job->scratch[worker] + sizeof(qkv_counters);
+    char *scratch = job->scratch[worker] + sizeof(qkv_counters) + (size_t)i * plan->few.head_bytes;
+    head += i;
     *t = (few){
         .problem = p, .plan = plan, .sequence = sequence, .head = head, .first = tile * plan->few.rows,
         .count = qkv_min(plan->few.rows, qkv_queries(p, sequence) * plan->each - tile * plan->few.rows),
@@ -120,7 +124,7 @@ static void open_rows(few *t, const qkv_call *job, int worker, int64_t sequence,
     t->lo = (int32_t *)(t->sees + t->count);
     t->hi = t->lo + t->count;
     t->stack = (qkv_stack){
-        .q = scratch + plan->few.at_q, .s = scratch + plan->few.at_s, .sums = scratch + plan->few.at_sums,
+        .q = scratch + plan->few.at_q, .s = scratch + plan->few.at_s, .parts = scratch + plan->few.at_parts, .sums = scratch + plan->few.at_sums,
         .q_row = (ptrdiff_t)plan->few.q_row, .s_row = (ptrdiff_t)plan->few.s_row, .o_row = (ptrdiff_t)plan->few.o_row,
         .lo = t->lo, .hi = t->hi, .c = plan->c, .rows = (int)t->count, .d = (int)p->dim, .dv = (int)p->dim_v,
         .k_scales = (ptrdiff_t)qkv_scales_at(p, 0), .v_scales = (ptrdiff_t)qkv_scales_at(p, 1),
@@ -157,6 +161,12 @@ static const char *piece(few *t, int values, int64_t first, int64_t *last, ptrdi
     const qkv_problem *p = t->problem;
     const qkv_plan *plan = t->plan;
     qkv_rows from = rows_from(t, values, first, last);
+    if (!values && plan->few.columns) {
+        *last = qkv_min(*last, first + QKV_COLUMN_KEYS);
+        *row = from.col;
+        *as = from.type;
+        return from.data;
+    }
     if (!(values ? plan->few.copy_v : plan->few.copy_k)) {
         *row = from.row;
         *as = from.type;
@@ -307,34 +317,58 @@ static void keep_weights(few *t, int64_t base)
     }
 }
 
-/* The state of one chunk's keys alone. */
-static void attend_chunk(few *t, int64_t chunk, char *state)
+/* Sets out for the keys of one chunk, from an empty state that is then at `state`. */
+static void begin_chunk(few *t, int64_t chunk, char *state)
+{
+    t->base = chunk * t->plan->chunk;
+    t->keys = (qkv_range){qkv_max(t->base, t->any.lo), qkv_min(t->base + t->plan->chunk, t->any.hi)};
+    limit_rows(t, t->base, &t->keys.lo, &t->keys.hi);
+    use_state(t, state);
+    memset(state, 0, (size_t)(t->count * t->plan->few.o_row * t->plan->few.kernels->size));
+}
+
+/* Those of the chunk's keys that lie in [first, last), piece by piece: they are scored, or their values added up. */
+static void meet_keys(few *t, int values, int64_t first, int64_t last)
 {
     const qkv_kernels *kernels = t->plan->few.kernels;
+    void (*score)(const qkv_stack *, const void *, ptrdiff_t, int, int, int) =
+        t->plan->few.columns ? kernels->decode_score_columns : kernels->decode_score;
     const char *rows;
     ptrdiff_t row;
     int as;
-    int64_t base = chunk * t->plan->chunk, first = qkv_max(base, t->any.lo), last = qkv_min(base + t->plan->chunk, t->any.hi);
-    limit_rows(t, base, &first, &last);
-    use_state(t, state);
-    memset(state, 0, (size_t)(t->count * t->plan->few.o_row * kernels->size));
+    first = qkv_max(first, t->keys.lo);
+    last = qkv_min(last, t->keys.hi);
     for (int64_t key = next_block(t, 0, first, last), end; key < last; key = next_block(t, 0, end, last)) {
         end = next_block(t, 1, key, last);
-        rows = piece(t, 0, key, &end, &row, &as);
-        kernels->decode_score(&t->stack, rows, row, as, (int)(key - base), (int)(end - key));
+        rows = values && kernels->pair > 1 ? even_piece(t, &key, &end, t->keys.lo, t->keys.hi, &row, &as)
+                                           : piece(t, values, key, &end, &row, &as);
+        (values ? kernels->decode_value : score)(&t->stack, rows, row, as, (int)(key - t->base), (int)(end - key));
     }
-    if (t->plan->adjust && first < last)
-        find_changes(t, first, last);
-    kernels->decode_weigh(&t->stack);
-    if (t->problem->question) {
-        keep_weights(t, base);
-        return;
+}
+
+/* The same for n key heads. Where rows of one key lie side by side a few keys go through all heads before the next: memory and
+ * caches like them whole. */
+static void meet_chunk(few *t, int n, int values)
+{
+    int64_t end = t->base + t->plan->chunk, step = n > 1 ? t->plan->few.kernels->decode_keys : t->plan->chunk;
+    for (int64_t key = t->base; key < end; key += step)
+        for (int i = 0; i < n; i++)
+            meet_keys(t + i, values, key, key + step);
+}
+
+/* The states of one chunk's keys alone, of n key heads that have begun it. */
+static void attend_chunk(few *t, int n)
+{
+    meet_chunk(t, n, 0);
+    for (int i = 0; i < n; i++) {
+        if (t->plan->adjust && t[i].keys.lo < t[i].keys.hi)
+            find_changes(t + i, t[i].keys.lo, t[i].keys.hi);
+        t->plan->few.kernels->decode_weigh(&t[i].stack);
     }
-    for (int64_t key = next_block(t, 0, first, last), end; key < last; key = next_block(t, 0, end, last)) {
-        end = next_block(t, 1, key, last);
-        rows = kernels->pair > 1 ? even_piece(t, &key, &end, first, last, &row, &as) : piece(t, 1, key, &end, &row, &as);
-        kernels->decode_value(&t->stack, rows, row, as, (int)(key - base), (int)(end - key));
-    }
+    if (t->problem->question)
+        keep_weights(t, t->base);
+    else
+        meet_chunk(t, n, 1);
 }
 
 /* Of ROWS: m of the state of chunk number i, which it has until that of its row is known. */
@@ -366,23 +400,31 @@ static void begin_total(few *t)
     qkv_begin_sinks(t->problem, t->plan, t->head, t->first, t->count, t->stack.m, t->stack.l);
 }
 
-/* All chunks that some row sees, into the total. Returns 0 if the call is given up before the last. */
-static int attend_all(qkv_call *job, int worker, few *t)
+static char *total_of(const few *t) { return t->scratch + t->plan->few.at_total; }
+static char *state_of(const few *t) { return t->scratch + t->plan->few.at_state; }
+
+/* All chunks that some row sees, into the totals of n key heads. Returns 0 if the call is given up before the last. */
+static int attend_all(qkv_call *job, int worker, few *t, int n)
 {
     const qkv_plan *plan = t->plan;
-    char *total = t->scratch + plan->few.at_total, *state = t->scratch + plan->few.at_state;
     int64_t first = t->any.lo / plan->chunk, chunk = first, last = (t->any.hi - 1) / plan->chunk;
     if (t->any.lo >= t->any.hi || t->problem->sinks) {
-        begin_total(t);
+        for (int i = 0; i < n; i++)
+            begin_total(t + i);
     } else {                          /* what is merged into nothing stays as it is */
-        attend_chunk(t, chunk, total);
-        keep_top(t, 0, total);
+        for (int i = 0; i < n; i++)
+            begin_chunk(t + i, chunk, total_of(t + i));
+        attend_chunk(t, n);
+        keep_top(t, 0, total_of(t));
         chunk++;
     }
     for (; t->any.lo < t->any.hi && chunk <= last; chunk++) {
-        attend_chunk(t, chunk, state);
-        keep_top(t, chunk - first, state);
-        merge(t, total, state);
+        for (int i = 0; i < n; i++)
+            begin_chunk(t + i, chunk, state_of(t + i));
+        attend_chunk(t, n);
+        keep_top(t, chunk - first, state_of(t));
+        for (int i = 0; i < n; i++)
+            merge(t + i, total_of(t + i), state_of(t + i));
         if (chunk < last && qkv_must_stop(&job->stop, worker))
             return 0;
     }
@@ -463,35 +505,42 @@ static void conclude(qkv_call *job, int worker, few *t)
         return;
     t->counters->panels_careful++;
     t->stack.careful = 1;
-    if (attend_all(job, worker, t))
+    if (attend_all(job, worker, t, 1))
         write_rows(t);
 }
 
 /* One chunk of a split call, counted from the first that the rows see. Whoever computes the last missing one merges them all, in order. */
-static void attend_split(qkv_call *job, int worker, few *t, int64_t base, int64_t chunk)
+static void attend_split(qkv_call *job, int worker, few *t, int n, int64_t base, int64_t chunk)
 {
     const qkv_plan *plan = job->plan;
-    size_t chunk_bytes = (size_t)plan->tile_panels * plan->state_bytes;
-    char *mine = job->partials + (size_t)(base * plan->chunks) * chunk_bytes;
-    attend_chunk(t, qkv_first_chunk(plan, t->any) + chunk, mine + (size_t)chunk * chunk_bytes);
+    size_t chunk_bytes = (size_t)plan->tile_panels * plan->state_bytes, head_bytes = (size_t)plan->chunks * chunk_bytes;
+    char *mine = job->partials + (size_t)(base * plan->few.heads) * head_bytes;
+    for (int i = 0; i < n; i++)
+        begin_chunk(t + i, qkv_first_chunk(plan, t->any) + chunk, mine + (size_t)i * head_bytes + (size_t)chunk * chunk_bytes);
+    attend_chunk(t, n);
     t->counters->splits++;
     if (atomic_fetch_sub(&job->pending[base], 1) != 1)
         return;
-    begin_total(t);
-    for (int64_t c = 0; c < plan->chunks; c++) {
-        keep_top(t, c, mine + (size_t)c * chunk_bytes);
-        merge(t, t->scratch + plan->few.at_total, mine + (size_t)c * chunk_bytes);
+    for (int i = 0; i < n; i++, mine += head_bytes) {
+        begin_total(t + i);
+        for (int64_t c = 0; c < plan->chunks; c++) {
+            keep_top(t, c, mine + (size_t)c * chunk_bytes);
+            merge(t + i, total_of(t + i), mine + (size_t)c * chunk_bytes);
+        }
+        conclude(job, worker, t + i);
     }
-    conclude(job, worker, t);
 }
 
 void qkv_decode(qkv_call *job, int worker, int64_t sequence, int64_t head, int64_t tile, int64_t base, int64_t chunk)
 {
-    few t;
-    changes changes;
-    open_rows(&t, job, worker, sequence, head, tile, &changes);
+    few t[QKV_HEADS_TOGETHER];
+    changes changes[QKV_HEADS_TOGETHER];
+    int n = (int)qkv_min(job->plan->few.heads, job->plan->heads - head);
+    for (int i = 0; i < n; i++)
+        open_rows(t + i, job, worker, sequence, head, i, tile, changes + i);
     if (job->plan->split)
-        attend_split(job, worker, &t, base, chunk);
-    else if (attend_all(job, worker, &t))
-        conclude(job, worker, &t);
+        attend_split(job, worker, t, n, base, chunk);
+    else if (attend_all(job, worker, t, n))
+        for (int i = 0; i < n; i++)
+            conclude(job, worker, t + i);
 }

@@ -207,7 +207,7 @@ static qkv_kernels idle(const qkv_kernels *of)
     kernels.begin = kernels.end = NULL;
     kernels.scatter = no_scatter;
     kernels.decode_stack = no_stack;
-    kernels.decode_score = kernels.decode_value = no_product;
+    kernels.decode_score = kernels.decode_score_columns = kernels.decode_value = no_product;
     kernels.decode_weigh = no_weigh;
     kernels.decode_merge = no_states;
     kernels.decode_finish = finite_rows;

@@ -651,7 +651,7 @@ typedef struct { int64_t sequence, head, tile; } place;
 
 static place find_tile(const qkv_call *job, int64_t index)
 {
-    int64_t sequence, tiles = job->plan->tiles;
+    int64_t sequence, tiles = job->plan->tiles, heads = job->plan->head_tasks, each = job->plan->few.heads;
     if (job->first_tile) {
         int64_t past = job->plan->sequences;            /* first_tile[sequence] <= index < first_tile[past] */
         for (sequence = 0; past - sequence > 1;) {
@@ -662,15 +662,15 @@ static place find_tile(const qkv_call *job, int64_t index)
                 past = middle;
         }
         index -= job->first_tile[sequence];
-        tiles = (job->first_tile[sequence + 1] - job->first_tile[sequence]) / job->plan->heads;
+        tiles = (job->first_tile[sequence + 1] - job->first_tile[sequence]) / heads;
     } else {
-        sequence = index / tiles / job->plan->heads;
-        index -= sequence * job->plan->heads * tiles;
+        sequence = index / tiles / heads;
+        index -= sequence * heads * tiles;
     }
     /* Late rows first: under a causal mask they are the heavy ones. */
     if (job->plan->heads_inner)
-        return (place){sequence, index % job->plan->heads, tiles - 1 - index / job->plan->heads};
-    return (place){sequence, index / tiles, tiles - 1 - index % tiles};
+        return (place){sequence, index % heads * each, tiles - 1 - index / heads};
+    return (place){sequence, index / tiles * each, tiles - 1 - index % tiles};
 }
 
 static void run_task(void *context, int64_t task, int worker)
@@ -760,7 +760,7 @@ static int take_shared(qkv_call *job, int slot, char **block)
         job->first_tile = first;
         first[0] = 0;
         for (int64_t b = 0; b < plan->sequences; b++)
-            first[b + 1] = first[b] + plan->heads * qkv_tiles_of(p, plan, b);
+            first[b + 1] = first[b] + plan->head_tasks * qkv_tiles_of(p, plan, b);
     }
     return 1;
 }

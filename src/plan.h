@@ -7,23 +7,27 @@
 
 enum { QKV_PANEL_BYTES = 128 };       /* room for a qkv_panel of tile.h */
 enum { QKV_SHARE_BYTES = 48 };        /* room for a qkv_share of spotlight.c */
+enum { QKV_HEADS_TOGETHER = 16 };     /* most key heads whose few rows a task takes together */
 enum { QKV_LANE_BYTES = 48 };         /* room for what a lane has in qkv_lanes of elements.h */
 
 /* Few rows: those of a sequence and key head, of some of its beams, are a tile of their own kind (decode.c), and a chunk is its block. */
 typedef struct {
     const qkv_kernels *kernels;       /* the table of pairs where these are multiplied */
     int copy_k, copy_v, obstacles_q;
+    int columns;                      /* keys lie side by side, and lanes are keys in K Q^T */
     int streams;                      /* the CPU has QKV_CPU_STREAMS */
     int64_t most;                     /* rows of one beam that are few */
     int64_t rows;                     /* in a tile */
+    int64_t heads;                    /* key heads that a task takes together: their keys lie side by side */
     int64_t pass;                     /* keys that are copied at a time */
     int64_t copy_row_k, copy_row_v;   /* elements per row of copied K and V */
     int64_t q_row, s_row, o_row;      /* elements per row of Q, S and O, whole vectors; of pairs those of Q, and two vectors of O */
     size_t l_bytes, state_bytes;      /* l, as m; O, m and l */
     /* Scratch of one worker, where that of tiles is otherwise. */
-    size_t at_limits, at_rows, at_q, at_state, at_total, at_s, at_sums, at_k, at_v, at_pair, at_copies;
+    size_t at_limits, at_rows, at_q, at_state, at_total, at_s, at_parts, at_sums, at_k, at_v, at_pair, at_copies;
     size_t at_lanes, at_pointers, at_bias, at_mask, at_keys;
     size_t at_tops;                   /* of ROWS: m of each chunk */
+    size_t head_bytes;                /* of one key head */
     size_t scratch_bytes;
 } qkv_few_plan;
 
@@ -46,6 +50,7 @@ typedef struct {
     /* Rows that share their keys are those of all query heads of a key head, or of one query head where it is asked what each
      * of these gives. `heads` are what rows are of, `group` query heads in each, and so many of them share a key head. */
     int64_t sequences, heads, group, sharing;
+    int64_t head_tasks;               /* that heads are shared out to: as many, or fewer that take some together */
     int64_t beams, each;              /* of a sequence, at least 1, and rows of one query: beams * group */
     int64_t rows;                     /* of one head: len_q * each; in ragged batches, at most */
     int decode;                       /* all sequences have few rows */

@@ -166,6 +166,81 @@ static QKV_INLINE void X(decode_score_as)(const int as, const qkv_stack *t, cons
     }
 }
 
+/* What elements of K give to the scores of nr rows and nv vectors of keys, if these lie side by side: here a lane is a key. The sums are
+ * those that decode_score has in its lanes, one for each element of a vector: `parts` (rows, W, QKV_COLUMN_KEYS). Of element e and
+ * every W-th behind it, n of them; the sums begin at 0, or with what is there. Of the last vector the first `some` keys. */
+static QKV_INLINE void X(decode_columns_tile)(const int nr, const int nv, const qkv_stack *t, const char *k, ptrdiff_t k_col, int e,
+                                              int n, int begins, REAL *parts, int some)
+{
+    const REAL *q = (const REAL *)t->q + e;
+    VEC c[SUMS];
+    QKV_UNROLL
+    for (int r = 0; r < nr; r++) {
+        QKV_UNROLL
+        for (int j = 0; j < nv; j++)
+            c[r * nv + j] = begins ? X(set1)(0) : X(load)(parts + r * W * QKV_COLUMN_KEYS + j * W);
+    }
+    for (int i = 0; i < n; i++, k += W * k_col, q += W) {
+        QKV_UNROLL
+        for (int j = 0; j < nv; j++) {
+            const REAL *from = (const REAL *)k + j * W;
+            VEC y = some < W ? X(load_part)(from, some) : X(loadu)(from);
+            QKV_UNROLL
+            for (int r = 0; r < nr; r++)
+                c[r * nv + j] = X(fma)(X(set1)(q[r * t->q_row]), y, c[r * nv + j]);
+        }
+    }
+    QKV_UNROLL
+    for (int r = 0; r < nr; r++) {
+        QKV_UNROLL
+        for (int j = 0; j < nv; j++)
+            X(store)(parts + r * W * QKV_COLUMN_KEYS + j * W, c[r * nv + j]);
+    }
+}
+
+/* Of nr rows: elements a few at a time, along all keys. More would come from memory at once than sets of a cache have room for. */
+static QKV_INLINE void X(decode_columns_rows)(const int nr, const qkv_stack *t, const char *k, ptrdiff_t k_col, int at, int n)
+{
+    enum { ELEMENTS = 8 };
+    const int nv = SUMS / (nr == 3 ? 4 : nr);
+    for (int j = 0; j < W; j++) {
+        int e = j;
+        do {
+            int left = e < t->d ? (t->d - e + W - 1) / W : 0, count = left < ELEMENTS ? left : ELEMENTS, i = 0;
+            const char *from = k + e * k_col;
+            REAL *parts = (REAL *)t->parts + j * QKV_COLUMN_KEYS;
+            for (; i + nv * W <= n; i += nv * W)
+                X(decode_columns_tile)(nr, nv, t, from + i * (ptrdiff_t)sizeof(REAL), k_col, e, count, e == j, parts + i, W);
+            for (; i < n; i += W)
+                X(decode_columns_tile)(nr, 1, t, from + i * (ptrdiff_t)sizeof(REAL), k_col, e, count, e == j, parts + i,
+                                       n - i < W ? n - i : W);
+            e += ELEMENTS * W;
+        } while (e < t->d);
+    }
+    for (int r = 0; r < nr; r++)
+        for (int i = 0; i < n; i += W) {
+            VEC x[W];
+            QKV_UNROLL
+            for (int j = 0; j < W; j++)
+                x[j] = X(load)((const REAL *)t->parts + (r * W + j) * QKV_COLUMN_KEYS + i);
+            X(transpose)(x);
+            X(store_part)((REAL *)t->s + r * t->s_row + at + i, X(sum_each)(x), n - i < W ? n - i : W);
+        }
+}
+
+static void X(decode_score_columns)(const qkv_stack *t, const void *k, ptrdiff_t k_col, int as, int at, int n)
+{
+    (void)as;
+    if (t->rows == 1)
+        X(decode_columns_rows)(1, t, k, k_col, at, n);
+    else if (t->rows == 2)
+        X(decode_columns_rows)(2, t, k, k_col, at, n);
+    else if (t->rows == 3)
+        X(decode_columns_rows)(3, t, k, k_col, at, n);
+    else
+        X(decode_columns_rows)(4, t, k, k_col, at, n);
+}
+
 static inline VEC X(decode_columns)(const REAL *o, int e) { return X(load)(o + e); }
 
 /* nc vectors of columns from column e on, or the first `some` elements of one, of the values of nr rows: n keys of one

@@ -113,7 +113,7 @@ _Static_assert(EXP2_STEPS == 1 || EXP2_STEPS == 8, "exp2_poly.h has no other pol
     .softmax_rows = X(softmax_rows), .softmax_columns = X(softmax_columns), \
     .softmax_grad_rows = X(softmax_grad_rows), .softmax_grad_columns = X(softmax_grad_columns), .rotate = X(rotate), \
     .hadamard = X(hadamard), .multiply_row = X(multiply_row), .bound_bytes = X(bound_bytes), \
-    .grad_scores = X(grad_scores), .grad_values = X(grad_values), .finite_rows = X(finite_rows),
+    .decode_score_columns = X(decode_score_columns), .grad_scores = X(grad_scores), .grad_values = X(grad_values), .finite_rows = X(finite_rows),
 #else
 #define UNPAIRED
 #endif
@@ -122,7 +122,7 @@ _Static_assert(EXP2_STEPS == 1 || EXP2_STEPS == 8, "exp2_poly.h has no other pol
 #define OF_REGISTERS .parts = TILE_PARTS, .aligned = STRIP, .begin = X(begin_tiles), .end = X(end_tiles), .fma = X(tile_rounds),
 #else
 #define OF_REGISTERS \
-    .aligned = PAIR, \
+    .aligned = PAIR, .decode_keys = SUMS, \
     .look_largest = X(look_largest), .look_entropy = X(look_entropy), .look_heaviest = X(look_heaviest), \
     .look_normalisers = X(look_normalisers), .look_received = X(look_received), \
     .look_weights = X(look_weights), .look_sums = X(look_sums), .look_maxima = X(look_maxima), \

@@ -19,6 +19,7 @@
 #include <stdint.h>
 
 enum { QKV_TERMS = 256 };             /* terms of one sum of a product: longer ones are sums of sums, as in a BLAS */
+enum { QKV_COLUMN_ROWS = 4, QKV_COLUMN_KEYS = 512 };  /* most rows and keys of decode_score_columns */
 enum { QKV_KEYS = 1024 };             /* most keys in one tile: key numbers are exact in any element type */
 
 /* Rows of bytes (qkv_type in qkv.h): where the scales begin in a row of d elements. */
@@ -131,6 +132,7 @@ typedef struct {
     const void *q;                    /* (rows, q_row), from decode_stack: elements, or pairs of them */
     void *s;                          /* (rows, s_row): scores, then weights, by position, or of pairs of positions; s_row is a
                                        * multiple of 2 vectors */
+    void *parts;                      /* (rows, vector, QKV_COLUMN_KEYS): what decode_score_columns sums up in */
     void *sums;                       /* (rows, o_row): what decode_value keeps from one call to the next */
     void *o, *m, *l;                  /* (rows, o_row), (rows), (rows): the state */
     ptrdiff_t q_row, s_row, o_row;    /* elements, or pairs of Q; o_row is a multiple of 2 vectors there */
@@ -226,6 +228,7 @@ typedef struct {
     int vector;                       /* elements per vector */
     int lanes;                        /* elements per panel row, a multiple of vector */
     int row_tile;                     /* keys that attend works on at a time: other numbers of keys are slower */
+    int decode_keys;                  /* and decode_score */
     int aligned;                      /* its keys begin at multiples of this in a block, which row_tile is one of */
     int parts;                        /* of a number that is multiplied in tiles, or 0: K and V are then what gather_terms and
                                        * gather_values make of them, with rows of `parts` * whole tiles, and nothing below is
@@ -321,6 +324,8 @@ typedef struct {
     int widens;
     void (*decode_stack)(void *q, ptrdiff_t q_row, const void *const *rows, int n, int d, double factor);
     void (*decode_score)(const qkv_stack *stack, const void *k, ptrdiff_t k_row, int as, int at, int n);
+    /* The same of up to 4 rows and QKV_COLUMN_KEYS keys of the own type that lie side by side, the elements of one k_col bytes apart. */
+    void (*decode_score_columns)(const qkv_stack *stack, const void *k, ptrdiff_t k_col, int as, int at, int n);
     void (*decode_weigh)(const qkv_stack *stack);
     void (*decode_value)(const qkv_stack *stack, const void *v, ptrdiff_t v_row, int as, int at, int n);
     void (*decode_merge)(const qkv_stack *stack, const void *o2, const void *m2, const void *l2);

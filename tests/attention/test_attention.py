@@ -135,6 +135,41 @@ def test_layout(dtype, heads):
     same_bits(qkv_fast.attention(*(x[0] for x in swapped), causal=True, layout="blhd"), out2[0])
 
 
+@pytest.mark.parametrize("dim", [1, 7, 8, 77, 160])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_few_rows_over_keys_in_columns(dtype, dim):
+    """Keys stored (D, L) give the bits of rows, of up to four query heads to a key head and of more."""
+    rng = np.random.default_rng(dim)
+    for group, length in itertools.product((1, 2, 3, 4, 5), (1, 9, 600, 1300)):
+        q, k = normal(rng, (2, 2 * group, 1, dim), dtype), normal(rng, (2, 2, length, dim), dtype)
+        columns = k.swapaxes(2, 3).copy().swapaxes(2, 3)
+        given = {"window": (700, 0), "kv_lengths": [length, length - length // 3]}
+        same_bits(qkv_fast.attention(q, columns, k, return_lse=True), qkv_fast.attention(q, k, k, return_lse=True))
+        same_bits(qkv_fast.attention(q, columns, k, **given), qkv_fast.attention(q, k, k, **given))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_few_rows_of_many_tokens_side_by_side(dtype, threads):
+    """Heads whose rows of a key lie side by side go through long caches together, with the bits that each has alone."""
+    rng, heads, length, dim = np.random.default_rng(3), 20, 2400, 40  # more than 6 MB, more than 16 heads
+    q = normal(rng, (1, 2 * heads, 1, dim), dtype)
+    k, v = (normal(rng, (1, length, heads, dim), dtype).swapaxes(1, 2) for _ in "kv")
+    mask = rng.random((1, 2 * heads, 1, length)) < 0.5
+    mask[:, 5, :, :1100], mask[:, :2, :, 1024:2048] = False, False
+    v[:, 7, 1500] = np.nan  # not seen, or seen by one group alone
+    plain = k.copy(), v.copy()
+    given = [
+        {"kv_lengths": [1499]},
+        {"kv_lengths": [2111], "kv_starts": [77], "window": (500, 0), "alibi_slopes": rng.random(2 * heads)},
+        {"mask": mask, "sinks": rng.standard_normal(2 * heads)},
+        {"bias": rng.standard_normal((1, 2 * heads, 1, length)).astype("float32"), "softcap": 3.0},
+    ]
+    for arguments in given:
+        found = qkv_fast.attention(q, k, v, return_lse=True, num_threads=threads, **arguments)
+        same_bits(found, qkv_fast.attention(q, *plain, return_lse=True, **arguments))
+
+
 @dtypes
 @pytest.mark.parametrize(
     "scale", [0, 0.0, -0.0, 1, -1, 0.3, -0.125, 1e-30, -1e3, 1e20, np.float32(0.5), np.int8(2)]
