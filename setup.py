@@ -6,7 +6,7 @@ if that fails, its table is left out and cpu.c never hears of it (QKV_HAVE_<PATH
 package's metadata and what goes into its archives are in pyproject.toml and MANIFEST.in.
 
 Environment: QKV_FAST_WERROR=1 makes warnings in the core errors; QKV_FAST_REQUIRE_PATHS="avx2 avx512" makes
-it an error to leave one of these out (releases set it). CC, CFLAGS and LDFLAGS mean what they always do.
+it an error to leave one of these out (releases set it), and builds those that are built only if asked for. CC, CFLAGS and LDFLAGS mean what they always do.
 """
 
 import copy
@@ -42,8 +42,8 @@ AARCH64 = "#include <arm_neon.h>\n"
 
 @dataclass(frozen=True)
 class CpuPath:
-    """src/kernels/<name>.c: its target, the flags it needs, those it gets if the compiler knows them, its probe; whether
-    it is built only where QKV_FAST_REQUIRE_PATHS names it."""
+    """src/kernels/<name>.c: its target, the flags it needs, those it gets if the compiler knows them, its probe, and
+    whether it is built only where QKV_FAST_REQUIRE_PATHS names it."""
 
     name: str
     target: str = ""

@@ -251,7 +251,7 @@ CASES: tuple[Case, ...] = (
 
 SUITES: tuple[str, ...] = (
     *("foundation", "quick", "prefill", "decode", "small", "masks", "stages", "half", "memory", "scaling"),
-    *("surroundings", "data", "spotlight", "grad", "layers", "surprises", "hosts", "all"),
+    *("surroundings", "data", "spotlight", "grad", "layers", "surprises", "hosts", "errors", "all"),
 )
 
 

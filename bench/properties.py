@@ -16,7 +16,7 @@ import numpy as np
 import qkv_fast
 
 from .. import _runtime
-from . import data, hosts, limits, machine, spotlight, surprises, surroundings, work
+from . import data, errors, hosts, limits, machine, spotlight, surprises, surroundings, work
 from .cases import CASES, Case, case
 from .measured import Measured, Property, child, ratio
 from .method import Local, Summary, interleave, rotate
@@ -310,6 +310,7 @@ PROPERTIES: tuple[Property, ...] = (
     Property("layers-block", ("layers",), surroundings.measure_layers, everywhere=True),
     Property("data", ("data",), data.measure_attention, everywhere=True),
     Property("data-stages", ("data",), data.measure_stages, everywhere=True),
+    *(Property(name, ("errors",), function, everywhere=True) for name, function in errors.MEASURES.items()),
     Property("over-attention", ("spotlight",), spotlight.measure_over_attention, everywhere=True),
     Property("last-rows", ("spotlight",), spotlight.measure_rows, everywhere=True),
     *(Property(kind, ("surprises",), partial(surprises.measure, kind), everywhere=True) for kind in surprises.TWINS),

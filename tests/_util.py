@@ -39,7 +39,9 @@ def arithmetic(dtype):
 
 
 def multiplies_pairs(q, k, v):
-    return qkv_fast.isa().endswith("bf16") and q.dtype == k.dtype == v.dtype == "bfloat16"
+    """Whether weights are rounded to bfloat16, and multiplied two at a time: in tiles not those of few rows."""
+    path, all_pairs = qkv_fast.isa(), q.dtype == k.dtype == v.dtype == "bfloat16"
+    return all_pairs and (path.endswith("bf16") or (path.startswith("amx") and not are_few(q, k, v)))
 
 
 def are_few(q, k, v):

@@ -42,6 +42,13 @@
  *   unzip(x, y, at)          w of the 2 w reals of such pairs, x at 0 and y at w, at 0 and w in their first order
  *   interleave(a, b)         pairs of w elements of 16 bits each, any alignment
  *   turn(a, x)               x with the sign of a
+ * and where there are TILE_PARTS, W is 16 and PAIR 2, of these two lists only join, interleave and turn, and
+ *   even(x) odd(x)           the first or second elements of pairs, as reals
+ *   cut(x, y)                pairs of the elements of x and of y whose last 16 bits are cut off
+ *   TILE_UNIT                declares what the macros below need, once in a function; what was stored before it is in memory
+ *   TILE_CONFIGURE() TILE_RELEASE()      around all use by a thread: tiles 0 to 7 of 16 rows of 64 bytes
+ *   TILE_ZERO(i)  TILE_LOAD(i, p, row)  TILE_STORE(i, p, row)      tile i, a constant; rows are so many reals apart
+ *   TILE_MULTIPLY(c, a, b)   tile c + the products of the pairs in rows of a and columns of b, as tile_row has it
  * and in any case:
  *   set1(a)  add sub mul div(x, y)  fma(x, y, z) = x * y + z
  *   mad_lane(x, i, y, z)     z + y times element i of x, or, where PAIR is 2, z + both products of the pairs y and pair i of x; i
