@@ -6,7 +6,8 @@ if that fails, its table is left out and cpu.c never hears of it (QKV_HAVE_<PATH
 package's metadata and what goes into its archives are in pyproject.toml and MANIFEST.in.
 
 Environment: QKV_FAST_WERROR=1 makes warnings in the core errors; QKV_FAST_REQUIRE_PATHS="avx2 avx512" makes
-it an error to leave one of these out (releases set it), and builds those that are built only if asked for. CC, CFLAGS and LDFLAGS mean what they always do.
+it an error to leave one of these out (releases set it), and builds those that are built only if asked for. CC,
+CFLAGS and LDFLAGS mean what they always do.
 """
 
 import copy
