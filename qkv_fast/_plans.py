@@ -117,7 +117,8 @@ class Plan(NamedTuple):
     def _kernel(self) -> str:
         if self.kernel.startswith("decode"):
             return f"{self.kernel}: {_many(self.rows, 'query row')} for each key head, lanes along the head dimension"
-        return f"{self.kernel}: {self.panel_rows} query rows x {self.kernel_keys} keys in registers"
+        held = "tiles" if "_amx" in self.kernel else "registers"
+        return f"{self.kernel}: {self.panel_rows} query rows x {self.kernel_keys} keys in {held}"
 
     def _tiles(self) -> str:
         tiles = f"{self.block_keys} keys x {_many(self.vector_rows, 'row')}; "

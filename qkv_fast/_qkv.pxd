@@ -139,7 +139,6 @@ cdef extern from "qkv.h" nogil:
         QKV_STRIDED
         QKV_UNALIGNED
         QKV_UNPAIRED
-        QKV_UNTILED
 
     ctypedef struct qkv_report:
         qkv_counters counts

@@ -94,7 +94,7 @@ static void use_state(few *t, char *state)
 static void open_changes(few *t)
 {
     const qkv_plan *plan = t->plan;
-    int64_t vector = plan->kernels->vector;
+    int64_t vector = plan->few.kernels->vector;
     changes *x = t->changes;
     x->elements = (qkv_elements){
         .problem = t->problem, .plan = plan, .sequence = t->sequence, .head = t->head, .block = plan->chunk,

@@ -333,9 +333,9 @@ qkv_status qkv_explain(const qkv_problem *problem, qkv_report *report)
     report->chunk_keys = plan.chunk;
     report->chunks = plan.chunks;
     report->split = plan.split;
-    report->obstacles_q = plan.decode ? plan.few.obstacles_q : plan.obstacles_q;
-    report->obstacles_k = plan.decode ? plan.few.copy_k : plan.copy_k;
-    report->obstacles_v = plan.decode ? plan.few.copy_v : plan.copy_v;
+    report->obstacles_q = (plan.decode ? plan.few.obstacles_q : plan.obstacles_q) & ~QKV_UNTILED;
+    report->obstacles_k = (plan.decode ? plan.few.copy_k : plan.copy_k) & ~QKV_UNTILED;
+    report->obstacles_v = (plan.decode ? plan.few.copy_v : plan.copy_v) & ~QKV_UNTILED;
     report->obstacles_out = plan.obstacles_out;
     report->scratch_bytes = all_scratch(plan.threads, plan.scratch_bytes) + (double)plan.shared_bytes;
 

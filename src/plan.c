@@ -84,8 +84,8 @@ static void choose_copies(const qkv_problem *p, qkv_plan *plan)
     qkv_type arithmetic = qkv_arithmetic(p->type);
     int kv_axes = p->run_of ? 0 : p->n_axes;
     int tiles = plan->kernels->parts > 0, pairs = plan->kernels->pair > 1 && !tiles;
-    plan->copy_k = !pairs && p->k_type != arithmetic ? QKV_WIDENED : 0;
-    plan->copy_v = pairs ? QKV_UNPAIRED : p->v_type != arithmetic ? QKV_WIDENED : 0;
+    plan->copy_k = tiles ? QKV_UNTILED : !pairs && p->k_type != arithmetic ? QKV_WIDENED : 0;
+    plan->copy_v = tiles ? QKV_UNTILED : pairs ? QKV_UNPAIRED : p->v_type != arithmetic ? QKV_WIDENED : 0;
     for (int64_t i = 0; i < p->n_runs; i++) {
         plan->copy_k |= pairs ? pair_obstacles(p->runs[i].k, kv_axes, &p->k_at, p->swapped_k, p->dim)
                               : obstacles(p->runs[i].k, kv_axes, &p->k_at, p->swapped_k, qkv_size(p->k_type));
@@ -93,12 +93,10 @@ static void choose_copies(const qkv_problem *p, qkv_plan *plan)
     }
     int row_axes = p->q_starts ? 0 : p->n_axes;
     plan->obstacles_q = pairs ? pair_obstacles(p->q, row_axes, &p->q_at, p->swapped_q, p->dim)
-        : (p->type != arithmetic ? QKV_WIDENED : 0)
+        : (tiles ? QKV_UNTILED : p->type != arithmetic ? QKV_WIDENED : 0)
           | obstacles(p->q, row_axes, &p->q_at, p->swapped_q, qkv_size(p->type));
     plan->obstacles_out = (p->out_type != arithmetic ? QKV_WIDENED : 0)
         | obstacles(p->out, row_axes, &p->out_at, p->swapped_out, qkv_size(p->out_type));
-    if (tiles)
-        plan->copy_k = plan->copy_v = plan->obstacles_q = QKV_UNTILED;
     plan->direct_q = !plan->obstacles_q;
     plan->direct_out = !plan->obstacles_out;
     plan->direct_bias = p->bias && p->bias_type == arithmetic

@@ -212,7 +212,7 @@ enum {
     QKV_STRIDED = 4,                  /* elements of a row are not next to each other */
     QKV_UNALIGNED = 8,                /* addresses are no multiples of the element size */
     QKV_UNPAIRED = 16,                /* pairs are multiplied, and are not side by side at multiples of their size: never in V */
-    QKV_UNTILED = 32                  /* tiles are multiplied, and no array holds them */
+    QKV_UNTILED = 32                  /* tiles are multiplied, and no array holds them: never said */
 };
 
 /* What a call would do; all 0 but the kernel's numbers if it has nothing to compute. */

@@ -44,6 +44,14 @@ def multiplies_pairs(q, k, v):
     return all_pairs and (path.endswith("bf16") or (path.startswith("amx") and not are_few(q, k, v)))
 
 
+def weights_unit(q, k, v):
+    """The largest relative error of rounding weights: to bfloat16 where pairs are multiplied, to two in tiles of float16."""
+    if multiplies_pairs(q, k, v):
+        return unit("bfloat16")
+    tiled = qkv_fast.isa().startswith("amx") and q.dtype == k.dtype == v.dtype == "float16" and not are_few(q, k, v)
+    return 2.0**-17 if tiled else 0.0
+
+
 def are_few(q, k, v):
     """Whether the kernel of few rows takes the rows of a key head: more of them where K and V would be widened."""
     most = 48 // q.itemsize if k.dtype == arithmetic(q.dtype) else 32

@@ -214,7 +214,8 @@ def test_latent_values_are_the_first_elements_of_keys(dtype, dim, dim_v):
     with num_threads(1):
         plan, other = explain(cache.attend, q), explain(apart.attend, q)
     assert plan.bytes == other.bytes - apart._v[:, :, :1100].nbytes  # rows are read once
-    assert dtype in ("float32", "float64") or plan.tiles_copied <= other.tiles_copied // 2
+    tiled = qkv_fast.isa().startswith("amx")  # V is turned in tiles, and can't be the beginning of K
+    assert dtype in ("float32", "float64") or tiled or plan.tiles_copied <= other.tiles_copied // 2
 
 
 def test_the_bytes_of_a_latent_token():

@@ -56,7 +56,7 @@ def test_rows_are_read_where_they_lie(stored, dims):
             continue
         with _runtime.counters() as seen:
             cache.attend(q.astype(kind))
-        whole = dims == (64, 32) and kind == "float32" and qkv_fast.isa() != "portable"
+        whole = dims == (64, 32) and kind == "float32" and qkv_fast.isa() not in ("portable", "amx_emulated")
         assert (seen["tiles_copied"] == 0) is whole
 
 

@@ -8,7 +8,7 @@ import itertools
 import ml_dtypes
 import numpy as np
 import pytest
-from _util import HALVES, check, child_says, compare, multiplies_pairs, qkv, same_bits, unit
+from _util import HALVES, check, child_says, compare, qkv, same_bits, unit, weights_unit
 
 import qkv_fast
 from qkv_fast import _runtime, reference
@@ -23,8 +23,8 @@ def every_value(dtype):
 
 
 def slack(q, k, v):
-    """What rounding the weights costs at most where pairs are multiplied."""
-    return 2 * unit(v.dtype) * float(np.abs(v.astype(float)).max()) if multiplies_pairs(q, k, v) else 0.0
+    """What rounding the weights costs at most."""
+    return 2 * weights_unit(q, k, v) * float(np.abs(v.astype(float)).max())
 
 
 def assert_equal(a, b):
@@ -86,7 +86,7 @@ def test_results_are_those_of_float32_rounded_once(dtype):
             exact = function(*args, out=np.empty(got.shape, np.float32))
             assert got.dtype == dtype and exact.dtype == np.float32
             same_bits(got + np.array(0, dtype), exact.astype(dtype) + np.array(0, dtype))
-            if function is not qkv_fast.attention or not multiplies_pairs(*args):
+            if function is not qkv_fast.attention or not weights_unit(*args):
                 wide = [args[0].astype(np.float32), *args[1:]]  # a mixed call does the same arithmetic
                 same_bits(function(*wide), exact)
 
