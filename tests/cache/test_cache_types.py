@@ -9,7 +9,7 @@ from _quantised import QUANTISED, as_stored, dequantise, quantise, rotate
 from _questions import hold
 from _util import ALL_TYPES, child_says, compare, normal, same_bits
 
-from qkv_fast import KVCache, PagedKVCache, attention, explain, num_threads, reference
+from qkv_fast import KVCache, PagedKVCache, attention, explain, isa, num_threads, reference
 
 pytestmark = pytest.mark.usefixtures("isa")
 CACHE_TYPES = (*ALL_TYPES, *QUANTISED)
@@ -214,7 +214,7 @@ def test_latent_values_are_the_first_elements_of_keys(dtype, dim, dim_v):
     with num_threads(1):
         plan, other = explain(cache.attend, q), explain(apart.attend, q)
     assert plan.bytes == other.bytes - apart._v[:, :, :1100].nbytes  # rows are read once
-    tiled = qkv_fast.isa().startswith("amx")  # V is turned in tiles, and can't be the beginning of K
+    tiled = isa().startswith("amx")  # V is turned in tiles, and can't be the beginning of K
     assert dtype in ("float32", "float64") or tiled or plan.tiles_copied <= other.tiles_copied // 2
 
 

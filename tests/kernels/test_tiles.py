@@ -22,8 +22,8 @@ def test_which_kernel(tiled):
     for types, kind in (
         ("bfloat16 bfloat16 bfloat16", "bf16"),
         ("float16 float16 float16", "f16"),
-        ("float16 bfloat16 float16", "f16"),
-        ("bfloat16 float16 float32", "f32"),
+        ("float16 bfloat16 bfloat16", "f16"),
+        ("bfloat16 float16 float16", "f16"),
         ("float32 float32 float32", "f32"),
         ("float32 bfloat16 bfloat16", "f32"),
     ):
@@ -51,7 +51,7 @@ def test_six_products(tiled, size, d):
     def error(out):
         return np.sqrt(np.mean((out - expected) ** 2))
 
-    ours, numpys = error(qkv_fast.attention(q, k, v)), error(plain(q, k, v))
+    ours, numpys = error(qkv_fast.attention(q, k, v)), error(plain(q, k, v)[0])
     assert ours <= numpys, f"{ours:.3g} against {numpys:.3g}"
 
 
