@@ -45,7 +45,8 @@ def multiplies_pairs(q, k, v):
 
 
 def weights_unit(q, k, v):
-    """The largest relative error of rounding weights: to bfloat16 where pairs are multiplied, to two in tiles of float16."""
+    """The largest relative error of rounded weights: to bfloat16 where pairs are multiplied, to two of it in tiles of
+    float16."""
     if multiplies_pairs(q, k, v):
         return unit("bfloat16")
     tiled = qkv_fast.isa().startswith("amx") and q.dtype == k.dtype == v.dtype == "float16" and not are_few(q, k, v)
