@@ -39,8 +39,8 @@ def problem(size: float, d: int, keys: int, kind: str) -> tuple[np.ndarray, np.n
 
 
 def errors(size: float, d: int, keys: int, kind: str = "") -> tuple[float, float, float]:
-    """Our largest error over the rule's; ours and NumPy's relative ones, roots of mean squares. Columns of huge and tiny
-    values count alike."""
+    """Our largest error over the rule's; ours and NumPy's relative ones, roots of mean squares. Columns of huge and
+    tiny values count alike."""
     q, k, v, scale = problem(size, d, keys, kind)
     exact = plain(*(x.astype(np.float64) for x in (q, k, v)), scale)
     largest = np.abs(v).max(axis=0).astype(np.float64)

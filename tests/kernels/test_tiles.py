@@ -22,7 +22,6 @@ def test_which_kernel(tiled):
     for types, kind in (
         ("bfloat16 bfloat16 bfloat16", "bf16"),
         ("float16 float16 float16", "f16"),
-        ("bfloat16 float32 float32", "f32"),
         ("float32 float32 float32", "f32"),
         ("float32 bfloat16 bfloat16", "f32"),
     ):
