@@ -42,6 +42,7 @@ LLAMA = dict(
     vocab_size=1000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=1, num_attention_heads=16,
     num_key_value_heads=4, max_position_embeddings=8192,
 )  # fmt: skip
+TOKENS, BEHIND = 64, 4096  # of a decode
 BERT: dict[str, int] = {}  # what is not said is BERT-base's
 ADAPTER = 15.0  # µs that an adapter may take beside the call that it makes
 SHAPE, CHUNKS = (8, 16384, 64), (1, 4096, 64)  # of q, k and v for Dask
@@ -88,13 +89,13 @@ def build(name: str) -> tuple[Any, Callable[[], Any]]:
     tokens = torch.randint(3, 900, (1, 2048))
     if "prefill" in name:
         return model, lambda: model(tokens, use_cache=False).last_hidden_state
-    held = torch.randn(config.num_hidden_layers, 2, 1, config.num_key_value_heads, 4096, config.head_dim)
+    held = torch.randn(config.num_hidden_layers, 2, 1, config.num_key_value_heads, BEHIND, config.head_dim)
 
     def decode() -> Any:
         cache = transformers.DynamicCache(config=config)
         for layer, (k, v) in enumerate(held.to(model.dtype)):
             cache.update(k, v, layer)
-        return torch.cat([model(tokens[:, i : i + 1], past_key_values=cache).last_hidden_state for i in range(64)])
+        return torch.cat([model(tokens[:, i : i + 1], past_key_values=cache).last_hidden_state for i in range(TOKENS)])
 
     return model, decode
 

@@ -50,6 +50,7 @@ def test_models(name, monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.setattr(hosts, "LLAMA", hosts.LLAMA | dict(hidden_size=32, intermediate_size=16))
     monkeypatch.setattr(hosts, "BERT", dict(hidden_size=24, intermediate_size=16))
+    monkeypatch.setattr(hosts, "TOKENS", 3)
     for dtype in hosts.NEAR:
         found = hosts.models(name, dtype, 1, 0.0)
         assert {len(times) for times in found.values()} == {3}
