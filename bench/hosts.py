@@ -42,9 +42,10 @@ LLAMA = dict(
     vocab_size=1000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=1, num_attention_heads=16,
     num_key_value_heads=4, max_position_embeddings=8192,
 )  # fmt: skip
+TOKENS, BEHIND = 64, 4096  # of a decode
 BERT: dict[str, int] = {}  # what is not said is BERT-base's
 ADAPTER = 15.0  # µs that an adapter may take beside the call that it makes
-SHAPE, CHUNK = (8, 16384, 64), 2048  # of q, k and v for Dask, and of what lengths their chunks are
+SHAPE, CHUNKS = (8, 16384, 64), (1, 4096, 64)  # of q, k and v for Dask
 
 
 def need(*modules: str) -> None:
@@ -88,13 +89,13 @@ def build(name: str) -> tuple[Any, Callable[[], Any]]:
     tokens = torch.randint(3, 900, (1, 2048))
     if "prefill" in name:
         return model, lambda: model(tokens, use_cache=False).last_hidden_state
-    held = torch.randn(config.num_hidden_layers, 2, 1, config.num_key_value_heads, 4096, config.head_dim)
+    held = torch.randn(config.num_hidden_layers, 2, 1, config.num_key_value_heads, BEHIND, config.head_dim)
 
     def decode() -> Any:
         cache = transformers.DynamicCache(config=config)
         for layer, (k, v) in enumerate(held.to(model.dtype)):
             cache.update(k, v, layer)
-        return torch.cat([model(tokens[:, i : i + 1], past_key_values=cache).last_hidden_state for i in range(64)])
+        return torch.cat([model(tokens[:, i : i + 1], past_key_values=cache).last_hidden_state for i in range(TOKENS)])
 
     return model, decode
 
@@ -184,7 +185,7 @@ def workers(seconds: float) -> Samples:
 
     from qkv_fast.integrations.dask import attention, explain
 
-    chunks, rng = (SHAPE[0], CHUNK, SHAPE[2]), np.random.default_rng(0)
+    rng, length = np.random.default_rng(0), CHUNKS[1]
     options = dict(threads_per_worker=1, processes=True, memory_limit=0, dashboard_address=":0")
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -196,7 +197,7 @@ def workers(seconds: float) -> Samples:
 
         def store(name: str) -> Any:
             return zarr.create_array(
-                os.path.join(folder, name), shape=SHAPE, chunks=chunks, dtype="float32", compressors=None
+                os.path.join(folder, name), shape=SHAPE, chunks=CHUNKS, dtype="float32", compressors=None
             )
 
         stored = [store(name) for name in "qkv"]
@@ -213,7 +214,7 @@ def workers(seconds: float) -> Samples:
 
         for client in (of_one, of_two):  # workers import what they need, before their memory is looked at
             for address in client.scheduler_info()["workers"]:
-                small = attention(q[:, :64], k[:, :CHUNK], v[:, :CHUNK])
+                small = attention(q[:1, :64], k[:1, :length], v[:1, :length])
                 client.compute(small, workers=[address]).result()
         idle = of_two.run(memory.forget)
         found = rounds({"1": partial(turn, of_one), "2": partial(turn, of_two)}, seconds, FEWEST_ROUNDS)
@@ -229,7 +230,7 @@ def measure_workers(seconds: float, threads: tuple[int, ...]) -> Iterator[Measur
     times = ratio_of(found, "1", "2")
     note = "; ".join(f"{seconds_text(statistics.median(found[n]))} by {n}" for n in "12")
     shape = "x".join(map(str, (SHAPE[0], SHAPE[1], SHAPE[1])))
-    title = f"dask {shape}, D {SHAPE[2]}, in chunks of {CHUNK}"
+    title = f"dask {shape}, D {SHAPE[2]}, in chunks of {CHUNKS[1]}"
     yield Measured(
         f"{title}: 2 workers, speed over 1", times.median, "x", 1.7, more=True, spread=times.spread, note=note
     )

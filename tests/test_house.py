@@ -74,8 +74,8 @@ IMPORTS = {
     "docs/*.py": PUBLIC,
     "scripts/*.py": PUBLIC,
     "qkv_fast/integrations/threadpoolctl.py": f"{PUBLIC} _threadpoolctl",
-    "qkv_fast/integrations/_tensors.py": f"{PUBLIC} _foreign",
-    "qkv_fast/integrations/*.py": f"{PUBLIC} _foreign _tensors _model_types",
+    "qkv_fast/integrations/_tensors.py": f"{PUBLIC} _foreign",  # the only one that reads the memory of hosts
+    "qkv_fast/integrations/*.py": PUBLIC,
     "qkv_fast/plot/*.py": f"{PUBLIC} _checks _help",
     "qkv_fast/_help.py": "",
     "qkv_fast/__init__.py": "*",

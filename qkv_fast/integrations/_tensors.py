@@ -58,7 +58,7 @@ def check_tensors(
     nobody expects forward gradients of the result, or to record how it was made. Returns whether they are plain, so
     that their memory may be read as it is."""
     plain = forward_ad._current_level < 0 and _keys_of_thread().raw_repr() in _UNSEEN
-    types = TYPES
+    types: tuple[torch.dtype, ...] = TYPES
     for name, x in tensors.items():
         allowed = others[name] if name in others else types
         # The dispatcher answers in a third of the time that the questions of `check_tensor` and `detached` take.

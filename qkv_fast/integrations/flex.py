@@ -21,8 +21,7 @@ from typing import Any
 import torch
 
 from .. import attention
-from .._foreign import memory_of
-from ._tensors import TYPES, as_tensor, check_tensor, check_tensors, detached, memory, refuse
+from ._tensors import TYPES, as_tensor, check_tensor, check_tensors, memory, refuse
 from .torch import Recorded
 
 __all__ = ["Mask", "Score", "alibi", "causal", "documents", "flex_attention", "sliding_window", "soft_cap"]
@@ -364,9 +363,9 @@ def flex_attention(
     options: dict[str, Any] = {"q_offset": _one_offset(score.offset, mask.offset) or 0, "scale": scale}
     options |= {"window": (mask.left, mask.right), "softcap": score.cap}
     if score.slopes is not None:
-        options["alibi_slopes"] = memory_of(_NAME, detached(_NAME, "slopes", score.slopes))
+        options["alibi_slopes"] = memory(_NAME, "slopes", score.slopes, False)
     if mask.ids is not None:
-        options["segments"] = tuple(memory_of(_NAME, detached(_NAME, "ids", ids)) for ids in mask.ids)
+        options["segments"] = tuple(memory(_NAME, "ids", ids, False) for ids in mask.ids)
     given = [memory(_NAME, name, x, plain) for name, x in tensors.items()]
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values()):
         out, lse = Recorded.apply(_NAME, options, query, key, value)

@@ -24,7 +24,6 @@ from typing import Any, NoReturn
 import torch
 
 from .. import attention, attention_grad
-from .._foreign import memory_of
 from ._tensors import as_tensor, check_tensors, detached, memory, refuse
 
 _NAME = "scaled_dot_product_attention"
@@ -156,7 +155,7 @@ class Recorded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, where: str, options: dict[str, Any], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        q, k, v, *masks = (memory_of(where, x.detach()) for x in tensors)
+        q, k, v, *masks = (memory(where, "an input", x, False) for x in tensors)
         results = tuple(map(as_tensor, attention(q, k, v, return_lse=True, **options, **_added(masks))))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*results, *tensors)
@@ -178,10 +177,10 @@ class _Gradients(torch.autograd.Function):
         ctx: Any, others: Any, needed: tuple[bool, ...], dlse: torch.Tensor | None, *tensors: torch.Tensor
     ) -> tuple[Any, ...]:
         ctx.where, options = others
-        dout, out, lse, q, k, v, *masks = (memory_of(ctx.where, x.detach()) for x in tensors)
+        dout, out, lse, q, k, v, *masks = (memory(ctx.where, "an input", x, False) for x in tensors)
         names = ("q", "k", "v", "bias")[: len(needed)]
         want = tuple(name for name, is_needed in zip(names, needed, strict=True) if is_needed)
-        added = _added(masks) if dlse is None else {"dlse": memory_of(ctx.where, dlse.detach()), **_added(masks)}
+        added = _added(masks) if dlse is None else {"dlse": memory(ctx.where, "dlse", dlse, False), **_added(masks)}
         gradients = attention_grad(dout, q, k, v, out, lse, want=want, **options, **added)
         found = dict(zip(want, map(as_tensor, gradients), strict=True))
         return tuple(found.get(name) for name in names)

@@ -50,6 +50,7 @@ def test_models(name, monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.setattr(hosts, "LLAMA", hosts.LLAMA | dict(hidden_size=32, intermediate_size=16))
     monkeypatch.setattr(hosts, "BERT", dict(hidden_size=24, intermediate_size=16))
+    monkeypatch.setattr(hosts, "TOKENS", 3)
     for dtype in hosts.NEAR:
         found = hosts.models(name, dtype, 1, 0.0)
         assert {len(times) for times in found.values()} == {3}
@@ -75,7 +76,7 @@ def test_workers(monkeypatch):
     for host in ("distributed", "zarr"):
         pytest.importorskip(host)
     monkeypatch.setattr(hosts, "SHAPE", (2, 128, 16))
-    monkeypatch.setattr(hosts, "CHUNK", 64)
+    monkeypatch.setattr(hosts, "CHUNKS", (1, 64, 16))
     found = hosts.workers(0.0)
-    assert len(found["1"]) == len(found["2"]) == 3 and found["block"] == [4 * 2 * 64 * 16 * 4 + 2 * 64 * 4]
+    assert len(found["1"]) == len(found["2"]) == 3 and found["block"] == [4 * 64 * 16 * 4 + 64 * 4]
     assert all(grown >= 0 for grown in found["grown"])

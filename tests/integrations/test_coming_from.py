@@ -479,6 +479,66 @@ def _():
     same(ours.swapaxes(1, 2), theirs)
 
 
+# Dask ----------------------------------------------------------------------------------------------------------------
+
+DASK = "Dask: einsum"
+
+
+def dasks():
+    """The adapter, and q, k and v in blocks of 2 heads and 3 queries or 4 keys."""
+    da = pytest.importorskip("dask.array")
+    adapter = pytest.importorskip("qkv_fast.integrations.dask")
+    return da, adapter, [da.from_array(x[0], chunks=(2, n, 8)) for x, n in ((Q, 3), (K, 4), (V, 4))]
+
+
+@row(DASK, "blocks of scores, and all keys for a softmax")
+def _():
+    da, adapter, (q, k, v) = dasks()
+    s = da.einsum("hqd,hkd->hqk", q, k) / np.sqrt(8)
+    p = da.exp(s - s.max(axis=-1, keepdims=True))
+    theirs = da.einsum("hqk,hkd->hqd", p / p.sum(axis=-1, keepdims=True), v)
+    ours = adapter.attention(q, k, v)
+    assert s.npartitions == q.npartitions * 2 and ours.chunks == q.chunks
+    same(ours.compute(scheduler="sync"), theirs.compute(scheduler="sync"))
+
+
+@row(DASK, "`da.map_blocks(qkv_fast.attention, q, k, v)`")
+def _():
+    da, adapter, (q, k, v) = dasks()
+    theirs = da.map_blocks(attention, q, k, v, dtype="float32", meta=np.empty((0, 0, 0), "float32"))
+    theirs = theirs.compute(scheduler="sync")
+    same(theirs[:, :3], attention(Q[0][:, :3], K[0][:, :4], V[0][:, :4]))
+    same(theirs[:, 3:], attention(Q[0][:, 3:], K[0][:, 4:], V[0][:, 4:]))
+    same(adapter.attention(q, k, v).compute(scheduler="sync"), attention(Q[0], K[0], V[0]))
+
+
+@row(DASK, "blocks of `da.from_delayed`, made once for all that need them")
+def _():
+    da, adapter, _ = dasks()
+    made = []
+
+    def make():
+        made.append(1)
+        return K[0]
+
+    q = da.from_array(Q[0], chunks=(4, 3, 8))
+    k = da.from_delayed(pytest.importorskip("dask").delayed(make)(), K[0].shape, "float32")
+    da.einsum("hqd,hkd->hqk", q, k).compute(scheduler="sync")
+    assert len(made) == 1
+    assert adapter.explain(q, k, k).made_anew
+    adapter.attention(q, k, k).compute(scheduler="sync")
+    assert len(made) == 1 + 2 * 2  # as k and as v, for two blocks of queries
+    held = k.persist(scheduler="sync")
+    assert not adapter.explain(q, held, held).made_anew
+
+
+@row(DASK, "positions within blocks")
+def _():
+    _, adapter, (q, k, v) = dasks()
+    given = dict(causal=True, mask=MASK[0], kv_lengths=6, q_offset=1)
+    same(adapter.attention(q, k, v, **given).compute(scheduler="sync"), attention(Q[0], K[0], V[0], **given))
+
+
 # NumPy ---------------------------------------------------------------------------------------------------------------
 
 NUMPY = "NumPy: einsum"

@@ -571,3 +571,32 @@ def test_the_samples_of_torchs_own_tests():
             torch.testing.assert_close(*results, **near)
             count += 1
     assert count >= 100
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+@pytest.mark.parametrize("name", ["TransformerEncoderLayer", "TransformerDecoderLayer", "Transformer"])
+def test_the_samples_of_torchs_own_layers(name, monkeypatch):
+    """Of its ModuleInfo, in evaluation: results and gradients with ours in the place of torch's, in float64."""
+    pytest.importorskip("expecttest", reason="torch's own tests import it")
+    from torch.testing._internal.common_modules import module_db
+
+    calls, count = [], 0
+
+    def ours(*args, **options):
+        calls.append(args)
+        return scaled_dot_product_attention(*args, **options)
+
+    (info,) = [layer for layer in module_db if layer.module_cls.__name__ == name]
+    samples = info.module_inputs_func(info, "cpu", torch.float64, True, False)
+    for sample in samples:
+        made, given = sample.constructor_input, sample.forward_input
+        layer, results = info.module_cls(*made.args, **made.kwargs).eval(), []
+        layer = layer.double()
+        for function in (THEIRS, ours):
+            monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", function)
+            out = layer(*given.args, **given.kwargs)
+            out = out[0] if isinstance(out, tuple) else out
+            results.append([out, *torch.autograd.grad(out.sum(), list(layer.parameters()), allow_unused=True)])
+        torch.testing.assert_close(*results)
+        count += 1
+    assert count and calls
