@@ -1,6 +1,6 @@
 /* The backward pass: the walk of forward.c, whose tasks have a part of the keys of a key head, and meet all its queries range by
  * range. A range of keys, its K, V, dK and dV, stays in L2 meanwhile; dQ of a tile is added to the part of its own behind each
- * range, and who ends the last part of a head adds these up. Each number is owned by one task, which adds up in a fixed order: the
+ * range, and who ends the last part of a head adds these up; or a task has all parts, and adds them to dQ in turn. Each number is owned by one task, which adds up in a fixed order: the
  * same bits for any number of threads.
  *
  * A panel keeps dQ^T (d, lanes), delta (lanes), dO^T (dv, lanes), columns of Q and of dO (columns, lanes), m and l.
@@ -165,7 +165,7 @@ void qkv_write_query_gradients(const qkv_query_tile *t)
     const qkv_plan *plan = t->plan;
     void **rows = (void **)(t->scratch + plan->at_rows);
     int64_t size = plan->kernels->size, bytes = qkv_size(p->dq_type);
-    char *dq = part_of(p, t->first / plan->share) + head_at(p, t->sequence, t->head * plan->group) * size;
+    char *dq = part_of(p, plan->in_turn ? 0 : t->first / plan->share) + head_at(p, t->sequence, t->head * plan->group) * size;
     for (int i = 0; i < t->panels; i++) {
         const qkv_panel *x = &t->panel[i];
         void *l = qkv_state_l(plan, x->state);
@@ -188,7 +188,7 @@ void qkv_join_query_gradients(const qkv_problem *p, const qkv_plan *plan, int64_
         for (int64_t i = 0; i < rows; i++) {
             int64_t at = head_at(p, sequence, h) + i * p->dq_at.row / bytes;
             char *sum = part_of(p, 0) + at * size;
-            for (int64_t n = 1; n < plan->ranges; n++)
+            for (int64_t n = 1; n < plan->ranges && !plan->in_turn; n++)
                 add_row(p, sum, part_of(p, n) + at * size, p->dim, 1);
             qkv_rows to = {p->dq + at * bytes, 0, (ptrdiff_t)bytes, p->dq_type, 0};
             if (!is_own(p))

@@ -196,7 +196,8 @@ static qkv_kind look(const qkv_query_tile *t, const qkv_panel *x, int lane, int6
     return *last == first ? QKV_SKIP : kind;
 }
 
-/* A whole panel whose rows all see the keys [first, last) as far as positions say; 0 if the mask leaves vectors out. */
+/* A whole panel whose rows all see the keys [first, last) as far as positions say, or up to `whole.lo` and `whole.hi`; 0 if the
+ * mask leaves vectors out. */
 static int attend_full(const qkv_query_tile *t, const qkv_panel *x, pass_rows *kv, int64_t block_first, int64_t first,
                        int64_t last, qkv_tile whole)
 {
@@ -215,6 +216,7 @@ static int attend_full(const qkv_query_tile *t, const qkv_panel *x, pass_rows *k
     whole.changes.mask = NULL;
     if (partial)
         qkv_set_mask(&t->elements, &x->lanes, 0, n, first, last, &whole.changes);
+    partial = whole.lo ? x->nv - skipped : partial;
     t->counters->tiles_full += x->nv - partial - skipped;
     t->counters->tiles_partial += partial;
     t->counters->tiles_skipped += skipped;
@@ -224,6 +226,37 @@ static int attend_full(const qkv_query_tile *t, const qkv_panel *x, pass_rows *k
         qkv_set_changes(&t->elements, &x->lanes, 0, n, block_first, first, last, &whole.changes);
     attend_keys(t, x, 0, kv, block_first, first, last, &whole);
     return 1;
+}
+
+/* Whole row tiles of the block: a hidden key more is cheaper than a row by itself. */
+static void round_out(const qkv_plan *plan, int64_t block_first, int64_t block_last, int64_t *first, int64_t *last)
+{
+    int64_t rows = plan->kernels->row_tile;
+    *first = block_first + (*first - block_first) / rows * rows;
+    *last = qkv_min(block_last, *last + (rows - (*last - block_first) % rows) % rows);
+}
+
+/* Which of the keys [first, last) lanes see, from lane `from` on, as a kernel takes it. */
+static void set_limits(const qkv_panel *x, int from, int n, int64_t first, int64_t last, int32_t *lo, int32_t *hi)
+{
+    for (int j = 0; j < n; j++) {
+        qkv_range keys = x->rows[from + j];
+        lo[j] = (int32_t)(qkv_min(qkv_max(keys.lo, first), last) - first);
+        hi[j] = (int32_t)(qkv_min(qkv_max(keys.hi, first), last) - first);
+    }
+}
+
+/* Whether the panel's vectors see so many of the keys [first, last) that gradients take all of them at once: a product of the lanes
+ * of a vector is short, and takes longer by half than its share of a panel's. */
+static int is_mostly_seen(const qkv_panel *x, int64_t first, int64_t last)
+{
+    int64_t seen = 0;
+    for (int i = 0; i < x->nv; i++) {
+        int64_t lo = first, hi = last;
+        if (qkv_cut(&x->limits[1 + i], &lo, &hi) != QKV_SKIP)
+            seen += hi - lo;
+    }
+    return 3 * seen >= 2 * x->nv * (last - first);
 }
 
 /* One panel against the keys [first, last) of one block. */
@@ -251,18 +284,22 @@ static void attend_block(const qkv_query_tile *t, const qkv_panel *x, pass_rows 
     int aligned = (first - block_first) % kernels->aligned == 0;
     if (kind == QKV_FULL && !careful && aligned && attend_full(t, x, kv, block_first, first, last, whole))
         return;
+    int32_t lo[MAX_LANES], hi[MAX_LANES];
+    if (kind == QKV_PARTIAL && p->question == QKV_GRADIENTS && is_mostly_seen(x, first, last)) {
+        round_out(plan, block_first, block_last, &first, &last);
+        set_limits(x, 0, x->nv * w, first, last, lo, hi);
+        whole.lo = lo;
+        whole.hi = hi;
+        if (attend_full(t, x, kv, block_first, first, last, whole))
+            return;
+    }
     /* Rows of the panel see different keys: vector by vector, each cut down to its own, wastes least. */
-    int32_t lo[MAX_VECTOR], hi[MAX_VECTOR];
     for (int i = 0; i < x->nv; i++) {
         first = block_first;
         last = block_last;
         kind = qkv_cut(&x->limits[1 + i], &first, &last);
-        if (kind == QKV_PARTIAL) {
-            /* Whole row tiles: a hidden key more is cheaper than a row by itself. */
-            int64_t rows = kernels->row_tile;
-            first = block_first + (first - block_first) / rows * rows;
-            last = qkv_min(block_last, last + (rows - (last - block_first) % rows) % rows);
-        }
+        if (kind == QKV_PARTIAL)
+            round_out(plan, block_first, block_last, &first, &last);
         qkv_tile one = whole;
         int64_t more = kind == QKV_FULL ? (first - block_first) % kernels->aligned : 0;
         int limited = kind == QKV_PARTIAL || more;
@@ -284,11 +321,8 @@ static void attend_block(const qkv_query_tile *t, const qkv_panel *x, pass_rows 
         one.m = (char *)whole.m + shift;
         one.l = (char *)whole.l + shift;
         one.nv = 1;
-        for (int j = 0; limited && j < w; j++) {
-            qkv_range keys = x->rows[i * w + j];
-            lo[j] = (int32_t)(qkv_min(qkv_max(keys.lo, first), last) - first);
-            hi[j] = (int32_t)(qkv_min(qkv_max(keys.hi, first), last) - first);
-        }
+        if (limited)
+            set_limits(x, i * w, w, first, last, lo, hi);
         one.lo = limited ? lo : NULL;
         one.hi = limited ? hi : NULL;
         if (kind == QKV_PARTIAL)
@@ -601,7 +635,7 @@ static void answer_gradients(qkv_call *job, int64_t task, int worker)
     char *scratch = job->scratch[worker] + sizeof(qkv_counters);
     int64_t all = plan->sequences * plan->heads, tasks = plan->together ? 1 : all, part = task / tasks;
     qkv_range heads = plan->together ? (qkv_range){0, all} : (qkv_range){task % tasks, task % tasks + 1};
-    qkv_range keys = task_range(part, plan->share, p->len_k);
+    qkv_range keys = plan->in_turn ? (qkv_range){0, p->len_k} : task_range(part, plan->share, p->len_k);
     int64_t i;
     for (i = heads.lo; i < heads.hi; i++) {
         for (int64_t first = keys.lo; first < keys.hi; first += plan->range) {

@@ -441,7 +441,11 @@ static int plan_gradients(const qkv_problem *p, qkv_plan *plan, int64_t panels, 
     plan->together = p->dbias && plan->heads > 1 && !p->dbias_at.head;
     for (int i = 0; i < p->n_axes; i++)
         plan->together |= p->dbias && !p->dbias_at.axis[i];
-    return multiply(plan->together ? heads > 0 : heads, plan->ranges, &plan->tasks);
+    int64_t tasks = plan->together ? heads > 0 : heads, threads = qkv_max(1, p->threads);
+    /* Parts in turn need no memory and no sum in the end: 1 to 4 % of the time of rows of 64. Where each is one range, which begins
+     * from zero, the sums are the same; and no thread may be left without a task. */
+    plan->in_turn = plan->share == plan->range && 50 * (ceil_div(tasks, threads) * threads - tasks) <= tasks;
+    return multiply(tasks, plan->in_turn ? 1 : plan->ranges, &plan->tasks);
 }
 
 /* A map of cells: columns that a task has, and the parts of one, of up to CHUNK keys. */
@@ -569,7 +573,9 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     plan->threads = (int)qkv_min(plan->threads, qkv_max(1, plan->tasks));
     plan_summary(p, plan);
     plan->heads_inner = shares_lines(p, p->bias, &p->bias_at) || shares_lines(p, p->mask, &p->mask_at);
-    plan->bases = plan->split ? plan->tasks / plan->chunks : p->question == QKV_GRADIENTS ? plan->tasks / plan->ranges : 0;
+    plan->bases = plan->split ? plan->tasks / plan->chunks : 0;
+    if (p->question == QKV_GRADIENTS)
+        plan->bases = plan->tasks / (plan->in_turn ? 1 : plan->ranges);
     size_t numbers = (size_t)plan->bases;
     numbers += qkv_is_uneven(p) ? (size_t)plan->sequences + 1 : 0;
     plan->shared_bytes = (plan->split ? plan->partial_bytes : 0) + numbers * sizeof(int64_t) + plan->summary_bytes;

@@ -83,6 +83,7 @@ typedef struct {
     int threads;
     int64_t range, ranges;            /* keys of a task that sums over queries, or columns of cells, and such tasks of a head */
     int64_t share;                    /* of gradients: keys of a part, some ranges */
+    int in_turn;                      /* of gradients: a task has all parts, one after the other, each added to dQ itself */
     int together;                     /* a task has all heads of its keys, since what scores meet is theirs in common */
     int64_t cell_rows, parts;         /* of cells: rows in a task, and parts of a column, whose keys are summed apart */
     int small;                        /* worth a thread that spins, but not to wake one */

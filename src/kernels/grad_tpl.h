@@ -102,8 +102,10 @@ static QKV_INLINE int X(gather_tiles)(const int nr, const int nv, int i, int row
 
 static QKV_INLINE void X(gather_vectors)(const int nv, int rows, const REAL *a, const REAL *b, int n, REAL *c, ptrdiff_t c_row)
 {
-    int i = X(gather_tiles)(ROWS(nv), nv, 0, rows, a, b, n, c, c_row);
-    if (ROWS(nv) > ROW_TILE)
+    /* Terms are few here, so that sums have to hide the latency: two vectors of three leave registers for half a tile more. */
+    const int most = nv == 2 && LANE_VECTORS == 3 && ROW_TILE == 4 && MOST_ROWS >= 6 ? 6 : ROWS(nv);
+    int i = X(gather_tiles)(most, nv, 0, rows, a, b, n, c, c_row);
+    if (most > ROW_TILE)
         i = X(gather_tiles)(ROW_TILE, nv, i, rows, a, b, n, c, c_row);
     i = X(gather_tiles)(ROW_TILE / 2, nv, i, rows, a, b, n, c, c_row);
     X(gather_tiles)(1, nv, i, rows, a, b, n, c, c_row);

@@ -98,7 +98,7 @@ static QKV_INLINE void X(product)(const int nr, const int nv, const int along, c
         b += (ptrdiff_t)done * LANES;
         terms -= done;
 #endif
-        QKV_UNROLL_2
+        QKV_UNROLL_4
         for (int t = 0; t < terms; t++, a += step, b += LANES) {
             VEC x[LANE_VECTORS];
             QKV_UNROLL

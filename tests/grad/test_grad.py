@@ -271,6 +271,16 @@ def test_repeated_on_any_number_of_threads():
         same_bits(attention_grad(dout, *arrays, out, lse, want=wanted(options), num_threads=threads, **options), first)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_parts_in_turn_and_apart(dtype):
+    """Four heads go evenly into 1, 2 and 4 threads, each of which then adds up the parts of a head by itself."""
+    arrays = qkv(15, dtype, heads=(4, 4), lengths=(50, 1500), dims=(24, 24))
+    dout, out, lse, _ = given_gradients(arrays)
+    apart = attention_grad(dout, *arrays, out, lse, num_threads=3)
+    for threads in (1, 2, 4):
+        same_bits(attention_grad(dout, *arrays, out, lse, num_threads=threads), apart)
+
+
 def test_float32_results_of_16_bits():
     """`out` and `dout` of 16-bit arrays may be float32."""
     arrays = qkv(11, "float16", heads=(2, 2), lengths=(20, 20))
