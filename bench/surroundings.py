@@ -63,11 +63,11 @@ def sample(before: Callable[[], object], call: Callable[[], object], count: int)
     return statistics.median(times[1:])
 
 
-def rounds(contestants: dict[str, Callable[[], float]], seconds: float, least: int = LEAST_ROUNDS) -> Samples:
+def rounds(contestants: dict[str, Callable[[], float]], seconds: float, least: int | None = None) -> Samples:
     """Samples of each in turn, for about that long."""
     found: Samples = {name: [] for name in contestants}
     start, done = time.perf_counter(), 0
-    while done < least or time.perf_counter() - start < seconds:
+    while done < (LEAST_ROUNDS if least is None else least) or time.perf_counter() - start < seconds:
         for name, contestant in contestants.items():
             found[name].append(contestant())
         done += 1

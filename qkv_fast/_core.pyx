@@ -181,6 +181,7 @@ OBSTACLES = {
     QKV_WIDENED: "a type narrower than that of the arithmetic", QKV_SWAPPED: "swapped bytes",
     QKV_STRIDED: "rows whose elements are not adjacent", QKV_UNALIGNED: "addresses that are not aligned",
     QKV_UNPAIRED: "pairs of bfloat16 that are multiplied, to be put side by side",
+    QKV_APART: "rows that lie far from each other, which many queries share",
 }
 PLAN = object()                                 # as counters: see forward
 QUESTIONS = {

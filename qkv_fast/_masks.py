@@ -219,22 +219,31 @@ def _numbered(*ids: Array) -> list[Array]:
 def _find_spans(q_ids: Array, k_ids: Array, of_queries: Array, of_keys: Array, starts: Array) -> tuple[Array, bool]:
     """Spans of all queries of all sequences, from the first key with the query's id to after the last; and whether all
     keys between have it. `of_queries` and `of_keys`: the sequence of each; `starts`: where its keys begin."""
-    ids = np.concatenate([q_ids, k_ids])
-    low, high = int(ids.min(initial=0)), int(ids.max(initial=0))
+    low = min(int(x.min(initial=0)) for x in (q_ids, k_ids))
+    high = max(int(x.max(initial=0)) for x in (q_ids, k_ids))
     if (high - low + 1) * max(starts.size, 1) >= 2**63:  # then their ranks
-        values, ids = np.unique(ids, return_inverse=True)
-        low, high = 0, values.size - 1
-    ids = ids - low + np.concatenate([of_queries, of_keys]) * (high - low + 1)  # no two sequences have one in common
-    q_ids, k_ids = ids[: q_ids.size], ids[q_ids.size :]
-    order = np.argsort(k_ids, kind="stable")  # the keys of one id, in order of position
-    k_ids = k_ids[order]
-    begin, end = np.searchsorted(k_ids, q_ids, "left"), np.searchsorted(k_ids, q_ids, "right")
-    found = begin < end
-    spans = np.zeros((q_ids.size, 2), np.int64)
-    start = starts[of_queries[found]]
-    spans[found, 0] = order[begin[found]] - start
-    spans[found, 1] = order[end[found] - 1] + 1 - start
-    return spans, bool(np.array_equal(end - begin, spans[:, 1] - spans[:, 0]))
+        q_ids, k_ids, high = _ranked(q_ids, k_ids)
+        low = 0
+    size = high - low + 1
+    q_ids, k_ids = q_ids - low + of_queries * size, k_ids - low + of_keys * size  # no two sequences have one in common
+    numbers = size * starts.size
+    if numbers > 8 * (q_ids.size + k_ids.size):  # more than a table is worth
+        q_ids, k_ids, high = _ranked(q_ids, k_ids)
+        numbers = high + 1
+    keys = np.arange(k_ids.size)
+    keys -= starts.take(of_keys)
+    spans = np.zeros((numbers, 2), np.int64)
+    spans[k_ids[::-1], 0] = keys[::-1]  # of keys with one id the last that is assigned stays
+    keys += 1
+    spans[k_ids, 1] = keys
+    gaps = np.bincount(k_ids, minlength=numbers) != spans[:, 1] - spans[:, 0]
+    return spans.take(q_ids, axis=0), not gaps.take(q_ids).any()  # `spans[q_ids]` takes 15 times as long
+
+
+def _ranked(q_ids: Array, k_ids: Array) -> tuple[Array, Array, int]:
+    """Their ranks in order of size, and the largest rank."""
+    values, ids = np.unique(np.concatenate([q_ids, k_ids]), return_inverse=True)
+    return ids[: q_ids.size], ids[q_ids.size :], values.size - 1
 
 
 def check_starts(where: str, name: str, starts: Any, total: int) -> tuple[Array, Array, int]:

@@ -312,8 +312,9 @@ def check_newest(
         q = _as_array("q", q, where)
     if dtypes != (q.dtype,):
         _check_type(where, "q", q)
-        for dtype in dtypes:
-            _check_narrower(where, {"q": q, "the cache": np.empty(0, dtype)})
+        names = ("the cache",) if len(dtypes) == 1 else ("the cache's keys", "the cache's values")
+        for name, dtype in zip(names, dtypes, strict=False):
+            _check_narrower(where, {"q": q, name: np.empty(0, dtype)})
     heads_first = layout == "bhld" or _check_layout(layout, where)
     given = q
     if not heads_first and q.ndim == 4:

@@ -139,6 +139,7 @@ cdef extern from "qkv.h" nogil:
         QKV_STRIDED
         QKV_UNALIGNED
         QKV_UNPAIRED
+        QKV_APART
 
     ctypedef struct qkv_report:
         qkv_counters counts

@@ -238,6 +238,18 @@ void qkv_summarise(const qkv_problem *p, const qkv_plan *plan, int64_t first, in
     }
 }
 
+/* What segments make of the keys [first, last), if these have one id. */
+static int look_at_ids(const qkv_elements *e, const qkv_lanes *x, int lane, int n, int64_t first, int64_t last)
+{
+    const int32_t *ids = key_ids(e->problem, e->sequence) + first;
+    int found = 0;
+    if (memcmp(ids, ids + 1, (size_t)(last - first - 1) * sizeof *ids) != 0)
+        return QKV_SEEN | QKV_HIDDEN;
+    for (int j = 0; j < n; j++)
+        found |= x->id[lane + j] == ids[0] ? QKV_SEEN : QKV_HIDDEN;
+    return found;
+}
+
 qkv_kind qkv_look(const qkv_elements *e, const qkv_lanes *x, int lane, int n, int64_t first, int64_t last,
                   qkv_changes *to)
 {
@@ -252,7 +264,7 @@ qkv_kind qkv_look(const qkv_elements *e, const qkv_lanes *x, int lane, int n, in
             found |= x->summary[lane + j][block];
         if (found == both)
             qkv_set_mask(e, x, lane, n, first, last, to);
-    } else {
+    } else if (e->problem->mask || (found = look_at_ids(e, x, lane, n, first, last)) == both) {
         qkv_set_mask(e, x, lane, n, first, last, to);
         found = qkv_look_at(to, n, 0, last - first);
         if (found != both)

@@ -35,6 +35,8 @@ enum {
     STATE_BYTES = 192 << 10,          /* Q^T, O and totals of the panels that share a pass */
     COPY_PASS_BYTES = 128 << 10,      /* the same two where K or V is copied */
     COPY_STATE_BYTES = 2 << 20,
+    APART_ROWS = 4,                   /* K and V whose rows lie that many rows from each other are copied, for tiles of this many panels: */
+    APART_PANELS = 16,                /* 0.85 to 0.97 of the time of rows where they lie, with 16 panels or more; 1.03 with 9. Zen 3 */
     TILE_PANELS = 32,                 /* most panels in a query tile */
     TASKS_PER_THREAD = 8,             /* enough for an even finish; fewer, larger tasks share K and V better */
     ENOUGH_ROUNDS = 4,                /* heads for each thread: if they come out even, the panels of a head stay together, */
@@ -344,6 +346,12 @@ static void plan_few(const qkv_problem *p, qkv_plan *plan)
     plan->state_bytes = plan->decode ? few->state_bytes : (size_t)qkv_max((int64_t)plan->state_bytes, (int64_t)few->state_bytes);
 }
 
+/* What keeps whole rows from being used where they lie, by tiles of so many panels: far from each other they share few sets of a cache. */
+static int apart(const qkv_strides *at, int64_t bytes, int64_t panels)
+{
+    return panels >= APART_PANELS && llabs(at->row) >= APART_ROWS * bytes ? QKV_APART : 0;
+}
+
 static int64_t panels_of(const qkv_problem *p, const qkv_plan *plan, int64_t sequence)
 {
     return ceil_div(qkv_queries(p, sequence) * plan->each, plan->kernels->lanes);
@@ -518,6 +526,15 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     }
     plan->one = p->latent && kernels->pair == 1;
     int64_t row_bytes = (p->dim + (plan->one ? 0 : p->dim_v)) * kernels->size / kernels->pair * qkv_max(1, kernels->parts);
+    int64_t panels = ceil_div(plan->rows, kernels->lanes), threads = qkv_max(1, p->threads), base;
+    double flops;
+    if (!count_work(p, plan, &base, &flops))
+        return QKV_OVERFLOW;
+    int64_t sharing = threads > 1 ? qkv_min(panels, base / (threads * TASKS_PER_THREAD)) : panels;
+    if (!plan->decode && !p->question && kernels->pair == 1) {
+        plan->copy_k |= apart(&p->k_at, qkv_row_bytes(p->k_type, p->dim), sharing);
+        plan->copy_v |= apart(&p->v_at, qkv_row_bytes(p->v_type, p->dim_v), sharing);
+    }
     /* Copies want many panels to share them, and leave them the room by being short. */
     int copies = (plan->copy_k | plan->copy_v) != 0;
     double cold_bytes = (double)plan->sequences * (double)p->heads_kv * (double)plan->reach * (double)row_bytes;
@@ -526,18 +543,14 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     plan->pass = qkv_min(CHUNK, qkv_max(BLOCK, pass));
 
     /* Query tiles: as many panels as stay in cache together, but enough tiles for all threads. */
-    int64_t panels = ceil_div(plan->rows, kernels->lanes), base;
-    double flops;
     int64_t panel_bytes = (plan->terms + 2 * p->dim_v + 4) * kernels->lanes * kernels->size;
     if (!plan->values)
         panel_bytes = plan->terms * kernels->lanes * kernels->size + (int64_t)plan->state_bytes;
     int64_t most = qkv_min(TILE_PANELS, qkv_max(1, (copies ? COPY_STATE_BYTES : STATE_BYTES) / panel_bytes));
-    if (!count_work(p, plan, &base, &flops))
-        return QKV_OVERFLOW;
-    int64_t heads = plan->sequences * plan->heads, threads = qkv_max(1, p->threads), rounds = ceil_div(heads, threads);
+    int64_t heads = plan->sequences * plan->heads, rounds = ceil_div(heads, threads);
     int even = rounds >= ENOUGH_ROUNDS && rounds * threads <= heads + heads / 16;
     int64_t least = plan->cold && even ? SHARING_PANELS : 1;
-    int64_t wanted = p->threads > 1 ? qkv_max(least, base / ((int64_t)p->threads * TASKS_PER_THREAD)) : most;
+    int64_t wanted = p->threads > 1 ? qkv_max(least, base / (threads * TASKS_PER_THREAD)) : most;
     double panel_flops = 2.0 * (double)(p->dim + p->dim_v) * (double)kernels->lanes * (double)plan->reach;
     most = qkv_min(most, (int64_t)(TASK_FLOPS / (panel_flops + 1)));
     plan->tiles = plan->decode ? ceil_div(plan->rows, plan->few.rows) : ceil_div(panels, qkv_max(1, qkv_min(qkv_min(most, wanted), panels)));

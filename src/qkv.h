@@ -212,7 +212,8 @@ enum {
     QKV_STRIDED = 4,                  /* elements of a row are not next to each other */
     QKV_UNALIGNED = 8,                /* addresses are no multiples of the element size */
     QKV_UNPAIRED = 16,                /* pairs are multiplied, and are not side by side at multiples of their size: never in V */
-    QKV_UNTILED = 32                  /* tiles are multiplied, and no array holds them: never said */
+    QKV_APART = 32,                   /* rows lie far from each other, and many queries share a copy */
+    QKV_UNTILED = 64                  /* tiles are multiplied, and no array holds them: never said */
 };
 
 /* What a call would do; all 0 but the kernel's numbers if it has nothing to compute. */

@@ -165,14 +165,15 @@ def _newest(
     stored = form.stored if dim_v else form.stored[:1] * 2  # without values those are none of the keys' elements
     p = _problem.check_newest(
         where, q, len(tokens.lengths), form.kv_heads, form.dim, dim_v, form.dtypes, stored, tokens.most, mask, bias,
-        causal, window, alibi_slopes, sinks, softcap, scale, layout, num_threads, words, beams and tokens.whole,
+        True if causal is None else causal, window, alibi_slopes, sinks, softcap, scale, layout, num_threads, words,
+        beams and tokens.whole,
     )  # fmt: skip
     len_q = p.rows[2]
     if new is not None and len_q != new:
         raise ValueError(f"{where}: q must be of the tokens that k and v are of, {new} each, got {len_q}")
     if tokens.whole:
-        if window is not None or alibi_slopes is not None:
-            name = "window" if window is not None else "alibi_slopes"
+        if window is not None or alibi_slopes is not None or causal:
+            name = "window" if window is not None else "alibi_slopes" if alibi_slopes is not None else "causal"
             what = "is about positions, and queries have none among the tokens of an encoder"
             raise ValueError(f"{where}: {name} {what}")
         p.right = None

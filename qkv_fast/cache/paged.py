@@ -659,7 +659,7 @@ class PagedKVCache(PagedQuestions):
         q_positions: Any = None,
         mask: Any = None,
         bias: Any = None,
-        causal: bool = True,
+        causal: bool | None = None,
         window: int | tuple[int | None, int | None] | None = None,
         alibi_slopes: Any = None,
         sinks: Any = None,
@@ -689,7 +689,8 @@ class PagedKVCache(PagedQuestions):
             Here Lq is L, and Lk the tokens of the longest sequence.
         <bias>
         <causal>
-            True by default, and here not "top-left": a query sees no token after its own.
+            Here not "top-left". By default a query sees no token after its own, and all of an encoder's, which take no
+            ``causal=True``.
         <window>
             Not further to the left than the cache's own, which is the default. An encoder's tokens have none, or ALiBi.
         <alibi_slopes>
@@ -758,7 +759,7 @@ class PagedKVCache(PagedQuestions):
         q_positions: Any = None,
         mask: Any = None,
         bias: Any = None,
-        causal: bool = True,
+        causal: bool | None = None,
         window: int | tuple[int | None, int | None] | None = None,
         alibi_slopes: Any = None,
         sinks: Any = None,
@@ -793,7 +794,8 @@ class PagedKVCache(PagedQuestions):
             Here Lq is L, and Lk the tokens of the longest sequence, the new ones among them.
         <bias>
         <causal>
-            True by default, and here not "top-left": a query sees no token after its own.
+            Here not "top-left". By default a query sees no token after its own, and all of an encoder's, which take no
+            ``causal=True``.
         <window>
             Not further to the left than the cache's own, which is the default. An encoder's tokens have none, or ALiBi.
         <alibi_slopes>

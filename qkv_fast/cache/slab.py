@@ -530,7 +530,7 @@ class KVCache(Questions):
         q_positions: Any = None,
         mask: Any = None,
         bias: Any = None,
-        causal: bool = True,
+        causal: bool | None = None,
         window: int | tuple[int | None, int | None] | None = None,
         alibi_slopes: Any = None,
         sinks: Any = None,
@@ -557,8 +557,8 @@ class KVCache(Questions):
             Here Lq is L, and Lk the tokens of the longest sequence.
         <bias>
         <causal>
-            True by default, and here not "top-left": a query sees no token after its own. It means nothing in an
-            encoder's cache.
+            Here not "top-left". By default a query sees no token after its own, and all of an encoder's, which take no
+            ``causal=True``.
         <window>
             For a ring: not further to the left than its own window, which is the default. Nor have an encoder's tokens
             one, or ALiBi.
@@ -641,7 +641,7 @@ class KVCache(Questions):
         q_positions: Any = None,
         mask: Any = None,
         bias: Any = None,
-        causal: bool = True,
+        causal: bool | None = None,
         window: int | tuple[int | None, int | None] | None = None,
         alibi_slopes: Any = None,
         sinks: Any = None,
@@ -673,7 +673,8 @@ class KVCache(Questions):
             Here Lq is L, and Lk the tokens of the longest sequence, the new ones among them.
         <bias>
         <causal>
-            True by default, and here not "top-left": a query sees no token after its own.
+            Here not "top-left". By default a query sees no token after its own, and all of an encoder's, which take no
+            ``causal=True``.
         <window>
             For a ring: not further to the left than its own window, which is the default.
         <alibi_slopes>

@@ -135,6 +135,19 @@ def test_layout(dtype, heads):
     same_bits(qkv_fast.attention(*(x[0] for x in swapped), causal=True, layout="blhd"), out2[0])
 
 
+@dtypes
+@pytest.mark.parametrize("threads", [1, 3])
+def test_many_rows_far_apart(dtype, threads):
+    """Rows of K and V that lie far from each other are copied for many queries, and nothing else changes."""
+    rng = np.random.default_rng(5)
+    q, k, v = (normal(rng, (1, 700, 5, 24), dtype).swapaxes(1, 2) for _ in "qkv")
+    plain = [x.copy() for x in (q, k, v)]
+    bias = normal(rng, (700, 700), "float32")
+    for arguments in ({}, {"causal": True, "kv_starts": [70]}, {"window": (90, 20), "bias": bias}):
+        found = qkv_fast.attention(q, k, v, return_lse=True, num_threads=threads, **arguments)
+        same_bits(found, qkv_fast.attention(*plain, return_lse=True, **arguments))
+
+
 @pytest.mark.parametrize("dim", [1, 7, 8, 77, 160])
 @pytest.mark.parametrize("dtype", TYPES)
 def test_few_rows_over_keys_in_columns(dtype, dim):

@@ -178,6 +178,9 @@ def test_each_type_is_checked_by_itself():
     cache.append(K, K.astype("float64"))
     with pytest.raises(TypeError, match="do not mix"):
         cache.attend(K.astype(ml_dtypes.bfloat16))
+    mixed = KVCache(1, 2, 8, 5, dtype="float16", value_dtype="bfloat16")
+    with pytest.raises(TypeError, match="got q in float16 and the cache's values in bfloat16"):
+        mixed.attend(K.astype("float16"))
     wide = KVCache(1, 2, 8, 5, dtype="int8", value_dtype="float64")
     wide.append(K, K)
     with pytest.raises(TypeError, match="q's type or a narrower one, got float64 for float32"):

@@ -207,9 +207,12 @@ def test_what_does_not_fit():
         cache.attend(np.ones((3, 4, 3, DIM), "f4"))
     with pytest.raises(ValueError, match=r"q must be of shape \(a multiple of 2, "):
         cache.weights(np.ones((3, 4, 3, DIM), "f4"))
-    for name, value in (("window", 3), ("alibi_slopes", np.ones(4))):
+    for name, value in (("window", 3), ("alibi_slopes", np.ones(4)), ("causal", True)):
         with pytest.raises(ValueError, match=f"{name} is about positions, and queries have none"):
             cache.attend(q, **{name: value})
+    with pytest.raises(ValueError, match="causal is about positions"):
+        cache.received(q, causal=True)
+    same_bits(cache.attend(q, causal=False), cache.attend(q))
     with pytest.raises(ValueError, match="queries have none among those of an encoder"):
         cache.attend(q, tree=np.ones((3, 3), bool))
     with pytest.raises(ValueError, match="an encoder's tokens have no window"):
