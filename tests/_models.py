@@ -202,3 +202,14 @@ def compare(kind):
     )
     called = counted.masks & counted.calls
     return (called, counted.masks - called, error) if counted.calls else (set(), set(counted.masks), error)
+
+
+def compare_all(some):
+    """`compare` of those among some kinds that can be built: their names and what it returned."""
+    found = []
+    for kind in some:
+        try:
+            found.append((kind, *compare(kind)))
+        except NotBuilt:
+            continue
+    return found

@@ -1,6 +1,9 @@
 """Models of transformers give with our attention what they give with the host's own."""
 
+import itertools
 import re
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import pytest
 
@@ -8,7 +11,7 @@ pytest.importorskip("transformers", reason="the extra [test] leaves it out for i
 
 import torch
 import transformers
-from _models import NotBuilt, compare, kinds
+from _models import compare, compare_all, kinds
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -68,17 +71,15 @@ def test_few_architectures(kind):
 @pytest.mark.full
 def test_all_architectures():
     """All that can be built here and call ours; MODEL_TYPES is made of them."""
-    good, bad, served = set(), set(), []
-    for kind in kinds():
-        try:
-            called, uncalled, error = compare(kind)
-        except NotBuilt:
-            continue
+    good, bad, served, every = set(), set(), [], kinds()
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:  # more than a minute
+        found = itertools.chain(*pool.map(compare_all, (every[::2], every[1::2])))
+    for kind, called, uncalled, error in found:
         right = error < 1e-4  # of sizes up to 60, in many layers; what is wrong is off by 0.05 and more
         good |= called if right else set()
         bad |= uncalled if right else called | uncalled
         served += [kind] * (right and bool(called))
-    print(len(served), "architectures:", *served)
+    print(len(served), "architectures:", *sorted(served))
     assert good - bad == MODEL_TYPES
 
 
