@@ -175,7 +175,9 @@ class Rotation:
         some models keep those before and some those behind, or replaced by tables."""
         if self._cos_sin is not None or self._scaling["rope_type"] != "default":
             return
-        kept, (own, _) = _as_array(name, given, where).astype(np.float64), self._frequencies(0)
+        x = _as_array(name, given, where)
+        _check_type(where, name, x)
+        kept, (own, _) = x.astype(np.float64), self._frequencies(0)
         if kept.shape != own.shape or not np.allclose(own, kept, 2**-8, 2**-24):
             least = ", ".join(f"{x[-1]:.3g}" if x.size else "none" for x in (own, kept.reshape(-1)))
             count = f"{own.size} and {kept.size}"

@@ -344,6 +344,8 @@ def test_frequencies_of_a_state(given):
         make(state)
     x = inputs()
     same_bits(make(state, rope={})(x), make(plain, rope={})(x))
+    with pytest.raises(TypeError, match=rf"layers\.0\.attn\.{name} must be"):
+        make(state | {f"layers.0.attn.{name}": "x"}, rope={})
     for wrong in (dict(base=500.0), dict(rotary_dim=4)):
         with pytest.raises(ValueError, match=rf"other frequencies than layers\.0\.attn\.{name}"):
             make(state, rope=wrong)
@@ -356,18 +358,22 @@ def test_esms_own_layer():
     esm = pytest.importorskip("transformers.models.esm.modeling_esm", reason="compared with transformers' layer")
     torch = pytest.importorskip("torch", reason="transformers' layer needs torch")
     config = esm.EsmConfig(
-        hidden_size=N, num_attention_heads=HEADS, position_embedding_type="rotary", attn_implementation="eager"
+        vocab_size=30, hidden_size=N, num_attention_heads=HEADS, num_hidden_layers=1, intermediate_size=8,
+        pad_token_id=1, position_embedding_type="rotary", attn_implementation="eager",
+    )  # fmt: skip
+    model = esm.EsmModel(config, add_pooling_layer=False).double().eval()
+    attention, met = model.encoder.layer[0].attention, {}
+    attention.self.register_forward_hook(
+        lambda _, args, words, out: met.update(x=args[0] if args else words["hidden_states"], seen=out),
+        with_kwargs=True,
     )
-    config.attention_probs_dropout_prob = config.hidden_dropout_prob = 0.0
-    model = esm.EsmAttention(config).double().eval()
-    state = {f"attention.{name}": w.numpy() for name, w in model.state_dict().items()}
-    layer = MultiHeadAttention.from_state(state, "attention", num_heads=HEADS, rope={})
-    x = inputs()
     with torch.no_grad():
-        seen = model.self(torch.from_numpy(x), attention_mask=None)
-        exact = model.output.dense(seen[0] if isinstance(seen, tuple) else seen).numpy()
+        model(input_ids=torch.arange(4, 11)[None])
+        exact = attention.output.dense(met["seen"][0]).numpy()
+    state = {name: w.numpy() for name, w in model.state_dict().items()}
+    layer = MultiHeadAttention.from_state(state, "encoder.layer.0.attention", num_heads=HEADS, rope={})
     # torch's cosines and sines are float32: of angles up to 6.
-    np.testing.assert_allclose(layer(x), exact, rtol=0, atol=1e-5 * np.abs(exact).max())
+    np.testing.assert_allclose(layer(met["x"].numpy()), exact, rtol=0, atol=1e-5 * np.abs(exact).max())
 
 
 def test_what_was_given_may_change():
