@@ -143,8 +143,23 @@ def first(output):
 PADDINGS = ((0, 0), (3, 0), (0, 3))  # on the left, on the right
 
 
+def generated(model):
+    """Logits of the tokens that it goes on with behind a prompt that is padded on the left, with its cache; 1 where it
+    does not."""
+    if not model.can_generate() or model.main_input_name != "input_ids":
+        return torch.ones(1)
+    given = {name: x for name, x in inputs(model, 3).items() if name in ("input_ids", "attention_mask")}
+    settings = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    try:
+        made = model.generate(**given, **settings, output_logits=True, return_dict_in_generate=True)
+    except Exception:  # whatever a host has not thought of in models so small
+        return torch.ones(1)
+    return torch.stack(made.logits)
+
+
 def run(model):
-    """What it gives without padding, with it on the left and on the right; 0 where there is padding."""
+    """What it gives without padding, with it on the left and on the right, where 0 is what padding gives; and what
+    it generates."""
     results = []
     for padding in PADDINGS:
         given = inputs(model, *padding)
@@ -155,7 +170,7 @@ def run(model):
         if mask is not None and mask.shape == result.shape[:2]:
             result = result * mask[..., None]
         results.append(result)
-    return results
+    return [*results, generated(model)]
 
 
 class Counted:

@@ -70,7 +70,7 @@ def test_few_architectures(kind):
 
 @pytest.mark.full
 def test_all_architectures():
-    """All that can be built here and call ours; MODEL_TYPES is made of them."""
+    """All that can be built here and call ours, what they generate too; MODEL_TYPES is made of them."""
     good, bad, served, every = set(), set(), [], kinds()
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:  # more than a minute
         found = itertools.chain(*pool.map(compare_all, (every[::2], every[1::2])))
