@@ -222,8 +222,8 @@ class MultiHeadAttention:
         if missing:
             raise KeyError(f"{where}: weights of {family} are missing: {', '.join(missing)}")
         of = _FAMILIES[family]
-        used = {of.biases, of.frequencies, *names[family], *(_bias_of(name) for name in names[family])}
-        if odd := sorted(name for name in here - used if not re.fullmatch(of.idle, name)):
+        used = {of.biases, of.frequencies, *names[family], *(_bias_of(name) for name in names[family])} - {""}
+        if odd := sorted(prefix + name for name in here - used if not name or not re.fullmatch(of.idle, name)):
             raise ValueError(f"{where}: a layer with {', '.join(odd)} is more than projections and attention")
         if of.frequencies in here and rope is None:
             raise ValueError(f"{where}: {prefix}{of.frequencies} says that positions are rotary: pass rope=")
