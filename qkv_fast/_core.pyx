@@ -12,6 +12,9 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from ._qkv cimport *
 
+cdef extern from "Python.h":
+    int Py_IsInitialized() nogil
+
 cnp.import_array()
 
 cdef extern from "Python.h":
@@ -142,9 +145,14 @@ def memory_of(capsule, bfloat16, str where):
     return found
 
 
-cdef void delete_managed(dl_managed *managed) noexcept with gil:
+cdef void release_managed(dl_managed *managed) noexcept with gil:
     Py_DECREF(<object>managed.manager)
     PyMem_Free(managed)
+
+
+cdef void delete_managed(dl_managed *managed) noexcept nogil:
+    if Py_IsInitialized():                      # a tensor may outlive the interpreter, and what it holds with it
+        release_managed(managed)
 
 
 cdef void delete_capsule(capsule) noexcept:
@@ -169,7 +177,11 @@ def capsule_of(cnp.ndarray array):
         tensor.strides[i] = array.strides[i] // size
     Py_INCREF(array)
     managed.manager, managed.deleter = <void *>array, delete_managed
-    return PyCapsule_New(managed, "dltensor", delete_capsule)
+    try:
+        return PyCapsule_New(managed, "dltensor", delete_capsule)
+    except MemoryError:
+        delete_managed(managed)
+        raise
 
 
 COUNTERS = ("tiles_full", "tiles_partial", "tiles_skipped", "tiles_copied", "panels_careful", "splits", "tasks",

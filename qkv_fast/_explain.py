@@ -178,7 +178,7 @@ def _of_stage(planned: PlannedStage, given: dict[str, Any], source: str) -> "Sta
         stage=planned.stage,
         isa=isa,
         dtype=dtype,
-        kernel=f"{kind}_{'f64' if dtype == 'float64' else 'f32'}_{isa.removesuffix('bf16')}",
+        kernel=f"{kind}_{'f64' if dtype == 'float64' else 'f32'}_{_runtime.path_of_stages(isa)}",
         tile_rows=report["tile_rows"],
         tile_columns=report["tile_columns"],
         pass_terms=report["pass_terms"],

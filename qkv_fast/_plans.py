@@ -203,8 +203,8 @@ class StagePlan(NamedTuple):
         threads = max(1, self.threads)
         if not self.is_product:
             return 0.0, self.bytes / _runtime.measured_traffic(threads)
-        index = _runtime.available_isas().index(self.isa)
-        flops, bandwidth = _runtime.measured_peaks(index, self.kernel.split("_")[1], threads)
+        _, kind, path = self.kernel.split("_", 2)
+        flops, bandwidth = _runtime.measured_peaks(_runtime.available_isas().index(path), kind, threads)
         return self.operations / flops, self.bytes / bandwidth
 
     @property

@@ -180,8 +180,8 @@ class Rotation:
         kept, (own, _) = x.astype(np.float64), self._frequencies(0)
         if kept.shape != own.shape or not np.allclose(own, kept, 2**-8, 2**-24):
             least = ", ".join(f"{x[-1]:.3g}" if x.size else "none" for x in (own, kept.reshape(-1)))
-            count = f"{own.size} and {kept.size}"
-            raise ValueError(f"{where}: rope has other frequencies than {name}: {count} of them, the least {least}")
+            shapes = f"{own.shape} and {kept.shape}"
+            raise ValueError(f"{where}: rope has other frequencies than {name}: shapes {shapes}, the last {least}")
 
     def _frequencies(self, length: int) -> tuple[Array, float]:
         """Radians per position of each pair, and the factor of cosines and sines, for texts of this length."""

@@ -325,6 +325,12 @@ def measured_traffic(threads: int) -> float:
     return 2 * _core.copy_rate(half[1], half[0], threads, 0.1)
 
 
+def path_of_stages(isa: str) -> str:
+    """The path whose kernels products and softmax have: some have none but attention's."""
+    paths = available_isas()
+    return next(name for name in paths[paths.index(isa) :] if not name.startswith("amx") and not name.endswith("bf16"))
+
+
 # For tests and benchmarks
 
 

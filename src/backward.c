@@ -1,7 +1,7 @@
 /* The backward pass: the walk of forward.c, whose tasks have a part of the keys of a key head, and meet all its queries range by
  * range. A range of keys, its K, V, dK and dV, stays in L2 meanwhile; dQ of a tile is added to the part of its own behind each
- * range, and who ends the last part of a head adds these up; or a task has all parts, and adds them to dQ in turn. Each number is owned by one task, which adds up in a fixed order: the
- * same bits for any number of threads.
+ * range, and who ends the last part of a head adds these up; or a task has all parts, and adds them to dQ in turn. Each number is
+ * owned by one task, which adds up in a fixed order: the same bits for any number of threads.
  *
  * A panel keeps dQ^T (d, lanes), delta (lanes), dO^T (dv, lanes), columns of Q and of dO (columns, lanes), m and l.
  */

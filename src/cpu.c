@@ -153,12 +153,17 @@ static int asks_for_tiles(void) { return 0; }
 
 int qkv_may_use_tiles(const qkv_isa *isa)
 {
-    static _Atomic int given;                          /* asked again while it is not: a signal stack may be gone */
+    /* Asked once: bits must not change in a process. Threads that ask at the same time get the same answer. */
+    static _Atomic int answer;
+    enum { UNKNOWN, GIVEN, REFUSED };
     if (!isa->tiles[0] || !(isa->needs & QKV_CPU_AMX))
         return isa->tiles[0] != NULL;
-    if (!atomic_load_explicit(&given, memory_order_relaxed) && asks_for_tiles())
-        atomic_store_explicit(&given, 1, memory_order_relaxed);
-    return atomic_load_explicit(&given, memory_order_relaxed);
+    int known = atomic_load(&answer);
+    if (known == UNKNOWN) {
+        int unknown = UNKNOWN, found = asks_for_tiles() ? GIVEN : REFUSED;
+        known = atomic_compare_exchange_strong(&answer, &unknown, found) ? found : unknown;
+    }
+    return known == GIVEN;
 }
 
 const qkv_isa *qkv_isa_at(int index)

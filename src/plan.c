@@ -267,19 +267,30 @@ static int keeps_rows(const qkv_problem *p)
 /* Whether the rows that heads have of a key lie side by side. */
 static int lie_together(const qkv_strides *at) { return at->head && llabs(at->head) < llabs(at->row); }
 
-/* Key heads of few rows that go through a few keys together before the next, as long as that leaves tasks for all threads. */
+/* Key heads of few rows that go through a few keys together before the next, as long as that leaves work for all threads: tasks of
+ * the longest sequences, for short ones are none. */
 static int64_t heads_together(const qkv_problem *p, const qkv_plan *plan)
 {
     const qkv_few_plan *few = &plan->few;
-    double bytes = (double)plan->sequences * (double)plan->heads * (double)plan->reach * (double)qkv_token_bytes(p);
-    int64_t tasks = plan->sequences * ceil_div(plan->rows, few->rows) * plan->chunks;
-    int64_t most = TOGETHER_BYTES / (qkv_row_bytes(p->k_type, p->dim) + 1) + 1;
-    int64_t heads = qkv_min(plan->heads, qkv_min(most, QKV_HEADS_TOGETHER));
+    int64_t most = TOGETHER_BYTES / (qkv_row_bytes(p->k_type, p->dim) + 1) + 1, long_ones = 0;
+    int64_t heads = qkv_min(plan->heads, qkv_min(most, QKV_HEADS_TOGETHER)), tiles = ceil_div(plan->rows, few->rows);
     int copies = few->copy_k | few->copy_v, aside = lie_together(&p->k_at) && lie_together(&p->v_at);
-    if (!plan->decode || p->question || copies || !aside || bytes < TOGETHER_LEAST)
+    if (!plan->decode || p->question || copies || !aside)
         return 1;
-    while (heads > 1 && p->threads > 1 && tasks * ceil_div(plan->heads, heads) < 2 * p->threads)
-        heads = ceil_div(heads, 2);
+    double keys = 0;
+    for (int64_t b = 0; b < plan->sequences; b++) {
+        int64_t n = qkv_min(qkv_length(p, b), plan->reach);
+        keys += (double)n;
+        long_ones += 2 * n > plan->reach;
+    }
+    if (keys * (double)plan->heads * (double)qkv_token_bytes(p) < TOGETHER_LEAST)
+        return 1;
+    for (; heads > 1 && p->threads > 1; heads = ceil_div(heads, 2)) {
+        int64_t tasks = tiles * ceil_div(plan->heads, heads);
+        int splits = plan->sequences * tasks < 2 * p->threads;          /* then chunks are tasks of their own */
+        if (long_ones * tasks * (splits ? plan->chunks : 1) >= 2 * p->threads)
+            break;
+    }
     return heads;
 }
 
@@ -451,8 +462,9 @@ static int plan_gradients(const qkv_problem *p, qkv_plan *plan, int64_t panels, 
         plan->together |= p->dbias && !p->dbias_at.axis[i];
     int64_t tasks = plan->together ? heads > 0 : heads, threads = qkv_max(1, p->threads);
     /* Parts in turn need no memory and no sum in the end: 1 to 4 % of the time of rows of 64. Where each is one range, which begins
-     * from zero, the sums are the same; and no thread may be left without a task. */
-    plan->in_turn = plan->share == plan->range && 50 * (ceil_div(tasks, threads) * threads - tasks) <= tasks;
+     * from zero, the sums are the same; and no thread may be left without a task, as where sequences differ in length. */
+    int alike = threads == 1 || (!qkv_is_uneven(p) && !p->length);
+    plan->in_turn = alike && plan->share == plan->range && 50 * (ceil_div(tasks, threads) * threads - tasks) <= tasks;
     return multiply(tasks, plan->in_turn ? 1 : plan->ranges, &plan->tasks);
 }
 

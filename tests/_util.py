@@ -165,9 +165,9 @@ def compare(got, inputs, product=general_product, **options):
     rounding = 0.0
     if u := unit(dtype):
         rounding = u * np.abs(exact[0]) + float(ml_dtypes.finfo(dtype).smallest_subnormal) / 2
-    if multiplies_pairs(*inputs):
+    if rounded := weights_unit(*inputs):
         sizes_of_v = np.where(np.isfinite(v), np.abs(v), 0).astype(v.dtype)
-        rounding += 2 * u * reference.attention(inputs[0], inputs[1], sizes_of_v, **options)
+        rounding += 2 * rounded * reference.attention(inputs[0], inputs[1], sizes_of_v, **options)
     # An LSE is as large as a score, and a score of size s carries an error of eps * s before any softmax: for
     # it the largest |LSE| (1 where all are small: log is not better than eps there) takes the place of
     # max|v|.

@@ -33,6 +33,6 @@
 
 const qkv_isa qkv_amx_emulated = {
     .name = "amx_emulated",
-    .needs = QKV_CPU_AVX2 | QKV_CPU_FMA,
+    .needs = QKV_CPU_AVX2 | QKV_CPU_FMA | QKV_CPU_F16C,
     .tiles = {&kernels_bf16, &kernels_f16, &kernels_f32},
 };

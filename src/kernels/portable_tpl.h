@@ -56,9 +56,9 @@ static inline void P(store_part)(P(real) *p, P(vec) x, int n)
         p[i] = all[i];
 }
 
-#if FLT_EVAL_METHOD == 0
+#if FLT_EVAL_METHOD == 0 && !FUSED    /* where pairs are set, they must not meet arithmetic */
 static inline P(vec) P(set1)(P(real) a) { return a - (P(vec)){0}; }
-#else                                 /* a counts as double, which does not mix with a vector of float (s390x) */
+#else                                 /* or a counts as double, which does not mix with a vector of float (s390x) */
 static inline P(vec) P(set1)(P(real) a)
 {
     P(real) all[P(width)];

@@ -261,10 +261,10 @@ static void X(value_careful)(const qkv_tile *t, const REAL *alpha)
 static double X(tile_rounds)(int64_t rounds, double *flops)
 {
     QKV_ALIGN REAL c[X(tile)][W];
-    TILE_CONFIGURE();
-    TILE_UNIT;
     for (int i = 0; i < X(tile); i++)
         X(store)(c[i], X(set1)(0));
+    TILE_CONFIGURE();
+    TILE_UNIT;
     TILE_ZERO(0);
     TILE_ZERO(1);
     TILE_ZERO(2);

@@ -140,9 +140,11 @@ def test_layout(dtype, heads):
 def test_many_rows_far_apart(dtype, threads):
     """Rows of K and V that lie far from each other are copied for many queries, and nothing else changes."""
     rng = np.random.default_rng(5)
-    q, k, v = (normal(rng, (1, 700, 5, 24), dtype).swapaxes(1, 2) for _ in "qkv")
+    q, k, v = (normal(rng, (1, 900, 5, 24), dtype).swapaxes(1, 2) for _ in "qkv")
     plain = [x.copy() for x in (q, k, v)]
-    bias = normal(rng, (700, 700), "float32")
+    bias = normal(rng, (900, 900), "float32")
+    notes = repr(qkv_fast.explain(q, k, v, num_threads=threads).notes)
+    assert threads > 1 or "rows that lie far from each other" in notes  # more threads have fewer queries each
     for arguments in ({}, {"causal": True, "kv_starts": [70]}, {"window": (90, 20), "bias": bias}):
         found = qkv_fast.attention(q, k, v, return_lse=True, num_threads=threads, **arguments)
         same_bits(found, qkv_fast.attention(*plain, return_lse=True, **arguments))
@@ -159,6 +161,8 @@ def test_few_rows_over_keys_in_columns(dtype, dim):
         given = {"window": (700, 0), "kv_lengths": [length, length - length // 3]}
         same_bits(qkv_fast.attention(q, columns, k, return_lse=True), qkv_fast.attention(q, k, k, return_lse=True))
         same_bits(qkv_fast.attention(q, columns, k, **given), qkv_fast.attention(q, k, k, **given))
+        if length > 1:  # a row alone lies side by side in any order
+            assert (qkv_fast.explain(q, columns, k, num_threads=1).tiles_copied == 0) is (group <= 4 or dim == 1)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -181,6 +185,17 @@ def test_few_rows_of_many_tokens_side_by_side(dtype, threads):
     for arguments in given:
         found = qkv_fast.attention(q, k, v, return_lse=True, num_threads=threads, **arguments)
         same_bits(found, qkv_fast.attention(q, *plain, return_lse=True, **arguments))
+    assert qkv_fast.explain(q, k, v, num_threads=1).tasks < qkv_fast.explain(q, *plain, num_threads=1).tasks
+
+
+def test_heads_together_leave_work_for_all():
+    """Where one sequence of a batch is long, its heads are tasks for every thread."""
+    kv = np.zeros((4, 24576, 8, 64), np.float32).swapaxes(1, 2)
+    q = np.zeros((4, 8, 1, 64), np.float32)
+    alike, uneven = (
+        qkv_fast.explain(q, kv, kv, kv_lengths=lengths, num_threads=2) for lengths in (24576, [24576, 16, 16, 16])
+    )
+    assert alike.tasks == 4 and uneven.tasks >= 16  # of which the long one has a quarter
 
 
 @dtypes

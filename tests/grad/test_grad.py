@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import qkv_fast
 from qkv_fast import attention, attention_grad, reference
-from qkv_fast._runtime import fail_allocation, trim
+from qkv_fast._runtime import counters, fail_allocation, trim
 
 pytestmark = pytest.mark.usefixtures("isa")
 
@@ -276,9 +276,19 @@ def test_parts_in_turn_and_apart(dtype):
     """Four heads go evenly into 1, 2 and 4 threads, each of which then adds up the parts of a head by itself."""
     arrays = qkv(15, dtype, heads=(4, 4), lengths=(50, 1500), dims=(24, 24))
     dout, out, lse, _ = given_gradients(arrays)
-    apart = attention_grad(dout, *arrays, out, lse, num_threads=3)
+    with counters() as seen:
+        apart = attention_grad(dout, *arrays, out, lse, num_threads=3)
+    assert seen["tasks"] == 12  # three parts of each
     for threads in (1, 2, 4):
-        same_bits(attention_grad(dout, *arrays, out, lse, num_threads=threads), apart)
+        with counters() as seen:
+            same_bits(attention_grad(dout, *arrays, out, lse, num_threads=threads), apart)
+        assert seen["tasks"] == 4
+    lengths = [1500, 20, 20, 20]  # of which one is nearly all of the work
+    ragged = [np.broadcast_to(x, (4, *x.shape)) for x in arrays]
+    dout, out, lse, _ = given_gradients(ragged, kv_lengths=lengths)
+    with counters() as seen:
+        attention_grad(dout, *ragged, out, lse, kv_lengths=lengths, num_threads=2)
+    assert seen["tasks"] == 48
 
 
 def test_float32_results_of_16_bits():

@@ -73,3 +73,13 @@ def test_what_is_cut_off(tiled):
     out = qkv_fast.attention(q, k, v)
     assert np.isnan(out[:, 2]).all() and (out[:, 5] == np.inf).all()
     np.testing.assert_allclose(np.delete(out, [2, 5], axis=1), 1, rtol=1e-6)
+
+
+def test_stages_have_no_tiles(tiled):
+    """Nor their peak: what runs is said, and what it could do."""
+    q = np.zeros((512, 64), np.float32)
+    plan = qkv_fast.explain(qkv_fast.scores, q, q, num_threads=1)
+    name = next(name for name in qkv_fast.available_isas()[::-1] if plan.kernel.endswith(name))
+    with force_isa(name):
+        assert plan.kernel == qkv_fast.explain(qkv_fast.scores, q, q, num_threads=1).kernel
+        assert plan.limits == qkv_fast.explain(qkv_fast.scores, q, q, num_threads=1).limits
