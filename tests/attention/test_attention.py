@@ -144,7 +144,9 @@ def test_many_rows_far_apart(dtype, threads):
     plain = [x.copy() for x in (q, k, v)]
     bias = normal(rng, (900, 900), "float32")
     notes = repr(qkv_fast.explain(q, k, v, num_threads=threads).notes)
-    assert threads > 1 or "rows that lie far from each other" in notes  # more threads have fewer queries each
+    # More threads have fewer queries each; tiles are copied in any case.
+    tiled = qkv_fast.isa().startswith("amx") and dtype == "float32"
+    assert threads > 1 or tiled or "rows that lie far from each other" in notes
     for arguments in ({}, {"causal": True, "kv_starts": [70]}, {"window": (90, 20), "bias": bias}):
         found = qkv_fast.attention(q, k, v, return_lse=True, num_threads=threads, **arguments)
         same_bits(found, qkv_fast.attention(*plain, return_lse=True, **arguments))

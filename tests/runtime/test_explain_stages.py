@@ -73,7 +73,7 @@ def test_work():
 def test_kernels_and_tiles():
     x = normal(np.random.default_rng(0), (3, 400, 500))
     rows, columns = (qkv_fast.explain(qkv_fast.softmax, x, axis, num_threads=1) for axis in (2, 1))
-    kind = "f32_" + _runtime.isa().removesuffix("bf16")
+    kind = "f32_" + _runtime.path_of_stages(_runtime.isa())
     assert (rows.kernel, columns.kernel) == (f"softmax_rows_{kind}", f"softmax_columns_{kind}")
     assert rows.tile_columns == 500 and columns.tile_rows == 400 and rows.pass_terms == 0
     plan = qkv_fast.explain(qkv_fast.scores, x, x, num_threads=1)
