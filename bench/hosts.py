@@ -105,7 +105,6 @@ def models(name: str, dtype: str, threads: int, seconds: float) -> Samples:
     import torch
 
     torch.set_num_threads(threads)
-    torch.set_grad_enabled(False)
     qkv_fast.set_num_threads(threads)
     inside = Inside()
     model, call = build(name)
@@ -117,7 +116,8 @@ def models(name: str, dtype: str, threads: int, seconds: float) -> Samples:
         model.set_attn_implementation(f"timed_{whose}")
         for _ in range(2):  # the first is not counted, as in method.timed
             inside.seconds, start = 0.0, time.perf_counter()
-            results[whose] = call()
+            with torch.no_grad():
+                results[whose] = call()
             taken = time.perf_counter() - start
             if taken > LONG_SECONDS:
                 break
@@ -151,7 +151,6 @@ def adapters(dtype: str, seconds: float) -> Samples:
     from qkv_fast.integrations.torch import scaled_dot_product_attention
     from qkv_fast.integrations.transformers import attention_forward
 
-    torch.set_grad_enabled(False)
     qkv_fast.set_num_threads(1)
     layer = torch.nn.Module()
     layer.is_causal = True
@@ -162,7 +161,8 @@ def adapters(dtype: str, seconds: float) -> Samples:
         "transformers": partial(attention_forward, layer, *tensors, None),
         "torch": partial(scaled_dot_product_attention, *tensors),
     }
-    return interleave([Local(name, call) for name, call in calls.items()], budget=seconds).seconds
+    with torch.no_grad():
+        return interleave([Local(name, call) for name, call in calls.items()], budget=seconds).seconds
 
 
 def measure_adapters(seconds: float, threads: tuple[int, ...]) -> Iterator[Measured]:
