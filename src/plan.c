@@ -55,6 +55,7 @@ enum {
  * 0.9 of the time of one, for 6 Mflop 0.8; for 1 MB of K and V read once 1.35. Zen 3. */
 static const double WORTH_WAKING = 2;
 static const double SERIAL_BYTES = 1 << 20;             /* as SERIAL_FLOPS, where K and V are read once */
+static const double ROW_FLOPS = 1e4;                    /* a row takes some 0.1 us beside its products: begin, softmax, end */
 
 _Static_assert((int)QKV_AS_F32 == QKV_F32 && (int)QKV_AS_F64 == QKV_F64 && (int)QKV_AS_F16 == QKV_F16
                && (int)QKV_AS_BF16 == QKV_BF16 && (int)QKV_AS_I8 == QKV_I8 && (int)QKV_AS_I4 == QKV_I4, "kernels number types as problems do");
@@ -389,22 +390,25 @@ static void find_reach(const qkv_problem *p, qkv_plan *plan)
     }
 }
 
-/* Panels of all key heads, and floating-point operations if every query saw every key within reach (of ragged sequences: all). */
-static int count_work(const qkv_problem *p, const qkv_plan *plan, int64_t *panels, double *flops)
+/* Panels of all key heads, rows of all heads, and floating-point operations if every query saw every key within reach (of ragged
+ * sequences: all). */
+static int count_work(const qkv_problem *p, const qkv_plan *plan, int64_t *panels, double *rows, double *flops)
 {
     int64_t heads;
-    double pairs = (double)plan->sequences * (double)plan->beams * (double)p->len_q * (double)plan->reach;
+    double queries = (double)plan->sequences * (double)plan->beams * (double)p->len_q, pairs = queries * (double)plan->reach;
     if (!multiply(plan->sequences, plan->heads, &heads)
         || !multiply(heads, ceil_div(plan->rows, plan->kernels->lanes), panels))
         return 0;
     if (qkv_is_uneven(p)) {           /* less than that */
         *panels = 0;
-        pairs = 0;
+        queries = pairs = 0;
         for (int64_t b = 0; b < plan->sequences; b++) {
             *panels += plan->heads * panels_of(p, plan, b);
+            queries += (double)qkv_queries(p, b);
             pairs += (double)qkv_queries(p, b) * (double)qkv_length(p, b);
         }
     }
+    *rows = queries * (double)p->heads_q;
     *flops = 2.0 * (double)(p->dim + p->dim_v) * pairs * (double)p->heads_q;
     return 1;
 }
@@ -539,8 +543,8 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     plan->one = p->latent && kernels->pair == 1;
     int64_t row_bytes = (p->dim + (plan->one ? 0 : p->dim_v)) * kernels->size / kernels->pair * qkv_max(1, kernels->parts);
     int64_t panels = ceil_div(plan->rows, kernels->lanes), threads = qkv_max(1, p->threads), base;
-    double flops;
-    if (!count_work(p, plan, &base, &flops))
+    double rows, flops;
+    if (!count_work(p, plan, &base, &rows, &flops))
         return QKV_OVERFLOW;
     int64_t sharing = threads > 1 ? qkv_min(panels, base / (threads * TASKS_PER_THREAD)) : panels;
     if (!plan->decode && !p->question && kernels->pair == 1) {
@@ -586,8 +590,9 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     if (plan->decode && dims > 0)
         bytes = flops / (2 * dims * (double)plan->rows)
             * (double)qkv_token_bytes(p);
-    plan->threads = flops < SERIAL_FLOPS && bytes < SERIAL_BYTES ? 1 : p->threads;
-    plan->small = flops < WORTH_WAKING * SERIAL_FLOPS && bytes < WORTH_WAKING * SERIAL_BYTES;
+    double work = flops + ROW_FLOPS * rows;
+    plan->threads = work < SERIAL_FLOPS && bytes < SERIAL_BYTES ? 1 : p->threads;
+    plan->small = work < WORTH_WAKING * SERIAL_FLOPS && bytes < WORTH_WAKING * SERIAL_BYTES;
     plan->partial_bytes = plan->state_bytes * (size_t)(plan->tasks * plan->few.heads * plan->tile_panels);
     if ((!p->question || plan->decode) && plan->threads > 1 && plan->chunks > 1 && plan->tasks < 2 * plan->threads
         && (double)plan->partial_bytes * (double)plan->chunks <= PARTIAL_BYTES) {

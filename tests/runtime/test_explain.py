@@ -232,6 +232,14 @@ def test_where_the_number_of_threads_comes_from():
         assert qkv_fast.explain(*arrays).threads_from == "num_threads(n)"
 
 
+@pytest.mark.parametrize("shape", [(64, 12, 64), (256, 4, 32), (512, 1, 64)])
+def test_many_short_heads_are_work_for_two_threads(shape):
+    """A row takes time whatever its keys: 64 heads of 12 tokens some 120 us, which two threads take half of."""
+    array = np.zeros(shape, "float32")
+    assert agree(array, array, array, num_threads=2).threads == 2
+    assert agree(array[:8], array[:8], array[:8], num_threads=2).threads == 1
+
+
 def test_the_text(isa):
     """Every line fits a terminal of 120 columns but those of arrays and notes; the roofline is measured."""
     plan = qkv_fast.explain(*qkv(1, heads=(8, 8), lengths=(500, 3000), dims=(64, 64)), causal=True)
