@@ -968,13 +968,12 @@ def prune(cnp.ndarray queries not None, cnp.ndarray rows not None, cnp.ndarray s
     return count, left
 
 
-def gather(cnp.ndarray x not None, cnp.ndarray keys not None, cnp.ndarray count not None, int64_t most, int threads):
-    """Of rows x (sequences, heads, rows, dim), whose elements are next to each other, those of `keys`: (sequences, heads, most,
-    dim), with zeros behind the last."""
+def gather(cnp.ndarray x not None, cnp.ndarray keys not None, cnp.ndarray count not None, cnp.ndarray out not None, int threads):
+    """Of rows x (sequences, heads, rows, dim), whose elements are next to each other, those of `keys` into out (sequences,
+    heads, most, dim), with zeros behind the last."""
     cdef qkv_gathering g
     cdef qkv_status status
-    cdef cnp.ndarray out = empty("attend", (x.shape[0], x.shape[1], most, x.shape[3]), cnp.PyArray_TYPE(x))
-    g.sequences, g.heads, g.most = x.shape[0], x.shape[1], most
+    g.sequences, g.heads, g.most = x.shape[0], x.shape[1], out.shape[2]
     g.bytes = x.shape[3] * cnp.PyArray_ITEMSIZE(x)
     g.keys_row = keys.shape[2]
     g.keys = integers_of(keys)
@@ -988,4 +987,3 @@ def gather(cnp.ndarray x not None, cnp.ndarray keys not None, cnp.ndarray count 
     with nogil:
         status = qkv_gather(&g)
     raise_status(status)
-    return out

@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "cpu.h"
+#include "kernels/compiler.h"
 #include "kernels/kernels.h"
 #include "memory.h"
 #include "qkv.h"
@@ -20,6 +21,7 @@ enum {
     GROUP = 32,                       /* bounds that are looked at together */
     BINS = 1024,                      /* of bounds, eight for each power of two */
     BIN_BITS = 20,
+    AHEAD = 4,                        /* rows that are on their way from memory while one is copied */
     SERIAL = 1 << 17                  /* weights, or bytes, that one thread has done before others wake */
 };
 static const float farthest = 100;    /* powers of two that a weight may be off */
@@ -59,6 +61,21 @@ static double sum_block(float *x)
         for (int i = 0; i < half; i++)
             x[i] += x[i + half];
     return x[0];
+}
+
+/* The largest of what is not NaN, or 0: lanes of their own, as a comparison takes longer than the next load. */
+static float largest_of(const float *x, int64_t n)
+{
+    float lane[8] = {0}, largest = 0;
+    int64_t whole = n - n % 8;
+    for (int64_t i = 0; i < whole; i += 8)
+        for (int j = 0; j < 8; j++)
+            lane[j] = x[i + j] > lane[j] ? x[i + j] : lane[j];
+    for (int j = 0; j < 8; j++)
+        largest = lane[j] > largest ? lane[j] : largest;
+    for (int64_t i = whole; i < n; i++)
+        largest = x[i] > largest ? x[i] : largest;
+    return largest;
 }
 
 /* Weights become their bounds. Returns the sum of what they are at least. */
@@ -143,9 +160,15 @@ static double vanished(const qkv_choice *c, int64_t row, int64_t n, float larges
 static int64_t list_marked(const int32_t *mark, int64_t n, int64_t *key)
 {
     int64_t count = 0;
-    for (int64_t i = 0; i < n; i++)
-        if (mark[i])
-            key[count++] = i;
+    for (int64_t first = 0; first < n; first += GROUP) {
+        int64_t end = first + GROUP < n ? first + GROUP : n;
+        int32_t found = 0;
+        for (int64_t i = first; i < end; i++)
+            found |= mark[i];
+        for (int64_t i = found ? first : end; i < end; i++)
+            if (mark[i])
+                key[count++] = i;
+    }
     return count;
 }
 
@@ -157,10 +180,8 @@ static void choose_task(void *context, int64_t task, int worker)
     const float *step = (const float *)((const char *)c->steps + sequence * c->steps_at[0] + task % c->heads * c->steps_at[1]);
     int32_t *mark = job->marks + worker * c->len_k;
     int64_t *key = c->keys + task * c->len_k;
-    float largest = 0;
+    float largest = largest_of(step, n);
     memset(mark, 0, (size_t)n * sizeof *mark);
-    for (int64_t i = 0; i < n; i++)
-        largest = step[i] > largest ? step[i] : largest;
     c->count[task] = -1;
     for (int64_t r = first; r < first + c->rows; r++) {
         float *weight = c->weights + r * c->len_k;
@@ -300,22 +321,29 @@ static inline float power_above(float y) { return float_of((127 << 23) + (int32_
 static inline float power_below(float y) { return float_of((127 << 23) + (int32_t)(y * 0x1p23f) - 1) * 0.942f; }
 
 /* Lists the keys of row r, from `first` on, that weigh 2^(low + under) or more at most, and bounds of their weights over 2^low;
- * and adds up what they weigh at least. */
+ * and adds up what they weigh at least. Groups are passed over or not in no order that a CPU could foresee, nor are keys: what
+ * is found is counted, not branched on. */
 static void list_near(const room *of, const qkv_bytes *bytes, int64_t r, int64_t first, double under)
 {
     pruned_row *row = &of->rows[r];
-    int64_t found = 0, *near = of->near + r * bytes->up_row;
+    int64_t found = 0, groups = bytes->up_row / QKV_BYTES_GROUP, *near = of->near + r * bytes->up_row;
     double sum = 0;
     float reach = (float)(2 * row->reach * (1 + 4 * margin)), low = of->low[r], least = (float)(low + under) - slack;
-    float *up = of->up + r * bytes->up_row, *top = of->top + r * (bytes->up_row / QKV_BYTES_GROUP);
-    for (int64_t group = 0; group < bytes->up_row / QKV_BYTES_GROUP; group++)
-        for (int64_t i = group * QKV_BYTES_GROUP; top[group] >= least && i < (group + 1) * QKV_BYTES_GROUP; i++)
-            if (up[i] >= least) {
-                float x = up[i], y = x - low - bytes->step[i] * reach - slack;
-                sum += y > -(float)deepest ? power_below(y) : 0;
-                near[found] = first + i;
-                up[found++] = power_above(x - low + slack);
-            }
+    float *up = of->up + r * bytes->up_row;
+    const float *top = of->top + r * groups;
+    for (int64_t group = 0; group < groups; group++)
+        for (int64_t i = group * QKV_BYTES_GROUP; top[group] >= least && i < (group + 1) * QKV_BYTES_GROUP; i++) {
+            float x = up[i];
+            near[found] = i;
+            up[found] = x;
+            found += x >= least;
+        }
+    for (int64_t i = 0; i < found; i++) {
+        float x = up[i], y = x - low - bytes->step[near[i]] * reach - slack;
+        sum += y > -(float)deepest ? power_below(y) : 0;
+        near[i] += first;
+        up[i] = power_above(x - low + slack);
+    }
     row->top = sum * (1 - margin);
     row->many = found;
 }
@@ -329,10 +357,8 @@ static void prune_task(void *context, int64_t task, int worker)
     const float *step = (const float *)((const char *)c->steps + sequence * c->steps_at[0] + head * c->steps_at[1]);
     const char *keys = c->keys + sequence * c->keys_at[0] + head * c->keys_at[1];
     room own = furnish(c, (uintptr_t)job->scratch + (size_t)worker * job->bytes);
-    float *left = c->left + task * c->rows, largest = 0;
+    float *left = c->left + task * c->rows, largest = largest_of(step + first, n - first);
     c->count[task] = -1;
-    for (int64_t i = first; i < n; i++)
-        largest = step[i] > largest ? step[i] : largest;
     for (int64_t r = 0; r < c->rows; r++) {
         double *reach = &own.rows[r].reach;
         if (!round_query(c, c->queries + (task * c->rows + r) * c->dim, own.queries + r * c->dim, &own.factor[r], reach)
@@ -397,8 +423,11 @@ static void gather_task(void *context, int64_t task, int worker)
     const int64_t *key = g->keys + task * g->keys_row;
     char *to = g->to + task * g->most * g->bytes;
     (void)worker;
-    for (int64_t i = 0; i < g->count[task]; i++, to += g->bytes)
+    for (int64_t i = 0; i < g->count[task]; i++, to += g->bytes) {
+        for (int64_t at = 0; i + AHEAD < g->count[task] && at < g->bytes; at += QKV_LINE)
+            QKV_PREFETCH(from + key[i + AHEAD] * g->from_at[2] + at);
         memcpy(to, from + key[i] * g->from_at[2], (size_t)g->bytes);
+    }
     memset(to, 0, (size_t)((g->most - g->count[task]) * g->bytes));
 }
 

@@ -27,6 +27,7 @@ _SAMPLED = 16  # one key of so many, the newest, says whether it is worth lookin
 _WORTH_SAMPLING = 8192  # tokens of a sequence
 _LARGEST_SCALE = np.float32(2.0**121)  # of int8 rows, beyond which elements are cut off (src/cache.c)
 _NORMAL = np.float32(2.0**-126)  # what is less may be taken as 0, steps too
+_MOST_KEPT = 16 << 20  # bytes of rows that are brought together: room for the next call
 _MOST_ROWS = 32  # of a key head: what is known of the keys of more would take more room than the keys
 _UNIT = 2.0**-24  # of float32
 _FAR = 1e6  # what a bias less than this, with a minus sign, is added to weighs nothing
@@ -45,7 +46,11 @@ class Bounds:
         self.steps = np.empty((*rows, 1), np.float32)
         self.largest = np.zeros(rows[:2], np.float64)
         self.tops = np.empty((*rows, 1), np.float64) if len(rows) == 2 else None
+        self._forget()
+
+    def _forget(self) -> None:
         self._rooms: deque[tuple[Array, Array]] = deque(maxlen=1)
+        self._row_rooms: deque[Array] = deque(maxlen=1)
 
     @property
     def arrays(self) -> tuple[Array, ...]:
@@ -62,6 +67,18 @@ class Bounds:
 
     def give_back(self, room: tuple[Array, Array]) -> None:
         self._rooms.append(room)
+
+    def borrow_rows(self, size: int) -> Array:
+        """The same for rows that are brought together, in bytes."""
+        with contextlib.suppress(IndexError):
+            room = self._row_rooms.pop()
+            if room.size >= size:
+                return room
+        return np.empty(size, np.uint8)
+
+    def give_rows_back(self, room: Array) -> None:
+        if room.size <= _MOST_KEPT:
+            self._row_rooms.append(room)
 
     @property
     def form(self) -> Form:
@@ -100,8 +117,13 @@ class Bounds:
         """Those of the first n sequences, in the same memory."""
         some = copy.copy(self)
         some.rows, some.steps = None if self.rows is None else self.rows[:n], self.steps[:n]
-        some._rooms = deque(maxlen=1)
+        some._forget()
         return some
+
+
+def _whole_lines(size: int) -> int:
+    """Bytes to the end of a cache line."""
+    return -(-size // 64) * 64
 
 
 class Stored(NamedTuple):
@@ -136,8 +158,13 @@ class Stored(NamedTuple):
             steps = np.ascontiguousarray(self.steps[:, own, 0].swapaxes(0, 1))
         return Keys(self.known, self.known, np.concatenate(table), np.array(run_of, np.int64)), steps
 
-    def bring(self, form: Form, chosen: "_Chosen", threads: int) -> list[Array]:
-        """Keys and values that are read, as numbers (batch, heads, keys, dim); keys as rotated queries meet them."""
+    def room_for(self, chosen: "_Chosen") -> int:
+        """Bytes of what `bring` makes."""
+        return sum(_whole_lines(chosen.rows * x.shape[-1] * x.itemsize) for x in (self.k, self.v))
+
+    def bring(self, form: Form, chosen: "_Chosen", threads: int, room: Array) -> list[Array]:
+        """Keys and values that are read, as numbers (batch, heads, keys, dim); keys as rotated queries meet them. Those
+        that are stored as numbers lie in `room`."""
         most, rows = int(chosen.counts.max()), chosen.keys
         if self.row_of is not None:
             among = np.arange(most) < chosen.counts[..., np.newaxis]
@@ -145,7 +172,11 @@ class Stored(NamedTuple):
         made = []
         for x, of in ((self.k, form.k._replace(turn=-1)), (self.v, form.v)):
             x = x if x.ndim == 4 else np.broadcast_to(x, (len(rows), *x.shape))
-            made.append(of.read(_core.gather(x, rows, chosen.counts, most, threads)))
+            size = chosen.rows * x.shape[-1] * x.itemsize
+            stored = room[:size].view(x.dtype).reshape(*chosen.counts.shape, most, x.shape[-1])
+            room = room[_whole_lines(size) :]
+            _core.gather(x, rows, chosen.counts, stored, threads)
+            made.append(of.read(stored))
         return made
 
 
@@ -178,6 +209,11 @@ class _Chosen(NamedTuple):
     # (batch, kv_heads, rows of a head, keys): bounds of all weights, below 0 where the key is read; None: all see all
     weights: Array | None
 
+    @property
+    def rows(self) -> int:
+        """Rows of keys where every head has as many as the one that reads most."""
+        return self.counts.size * int(self.counts.max())
+
 
 def attend_within(
     where: str, held: Held, bounds: Bounds, place: Place, tolerance: Any, q: Any, lengths: Any, mask: Any, bias: Any,
@@ -204,7 +240,9 @@ def attend_within(
             room = bounds.borrow(math.prod(p.rows) * most, p.rows[0] * form.kv_heads * most)
             chosen = _choose(p, bounds, stored, queries, tolerance, room)
             if chosen is not None:
-                found = _attend_chosen(p, form, stored, queries, chosen, softcap, return_lse, out, num_threads)
+                rows = bounds.borrow_rows(stored.room_for(chosen))
+                found = _attend_chosen(p, form, stored, queries, chosen, rows, softcap, return_lse, out, num_threads)
+                bounds.give_rows_back(rows)
             bounds.give_back(room)
     if found is None:
         found = attend_newest(
@@ -218,12 +256,12 @@ def attend_within(
 
 
 def _attend_chosen(
-    p: Problem, form: Form, stored: Stored, queries: Any, chosen: _Chosen, softcap: Any, return_lse: bool,
+    p: Problem, form: Form, stored: Stored, queries: Any, chosen: _Chosen, room: Array, softcap: Any, return_lse: bool,
     out: Array | None, num_threads: int | None,
 ) -> Any:  # fmt: skip
     """Attention over the chosen keys, which are brought together."""
     most, tokens, q = int(chosen.counts.max()), stored.tokens, p.q
-    k, v = stored.bring(form, chosen, p.threads)
+    k, v = stored.bring(form, chosen, p.threads, room)
     if k.dtype != v.dtype:  # of caches alone; float16 and bfloat16 meet in float32
         wide = max(k.dtype, v.dtype, np.dtype(np.float32), key=lambda dtype: dtype.itemsize)
         k, v = k.astype(wide), v.astype(wide)

@@ -36,11 +36,20 @@ static QKV_INLINE float X(largest_bytes)(float *x)
 static QKV_INLINE void X(bound_group)(const qkv_bytes *c, const int8_t *keys, const float *step, int count, ptrdiff_t group,
                                       ptrdiff_t row, const int rows)
 {
-    int32_t product[X(bytes_rows) * QKV_BYTES_GROUP] = {0};
-    for (int i = 0; i < count; i++)
+    int32_t product[X(bytes_rows) * QKV_BYTES_GROUP];
+    float scale[QKV_BYTES_GROUP];
+    if (count < QKV_BYTES_GROUP) {    /* only then: it takes as long as some keys */
+        memset(product, 0, sizeof product);
+        memset(scale, 0, sizeof scale);
+    }
+    int done = 0;
+#if BYTES_BY_PAIRS
+    for (; rows == X(bytes_rows) && done + 2 <= count; done += 2)
+        X(dot_two)(keys + done * c->key_row, c->key_row, c->queries + row * c->dim, c->dim, product + done);
+#endif
+    for (int i = done; i < count; i++)
         X(dot_bytes)(keys + i * c->key_row, c->queries + row * c->dim, c->dim, rows, product + i);
-    float scale[QKV_BYTES_GROUP] = {0};                 /* last, as they lie in memory */
-    for (int i = 0; i < count; i++)
+    for (int i = 0; i < count; i++)   /* last, as they lie in memory */
         memcpy(&scale[i], keys + i * c->key_row + c->at_scale, sizeof *scale);
     for (int r = 0; r < rows; r++) {
         const int32_t *of = product + r * QKV_BYTES_GROUP;
@@ -67,7 +76,9 @@ static QKV_NOINLINE void X(bound_bytes)(const qkv_bytes *c)
         ptrdiff_t first = group * QKV_BYTES_GROUP, row = 0;
         int count = (int)(c->n - first < QKV_BYTES_GROUP ? c->n - first : QKV_BYTES_GROUP);
         const int8_t *keys = c->keys + first * c->key_row;
-        float step[QKV_BYTES_GROUP] = {0};
+        float step[QKV_BYTES_GROUP];
+        if (count < QKV_BYTES_GROUP)
+            memset(step, 0, sizeof step);
         memcpy(step, c->step + first, (size_t)count * sizeof *step);
         for (; row + X(bytes_rows) <= c->rows; row += X(bytes_rows))
             X(bound_group)(c, keys, step, count, group, row, X(bytes_rows));

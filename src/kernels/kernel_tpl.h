@@ -15,6 +15,7 @@
  *   HALVES_SHARED  if WIDENS: 1 where two rows share a read of V in 16 bits, for which there are registers, else 0
  *   TILE_PARTS     1, 2 or 3 where attention, and nothing else, is products of tiles: parts of a number (tiles_tpl.h). Undefined where
  *                  products are of rows of registers
+ *   BYTES_BY_PAIRS 1 where the file has dot_two, else undefined
  *   EXP2_STEPS     fractions of an exponent that power can look up: 8, or 1 where looking up is slow; no other has a polynomial
  *
  * Primitives, static inline functions of that file (w is the number of elements in a vector):
@@ -60,6 +61,8 @@
  *   power(t)                 2^n, where t is n + 1.5 * 2^mantissa / EXP2_STEPS in its own rounding: n, a multiple of
  *                            1 / EXP2_STEPS, lies in t's low bits. 0 at the lowest exponent, infinity past the highest
  *   exchange(x, y)           neighbours change places among the elements of *x and those of *y behind them; unless PAIR is 2
+ *   dot_two(key, key_row, q, dim, to)    products of two rows of dim bytes with four of int16, dim apart: of row r with q at
+ *                            to[r * QKV_BYTES_GROUP] and behind; if BYTES_BY_PAIRS. Others leave it to compilers (bytes_tpl.h)
  *   transpose(x)             x[w] as a w * w matrix, in place
  *   sum_each(x)              of x[w], which it may change: element i is the sum of x[i], all of them in the same order
  */
@@ -69,6 +72,9 @@
 
 #ifndef TILE_PARTS
 #define TILE_PARTS 0
+#endif
+#ifndef BYTES_BY_PAIRS
+#define BYTES_BY_PAIRS 0
 #endif
 
 #include "exp2_poly.h"
@@ -166,6 +172,7 @@ static const qkv_kernels X(kernels) = KERNELS;
 #undef QKV_JOIN
 #undef QKV_JOIN2
 #undef EXP2_STEPS
+#undef BYTES_BY_PAIRS
 #undef TILE_PARTS
 #undef HALVES_SHARED
 #undef HALVES_AHEAD

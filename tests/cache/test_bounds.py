@@ -89,6 +89,19 @@ def test_few_keys_are_read_where_few_weigh():
     assert hold(cache, q * 10, k, v, 0.3) < 0.01
 
 
+def test_room_of_the_last_call_changes_nothing():
+    """More keys, fewer, and rows of two types."""
+    rng = np.random.default_rng(9)
+    cache, _, _ = filled(rng, n=3000, heads=2, dims=(33, 16), value_dtype="float16")
+    calls = [normal(rng, (1, 8, 1, 33)).astype("float32") * size for size in (40, 8, 60, 8, 20)]
+    alone = [copy.deepcopy(cache).attend(q, tolerance=1e-3) for q in calls]
+    assert len({read for _, _, read in alone}) > 3 and max(read for _, _, read in alone) < 1
+    for q, expected in zip(calls, alone, strict=True):
+        found = cache.attend(q, tolerance=1e-3)
+        same_bits(found[:2], expected[:2])
+        assert found[2] == expected[2]
+
+
 def test_the_newest_of_many_say_whether_it_is_worth_it(monkeypatch):
     rng = np.random.default_rng(1)
     cache, k, v = filled(rng, n=1000, batch=2)
