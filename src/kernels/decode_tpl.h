@@ -242,10 +242,11 @@ static QKV_INLINE int X(decode_shares)(const int as)
 static QKV_INLINE void X(decode_value_as)(const int as, const qkv_stack *t, const char *v, ptrdiff_t v_row, int at, int n)
 {
     const ptrdiff_t ahead = X(decode_ahead)(as, t, v_row, t->dv);
-    /* Four rows only if their registers hold all columns: memory likes whole rows of V; or if they are to be widened, int4 a
-     * group at a time. */
+    /* Four rows only if their registers hold all columns: memory likes whole rows of V; or if these are far apart, where lines that
+     * come a second time are no longer in L1; or if they are to be widened, int4 a group at a time. */
     const int twos = X(decode_shares)(as);
-    const int whole = as != QKV_AS_I4 || SUMS / 4 * W >= 32, four = as == OWN ? t->dv <= SUMS / 4 * W : whole;
+    const int whole = as != QKV_AS_I4 || SUMS / 4 * W >= 32, apart = v_row >= 4 * t->dv * (ptrdiff_t)sizeof(REAL);
+    const int four = as == OWN ? apart || t->dv <= SUMS / 4 * W : whole;
     for (int some; n > 0; at += some, n -= some, v += some * v_row) {
         some = PART - at % PART < n ? PART - at % PART : n;
         int begins = at % PART == 0 || at == t->first / PAIR * PAIR, row = 0;
