@@ -135,6 +135,7 @@ alibi_slopes, sinks, softcap, scale, layout, return_lse, out, num_threads
         panel_rows=report["panel_rows"],
         vector_rows=report["vector_rows"],
         kernel_keys=report["kernel_keys"],
+        products=report["products"],
         block_keys=report["block_keys"],
         pass_keys=report["pass_keys"],
         chunk_keys=report["chunk_keys"],

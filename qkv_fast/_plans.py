@@ -18,6 +18,8 @@ class Plan(NamedTuple):
     panel_rows, vector_rows, kernel_keys : int
         Query rows computed side by side, and in one SIMD vector (for a decode kernel, which has one for each key head,
         both are `rows`); keys that the kernel holds in registers.
+    products : int
+        Products of parts of numbers, on a path with tiles, that a score and a value take for each term; else 0.
     block_keys, pass_keys, chunk_keys, chunks : int
         Keys of one kernel call; keys that stay in cache while every panel of a task sees them; keys that are summed
         from zero, and how many times that happens.
@@ -53,6 +55,7 @@ class Plan(NamedTuple):
     panel_rows: int
     vector_rows: int
     kernel_keys: int
+    products: int
     block_keys: int
     pass_keys: int
     chunk_keys: int
@@ -117,7 +120,7 @@ class Plan(NamedTuple):
     def _kernel(self) -> str:
         if self.kernel.startswith("decode"):
             return f"{self.kernel}: {_many(self.rows, 'query row')} for each key head, lanes along the head dimension"
-        held = "tiles" if "_amx" in self.kernel else "registers"
+        held = f"tiles, {self.products} products of parts for a score and a value" if self.products else "registers"
         return f"{self.kernel}: {self.panel_rows} query rows x {self.kernel_keys} keys in {held}"
 
     def _tiles(self) -> str:

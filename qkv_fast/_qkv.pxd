@@ -145,7 +145,7 @@ cdef extern from "qkv.h" nogil:
         qkv_counters counts
         int64_t isa
         int64_t pair
-        int64_t parts
+        int64_t parts, products
         int64_t decode
         int64_t panel_rows, vector_rows, kernel_keys
         int64_t rows

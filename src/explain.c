@@ -318,6 +318,7 @@ qkv_status qkv_explain(const qkv_problem *problem, qkv_report *report)
     const qkv_kernels *kernels = plan.decode ? plan.few.kernels : plan.kernels;
     report->isa = qkv_path_with(kernels, p->isa);
     report->parts = kernels->parts;
+    report->products = kernels->products;
     report->pair = plan.decode ? plan.few.kernels->pair : plan.kernels->pair;
     report->decode = plan.decode;
     report->panel_rows = plan.decode ? plan.few.rows : plan.kernels->lanes;

@@ -169,7 +169,7 @@ static void lay_out_scratch(const qkv_problem *p, qkv_plan *plan)
     TAKE(at_state, panels * plan->state_bytes);
     TAKE(at_total, plan->merges ? panels * plan->state_bytes : 0);
     int gradients = p->question == QKV_GRADIENTS;       /* dS and products beside S */
-    TAKE(at_s, (size_t)plan->block * lanes * size * (gradients ? 3 : plan->kernels->parts == 3 ? 2 : 1));
+    TAKE(at_s, (size_t)plan->block * lanes * size * (gradients ? 3 : plan->kernels->parts > 1 ? 2 : 1));
     TAKE(at_k, plan->copy_k || p->n_runs > 1 ? (size_t)(plan->pass * plan->copy_row_k) * size : 0);
     int64_t copied_v = (plan->copy_v || p->n_runs > 1) && !plan->one ? plan->pass / pair : 0;
     copied_v = p->question == QKV_INFLUENCE ? plan->range : copied_v;

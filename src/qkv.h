@@ -221,7 +221,7 @@ typedef struct {
     qkv_counters counts;              /* as the call will count, if the pool is free and all results are finite */
     int64_t isa;                      /* the path that has the kernel, where that asked for has none of its own */
     int64_t pair;                     /* elements that are multiplied at a time: 2 for pairs of bfloat16 */
-    int64_t parts;                    /* of a number that is multiplied in tiles, or 0 */
+    int64_t parts, products;          /* of a number that is multiplied in tiles, and of a score and a value; or 0 */
     int64_t decode;                   /* few rows, lanes along the head dimension: a tile is all of them and one chunk */
     int64_t panel_rows, vector_rows, kernel_keys;       /* query rows in a panel and in a vector, keys in registers */
     int64_t rows;                     /* of one key head: len_q * group */

@@ -126,7 +126,9 @@ _Static_assert(EXP2_STEPS == 1 || EXP2_STEPS == 8, "exp2_poly.h has no other pol
 #endif
 
 #if TILE_PARTS
-#define OF_REGISTERS .parts = TILE_PARTS, .aligned = STRIP, .begin = X(begin_tiles), .end = X(end_tiles), .fma = X(tile_rounds),
+#define OF_REGISTERS \
+    .parts = TILE_PARTS, .products = X(products), .aligned = STRIP, .begin = X(begin_tiles), .end = X(end_tiles), \
+    .fma = X(tile_rounds),
 #else
 #define OF_REGISTERS \
     .aligned = PAIR, .decode_keys = SUMS, \

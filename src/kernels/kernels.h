@@ -233,6 +233,7 @@ typedef struct {
     int parts;                        /* of a number that is multiplied in tiles, or 0: K and V are then what gather_terms and
                                        * gather_values make of them, with rows of `parts` * whole tiles, and nothing below is
                                        * there but what attention needs. Keys up to a multiple of `aligned` are read */
+    int products;                     /* of parts, that one of a score and one of a value take together, where there are parts */
 
     /* Around all calls of attend that a thread makes for a task, where there are parts; else NULL. */
     void (*begin)(void);

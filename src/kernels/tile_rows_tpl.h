@@ -54,7 +54,7 @@ static void X(gather_terms)(void *to, ptrdiff_t to_row, const qkv_rows *from, in
 #if TILE_PARTS == 1
                 memcpy(pair, some.at[r], sizeof pair);
 #else
-                X(split)(0, X(load)(some.at[r]), X(load)(some.at[r] + W), pair);
+                X(split)(TILE_PARTS, 0, X(load)(some.at[r]), X(load)(some.at[r] + W), pair);
 #endif
                 QKV_UNROLL
                 for (int p = 0; p < TILE_PARTS; p++)
@@ -85,7 +85,7 @@ static void X(gather_values)(void *to, ptrdiff_t to_row, const qkv_rows *from, i
 #if TILE_PARTS == 1
                 pair[0] = X(interleave)(some.at[2 * r] + e % STRIP, some.at[2 * r + 1] + e % STRIP);
 #else
-                X(split)(0, X(load)(some.at[2 * r] + e % STRIP), X(load)(some.at[2 * r + 1] + e % STRIP), pair);
+                X(split)(TILE_PARTS, 0, X(load)(some.at[2 * r] + e % STRIP), X(load)(some.at[2 * r + 1] + e % STRIP), pair);
 #endif
                 for (int p = 0; p < TILE_PARTS; p++)
                     x[p][begin / 2 + r] = pair[p];
