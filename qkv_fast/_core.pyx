@@ -579,10 +579,10 @@ def forward(Problem call not None, cnp.ndarray out not None, cnp.ndarray lse, in
 
 def product(cnp.ndarray a not None, cnp.ndarray b not None, cnp.ndarray c not None, bint transposed, bint a_heads_first,
             bint b_heads_first, bint c_heads_first, double scale, int threads, int isa, counters, cnp.ndarray added=None,
-            cnp.ndarray packed=None):
+            cnp.ndarray packed=None, bint tiles=False):
     """c = scale * a @ b, or scale * a @ b.T with `transposed`; each (..., heads, rows, dim) or, without its heads first,
     (..., rows, heads, dim). 2-D arrays have no heads. `added`, of c's last axes, goes to the sums; `packed` is b from `pack`, in whose
-    place b can be any array.
+    place b can be any array. With `tiles` the path may multiply them.
     With PLAN for counters it returns what would be done, as `forward` does: a dict of qkv_stage_report."""
     cdef qkv_product_problem p
     cdef qkv_stage_report report
@@ -618,6 +618,7 @@ def product(cnp.ndarray a not None, cnp.ndarray b not None, cnp.ndarray c not No
         fill_strides(&p.added_at, added, c_heads_first, c)
     p.packed = NULL if packed is None else cnp.PyArray_DATA(packed)
     p.scale = scale
+    p.tiles = tiles
     p.threads = threads
     p.isa = isa
     p.counters = NULL
@@ -657,6 +658,7 @@ def pack(cnp.ndarray b not None, int threads, int isa):
     fill_strides(&p.b_at, b, True, b)
     p.a_at = p.c_at = p.added_at = p.b_at
     p.scale = 1
+    p.tiles = 0
     p.threads = threads
     p.isa = isa
     p.counters = NULL
@@ -818,10 +820,10 @@ def fma_rate(bint wide, int threads, double seconds, int isa):
     return rate
 
 
-def tile_rate(int parts, int threads, double seconds, int isa):
+def tile_rate(int threads, double seconds, int isa):
     cdef double rate
     with nogil:
-        rate = qkv_tile_rate(isa, parts, threads, seconds)
+        rate = qkv_tile_rate(isa, threads, seconds)
     return rate
 
 

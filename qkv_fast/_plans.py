@@ -89,7 +89,7 @@ class Plan(NamedTuple):
         _, kind, path = self.kernel.split("_", 2)
         index = _runtime.available_isas().index(path)
         flops, bandwidth = _runtime.measured_peaks(index, kind, max(1, self.threads))
-        return self.operations / flops, self.bytes / bandwidth
+        return self.operations * max(1, self.products / 2) / flops, self.bytes / bandwidth
 
     @property
     def seconds(self) -> float:
@@ -154,6 +154,8 @@ class StagePlan(NamedTuple):
         The function.
     isa, dtype, kernel : str
         CPU path, element type of the arithmetic, and the kernel that would do it.
+    products : int
+        Products of parts of numbers, on a path with tiles, that a term takes; else 0.
     tile_rows, tile_columns : int
         Rows and columns of the result in a task, at most. The axis of a softmax is the columns, or the rows where
         columns lie side by side.
@@ -180,6 +182,7 @@ class StagePlan(NamedTuple):
     isa: str
     dtype: str
     kernel: str
+    products: int
     tile_rows: int
     tile_columns: int
     pass_terms: int
@@ -208,7 +211,7 @@ class StagePlan(NamedTuple):
             return 0.0, self.bytes / _runtime.measured_traffic(threads)
         _, kind, path = self.kernel.split("_", 2)
         flops, bandwidth = _runtime.measured_peaks(_runtime.available_isas().index(path), kind, threads)
-        return self.operations / flops, self.bytes / bandwidth
+        return self.operations * max(1, self.products) / flops, self.bytes / bandwidth
 
     @property
     def seconds(self) -> float:
@@ -242,7 +245,7 @@ class StagePlan(NamedTuple):
 
     def _kernel(self) -> str:
         if self.is_product:
-            return "columns of the result in the lanes"
+            return "columns of the result in the lanes" + f", {self.products} products of parts" * (self.products > 0)
         return "columns side by side in the lanes" if "columns" in self.kernel else "a row after the other"
 
     def _tiles(self) -> str:

@@ -177,6 +177,7 @@ cdef extern from "qkv.h" nogil:
         qkv_strides a_at, b_at, c_at, added_at
         const void *packed
         double scale
+        int tiles
         int threads, isa
         qkv_counters *counters
         int (*interrupted)(void *) noexcept nogil
@@ -242,6 +243,7 @@ cdef extern from "qkv.h" nogil:
 
     ctypedef struct qkv_stage_report:
         qkv_counters counts
+        int64_t parts, products
         int64_t across
         int64_t tile_rows, tile_columns
         int64_t pass_terms
@@ -273,7 +275,7 @@ cdef extern from "qkv.h" nogil:
     int64_t qkv_allocations()
     int qkv_exp2(int isa, qkv_type type, const void *x, void *y, int64_t n)
     double qkv_fma_rate(int isa, qkv_type type, int threads, double seconds)
-    double qkv_tile_rate(int isa, int parts, int threads, double seconds)
+    double qkv_tile_rate(int isa, int threads, double seconds)
     double qkv_pair_rate(int threads, double seconds)
     double qkv_read_rate(const void *data, size_t bytes, int threads, double seconds)
     double qkv_copy_rate(void *to, const void *data, size_t bytes, int threads, double seconds)

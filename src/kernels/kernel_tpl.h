@@ -109,8 +109,10 @@ _Static_assert(EXP2_STEPS == 1 || EXP2_STEPS == 8, "exp2_poly.h has no other pol
 #include "peak_tpl.h"
 #include "decode_tpl.h"
 #endif
-#if PAIR == 1
+#if PAIR == 1 || TILE_PARTS
 #include "product_tpl.h"
+#endif
+#if PAIR == 1
 #include "softmax_tpl.h"
 #include "rotate_tpl.h"
 #include "hadamard_tpl.h"
@@ -127,7 +129,8 @@ _Static_assert(EXP2_STEPS == 1 || EXP2_STEPS == 8, "exp2_poly.h has no other pol
 
 #if TILE_PARTS
 #define OF_REGISTERS \
-    .parts = TILE_PARTS, .products = X(products), .aligned = STRIP, .begin = X(begin_tiles), .end = X(end_tiles), \
+    .parts = TILE_PARTS, .score_products = X(score_n), .value_products = X(value_n), .aligned = STRIP, \
+    .begin = X(begin_tiles), .end = X(end_tiles), .gather_panel = X(gather_panel), .multiply = X(multiply), .fence = X(fence), \
     .fma = X(tile_rounds),
 #else
 #define OF_REGISTERS \

@@ -1,4 +1,4 @@
-/* Products of attention by a unit that multiplies tiles of bfloat16: 16 rows of A, of 16 pairs of terms each, times 16 rows of
+/* Products of attention, and those of its stages, by a unit that multiplies tiles of bfloat16: 16 rows of A, of 16 pairs of terms each, times 16 rows of
  * pairs of B, of 16 lanes each, added to 16 rows of 16 float32 sums.
  *
  * A number is the sum of TILE_PARTS parts in bfloat16: 1 where it is bfloat16; 2 for float16, which they are exactly; 3 for float32,
@@ -17,7 +17,7 @@
 enum { X(tile) = 16 };                /* rows of a tile, pairs in one of A, and lanes */
 _Static_assert(W == 16 && STRIP == 32 && LANE_VECTORS == 2, "a strip is a tile of pairs, and two by two tiles of sums");
 
-/* Pairs of parts of A and of B, one after the other. Whatever says how many there are counts these. */
+/* Pairs of parts of A and of B, one after the other. Whatever says how many there are counts these. Stages take scores'. */
 typedef struct { unsigned char a, b; } X(parts);
 #if TILE_PARTS == 1
 static const X(parts) X(score_products)[] = {{0, 0}};
@@ -30,7 +30,7 @@ static const X(parts) X(score_products)[] = {{2, 0}, {1, 0}, {1, 1}, {0, 1}, {0,
 static const X(parts) X(value_products)[] = {{2, 0}, {1, 0}, {1, 1}, {0, 1}, {0, 2}, {0, 0}};
 #endif
 enum { X(score_n) = sizeof X(score_products) / sizeof(X(parts)), X(value_n) = sizeof X(value_products) / sizeof(X(parts)) };
-enum { X(products) = X(score_n) + X(value_n), X(weight_parts) = TILE_PARTS == 2 ? 3 : TILE_PARTS };
+enum { X(weight_parts) = TILE_PARTS == 2 ? 3 : TILE_PARTS };
 
 /* Where the tiles of A or B lie: from row to row, to the tile beside it, to the next 32 terms, and to the other parts; elements. */
 typedef struct {
@@ -130,19 +130,20 @@ static QKV_INLINE VEC X(careful_row)(const int n, const X(parts) *products, cons
     return c;
 }
 
-static QKV_INLINE X(tiles) X(keys_of)(const qkv_tile *t, int i)
+/* Rows of K, n long with all their parts, and Q^T of as many. */
+static QKV_INLINE X(tiles) X(rows_of)(const REAL *at, ptrdiff_t row, int n)
 {
-    X(tiles) a = {(const REAL *)t->k + i * t->k_row, t->k_row, 16 * t->k_row, 16, {0}};
+    X(tiles) a = {at, row, 16 * row, 16, {0}};
     for (int p = 1; p < TILE_PARTS; p++)
-        a.part[p] = p * (t->d / TILE_PARTS);
+        a.part[p] = p * (n / TILE_PARTS);
     return a;
 }
 
-static QKV_INLINE X(tiles) X(queries_of)(const qkv_tile *t, int j)
+static QKV_INLINE X(tiles) X(lanes_of)(const REAL *at, int n)
 {
-    X(tiles) b = {(const REAL *)t->q + j * W, LANES, W, 16 * LANES, {0}};
+    X(tiles) b = {at, LANES, W, 16 * LANES, {0}};
     for (int p = 1; p < TILE_PARTS; p++)
-        b.part[p] = (ptrdiff_t)p * (t->d / TILE_PARTS) * LANES;
+        b.part[p] = (ptrdiff_t)p * (n / TILE_PARTS) * LANES;
     return b;
 }
 
@@ -150,16 +151,17 @@ static QKV_INLINE X(tiles) X(queries_of)(const qkv_tile *t, int j)
 static QKV_NOINLINE void X(score_keys)(int nv, const qkv_tile *t, int first, int last)
 {
     const int steps = t->d / TILE_PARTS / 16;
+    const REAL *k = t->k, *q = t->q;
     REAL *s = (REAL *)t->s + (ptrdiff_t)first * LANES;
     if (TILE_PARTS > 1 && t->careful) {
         for (int i = first; i < last; i++, s += LANES)
             for (int j = 0; j < nv; j++) {
-                X(tiles) a = X(keys_of)(t, i), b = X(queries_of)(t, j);
+                X(tiles) a = X(rows_of)(k + i * t->k_row, t->k_row, t->d), b = X(lanes_of)(q + j * W, t->d);
                 X(store)(s + j * W, X(careful_row)(X(score_n), X(score_products), &a, &b, steps, 0));
             }
         return;
     }
-    X(tiles) a = X(keys_of)(t, first), b = X(queries_of)(t, 0);
+    X(tiles) a = X(rows_of)(k + first * t->k_row, t->k_row, t->d), b = X(lanes_of)(q, t->d);
     X(multiply_some)(last - first > 16 ? 2 : 1, nv, X(score_n), X(score_products), &a, &b, steps, s);
 }
 
@@ -260,7 +262,7 @@ static void X(value_careful)(const qkv_tile *t, const REAL *alpha)
     }
 }
 
-/* All products of numbers of so many parts, in tiles that are already there: the rate of the unit. */
+/* Products of tiles that are already there: the rate of the unit, whatever their parts are. */
 static double X(tile_rounds)(int64_t rounds, double *flops)
 {
     QKV_ALIGN REAL c[X(tile)][W];
@@ -284,7 +286,7 @@ static double X(tile_rounds)(int64_t rounds, double *flops)
     }
     TILE_STORE(0, c[0], W);
     TILE_RELEASE();
-    *flops = 4.0 * 2 * 16 * 16 * 32 * (double)rounds * 2 / X(products);
+    *flops = 4.0 * 2 * 16 * 16 * 32 * (double)rounds;
     return (double)c[0][0];
 }
 

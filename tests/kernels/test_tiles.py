@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from _util import check, normal, plain, qkv
+from _util import check, normal, plain, qkv, same_bits
 
 import qkv_fast
 from qkv_fast import reference
@@ -76,14 +76,40 @@ def test_what_is_cut_off(tiled):
     np.testing.assert_allclose(np.delete(out, [2, 5], axis=1), 1, rtol=1e-6)
 
 
-def test_stages_have_no_tiles(tiled):
-    """Nor their peak: what runs is said, and what it could do."""
-    q = np.zeros((512, 64), np.float32)
-    plan = qkv_fast.explain(qkv_fast.scores, q, q, num_threads=1)
+def test_stages(tiled):
+    """Products of many rows are of tiles; few rows, softmax and projections are the next path's, peak and all."""
+    for name, kind, products in (("bfloat16", "bf16", 1), ("float16", "f16", 4), ("float32", "f32", 6)):
+        q, k = np.zeros((2, 100, 64), np.float32).astype(_type(name))
+        for function in qkv_fast.scores, qkv_fast.weighted_values:
+            plan = qkv_fast.explain(function, q, k if function is qkv_fast.scores else k[:64, :32])
+            assert (plan.kernel, plan.products) == (f"multiply_{kind}_{tiled}", products)
+            assert f"{products} products" in repr(plan)
+    plan = qkv_fast.explain(qkv_fast.scores, q[:64], q, num_threads=1)
     name = next(name for name in qkv_fast.available_isas()[::-1] if plan.kernel.endswith(name))
-    with force_isa(name):
-        assert plan.kernel == qkv_fast.explain(qkv_fast.scores, q, q, num_threads=1).kernel
-        assert plan.limits == qkv_fast.explain(qkv_fast.scores, q, q, num_threads=1).limits
+    same_bits(qkv_fast.linear(q, k), qkv_fast.Linear(k)(q))
+    for few in (qkv_fast.scores, q[:64], q), (qkv_fast.softmax, q):
+        plan = qkv_fast.explain(*few, num_threads=1)
+        with force_isa(name):
+            same = qkv_fast.explain(*few, num_threads=1)
+            assert (plan.kernel, plan.limits) == (same.kernel, same.limits)
+
+
+def test_stages_with_infinities(tiled):
+    """What is not finite reaches the rows and columns that meet it, and no others change."""
+    rng = np.random.default_rng(2)
+    q, k = normal(rng, (100, 300)), normal(rng, (90, 300))
+    v = np.ascontiguousarray(k.T)
+    clean = qkv_fast.scores(q, k), qkv_fast.weighted_values(q, v)
+    q[3, 7], q[40, 299], k[11, 30] = np.inf, np.nan, -np.inf
+    k[12, 31] = np.array(0x7F800001, np.uint32).view(np.float32)  # NaN whose last bits are cut off would be infinity
+    with np.errstate(invalid="ignore"):
+        got = qkv_fast.scores(q, k), qkv_fast.weighted_values(q, np.ascontiguousarray(k.T))
+        expected = reference.scores(q, k), reference.weighted_values(q, k.T)
+    rest = np.ix_(*(np.delete(np.arange(n), [3, 40, 11, 12][i : i + 2]) for n, i in ((100, 0), (90, 2))))
+    for x, y, z in zip(got, expected, clean, strict=True):
+        np.testing.assert_array_equal(np.isfinite(x), np.isfinite(y))
+        np.testing.assert_array_equal(x[~np.isfinite(x)], y[~np.isfinite(y)].astype(np.float32))
+        same_bits(x[rest], z[rest])
 
 
 def _cancelling(rng):
@@ -101,6 +127,6 @@ def _cancelling(rng):
 
 
 def test_float16_whose_values_cancel(tiled, request):
-    """The rule of float32 and one rounding, with nothing for parts: of weights in two parts, a quarter of these failed."""
+    """The rule of float32 and one rounding, with nothing for parts: a quarter failed when weights were two."""
     for seed in range(2000 if request.config.option.full else 60):
         check(*_cancelling(np.random.default_rng(seed)))
