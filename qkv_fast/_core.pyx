@@ -8,6 +8,7 @@ cimport numpy as cnp
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid, PyCapsule_New
 from cpython.ref cimport Py_DECREF, Py_INCREF
+from libc.errno cimport ENOSPC
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from ._qkv cimport *
@@ -818,6 +819,21 @@ def fma_rate(bint wide, int threads, double seconds, int isa):
     with nogil:
         rate = qkv_fma_rate(isa, QKV_F64 if wide else QKV_F32, threads, seconds)
     return rate
+
+
+def tiles_refusal():
+    """Why the system refuses tiles: an error number, or -1; 0 if it permits them, and None if nobody asked yet."""
+    cdef int known, found = qkv_tiles_refusal(&known)
+    return found if known else None
+
+
+cdef int no_room() noexcept nogil:
+    return ENOSPC
+
+
+def refuse_tiles():
+    """What a system does one of whose threads has a small alternate signal stack, to all paths with tiles: for tests."""
+    qkv_ask_instead(&no_room)
 
 
 def tile_rate(int threads, double seconds, int isa):

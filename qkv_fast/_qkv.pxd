@@ -263,6 +263,7 @@ cdef extern from "qkv.h" nogil:
     const char *qkv_feature_name(int bit)
     uint32_t qkv_features()
     const char *qkv_compiler()
+    int qkv_tiles_refusal(int *known)
 
     void qkv_set_allocator(void *(*allocate)(size_t, void *) noexcept nogil,
                            void (*release)(void *, void *) noexcept nogil, void *arg)
@@ -271,6 +272,7 @@ cdef extern from "qkv.h" nogil:
     int qkv_pool_threads()
     void qkv_pool_stop()
 
+    void qkv_ask_instead(int (*ask)() noexcept nogil)
     void qkv_fail_allocation(int64_t k)
     int64_t qkv_allocations()
     int qkv_exp2(int isa, qkv_type type, const void *x, void *y, int64_t n)

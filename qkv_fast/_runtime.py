@@ -344,6 +344,11 @@ def counters() -> Iterator[dict[str, int]]:
     result.update(zip(_core.COUNTERS, counts.tolist(), strict=True))
 
 
+def refuse_tiles() -> None:
+    """From now on, paths with tiles are refused them, as by a system with a thread whose signal stack is small."""
+    _core.refuse_tiles()
+
+
 def peak_flops(dtype: Any = "float32", threads: int = 1, seconds: float = 0.1) -> float:
     """Floating-point operations per second of multiply-adds that stay in registers, on the current CPU path.
 

@@ -416,6 +416,7 @@ uint32_t qkv_built_needs(int path);
 const char *qkv_feature_name(int bit);
 uint32_t qkv_features(void);          /* those that the CPU has and the system lets us use */
 const char *qkv_compiler(void);       /* what this was built with */
+int qkv_tiles_refusal(int *known);    /* 0 if the system permits tiles, else its error number, or -1; *known is 0 if nobody asked yet */
 
 /* Memory. Every allocation of the core goes through one hook, which may only be changed while no call runs. */
 void qkv_set_allocator(void *(*allocate)(size_t bytes, void *arg), void (*release)(void *block, void *arg), void *arg);
@@ -426,6 +427,7 @@ int qkv_pool_threads(void);           /* live workers in this process, the calle
 void qkv_pool_stop(void);             /* join the workers unless the pool is busy; a later call starts new ones */
 
 /* For tests and benchmarks. */
+void qkv_ask_instead(int (*ask)(void));               /* of the system, whether tiles are permitted: 0, or why not; while no call runs */
 void qkv_fail_allocation(int64_t k);  /* the k-th allocation from now fails (0 is the next one); -1: none does */
 int64_t qkv_allocations(void);        /* allocations since qkv_fail_allocation was last called */
 int qkv_exp2(int isa, qkv_type type, const void *x, void *y, int64_t n);
