@@ -96,12 +96,11 @@ def attention(
     bias, exclusion, sink and softmax, in this order.
 
     Products are accumulated in q's type, those of 16-bit types in float32, and results are rounded once, to nearest
-    even. Where the CPU multiplies pairs of bfloat16 (paths avx512bf16 and neonbf16), weights are rounded to
-    bfloat16 too (and on a path with tiles, amx, those of float16 to two numbers of bfloat16). Products may take
-    subnormal numbers as 0 and give 0 for them, but for float16. An excluded key has no influence on the result,
-    even if it or its value is NaN; NaN and infinity in visible keys do what IEEE arithmetic makes them do. A score
-    of -inf excludes its key. The division by the sum of weights comes last, so visible keys times max|v| must fit
-    the type.
+    even. Where the CPU multiplies pairs of bfloat16 (paths avx512bf16, neonbf16 and amx), weights are rounded to
+    bfloat16 too. Products may take subnormal numbers as 0 and give 0 for them, but for float16. An excluded key has
+    no influence on the result, even if it or its value is NaN; NaN and infinity in visible keys do what IEEE
+    arithmetic makes them do. A score of -inf excludes its key. The division by the sum of weights comes last, so
+    visible keys times max|v| must fit the type.
 
     The online softmax is from M. Milakov and N. Gimelshein, "Online normalizer calculation for softmax", 2018; the
     tiling and the log-sum-exp follow T. Dao et al., "FlashAttention", 2022, section 3.1. ALiBi is from O. Press et al.,

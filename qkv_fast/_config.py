@@ -1,5 +1,6 @@
 """show_config(): what was built, what the machine has, and what calls will use. A bug report begins with it."""
 
+import errno
 import os
 import platform
 import sys
@@ -27,8 +28,8 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
         - ``versions`` of qkv_fast, Python and NumPy, and the system;
         - ``build``: the compiler, and the CPU paths built with the features that each needs;
         - ``cpu``: its name, which features it has, and its caches;
-        - ``path``: the CPU paths that run here, best first, the one in use, what chose it, and why each of the others
-          that were built is not used;
+        - ``path``: the CPU paths that run here, best first, the one in use, what chose it, what the system says to
+          tiles (None where no path has to ask), and why each of the others that were built is not used;
         - ``threads``: how many calls use here, where that number comes from, the CPUs that the process may run on, the
           control group's quota (None for none), the live workers of the pool, and variables that say no count;
         - ``environment``: the variables that matter.
@@ -82,6 +83,7 @@ def _config() -> dict[str, Any]:
             "available": _runtime.available_isas(),
             "in use": _runtime.isa(),
             "from": _runtime.isa_source(),
+            "tiles": _tiles(build["paths"]),
             "not used": _not_used(build["paths"], build["features"]),
         },
         "threads": threads,
@@ -91,6 +93,20 @@ def _config() -> dict[str, Any]:
             if name in os.environ
         },
     }
+
+
+def _tiles(paths: dict[str, tuple[str, ...]]) -> str | None:
+    """What the system says to tiles, where a path that runs here has to ask for them."""
+    refusal, paths_here = _core.tiles_refusal(), _runtime.available_isas()
+    if refusal == 0:
+        return "permitted"
+    if refusal is not None:
+        why = os.strerror(refusal) if refusal > 0 else "no reason is known"
+        if refusal == errno.ENOSPC:
+            why = "a thread has an alternate signal stack under 12 KB"
+        return f"refused by the system: {why}; the path behind is used instead"
+    asks = any(need.startswith("amx") for path in paths_here for need in paths[path])
+    return "permission is asked for by the first call that uses them" if asks else None
 
 
 def _not_used(paths: dict[str, tuple[str, ...]], features: dict[str, bool]) -> dict[str, str]:

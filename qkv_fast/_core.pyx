@@ -8,6 +8,7 @@ cimport numpy as cnp
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid, PyCapsule_New
 from cpython.ref cimport Py_DECREF, Py_INCREF
+from libc.errno cimport ENOSPC
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from ._qkv cimport *
@@ -579,10 +580,10 @@ def forward(Problem call not None, cnp.ndarray out not None, cnp.ndarray lse, in
 
 def product(cnp.ndarray a not None, cnp.ndarray b not None, cnp.ndarray c not None, bint transposed, bint a_heads_first,
             bint b_heads_first, bint c_heads_first, double scale, int threads, int isa, counters, cnp.ndarray added=None,
-            cnp.ndarray packed=None):
+            cnp.ndarray packed=None, bint tiles=False):
     """c = scale * a @ b, or scale * a @ b.T with `transposed`; each (..., heads, rows, dim) or, without its heads first,
     (..., rows, heads, dim). 2-D arrays have no heads. `added`, of c's last axes, goes to the sums; `packed` is b from `pack`, in whose
-    place b can be any array.
+    place b can be any array. With `tiles` the path may multiply them.
     With PLAN for counters it returns what would be done, as `forward` does: a dict of qkv_stage_report."""
     cdef qkv_product_problem p
     cdef qkv_stage_report report
@@ -618,6 +619,7 @@ def product(cnp.ndarray a not None, cnp.ndarray b not None, cnp.ndarray c not No
         fill_strides(&p.added_at, added, c_heads_first, c)
     p.packed = NULL if packed is None else cnp.PyArray_DATA(packed)
     p.scale = scale
+    p.tiles = tiles
     p.threads = threads
     p.isa = isa
     p.counters = NULL
@@ -657,6 +659,7 @@ def pack(cnp.ndarray b not None, int threads, int isa):
     fill_strides(&p.b_at, b, True, b)
     p.a_at = p.c_at = p.added_at = p.b_at
     p.scale = 1
+    p.tiles = 0
     p.threads = threads
     p.isa = isa
     p.counters = NULL
@@ -818,10 +821,25 @@ def fma_rate(bint wide, int threads, double seconds, int isa):
     return rate
 
 
-def tile_rate(int parts, int threads, double seconds, int isa):
+def tiles_refusal():
+    """Why the system refuses tiles: an error number, or -1; 0 if it permits them, and None if nobody asked yet."""
+    cdef int known, found = qkv_tiles_refusal(&known)
+    return found if known else None
+
+
+cdef int no_room() noexcept nogil:
+    return ENOSPC
+
+
+def refuse_tiles():
+    """What a system does one of whose threads has a small alternate signal stack, to all paths with tiles: for tests."""
+    qkv_ask_instead(&no_room)
+
+
+def tile_rate(int threads, double seconds, int isa):
     cdef double rate
     with nogil:
-        rate = qkv_tile_rate(isa, parts, threads, seconds)
+        rate = qkv_tile_rate(isa, threads, seconds)
     return rate
 
 

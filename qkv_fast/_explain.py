@@ -124,7 +124,7 @@ alibi_slopes, sinks, softcap, scale, layout, return_lse, out, num_threads
     kernel = "decode" if report["decode"] else "attend"
     kind = "f64" if dtype == "float64" else "bf16" if report["pair"] == 2 else "f32"
     if report["parts"]:
-        kind = ("bf16", "f16", "f32")[report["parts"] - 1]
+        kind = _KINDS[report["parts"] - 1]
     kernel += f"_{kind}_{_runtime.available_isas()[report['isa']]}"
     stored = {} if p.extras is None else {"k": p.extras.k_stored, "v": p.extras.v_stored}
     return Plan(
@@ -135,6 +135,7 @@ alibi_slopes, sinks, softcap, scale, layout, return_lse, out, num_threads
         panel_rows=report["panel_rows"],
         vector_rows=report["vector_rows"],
         kernel_keys=report["kernel_keys"],
+        products=report["products"],
         block_keys=report["block_keys"],
         pass_keys=report["pass_keys"],
         chunk_keys=report["chunk_keys"],
@@ -171,14 +172,17 @@ def _of_stage(planned: PlannedStage, given: dict[str, Any], source: str) -> "Sta
     counts = report["counts"]
     a = next(iter(arrays.values()))
     isa, dtype = _runtime.available_isas()[planned.isa], "float64" if a.dtype.itemsize == 8 else "float32"
-    kind = "multiply"
+    kernel, kind, path = "multiply", "f64" if dtype == "float64" else "f32", _runtime.path_of_stages(isa)
+    if parts := report["parts"]:
+        kind, path = _KINDS[parts - 1], isa
     if planned.stage.startswith("softmax"):
-        kind = f"{planned.stage}_{'columns' if report['across'] else 'rows'}"
+        kernel = f"{planned.stage}_{'columns' if report['across'] else 'rows'}"
     return StagePlan(
         stage=planned.stage,
         isa=isa,
         dtype=dtype,
-        kernel=f"{kind}_{'f64' if dtype == 'float64' else 'f32'}_{_runtime.path_of_stages(isa)}",
+        kernel=f"{kernel}_{kind}_{path}",
+        products=report["products"],
         tile_rows=report["tile_rows"],
         tile_columns=report["tile_columns"],
         pass_terms=report["pass_terms"],
@@ -234,6 +238,8 @@ def _readings(p: Problem) -> list[str]:
             readings.append(f"{name} {x.shape}: ({', '.join(axes)}{',' * (x.ndim == 1)}), the same for all sequences")
     return readings
 
+
+_KINDS = ("bf16", "f16", "f32")  # of one to three parts
 
 _COPIED = {
     "q": "copied a row at a time",

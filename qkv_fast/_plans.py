@@ -18,6 +18,8 @@ class Plan(NamedTuple):
     panel_rows, vector_rows, kernel_keys : int
         Query rows computed side by side, and in one SIMD vector (for a decode kernel, which has one for each key head,
         both are `rows`); keys that the kernel holds in registers.
+    products : int
+        Products of parts of numbers, on a path with tiles, that a score and a value take for each term; else 0.
     block_keys, pass_keys, chunk_keys, chunks : int
         Keys of one kernel call; keys that stay in cache while every panel of a task sees them; keys that are summed
         from zero, and how many times that happens.
@@ -53,6 +55,7 @@ class Plan(NamedTuple):
     panel_rows: int
     vector_rows: int
     kernel_keys: int
+    products: int
     block_keys: int
     pass_keys: int
     chunk_keys: int
@@ -86,7 +89,7 @@ class Plan(NamedTuple):
         _, kind, path = self.kernel.split("_", 2)
         index = _runtime.available_isas().index(path)
         flops, bandwidth = _runtime.measured_peaks(index, kind, max(1, self.threads))
-        return self.operations / flops, self.bytes / bandwidth
+        return self.operations * max(1, self.products / 2) / flops, self.bytes / bandwidth
 
     @property
     def seconds(self) -> float:
@@ -117,7 +120,7 @@ class Plan(NamedTuple):
     def _kernel(self) -> str:
         if self.kernel.startswith("decode"):
             return f"{self.kernel}: {_many(self.rows, 'query row')} for each key head, lanes along the head dimension"
-        held = "tiles" if "_amx" in self.kernel else "registers"
+        held = f"tiles, {self.products} products of parts for a score and a value" if self.products else "registers"
         return f"{self.kernel}: {self.panel_rows} query rows x {self.kernel_keys} keys in {held}"
 
     def _tiles(self) -> str:
@@ -151,6 +154,8 @@ class StagePlan(NamedTuple):
         The function.
     isa, dtype, kernel : str
         CPU path, element type of the arithmetic, and the kernel that would do it.
+    products : int
+        Products of parts of numbers, on a path with tiles, that a term takes; else 0.
     tile_rows, tile_columns : int
         Rows and columns of the result in a task, at most. The axis of a softmax is the columns, or the rows where
         columns lie side by side.
@@ -177,6 +182,7 @@ class StagePlan(NamedTuple):
     isa: str
     dtype: str
     kernel: str
+    products: int
     tile_rows: int
     tile_columns: int
     pass_terms: int
@@ -205,7 +211,7 @@ class StagePlan(NamedTuple):
             return 0.0, self.bytes / _runtime.measured_traffic(threads)
         _, kind, path = self.kernel.split("_", 2)
         flops, bandwidth = _runtime.measured_peaks(_runtime.available_isas().index(path), kind, threads)
-        return self.operations / flops, self.bytes / bandwidth
+        return self.operations * max(1, self.products) / flops, self.bytes / bandwidth
 
     @property
     def seconds(self) -> float:
@@ -239,7 +245,7 @@ class StagePlan(NamedTuple):
 
     def _kernel(self) -> str:
         if self.is_product:
-            return "columns of the result in the lanes"
+            return "columns of the result in the lanes" + f", {self.products} products of parts" * (self.products > 0)
         return "columns side by side in the lanes" if "columns" in self.kernel else "a row after the other"
 
     def _tiles(self) -> str:

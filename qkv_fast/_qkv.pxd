@@ -145,7 +145,7 @@ cdef extern from "qkv.h" nogil:
         qkv_counters counts
         int64_t isa
         int64_t pair
-        int64_t parts
+        int64_t parts, products
         int64_t decode
         int64_t panel_rows, vector_rows, kernel_keys
         int64_t rows
@@ -177,6 +177,7 @@ cdef extern from "qkv.h" nogil:
         qkv_strides a_at, b_at, c_at, added_at
         const void *packed
         double scale
+        int tiles
         int threads, isa
         qkv_counters *counters
         int (*interrupted)(void *) noexcept nogil
@@ -242,6 +243,7 @@ cdef extern from "qkv.h" nogil:
 
     ctypedef struct qkv_stage_report:
         qkv_counters counts
+        int64_t parts, products
         int64_t across
         int64_t tile_rows, tile_columns
         int64_t pass_terms
@@ -261,6 +263,7 @@ cdef extern from "qkv.h" nogil:
     const char *qkv_feature_name(int bit)
     uint32_t qkv_features()
     const char *qkv_compiler()
+    int qkv_tiles_refusal(int *known)
 
     void qkv_set_allocator(void *(*allocate)(size_t, void *) noexcept nogil,
                            void (*release)(void *, void *) noexcept nogil, void *arg)
@@ -269,11 +272,12 @@ cdef extern from "qkv.h" nogil:
     int qkv_pool_threads()
     void qkv_pool_stop()
 
+    void qkv_ask_instead(int (*ask)() noexcept nogil)
     void qkv_fail_allocation(int64_t k)
     int64_t qkv_allocations()
     int qkv_exp2(int isa, qkv_type type, const void *x, void *y, int64_t n)
     double qkv_fma_rate(int isa, qkv_type type, int threads, double seconds)
-    double qkv_tile_rate(int isa, int parts, int threads, double seconds)
+    double qkv_tile_rate(int isa, int threads, double seconds)
     double qkv_pair_rate(int threads, double seconds)
     double qkv_read_rate(const void *data, size_t bytes, int threads, double seconds)
     double qkv_copy_rate(void *to, const void *data, size_t bytes, int threads, double seconds)

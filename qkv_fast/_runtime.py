@@ -310,9 +310,9 @@ def planning() -> contextlib.AbstractContextManager[None]:
 
 @functools.lru_cache
 def measured_peaks(isa: int, kind: str, threads: int) -> tuple[float, float]:
-    """Floating-point operations and bytes per second that this machine reaches; measured once, in about 0.3 s."""
-    parts = ("bf16", "f16", "f32", "f64").index(kind) + 1
-    flops = _core.tile_rate(parts, threads, 0.03, isa) if parts < 4 else 0  # a kernel of a path with tiles is one
+    """Floating-point operations (in tiles, of parts) and bytes per second that this machine reaches; measured once, in
+    about 0.3 s."""
+    flops = 0 if kind == "f64" else _core.tile_rate(threads, 0.03, isa)  # a kernel of a path with tiles is one
     if not flops:
         flops = _core.pair_rate(threads, 0.03) if kind == "bf16" else _core.fma_rate(kind == "f64", threads, 0.03, isa)
     return flops, _core.read_rate(np.ones(1 << 25), threads, 0.1)
@@ -342,6 +342,11 @@ def counters() -> Iterator[dict[str, int]]:
     with _setting(counters=counts):
         yield result
     result.update(zip(_core.COUNTERS, counts.tolist(), strict=True))
+
+
+def refuse_tiles() -> None:
+    """From now on, paths with tiles are refused them, as by a system with a thread whose signal stack is small."""
+    _core.refuse_tiles()
 
 
 def peak_flops(dtype: Any = "float32", threads: int = 1, seconds: float = 0.1) -> float:

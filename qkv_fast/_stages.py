@@ -85,7 +85,8 @@ def scores(
     Notes
     -----
     This is the matrix in the definition of attention by A. Vaswani et al., "Attention Is All You Need", 2017, section
-    3.2.1. The bits of a score depend on its query, its key and the CPU path alone.
+    3.2.1. The bits of a score depend on its query, its key and the CPU path alone; on a path with tiles (amx) also on
+    whether there are more than 64 queries, whose products are made of tiles.
 
     Examples
     --------
@@ -436,7 +437,7 @@ def _product(
         rest /= abs(scale)
         if target.itemsize == 2:  # which are rounded once
             target = _core.empty(where, shape, _FLOAT32)
-    report = _core.product(a, b, target, where == "scores", *heads_first, scale, threads, isa, counters)
+    report = _core.product(a, b, target, where == "scores", *heads_first, scale, threads, isa, counters, tiles=True)
     if report is not None:
         arrays = {names[0]: a, names[1]: b, "out": target}
         return PlannedStage(where, threads, isa, report, arrays, out, rest != 1)  # type: ignore[return-value]

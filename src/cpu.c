@@ -6,6 +6,7 @@
 #define _GNU_SOURCE                   /* syscall */
 #include "cpu.h"
 
+#include <limits.h>
 #include <stdatomic.h>
 
 #include "qkv.h"
@@ -139,31 +140,47 @@ uint32_t qkv_features(void)
 }
 
 #if defined(__linux__) && defined(__x86_64__)
+#include <errno.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 /* For all threads, those that exist too. It is refused while one of them has an alternate signal stack that tiles do not fit. */
-static int asks_for_tiles(void)
+static int ask_system(void)
 {
     enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
-    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0 ? 0 : errno;
 }
 #else
-static int asks_for_tiles(void) { return 0; }
+static int ask_system(void) { return -1; }             /* no system that says why */
 #endif
+
+enum { UNASKED = INT_MIN };
+static _Atomic int refusal = UNASKED;                  /* asked once: bits must not change in a process */
+static int (*ask_instead)(void);
+
+void qkv_ask_instead(int (*ask)(void))
+{
+    ask_instead = ask;
+    atomic_store(&refusal, UNASKED);
+}
+
+int qkv_tiles_refusal(int *known)
+{
+    int found = atomic_load(&refusal);
+    *known = found != UNASKED;
+    return *known ? found : 0;
+}
 
 int qkv_may_use_tiles(const qkv_isa *isa)
 {
-    /* Asked once: bits must not change in a process. Threads that ask at the same time get the same answer. */
-    static _Atomic int answer;
-    enum { UNKNOWN, GIVEN, REFUSED };
-    if (!isa->tiles[0] || !(isa->needs & QKV_CPU_AMX))
+    if (!isa->tiles[0] || !(ask_instead || isa->needs & QKV_CPU_AMX))
         return isa->tiles[0] != NULL;
-    int known = atomic_load(&answer);
-    if (known == UNKNOWN) {
-        int unknown = UNKNOWN, found = asks_for_tiles() ? GIVEN : REFUSED;
-        known = atomic_compare_exchange_strong(&answer, &unknown, found) ? found : unknown;
+    int known = atomic_load(&refusal);
+    if (known == UNASKED) {
+        int found = ask_instead ? ask_instead() : ask_system();
+        /* Threads that ask at the same time have the answer of one of them. */
+        known = atomic_compare_exchange_strong(&refusal, &known, found) ? found : known;
     }
-    return known == GIVEN;
+    return known == 0;
 }
 
 const qkv_isa *qkv_isa_at(int index)

@@ -318,6 +318,7 @@ qkv_status qkv_explain(const qkv_problem *problem, qkv_report *report)
     const qkv_kernels *kernels = plan.decode ? plan.few.kernels : plan.kernels;
     report->isa = qkv_path_with(kernels, p->isa);
     report->parts = kernels->parts;
+    report->products = kernels->score_products + kernels->value_products;
     report->pair = plan.decode ? plan.few.kernels->pair : plan.kernels->pair;
     report->decode = plan.decode;
     report->panel_rows = plan.decode ? plan.few.rows : plan.kernels->lanes;
@@ -387,6 +388,8 @@ qkv_status qkv_explain_product(const qkv_product_problem *p, qkv_stage_report *r
     if (status != QKV_OK || plan.tasks == 0)
         return status;
     int turned = plan.problem != p;
+    report->parts = plan.kernels->parts;
+    report->products = plan.kernels->score_products;
     int64_t passes = qkv_max(1, blocks_up_to(p->terms, plan.pass));
     if (plan.copy_b)
         report->counts.tiles_copied += plan.tasks * passes;
@@ -398,8 +401,8 @@ qkv_status qkv_explain_product(const qkv_product_problem *p, qkv_stage_report *r
     report->tile_columns = turned ? plan.tile_rows : plan.tile_columns;
     report->pass_terms = plan.pass;
     report->stream = plan.stream;
-    report->obstacles_a = turned ? plan.copy_b : plan.copy_a;
-    report->obstacles_b = turned ? plan.copy_a : plan.copy_b;
+    report->obstacles_a = (turned ? plan.copy_b : plan.copy_a) & ~QKV_UNTILED;
+    report->obstacles_b = (turned ? plan.copy_a : plan.copy_b) & ~QKV_UNTILED;
     report->obstacles_c = plan.copy_c;
     report->scratch_bytes = all_scratch(plan.threads, plan.scratch_bytes);
 

@@ -94,12 +94,12 @@ double qkv_fma_rate(int isa, qkv_type type, int threads, double seconds)
     return path ? measure(measure_fma, (measurement){.fma = qkv_kernels_at(isa, type)->fma, .seconds = seconds}, threads) : 0;
 }
 
-double qkv_tile_rate(int isa, int parts, int threads, double seconds)
+double qkv_tile_rate(int isa, int threads, double seconds)
 {
     const qkv_isa *path = qkv_isa_at(isa);
     if (!path || !qkv_may_use_tiles(path))
         return 0;
-    return measure(measure_fma, (measurement){.fma = path->tiles[parts - 1]->fma, .seconds = seconds}, threads);
+    return measure(measure_fma, (measurement){.fma = path->tiles[0]->fma, .seconds = seconds}, threads);
 }
 
 double qkv_pair_rate(int threads, double seconds)

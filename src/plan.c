@@ -170,7 +170,7 @@ static void lay_out_scratch(const qkv_problem *p, qkv_plan *plan)
     TAKE(at_state, panels * plan->state_bytes);
     TAKE(at_total, plan->merges ? panels * plan->state_bytes : 0);
     int gradients = p->question == QKV_GRADIENTS;       /* dS and products beside S */
-    TAKE(at_s, (size_t)plan->block * lanes * size * (gradients ? 3 : plan->kernels->parts == 3 ? 2 : 1));
+    TAKE(at_s, (size_t)plan->block * lanes * size * (gradients ? 3 : plan->kernels->parts > 1 ? 2 : 1));
     TAKE(at_k, plan->copy_k || p->n_runs > 1 ? (size_t)(plan->pass * plan->copy_row_k) * size : 0);
     int64_t copied_v = (plan->copy_v || p->n_runs > 1) && !plan->one ? plan->pass / pair : 0;
     copied_v = p->question == QKV_INFLUENCE ? plan->range : copied_v;
@@ -235,18 +235,11 @@ static int multiplies_pairs(const qkv_problem *p, const qkv_plan *plan)
     return !p->question && !p->answer && qkv_isa_at(p->isa)->pairs && halves && fabs(plan->q_factor) == 1;
 }
 
-/* The table of tiles, or NULL. Parts of numbers hold them exactly, but for what is below the smallest normal one. Few rows and
- * questions have no tiles. */
+/* The table of tiles, or NULL. Few rows and questions have no tiles. */
 static const qkv_kernels *tiles_for(const qkv_problem *p, const qkv_plan *plan)
 {
     const qkv_type types[] = {p->type, p->k_type, p->v_type};
-    const qkv_isa *isa = qkv_isa_at(p->isa);
-    int parts = 1;
-    for (int i = 0; i < 3; i++)
-        parts = types[i] == QKV_BF16 ? parts : types[i] == QKV_F16 ? (int)qkv_max(parts, 2) : 3;
-    if (p->question || p->answer || p->type == QKV_F64 || fabs(plan->q_factor) != 1 || !qkv_may_use_tiles(isa))
-        return NULL;
-    return isa->tiles[parts - 1];
+    return p->question || p->answer ? NULL : tiles_of(p->isa, types, 3, plan->q_factor);
 }
 
 /* Rows of lanes and of copies, which tiles have otherwise than the table of the arithmetic. */

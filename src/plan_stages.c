@@ -90,8 +90,13 @@ qkv_status qkv_plan_product(const qkv_product_problem *p, qkv_product_plan *plan
         turn(p, &plan->turned);
         plan->problem = p = &plan->turned;
     }
-    plan->kernels = kernels_of(p->isa, p->type);
-    const qkv_kernels *kernels = plan->kernels;
+    plan->factor = p->scale;
+    plan->b_factor = 1;
+    if (p->transposed)
+        split_scale(p->scale, p->type == QKV_F64, &plan->b_factor, &plan->factor);
+    const qkv_type types[] = {p->type, p->b_type};
+    const qkv_kernels *tiled = p->tiles && p->rows > FEW_ROWS ? tiles_of(p->isa, types, 2, plan->b_factor) : NULL;
+    const qkv_kernels *kernels = plan->kernels = tiled ? tiled : kernels_of(p->isa, p->type);
     int64_t lanes = kernels->lanes, size = kernels->size, rows, heads, base;
     for (int i = 0; i < p->n_axes; i++)
         if (!multiply(plan->sequences, p->axes[i], &plan->sequences))
@@ -101,13 +106,9 @@ qkv_status qkv_plan_product(const qkv_product_problem *p, qkv_product_plan *plan
         return QKV_OVERFLOW;
     if (heads == 0 || rows == 0 || p->columns == 0)
         return QKV_OK;
-    plan->factor = p->scale;
-    plan->b_factor = 1;
-    if (p->transposed)
-        split_scale(p->scale, p->type == QKV_F64, &plan->b_factor, &plan->factor);
     qkv_type arithmetic = qkv_arithmetic(p->type);
-    plan->copy_a = widened(p->type, arithmetic) | obstacles(p->a, p->n_axes, &p->a_at, p->swapped_a, qkv_size(p->type));
-    plan->copy_b = p->packed ? 0 : widened(p->b_type, arithmetic)
+    plan->copy_a = (tiled ? QKV_UNTILED : widened(p->type, arithmetic)) | obstacles(p->a, p->n_axes, &p->a_at, p->swapped_a, qkv_size(p->type));
+    plan->copy_b = p->packed ? 0 : (tiled ? QKV_UNTILED : widened(p->b_type, arithmetic))
         | obstacles(p->b, p->n_axes, &p->b_at, p->swapped_b, qkv_size(p->b_type));
     plan->copy_c = widened(p->c_type, arithmetic)
         | obstacles(p->c, p->n_axes, &p->c_at, p->swapped_c, qkv_size(p->c_type));
@@ -121,7 +122,7 @@ qkv_status qkv_plan_product(const qkv_product_problem *p, qkv_product_plan *plan
     double bytes = (double)plan->sequences * (double)p->heads * (double)p->rows * (double)p->columns * (double)size;
     plan->stream = !plan->copy_c && !plan->turned_columns && !p->added && !p->packed
         && at_vectors % vector == 0 && p->terms <= QKV_TERMS && bytes >= STREAM_C_BYTES;
-    int64_t panels_of_task = B_BYTES / (plan->pass * lanes * size);
+    int64_t panels_of_task = B_BYTES / (qkv_panel_rows(plan, plan->pass) * lanes * size);
     if (plan->copy_a && p->a && !p->packed)             /* panels of packed B are those of any A, of which there is none yet */
         panels_of_task = qkv_max(panels_of_task, COPIED_COLUMNS / lanes);
     if (plan->turned_columns) {       /* long tasks, since what is fetched ahead is the next column's */
@@ -152,14 +153,15 @@ qkv_status qkv_plan_product(const qkv_product_problem *p, qkv_product_plan *plan
     double flops = row_flops * (double)qkv_max(rows, flops_rows) * (double)base;
     plan->threads = flops < SERIAL_FLOPS ? 1 : (int)qkv_min(p->threads, qkv_max(1, plan->tasks));
 
-    size_t at = 0, panels = (size_t)(plan->tile_columns / lanes), pass = (size_t)plan->pass;
-    plan->copy_row_a = plan->copy_row_b = plan->pass + COPY_PAD;
+    size_t at = 0, panels = (size_t)(plan->tile_columns / lanes), pass = (size_t)qkv_panel_rows(plan, plan->pass);
+    plan->copy_row = plan->pass + COPY_PAD;
+    int64_t copy_row = qkv_copy_row(plan, plan->pass);
 #define TAKE(field, bytes) (plan->field = at, at += align(bytes))
     panels += plan->stream;           /* a narrow one before the first that is aligned */
     TAKE(at_b, p->packed || plan->turned_columns ? 0 : panels * pass * (size_t)(lanes * size));
     TAKE(at_rows, (size_t)lanes * sizeof(void *));
-    TAKE(at_columns, p->transposed && plan->copy_b ? (size_t)(lanes * plan->copy_row_b * size) : 0);
-    TAKE(at_a, plan->copy_a ? (size_t)(plan->group_rows * plan->copy_row_a * size) : 0);
+    TAKE(at_columns, p->transposed && plan->copy_b ? (size_t)(lanes * copy_row * size) : 0);
+    TAKE(at_a, plan->copy_a ? (size_t)(plan->group_rows * copy_row * size) : 0);
     TAKE(at_c, plan->copy_c ? (size_t)(plan->copy_rows * plan->tile_columns * size) : 0);
 #undef TAKE
     plan->scratch_bytes = at;

@@ -25,11 +25,22 @@ typedef struct {
     int64_t tasks;
     int threads;
     size_t at_b, at_rows, at_columns, at_a, at_c;       /* scratch of one worker */
-    int64_t copy_row_b, copy_row_a;                     /* elements */
+    int64_t copy_row;                 /* elements of a copied row of A or column of B, but in tiles */
     size_t scratch_bytes;
 } qkv_product_plan;
 
 qkv_status qkv_plan_product(const qkv_product_problem *problem, qkv_product_plan *plan);
+
+/* Rows of lanes of a panel of B that n terms are: in tiles pairs of parts. */
+static inline int64_t qkv_panel_rows(const qkv_product_plan *plan, int64_t n)
+{
+    return plan->kernels->parts ? plan->kernels->parts * ((n + 31) / 32 * 16) : n;
+}
+
+static inline int64_t qkv_copy_row(const qkv_product_plan *plan, int64_t n)
+{
+    return plan->kernels->parts ? qkv_panel_rows(plan, n) : plan->copy_row;
+}
 
 /* B that is packed: a pass after the other, of each the panels of all column tiles. Where the panels of a column tile begin, in bytes, for `n` terms from `first` on. */
 static inline int64_t qkv_packed_at(const qkv_product_plan *plan, int64_t first, int64_t n, int64_t tile)

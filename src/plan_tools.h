@@ -57,4 +57,15 @@ static inline void split_scale(double scale, int wide, double *factor, double *r
     *rest = scale == 0 ? 1 : ldexp(fabs(scale), -shift);
 }
 
+/* The table of tiles for numbers of these types, whose widest is the first, or NULL. Parts of numbers hold them exactly, but for what
+ * is below the smallest normal one; a factor can only be their sign. */
+static inline const qkv_kernels *tiles_of(int isa, const qkv_type *types, int n, double factor)
+{
+    const qkv_isa *path = qkv_isa_at(isa);
+    int parts = 1;
+    for (int i = 0; i < n; i++)
+        parts = types[i] == QKV_BF16 ? parts : types[i] == QKV_F16 ? (int)qkv_max(parts, 2) : 3;
+    return types[0] == QKV_F64 || fabs(factor) != 1 || !qkv_may_use_tiles(path) ? NULL : path->tiles[parts - 1];
+}
+
 #endif

@@ -221,7 +221,7 @@ typedef struct {
     qkv_counters counts;              /* as the call will count, if the pool is free and all results are finite */
     int64_t isa;                      /* the path that has the kernel, where that asked for has none of its own */
     int64_t pair;                     /* elements that are multiplied at a time: 2 for pairs of bfloat16 */
-    int64_t parts;                    /* of a number that is multiplied in tiles, or 0 */
+    int64_t parts, products;          /* of a number that is multiplied in tiles, and of a score and a value; or 0 */
     int64_t decode;                   /* few rows, lanes along the head dimension: a tile is all of them and one chunk */
     int64_t panel_rows, vector_rows, kernel_keys;       /* query rows in a panel and in a vector, keys in registers */
     int64_t rows;                     /* of one key head: len_q * group */
@@ -261,6 +261,8 @@ typedef struct {
     const void *packed;               /* b as qkv_pack has left it, which is then not read; or NULL */
 
     double scale;                     /* within the type; in float32, if transposed, within 2^-240 .. 2^240 */
+    int tiles;                        /* where the path has them, products of many rows are of tiles; those of packed b are not, so
+                                       * neither are those that have to have the same bits */
     int threads, isa;
     qkv_counters *counters;           /* or NULL: tiles_copied, tasks and threads */
     int (*interrupted)(void *);       /* or NULL */
@@ -339,6 +341,7 @@ qkv_status qkv_rotate(const qkv_rotation_problem *problem);
 /* What a stage would do; all 0 if it has nothing to compute. */
 typedef struct {
     qkv_counters counts;              /* as the call will count, if the pool is free */
+    int64_t parts, products;          /* of a number that is multiplied in tiles, and of a product; or 0 */
     int64_t across;                   /* a softmax of contiguous columns side by side, instead of rows */
     int64_t tile_rows, tile_columns;  /* of the result, in a task; the axis of a softmax is the columns, or, across, the rows */
     int64_t pass_terms;               /* of a product, for which B is prepared at a time */
@@ -413,6 +416,7 @@ uint32_t qkv_built_needs(int path);
 const char *qkv_feature_name(int bit);
 uint32_t qkv_features(void);          /* those that the CPU has and the system lets us use */
 const char *qkv_compiler(void);       /* what this was built with */
+int qkv_tiles_refusal(int *known);    /* 0 if the system permits tiles, else its error number, or -1; *known is 0 if nobody asked yet */
 
 /* Memory. Every allocation of the core goes through one hook, which may only be changed while no call runs. */
 void qkv_set_allocator(void *(*allocate)(size_t bytes, void *arg), void (*release)(void *block, void *arg), void *arg);
@@ -423,12 +427,13 @@ int qkv_pool_threads(void);           /* live workers in this process, the calle
 void qkv_pool_stop(void);             /* join the workers unless the pool is busy; a later call starts new ones */
 
 /* For tests and benchmarks. */
+void qkv_ask_instead(int (*ask)(void));               /* of the system, whether tiles are permitted: 0, or why not; while no call runs */
 void qkv_fail_allocation(int64_t k);  /* the k-th allocation from now fails (0 is the next one); -1: none does */
 int64_t qkv_allocations(void);        /* allocations since qkv_fail_allocation was last called */
 int qkv_exp2(int isa, qkv_type type, const void *x, void *y, int64_t n);
 /* Rates are those of all threads together, at most 256. */
 double qkv_fma_rate(int isa, qkv_type type, int threads, double seconds);     /* floating-point operations per second */
-double qkv_tile_rate(int isa, int parts, int threads, double seconds);      /* the same of numbers of 1 to 3 parts; 0 without tiles */
+double qkv_tile_rate(int isa, int threads, double seconds);                 /* the same of parts in tiles; 0 without tiles */
 double qkv_pair_rate(int threads, double seconds);    /* the same for bfloat16 pairs; 0 where the CPU or the build has none */
 double qkv_read_rate(const void *data, size_t bytes, int threads, double seconds);      /* bytes read per second */
 double qkv_copy_rate(void *to, const void *data, size_t bytes, int threads, double seconds);    /* bytes copied per second */

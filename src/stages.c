@@ -77,15 +77,26 @@ static int panel_width(const qkv_product_plan *plan, const char *to, int64_t lef
     return (int)qkv_min(most, left);
 }
 
+static void copy_rows(const qkv_product_plan *plan, char *to, const qkv_rows *from, int rows, int n)
+{
+    const qkv_kernels *kernels = plan->kernels;
+    (kernels->parts ? kernels->gather_terms : kernels->gather)(to, (ptrdiff_t)qkv_copy_row(plan, n), from, rows, n);
+}
+
 /* B (n, width) from term `first` and column `column` on, as a panel. */
 static void prepare_panel(const qkv_product_problem *p, const qkv_product_plan *plan, const char *b, char *panel,
                           char *scratch, int64_t first, int n, int64_t column, int width)
 {
     const qkv_kernels *kernels = plan->kernels;
     int size = kernels->size;
+    int64_t copy_row = qkv_copy_row(plan, n);
     int64_t across = p->transposed ? p->b_at.row : p->b_at.dim, along = p->transposed ? p->b_at.dim : p->b_at.row;
     qkv_rows from = {(char *)b + first * along + column * across, (ptrdiff_t)p->b_at.row, (ptrdiff_t)p->b_at.dim,
                      p->b_type, p->swapped_b};
+    if (!p->transposed && kernels->parts) {
+        kernels->gather_panel(panel, &from, n, width);
+        return;
+    }
     if (!p->transposed) {
         if (width % kernels->vector)                    /* lanes behind the last column are multiplied, too */
             memset(panel, 0, (size_t)n * (size_t)kernels->lanes * (size_t)size);
@@ -94,10 +105,10 @@ static void prepare_panel(const qkv_product_problem *p, const qkv_product_plan *
     }
     const void **rows = (const void **)(scratch + plan->at_rows);
     if (plan->copy_b)
-        kernels->gather(scratch + plan->at_columns, (ptrdiff_t)plan->copy_row_b, &from, width, n);
+        copy_rows(plan, scratch + plan->at_columns, &from, width, n);
     for (int j = 0; j < width; j++)
-        rows[j] = plan->copy_b ? scratch + plan->at_columns + j * plan->copy_row_b * size : from.data + j * p->b_at.row;
-    kernels->pack(panel, rows, width, n, plan->b_factor);
+        rows[j] = plan->copy_b ? scratch + plan->at_columns + j * copy_row * size : from.data + j * p->b_at.row;
+    kernels->pack(panel, rows, width, (int)qkv_panel_rows(plan, n), plan->b_factor);
 }
 
 /* Pointers to `n` terms of columns of a transposed B, the last of which is repeated. */
@@ -108,10 +119,10 @@ static const void *point_at_columns(const qkv_product_problem *p, const qkv_prod
     qkv_rows from = {(char *)b + first * p->b_at.dim + column * p->b_at.row, (ptrdiff_t)p->b_at.row, (ptrdiff_t)p->b_at.dim,
                      p->b_type, p->swapped_b};
     if (plan->copy_b)
-        plan->kernels->gather(scratch + plan->at_columns, (ptrdiff_t)plan->copy_row_b, &from, width, n);
+        copy_rows(plan, scratch + plan->at_columns, &from, width, n);
     for (int j = 0; j < plan->kernels->lanes; j++) {
         int64_t at = qkv_min(j, width - 1);
-        rows[j] = plan->copy_b ? scratch + plan->at_columns + at * plan->copy_row_b * plan->kernels->size
+        rows[j] = plan->copy_b ? scratch + plan->at_columns + at * plan->copy_row * plan->kernels->size
             : from.data + at * p->b_at.row;
     }
     return rows;
@@ -124,7 +135,7 @@ static void prepare_panels(const qkv_product_problem *p, const qkv_product_plan 
     for (int width; column < last; column += width) {
         width = panel_width(plan, to, last - column);
         prepare_panel(p, plan, b, panels, scratch, first, n, column, width);
-        panels += n * plan->kernels->lanes * plan->kernels->size;
+        panels += qkv_panel_rows(plan, n) * plan->kernels->lanes * plan->kernels->size;
         to += width * p->c_at.dim;
     }
 }
@@ -150,7 +161,7 @@ static void product_task(void *context, int64_t task, int worker)
 
     int64_t first = 0;
     do {
-        int n = (int)qkv_min(plan->pass, p->terms - first);
+        int n = (int)qkv_min(plan->pass, p->terms - first), panel_rows = (int)qkv_panel_rows(plan, n);
         const char *these = panels;
         if (p->packed)
             these = (const char *)p->packed + qkv_packed_at(plan, first, n, column / plan->tile_columns);
@@ -166,13 +177,13 @@ static void product_task(void *context, int64_t task, int worker)
             char *to = c + r / plan->length * plan->c_head + in_head * plan->c_row;
             qkv_product_tile tile = {
                 .a = from, .a_row = (ptrdiff_t)(plan->a_row / size), .c_row = (ptrdiff_t)(plan->c_row / size),
-                .factor = plan->factor, .m = (int)m, .n = n, .add = first > 0 || p->added, .stream = plan->stream,
+                .factor = plan->factor, .m = (int)m, .n = panel_rows, .add = first > 0 || p->added, .stream = plan->stream,
             };
             if (plan->copy_a) {
                 qkv_rows rows = {(char *)from, (ptrdiff_t)plan->a_row, (ptrdiff_t)p->a_at.dim, p->type, p->swapped_a};
-                kernels->gather(scratch + plan->at_a, (ptrdiff_t)plan->copy_row_a, &rows, (int)m, n);
+                copy_rows(plan, scratch + plan->at_a, &rows, (int)m, n);
                 tile.a = scratch + plan->at_a;
-                tile.a_row = (ptrdiff_t)plan->copy_row_a;
+                tile.a_row = (ptrdiff_t)qkv_copy_row(plan, n);
                 counters_of(job, worker)->tiles_copied++;
             }
             char *block = to + column * p->c_at.dim;
@@ -187,6 +198,8 @@ static void product_task(void *context, int64_t task, int worker)
                                  (ptrdiff_t)plan->added_row, (ptrdiff_t)p->added_at.dim, p->added_type, p->swapped_added};
                 kernels->gather(block, tile.c_row, &rows, (int)m, (int)(last_column - column));
             }
+            if (kernels->begin)       /* so often, because Python may run between them */
+                kernels->begin();
             for (int64_t j = column, at = 0; j < last_column; j += tile.columns, at++) {
                 tile.c = block + (j - column) * size;
                 if (plan->turned_columns) {
@@ -196,9 +209,11 @@ static void product_task(void *context, int64_t task, int worker)
                     continue;
                 }
                 tile.columns = panel_width(plan, c + j * p->c_at.dim, last_column - j);
-                tile.b = these + at * n * lanes * size;
+                tile.b = these + at * panel_rows * lanes * size;
                 kernels->multiply(&tile);
             }
+            if (kernels->end)
+                kernels->end();
             if (plan->copy_c && first + n == p->terms) {
                 qkv_rows rows = {to + column * p->c_at.dim, (ptrdiff_t)plan->c_row, (ptrdiff_t)p->c_at.dim, p->c_type,
                                  p->swapped_c};

@@ -45,12 +45,8 @@ def multiplies_pairs(q, k, v):
 
 
 def weights_unit(q, k, v):
-    """The largest relative error of rounded weights: to bfloat16 where pairs are multiplied, to two of it in tiles of
-    float16."""
-    if multiplies_pairs(q, k, v):
-        return unit("bfloat16")
-    tiled = qkv_fast.isa().startswith("amx") and q.dtype == k.dtype == v.dtype == "float16" and not are_few(q, k, v)
-    return 2.0**-17 if tiled else 0.0
+    """The largest relative error of rounded weights: they are bfloat16 where pairs are multiplied."""
+    return unit("bfloat16") if multiplies_pairs(q, k, v) else 0.0
 
 
 def are_few(q, k, v):

@@ -57,7 +57,7 @@ SYSTEM = {
     "qkv.h": CONTRACT,
     "kernels/kernels.h": CONTRACT,
     "kernels/*.c": f"{C11} immintrin.h arm_neon.h",
-    "cpu.c": f"{C11} cpuid.h intrin.h sys/auxv.h sys/syscall.h sys/sysctl.h unistd.h windows.h",
+    "cpu.c": f"{C11} errno.h cpuid.h intrin.h sys/auxv.h sys/syscall.h sys/sysctl.h unistd.h windows.h",
     "system.h": f"{C11} pthread.h sched.h signal.h unistd.h process.h windows.h",
     "affinity.[ch]": f"{C11} pthread.h sched.h",
     "float_mode.h": f"{C11} xmmintrin.h",

@@ -115,8 +115,10 @@ _Static_assert(EXP2_STEPS == 1 || EXP2_STEPS == 8, "exp2_poly.h has no other pol
 #include "peak_tpl.h"
 #include "decode_tpl.h"
 #endif
-#if PAIR == 1
+#if PAIR == 1 || TILE_PARTS
 #include "product_tpl.h"
+#endif
+#if PAIR == 1
 #include "softmax_tpl.h"
 #include "rotate_tpl.h"
 #include "hadamard_tpl.h"
@@ -132,7 +134,10 @@ _Static_assert(EXP2_STEPS == 1 || EXP2_STEPS == 8, "exp2_poly.h has no other pol
 #endif
 
 #if TILE_PARTS
-#define OF_REGISTERS .parts = TILE_PARTS, .aligned = STRIP, .begin = X(begin_tiles), .end = X(end_tiles), .fma = X(tile_rounds),
+#define OF_REGISTERS \
+    .parts = TILE_PARTS, .score_products = X(score_n), .value_products = X(value_n), .aligned = STRIP, \
+    .begin = X(begin_tiles), .end = X(end_tiles), .gather_panel = X(gather_panel), .multiply = X(multiply), .fence = X(fence), \
+    .fma = X(tile_rounds),
 #else
 #define OF_REGISTERS \
     .aligned = PAIR, .decode_keys = SUMS, \

@@ -232,9 +232,10 @@ typedef struct {
     int aligned;                      /* its keys begin at multiples of this in a block, which row_tile is one of */
     int parts;                        /* of a number that is multiplied in tiles, or 0: K and V are then what gather_terms and
                                        * gather_values make of them, with rows of `parts` * whole tiles, and nothing below is
-                                       * there but what attention needs. Keys up to a multiple of `aligned` are read */
+                                       * there but what attention and products need. Keys up to a multiple of `aligned` are read */
+    int score_products, value_products;                 /* of parts, that one of a score and one of a value take */
 
-    /* Around all calls of attend that a thread makes for a task, where there are parts; else NULL. */
+    /* Around all calls of attend or multiply that a thread makes one after the other, where there are parts; else NULL. */
     void (*begin)(void);
     void (*end)(void);
 
@@ -313,6 +314,9 @@ typedef struct {
      * `to`, whole pairs if there are more. */
     void (*gather_terms)(void *to, ptrdiff_t to_row, const qkv_rows *from, int n, int d);
     void (*gather_values)(void *to, ptrdiff_t to_row, const qkv_rows *from, int at, int n, int d);
+    /* The B of a product in tiles, n rows of up to `lanes` columns, where rows are terms: as pack leaves what gather_terms made of B
+     * by its columns, (`parts` * whole tiles, lanes). Where there are parts. */
+    void (*gather_panel)(void *to, const qkv_rows *from, int n, int columns);
 
     /* Few rows. In this order: q <- factor * n rows of d elements at unit stride, 0 behind each; positions at .. at + n of
      * S <- Q K^T; S -> P, m and l, where -inf is excluded; positions at .. at + n of P V, added to O, from 0 at the first to
@@ -340,7 +344,8 @@ typedef struct {
     int (*finite_rows)(const void *rows, ptrdiff_t row, int64_t n, int d);      /* whether n rows hold no NaN and no infinity */
 
     /* multiply_turned reads each column of B where it lies: b is (lanes) pointers to n terms, the last of `columns`
-     * repeated. The same bits. */
+     * repeated. The same bits. Where there are parts, rows of A are from gather_terms, n of it long, and read up to whole tiles; and
+     * of all these there are multiply and fence. */
     void (*multiply)(const qkv_product_tile *tile);
     void (*multiply_turned)(const qkv_product_tile *tile);
     void (*fence)(void);              /* other threads see what was streamed */

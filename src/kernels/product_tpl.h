@@ -1,7 +1,8 @@
 /* Products of matrices and softmax on their own, for those who want the matrix.
  *
  * A product here is row-major: C (m, columns) <- factor * A B, with A broadcast from where its rows lie and B a panel of
- * up to LANES columns, so the loop is `product` of attend_tpl.h and C leaves the registers as rows of the result.
+ * up to LANES columns, so the loop is `product` of registers_tpl.h and C leaves the registers as rows of the result; or A and B are
+ * what tiles are made of, and sums leave these.
  */
 
 /* Rows i .. i + nr of C <- factor * sums, or added to what they hold. */
@@ -27,6 +28,40 @@ static QKV_INLINE void X(put_sums)(const int nr, const int nv, const qkv_product
     }
 }
 
+#if TILE_PARTS
+/* Two by two tiles at a time. Where a sum is not finite it is made again, without what an infinity does to parts of 0. */
+static void X(multiply)(const qkv_product_tile *t)
+{
+    QKV_ALIGN REAL c[2 * X(tile)][LANES];
+    VEC sums[MOST_ROWS][LANE_VECTORS], zero = X(set1)(0);
+    const int nv = t->columns > W ? 2 : 1, all = t->n / TILE_PARTS / 16;
+    for (int i = 0; i < t->m; i += 2 * X(tile)) {
+        const int rows = t->m - i < 2 * X(tile) ? t->m - i : 2 * X(tile);
+        int s = 0;
+        do {
+            const int steps = all - s < QKV_TERMS / STRIP ? all - s : QKV_TERMS / STRIP;
+            const REAL *from = (const REAL *)t->a + i * t->a_row + s * 16, *panel = (const REAL *)t->b + (ptrdiff_t)s * 16 * LANES;
+            X(tiles) a = X(rows_of)(from, t->a_row, t->n), b = X(lanes_of)(panel, t->n);
+            X(multiply_some)(rows > X(tile) ? 2 : 1, nv, X(score_n), X(score_products), &a, &b, steps, c[0]);
+            for (int r = 0; r < rows; r++) {
+                for (int j = 0; j < nv; j++) {
+                    VEC x = sums[0][j] = X(load)(c[r] + j * W);
+                    if (TILE_PARTS == 1 || !X(any)(X(beyond)(X(sub)(x, x), zero)))
+                        continue;
+                    a = X(rows_of)(from + r * t->a_row, t->a_row, t->n);
+                    b = X(lanes_of)(panel + j * W, t->n);
+                    sums[0][j] = X(careful_row)(X(score_n), X(score_products), &a, &b, steps, 0);
+                }
+                if (nv > 1)
+                    X(put_sums)(1, 2, t, i + r, t->add | (s > 0), sums);
+                else
+                    X(put_sums)(1, 1, t, i + r, t->add | (s > 0), sums);
+            }
+            s += steps;
+        } while (s < all);
+    }
+}
+#else
 /* Rows i .. i + nr of C, terms e .. e + n. */
 static QKV_INLINE void X(product_rows)(const int nr, const int nv, const qkv_product_tile *t, int i, int e, int n)
 {
@@ -201,3 +236,4 @@ static void X(multiply_turned)(const qkv_product_tile *t)
     for (; i < t->m; i++)
         X(turned_parts)(1, LANE_VECTORS, 4, t, i);
 }
+#endif

@@ -1,4 +1,4 @@
-/* Rows of K, V and Q as tiles_tpl.h wants them: gathered from any strides and types, and split into parts. */
+/* Rows of K, V and Q, and the matrices of stages, as tiles_tpl.h wants them: gathered from any strides and types, and split into parts. */
 
 /* The same rows from element e on, a multiple of 32. */
 static QKV_INLINE qkv_rows X(rows_from)(const qkv_rows *from, int e)
@@ -15,7 +15,7 @@ static QKV_INLINE qkv_rows X(rows_from)(const qkv_rows *from, int e)
     return rest;
 }
 
-/* (n, d) numbers, d <= 32, of bfloat16 where there is one part, else float32; 0 behind d, and in rows from n to the next even one. */
+/* (n, d) numbers, both up to 32, of bfloat16 where there is one part, else float32; 0 behind them. */
 #if TILE_PARTS == 1
 typedef struct { QKV_ALIGN uint16_t at[STRIP][STRIP]; } X(square);
 #else
@@ -27,8 +27,8 @@ static QKV_INLINE void X(gather_square_of)(X(square) *to, const qkv_rows *from, 
     qkv_rows some = X(rows_from)(from, e);
     if (d < STRIP)
         memset(to->at, 0, sizeof to->at);
-    else if (n % 2)
-        memset(to->at[n], 0, sizeof to->at[n]);
+    else if (n < STRIP)
+        memset(to->at[n], 0, (size_t)(STRIP - n) * sizeof to->at[n]);
 #if TILE_PARTS == 1
     for (int i = 0; i < n; i++)
         X(collect)(to->at[i], some.data + i * some.row, &some, d);
@@ -54,7 +54,7 @@ static void X(gather_terms)(void *to, ptrdiff_t to_row, const qkv_rows *from, in
 #if TILE_PARTS == 1
                 memcpy(pair, some.at[r], sizeof pair);
 #else
-                X(split)(0, X(load)(some.at[r]), X(load)(some.at[r] + W), pair);
+                X(split)(TILE_PARTS, 0, X(load)(some.at[r]), X(load)(some.at[r] + W), pair);
 #endif
                 QKV_UNROLL
                 for (int p = 0; p < TILE_PARTS; p++)
@@ -85,7 +85,7 @@ static void X(gather_values)(void *to, ptrdiff_t to_row, const qkv_rows *from, i
 #if TILE_PARTS == 1
                 pair[0] = X(interleave)(some.at[2 * r] + e % STRIP, some.at[2 * r + 1] + e % STRIP);
 #else
-                X(split)(0, X(load)(some.at[2 * r] + e % STRIP), X(load)(some.at[2 * r + 1] + e % STRIP), pair);
+                X(split)(TILE_PARTS, 0, X(load)(some.at[2 * r] + e % STRIP), X(load)(some.at[2 * r + 1] + e % STRIP), pair);
 #endif
                 for (int p = 0; p < TILE_PARTS; p++)
                     x[p][begin / 2 + r] = pair[p];
@@ -104,5 +104,28 @@ static void X(gather_values)(void *to, ptrdiff_t to_row, const qkv_rows *from, i
                 }
             }
         }
+    }
+}
+
+/* V for `multiply`, in whose terms it lies across: pairs as gather_terms has them, of columns, rows of which are lanes. */
+static void X(gather_panel)(void *to, const qkv_rows *from, int n, int columns)
+{
+    X(square) some;
+    const ptrdiff_t terms = (n + STRIP - 1) / STRIP * 16;
+    for (int e = 0; e < n; e += STRIP) {
+        qkv_rows rest = *from;
+        rest.data += e * from->row;
+        X(gather_square_of)(&some, &rest, 0, n - e < STRIP ? n - e : STRIP, columns);
+        for (int r = 0; r < X(tile); r++)
+            for (int j = 0; j < LANES; j += W) {
+                VEC pair[TILE_PARTS];
+#if TILE_PARTS == 1
+                pair[0] = X(interleave)(some.at[2 * r] + j, some.at[2 * r + 1] + j);
+#else
+                X(split)(TILE_PARTS, 0, X(load)(some.at[r] + j), X(load)(some.at[r + X(tile)] + j), pair);
+#endif
+                for (int p = 0; p < TILE_PARTS; p++)
+                    X(store)((REAL *)to + (p * terms + e / 2 + r) * LANES + j, pair[p]);
+            }
     }
 }

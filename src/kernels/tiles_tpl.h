@@ -1,11 +1,13 @@
-/* Products of attention by a unit that multiplies tiles of bfloat16: 16 rows of A, of 16 pairs of terms each, times 16 rows of
+/* Products of attention, and those of its stages, by a unit that multiplies tiles of bfloat16: 16 rows of A, of 16 pairs of terms each, times 16 rows of
  * pairs of B, of 16 lanes each, added to 16 rows of 16 float32 sums.
  *
  * A number is the sum of TILE_PARTS parts in bfloat16: 1 where it is bfloat16; 2 for float16, which they are exactly; 3 for float32,
  * of 8 bits each, cut off, since rounding up could overflow. A product of numbers is several of parts, all but the smallest, in an
- * order in which neighbours share a factor, the largest last. What is not finite has parts (x, 0, 0), which only
- * the product of first parts may see: infinity times 0 is no part of it. So where a result is not finite, a careful run makes the
- * same sums by rows of registers and leaves these products out, and values of excluded keys too.
+ * order in which neighbours share a factor, the largest last. Weights of float16's values are three parts: with two, or without the
+ * product of both second ones, a weight is off by 2^-17 of itself and more, which shows where large values sum to a small result. What
+ * is not finite has parts (x, 0, 0), which only the product of first parts may see: infinity times 0 is no part of it. So where a
+ * result is not finite, a careful run makes the same sums by rows of registers and leaves these products out, and values of excluded
+ * keys too.
  *
  *     Q^T   (TILE_PARTS, terms, LANES) pairs       K    (keys, TILE_PARTS, terms) pairs, where terms are multiples of 16, 0 behind d
  *     P^T   (pairs of keys, LANES) of each part       V^T  (strips, TILE_PARTS, columns, 16): pairs of 32 keys for each column
@@ -15,24 +17,25 @@
 enum { X(tile) = 16 };                /* rows of a tile, pairs in one of A, and lanes */
 _Static_assert(W == 16 && STRIP == 32 && LANE_VECTORS == 2, "a strip is a tile of pairs, and two by two tiles of sums");
 
-/* Pairs of parts of A and of B, one after the other. */
+/* Pairs of parts of A and of B, one after the other. Whatever says how many there are counts these. Stages take scores'. */
 typedef struct { unsigned char a, b; } X(parts);
 #if TILE_PARTS == 1
 static const X(parts) X(score_products)[] = {{0, 0}};
 static const X(parts) X(value_products)[] = {{0, 0}};
 #elif TILE_PARTS == 2
 static const X(parts) X(score_products)[] = {{1, 1}, {0, 1}, {1, 0}, {0, 0}};
-static const X(parts) X(value_products)[] = {{1, 0}, {0, 1}, {0, 0}};
+static const X(parts) X(value_products)[] = {{0, 2}, {0, 1}, {1, 1}, {1, 0}, {0, 0}};
 #else
 static const X(parts) X(score_products)[] = {{2, 0}, {1, 0}, {1, 1}, {0, 1}, {0, 2}, {0, 0}};
 static const X(parts) X(value_products)[] = {{2, 0}, {1, 0}, {1, 1}, {0, 1}, {0, 2}, {0, 0}};
 #endif
 enum { X(score_n) = sizeof X(score_products) / sizeof(X(parts)), X(value_n) = sizeof X(value_products) / sizeof(X(parts)) };
+enum { X(weight_parts) = TILE_PARTS == 2 ? 3 : TILE_PARTS };
 
 /* Where the tiles of A or B lie: from row to row, to the tile beside it, to the next 32 terms, and to the other parts; elements. */
 typedef struct {
     const REAL *at;
-    ptrdiff_t row, next, step, part[TILE_PARTS];
+    ptrdiff_t row, next, step, part[X(weight_parts)];
 } X(tiles);
 
 /* One step of one row of C as the unit makes it: products of even and of odd terms are two sums, each from 0, and their sum is added to
@@ -127,19 +130,20 @@ static QKV_INLINE VEC X(careful_row)(const int n, const X(parts) *products, cons
     return c;
 }
 
-static QKV_INLINE X(tiles) X(keys_of)(const qkv_tile *t, int i)
+/* Rows of K, n long with all their parts, and Q^T of as many. */
+static QKV_INLINE X(tiles) X(rows_of)(const REAL *at, ptrdiff_t row, int n)
 {
-    X(tiles) a = {(const REAL *)t->k + i * t->k_row, t->k_row, 16 * t->k_row, 16, {0}};
+    X(tiles) a = {at, row, 16 * row, 16, {0}};
     for (int p = 1; p < TILE_PARTS; p++)
-        a.part[p] = p * (t->d / TILE_PARTS);
+        a.part[p] = p * (n / TILE_PARTS);
     return a;
 }
 
-static QKV_INLINE X(tiles) X(queries_of)(const qkv_tile *t, int j)
+static QKV_INLINE X(tiles) X(lanes_of)(const REAL *at, int n)
 {
-    X(tiles) b = {(const REAL *)t->q + j * W, LANES, W, 16 * LANES, {0}};
+    X(tiles) b = {at, LANES, W, 16 * LANES, {0}};
     for (int p = 1; p < TILE_PARTS; p++)
-        b.part[p] = (ptrdiff_t)p * (t->d / TILE_PARTS) * LANES;
+        b.part[p] = (ptrdiff_t)p * (n / TILE_PARTS) * LANES;
     return b;
 }
 
@@ -147,21 +151,22 @@ static QKV_INLINE X(tiles) X(queries_of)(const qkv_tile *t, int j)
 static QKV_NOINLINE void X(score_keys)(int nv, const qkv_tile *t, int first, int last)
 {
     const int steps = t->d / TILE_PARTS / 16;
+    const REAL *k = t->k, *q = t->q;
     REAL *s = (REAL *)t->s + (ptrdiff_t)first * LANES;
     if (TILE_PARTS > 1 && t->careful) {
         for (int i = first; i < last; i++, s += LANES)
             for (int j = 0; j < nv; j++) {
-                X(tiles) a = X(keys_of)(t, i), b = X(queries_of)(t, j);
+                X(tiles) a = X(rows_of)(k + i * t->k_row, t->k_row, t->d), b = X(lanes_of)(q + j * W, t->d);
                 X(store)(s + j * W, X(careful_row)(X(score_n), X(score_products), &a, &b, steps, 0));
             }
         return;
     }
-    X(tiles) a = X(keys_of)(t, first), b = X(queries_of)(t, 0);
+    X(tiles) a = X(rows_of)(k + first * t->k_row, t->k_row, t->d), b = X(lanes_of)(q, t->d);
     X(multiply_some)(last - first > 16 ? 2 : 1, nv, X(score_n), X(score_products), &a, &b, steps, s);
 }
 
-/* Pairs of the parts of x and y. Of weights all are finite, or are all NaN; others may not be. */
-static QKV_INLINE void X(split)(const int weights, VEC x, VEC y, VEC pair[TILE_PARTS])
+/* Pairs of the n parts of x and y. Of weights all are finite, or are all NaN; others may not be. */
+static QKV_INLINE void X(split)(const int n, const int weights, VEC x, VEC y, VEC pair[])
 {
     VEC zero = X(set1)(0);
     if (TILE_PARTS == 3 && !weights) {     /* a NaN whose last bits are cut off would be infinity, unless it is quiet */
@@ -169,9 +174,9 @@ static QKV_INLINE void X(split)(const int weights, VEC x, VEC y, VEC pair[TILE_P
         y = X(add)(y, zero);
     }
     QKV_UNROLL
-    for (int p = 0; p < TILE_PARTS; p++) {
+    for (int p = 0; p < n; p++) {
         pair[p] = TILE_PARTS == 3 ? X(cut)(x, y) : X(join)(x, y);
-        if (p + 1 == TILE_PARTS)
+        if (p + 1 == n)
             break;
         VEC a = X(even)(pair[p]), b = X(odd)(pair[p]);
         x = X(sub)(x, a);
@@ -189,7 +194,7 @@ enum { X(weight_row) = (TILE_PARTS > 1 ? 2 : 1) * LANES };
 static QKV_INLINE X(tiles) X(weights_of)(const qkv_tile *t, int j)
 {
     X(tiles) b = {(const REAL *)t->s + j * W, X(weight_row), W, 16 * X(weight_row), {0}};
-    for (int p = 1; p < TILE_PARTS; p++)
+    for (int p = 1; p < X(weight_parts); p++)
         b.part[p] = p == 1 ? LANES : (ptrdiff_t)(t->nk + STRIP - 1) / STRIP * STRIP * LANES;
     return b;
 }
@@ -199,10 +204,10 @@ static QKV_INLINE void X(put_weights)(const qkv_tile *t, int i, int j, VEC x, VE
 {
     X(tiles) b = X(weights_of)(t, j);
     REAL *to = (REAL *)b.at + i / 2 * b.row;
-    VEC pair[TILE_PARTS];
-    X(split)(1, x, y, pair);
+    VEC pair[X(weight_parts)];
+    X(split)(X(weight_parts), 1, x, y, pair);
     QKV_UNROLL
-    for (int p = 0; p < TILE_PARTS; p++)
+    for (int p = 0; p < X(weight_parts); p++)
         X(store)(to + b.part[p], pair[p]);
 }
 
@@ -257,7 +262,7 @@ static void X(value_careful)(const qkv_tile *t, const REAL *alpha)
     }
 }
 
-/* All products of numbers of so many parts, in tiles that are already there: the rate of the unit. */
+/* Products of tiles that are already there: the rate of the unit, whatever their parts are. */
 static double X(tile_rounds)(int64_t rounds, double *flops)
 {
     QKV_ALIGN REAL c[X(tile)][W];
@@ -281,7 +286,7 @@ static double X(tile_rounds)(int64_t rounds, double *flops)
     }
     TILE_STORE(0, c[0], W);
     TILE_RELEASE();
-    *flops = 4.0 * 2 * 16 * 16 * 32 * (double)rounds * 2 / (X(score_n) + X(value_n));
+    *flops = 4.0 * 2 * 16 * 16 * 32 * (double)rounds;
     return (double)c[0][0];
 }
 

@@ -16,7 +16,7 @@ static void test_product(int isa, qkv_type type, int64_t heads_b, int64_t group,
     qkv_counters counters = {0};
     qkv_product_problem p = {
         .type = type, .b_type = type, .c_type = type, .transposed = transposed, .heads = heads, .heads_b = heads_b, .rows = rows,
-        .terms = terms, .columns = columns, .a = a, .b = b, .c = c, .scale = scale, .threads = 1, .isa = isa,
+        .terms = terms, .columns = columns, .a = a, .b = b, .c = c, .scale = scale, .tiles = 1, .threads = 1, .isa = isa,
         .a_at = {.head = rows * a_row * size, .row = a_row * size, .dim = size},
         .b_at = {.head = b_rows * b_dim * size, .row = b_dim * size, .dim = size},
         .c_at = {.head = rows * columns * size, .row = columns * size, .dim = size}, .counters = &counters,
@@ -34,8 +34,12 @@ static void test_product(int isa, qkv_type type, int64_t heads_b, int64_t group,
     }
     p.threads = 3;
     p.c = again;
+    counters.tiles_copied = 0;
     CHECK(qkv_product(&p) == QKV_OK && !memcmp(c, again, (size_t)(n * size)), "three threads: other bits");
-    CHECK(counters.tiles_copied == 0, "rows with gaps were copied");
+    qkv_stage_report report;
+    CHECK(qkv_explain_product(&p, &report) == QKV_OK, "report");
+    CHECK(report.parts || counters.tiles_copied == 0, "rows with gaps were copied");
+    CHECK(report.counts.tiles_copied == counters.tiles_copied, "%lld copies", (long long)counters.tiles_copied);
     free(a);
     free(b);
     free(c);
@@ -223,6 +227,8 @@ static void test_random(int isa, qkv_type type)
 {
     for (int i = 0; i < share_of(60); i++) {
         test_product(isa, type, between(1, 2), between(1, 3), between(1, 40), between(0, 40), between(1, 110), i % 2);
+        if (i % 6 < 2)                /* more rows than few: tiles, where there are some */
+            test_product(isa, type, 1, between(1, 2), between(65, 140), between(0, 70), between(1, 110), i % 2);
         test_softmax(isa, type, between(1, 3), between(1, 70), between(1, 70), i % 2);
         test_softmax(isa, type, between(1, 20), between(1, 150), 1, i % 2);
         int64_t pairs = between(0, 40);
