@@ -28,8 +28,7 @@ def is_foreign(x: Any) -> bool:
 
 def read(name: str, x: Any, where: str) -> Array:
     """The array that x is: its memory, if NumPy can have it as it is, and else what `__array__` makes of it."""
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(x, getattr(torch, "Tensor", ())):
+    if _is_tensor(x):
         return _of_torch(name, x, where)
     libraries = {kind.__module__.partition(".")[0] for kind in type(x).__mro__}
     if "pandas" in libraries:
@@ -47,6 +46,11 @@ def read(name: str, x: Any, where: str) -> Array:
     if why is not None and not hasattr(x, "__array__"):
         raise TypeError(f"{where}: {name}: NumPy cannot read this {kind_of(x)} ({why})") from None
     return np.asarray(x)
+
+
+def _is_tensor(x: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, getattr(torch, "Tensor", ()))
 
 
 def kind_of(x: Any) -> str:
@@ -75,8 +79,7 @@ def lent(where: str, capsule: Any) -> Array:
 
 def written(where: str, out: Any) -> Array:
     """The memory of `out`, an array of another library that a result is to be written to."""
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(out, getattr(torch, "Tensor", ())):
+    if _is_tensor(out):
         found = _of_torch("out", out, where)
         if out.is_neg() or out._is_zerotensor():
             raise ValueError(f"{where}: out is not writable: torch has put off what its numbers are; pass out.clone()")

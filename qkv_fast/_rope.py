@@ -132,7 +132,8 @@ def rope(
         same = x.strides == target.strides and x.ctypes.data == target.ctypes.data and x.dtype == target.dtype
         x = x if same else x.copy()
     rotation.turn(x, at, heads_first, target, num_threads)
-    return out
+    result: Array = out
+    return result
 
 
 class Rotation:
