@@ -2,7 +2,6 @@
 
 from typing import Any, Never
 
-from ._checks import Array
 from ._help import documented
 from ._problem import attend, check
 
@@ -29,7 +28,7 @@ def attention(
     scale: float | None = None,
     layout: str = "bhld",
     return_lse: bool = False,
-    out: Array | None = None,
+    out: Any = None,
     num_threads: int | None = None,
     **words: Never,
 ) -> Any:

@@ -386,6 +386,9 @@ def _check_lengths(where: str, lengths: Array, len_q: Any, len_k: Any, ambiguous
 
 
 def _check_out(out: Any, shape: tuple[int, ...], number: int, where: str = "attention", like: str = "q") -> Array:
+    """Where to write: `out`, or the memory of another library's array."""
+    if not isinstance(out, np.ndarray) and _foreign.is_foreign(out):
+        out = _foreign.written(where, out)
     if not isinstance(out, np.ndarray) or isinstance(out, (np.ma.MaskedArray, np.matrix)):
         raise TypeError(f"{where}: out must be a plain numpy.ndarray, got {type(out).__name__}")
     if out.dtype.num != number:

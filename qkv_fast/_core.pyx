@@ -6,10 +6,12 @@ released, and raise_status turns the core's status into an exception: the only p
 cimport cython
 cimport numpy as cnp
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
+from cpython.object cimport PyObject, PyTypeObject
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid, PyCapsule_New
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.errno cimport ENOSPC
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcpy
 
 from ._qkv cimport *
 
@@ -97,6 +99,125 @@ cdef struct dl_versioned:                       # DLManagedTensorVersioned; the 
     dl_tensor tensor
 
 
+cdef extern from "numpy/arrayobject.h":
+    PyTypeObject PyArrayDescr_Type
+
+    ctypedef struct PyArray_ArrFuncs:
+        object (*getitem)(void *, void *)
+        int (*setitem)(object, void *, void *) except -1
+        void (*copyswap)(void *, void *, int, void *) noexcept
+
+    ctypedef struct PyArray_DescrProto:
+        PyTypeObject *typeobj
+        char kind, type, byteorder
+        int elsize, alignment
+        PyArray_ArrFuncs *f
+        Py_hash_t hash
+
+    void PyArray_InitArrFuncs(PyArray_ArrFuncs *functions)
+    int PyArray_RegisterDataType(PyArray_DescrProto *prototype) except -1
+    int PyArray_RegisterCastFunc(
+        cnp.PyArray_Descr *given, int number, void (*cast)(void *, void *, cnp.npy_intp, void *, void *) noexcept
+    ) except -1
+    int PyArray_RegisterCanCast(cnp.PyArray_Descr *given, int number, int kind) except -1
+    cnp.PyArray_Descr *PyArray_DescrFromType(int number) except NULL
+    int NPY_NOSCALAR
+
+
+cdef extern from "Python.h":
+    void Py_SET_TYPE(void *x, PyTypeObject *kind)
+
+
+cdef float of_bits(uint16_t bits) noexcept:
+    cdef uint32_t wide = <uint32_t>bits << 16
+    cdef float number
+    memcpy(&number, &wide, 4)
+    return number
+
+
+cdef uint16_t to_bits(float number) noexcept:
+    """Rounded to nearest even; NaN stays one."""
+    cdef uint32_t wide
+    memcpy(&wide, &number, 4)
+    return wide >> 16 | 0x40 if number != number else (wide + 0x7fff + (wide >> 16 & 1)) >> 16
+
+
+cdef object get_bits(void *x, void *array):
+    cdef uint16_t bits
+    memcpy(&bits, x, 2)
+    return of_bits(bits)
+
+
+cdef int set_bits(number, void *x, void *array) except -1:
+    cdef uint16_t bits = to_bits(number)
+    memcpy(x, &bits, 2)
+    return 0
+
+
+cdef void copy_bits(void *to, void *x, int swap, void *array) noexcept:
+    cdef uint8_t first
+    if x != NULL:
+        memcpy(to, x, 2)
+    if swap:
+        first = (<uint8_t *>to)[0]
+        (<uint8_t *>to)[0] = (<uint8_t *>to)[1]
+        (<uint8_t *>to)[1] = first
+
+
+cdef void widen_bits(void *x, void *to, cnp.npy_intp n, void *x_array, void *to_array) noexcept:
+    cdef cnp.npy_intp i
+    for i in range(n):
+        (<float *>to)[i] = of_bits((<uint16_t *>x)[i])
+
+
+cdef void round_to_bits(void *x, void *to, cnp.npy_intp n, void *x_array, void *to_array) noexcept:
+    cdef cnp.npy_intp i
+    for i in range(n):
+        (<uint16_t *>to)[i] = to_bits((<float *>x)[i])
+
+
+cdef void widen_bits_to_double(void *x, void *to, cnp.npy_intp n, void *x_array, void *to_array) noexcept:
+    cdef cnp.npy_intp i
+    for i in range(n):
+        (<double *>to)[i] = of_bits((<uint16_t *>x)[i])
+
+
+cdef void round_double_to_bits(void *x, void *to, cnp.npy_intp n, void *x_array, void *to_array) noexcept:
+    cdef cnp.npy_intp i
+    for i in range(n):
+        (<uint16_t *>to)[i] = to_bits(<float>(<double *>x)[i])
+
+
+cdef int nameless = -1                          # dtype.num of bfloat16_of_ours, once it is there
+cdef PyArray_ArrFuncs nameless_functions
+cdef PyArray_DescrProto nameless_prototype
+
+
+def bfloat16_of_ours(kind):
+    """A type for arrays of bfloat16 where ml_dtypes is missing, for what happens inside of a call; to be asked for once.
+    `kind` is the class of its scalars, which NumPy keeps. Its arithmetic is that of what it is cast to."""
+    global nameless
+    PyArray_InitArrFuncs(&nameless_functions)
+    nameless_functions.getitem, nameless_functions.setitem = get_bits, set_bits
+    nameless_functions.copyswap = copy_bits
+    Py_SET_TYPE(&nameless_prototype, &PyArrayDescr_Type)
+    Py_INCREF(kind)
+    nameless_prototype.typeobj = <PyTypeObject *>kind
+    nameless_prototype.kind, nameless_prototype.type, nameless_prototype.byteorder = b"V", b"E", b"="
+    nameless_prototype.elsize = nameless_prototype.alignment = 2
+    nameless_prototype.f, nameless_prototype.hash = &nameless_functions, -1
+    cdef int number = PyArray_RegisterDataType(&nameless_prototype)
+    cdef cnp.PyArray_Descr *found = PyArray_DescrFromType(number)
+    PyArray_RegisterCastFunc(found, cnp.NPY_FLOAT32, widen_bits)
+    PyArray_RegisterCastFunc(found, cnp.NPY_FLOAT64, widen_bits_to_double)
+    PyArray_RegisterCastFunc(PyArray_DescrFromType(cnp.NPY_FLOAT32), number, round_to_bits)
+    PyArray_RegisterCastFunc(PyArray_DescrFromType(cnp.NPY_FLOAT64), number, round_double_to_bits)
+    PyArray_RegisterCanCast(found, cnp.NPY_FLOAT32, NPY_NOSCALAR)
+    PyArray_RegisterCanCast(found, cnp.NPY_FLOAT64, NPY_NOSCALAR)
+    nameless = number
+    return <object>found
+
+
 def bfloat16_as_bits(capsule):
     """Of a capsule that `__dlpack__` made, whether it holds bfloat16, which then is called unsigned 16 bits."""
     cdef dl_tensor *tensor
@@ -118,7 +239,7 @@ def bfloat16_as_bits(capsule):
 
 def memory_of(capsule, bfloat16, str where):
     """The memory in a capsule named "dltensor", of real numbers on the CPU, as an array that keeps the capsule and may
-    not be written to. `bfloat16` gives that type, for `where`: NumPy does not know it by itself."""
+    not be written to. `bfloat16` gives that type: NumPy does not know it by itself."""
     cdef dl_tensor *tensor = <dl_tensor *>PyCapsule_GetPointer(capsule, "dltensor")
     cdef cnp.npy_intp dims[64]                  # NumPy's most
     cdef cnp.npy_intp strides[64]
@@ -127,7 +248,7 @@ def memory_of(capsule, bfloat16, str where):
     if tensor.code == 2:
         number = cnp.NPY_FLOAT32 if size == 4 else cnp.NPY_FLOAT64 if size == 8 else cnp.NPY_FLOAT16 if size == 2 else -1
     elif tensor.code == 4 and size == 2:
-        number = (<cnp.dtype>bfloat16(where)).num
+        number = (<cnp.dtype>bfloat16()).num
     elif tensor.code == 6 and size == 1:
         number = cnp.NPY_BOOL
     elif tensor.code == 0:
@@ -427,7 +548,20 @@ cdef class Problem:
 
 
 cpdef cnp.ndarray empty(str where, tuple shape, int number):
-    """An array of this shape and type (dtype.num), in C order; `where` is for the error."""
+    """An array for a result of this shape and type (dtype.num), in C order; `where` is for the error."""
+    check_result(where, number)
+    return scratch(where, shape, number)
+
+
+cpdef int check_result(str where, int number) except -1:
+    """That a caller can use an array of this type."""
+    if number == nameless and nameless >= 0:
+        raise ImportError(f"{where}: a new array of bfloat16 needs ml_dtypes: pip install ml_dtypes, or give an out=")
+    return 0
+
+
+cpdef cnp.ndarray scratch(str where, tuple shape, int number):
+    """The same for what stays inside of a call, in any type."""
     cdef cnp.npy_intp dims[64]                  # NumPy's most
     cdef int i, n = <int>len(shape)
     try:

@@ -7,6 +7,7 @@ what lies elsewhere, and what is not what its memory says is a TypeError with th
 
 import functools
 import sys
+import threading
 from typing import Any, NoReturn
 
 import numpy as np
@@ -15,6 +16,7 @@ from . import _core
 
 Array = np.ndarray[Any, Any]
 
+_ONE = threading.Lock()
 _CPU = (1, 3, 11)  # DLPack's numbers of devices: the CPU, and its memory that CUDA or ROCm has pinned
 _DEVICES = {2: "CUDA", 4: "OpenCL", 7: "Vulkan", 8: "Metal", 10: "ROCm", 13: "CUDA-managed", 14: "oneAPI"}
 _TO_CPU = {"cupy": "cupy.asnumpy({})", "torch": "{}.cpu()", "jax": "jax.device_get({})", "jaxlib": "jax.device_get({})"}
@@ -26,8 +28,7 @@ def is_foreign(x: Any) -> bool:
 
 def read(name: str, x: Any, where: str) -> Array:
     """The array that x is: its memory, if NumPy can have it as it is, and else what `__array__` makes of it."""
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(x, getattr(torch, "Tensor", ())):
+    if _is_tensor(x):
         return _of_torch(name, x, where)
     libraries = {kind.__module__.partition(".")[0] for kind in type(x).__mro__}
     if "pandas" in libraries:
@@ -39,7 +40,7 @@ def read(name: str, x: Any, where: str) -> Array:
     why: Exception | None = None
     if hasattr(x, "__dlpack__") and _is_on_cpu(name, x, where):
         try:
-            return _of_dlpack(where, x)
+            return _of_dlpack(x)
         except (BufferError, RuntimeError, TypeError, ValueError) as error:  # types and layouts that it cannot say
             why = error
     if why is not None and not hasattr(x, "__array__"):
@@ -47,12 +48,17 @@ def read(name: str, x: Any, where: str) -> Array:
     return np.asarray(x)
 
 
+def _is_tensor(x: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, getattr(torch, "Tensor", ()))
+
+
 def kind_of(x: Any) -> str:
     module = type(x).__module__.partition(".")[0]
     return type(x).__name__ if module == "builtins" else f"{module}.{type(x).__name__}"
 
 
-def memory_of(where: str, tensor: Any) -> Array:
+def memory_of(tensor: Any) -> Array:
     """The memory of a torch tensor that records nothing and is what its memory says, or a copy where torch is lazy."""
     torch = sys.modules["torch"]
     if tensor._is_zerotensor():  # has no memory, such as a tangent that torch knows to be 0
@@ -62,12 +68,28 @@ def memory_of(where: str, tensor: Any) -> Array:
     if tensor.dtype != torch.bfloat16:
         found: Array = tensor.numpy()
         return found
-    return _from_bits(where, tensor.view(torch.int16).numpy())
+    bits: Array = tensor.view(torch.int16).numpy()
+    return bits.view(_bfloat16())
 
 
 def lent(where: str, capsule: Any) -> Array:
     """The memory in a capsule of torch's, for the time of a call: nothing keeps torch from resizing it later."""
     return _core.memory_of(capsule, _bfloat16, where)
+
+
+def written(where: str, out: Any) -> Array:
+    """The memory of `out`, an array of another library that a result is to be written to."""
+    if _is_tensor(out):
+        found = _of_torch("out", out, where)
+        if out.is_neg() or out._is_zerotensor():
+            raise ValueError(f"{where}: out is not writable: torch has put off what its numbers are; pass out.clone()")
+        return found
+    if not hasattr(out, "__dlpack__") or not _is_on_cpu("out", out, where):
+        raise TypeError(f"{where}: out must be an array whose memory can be written to, got {kind_of(out)}")
+    try:
+        return _of_dlpack(out)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(f"{where}: out: NumPy cannot write to this {kind_of(out)} ({error})") from None
 
 
 def capsule_of(x: Array) -> Any:
@@ -101,7 +123,7 @@ def _of_torch(name: str, x: Any, where: str) -> Array:
         _refuse(where, name, x, "whose gradient would be lost", way_out)
     if torch._is_functional_tensor(x):
         _refuse(where, name, x, "inside of a transform of torch.func", "what it stands for, outside of it")
-    return memory_of(where, x)
+    return memory_of(x)
 
 
 def _is_on_cpu(name: str, x: Any, where: str) -> bool:
@@ -137,20 +159,31 @@ class _AsBits:
         return capsule
 
 
-def _of_dlpack(where: str, x: Any) -> Array:
+def _of_dlpack(x: Any) -> Array:
     given = _AsBits(x)
     found: Array = np.from_dlpack(given)
-    return _from_bits(where, found) if given.is_bfloat16 else found
+    return found.view(_bfloat16()) if given.is_bfloat16 else found
 
 
-def _from_bits(where: str, bits: Array) -> Array:
-    return bits.view(_bfloat16(where))
+def _bfloat16() -> Any:
+    """The type of ml_dtypes, or, where that is missing, one for inside of a call."""
+    return _of_ml_dtypes() or _of_ours()
 
 
 @functools.cache
-def _bfloat16(where: str) -> Any:
+def _of_ml_dtypes() -> Any:
     try:
         import ml_dtypes
     except ImportError:
-        raise ImportError(f"{where}: bfloat16 needs ml_dtypes: pip install ml_dtypes") from None
+        return None
     return np.dtype(ml_dtypes.bfloat16)
+
+
+def _of_ours() -> Any:
+    with _ONE:  # NumPy would take a second one as another type
+        return _registered()
+
+
+@functools.cache
+def _registered() -> Any:
+    return _core.bfloat16_of_ours(type("bfloat16", (np.generic,), {}))

@@ -173,6 +173,7 @@ def _check_want(where: str, want: Any, given: dict[str, Any]) -> None:
         if given[name] is None:
             argument = "alibi_slopes" if name == "slopes" else name
             raise ValueError(f"{where}: want has {name!r}, but {argument} is not given")
+        _core.check_result(where, _as_array(name, given[name], where).dtype.num)
     if len(set(want)) < len(want):
         raise ValueError(f"{where}: want names each argument once, got {want!r}")
 

@@ -72,9 +72,9 @@ lse : array_like, shape (..., Hq, Lq), optional
     belong to them cannot be seen from its shape: weights are then what ``exp(score - lse)`` is, above 1 too.
 return_lse : bool, default False
     Return the natural log-sum-exp of each row's scores as well.
-out : ndarray, optional
-    Where to write the result: its exact shape and type (or float32 instead of 16 bits), any strides. It may
-    overlap an input.
+out : ndarray, or an array of another library, optional
+    Where to write the result, and what is returned: its exact shape and type (or float32 instead of 16 bits), any
+    strides. It may overlap an input.
 num_threads : int, optional
     Threads for this call; see `get_num_threads` for the default.
 dout : array_like, shape (..., Hq, Lq, Dv)

@@ -24,7 +24,7 @@ _LINE = 64  # bytes of a cache line
 
 @documented
 def linear(
-    x: Any, w: Any, b: Any = None, *, out: Array | None = None, num_threads: int | None = None, **words: Never
+    x: Any, w: Any, b: Any = None, *, out: Any = None, num_threads: int | None = None, **words: Never
 ) -> Array:
     """A linear layer, ``x @ w.T + b``.
 
@@ -159,7 +159,7 @@ class Linear:
         """
         return self._shape[0]
 
-    def __call__(self, x: Any, *, out: Array | None = None, num_threads: int | None = None) -> Array:
+    def __call__(self, x: Any, *, out: Any = None, num_threads: int | None = None) -> Array:
         """The layer's result for x.
 
         Parameters
@@ -405,8 +405,8 @@ def _apply(
         result = target = _core.empty(where, shape, x.dtype.num)
     else:
         result = target = _check_out(out, shape, x.dtype.num, where, "x")
-        if any(np.may_share_memory(out, y) for y in (x, w, b) if y is not None):
-            target = _core.empty(where, shape, out.dtype.num)
+        if any(np.may_share_memory(result, y) for y in (x, w, b) if y is not None):
+            target = _core.scratch(where, shape, result.dtype.num)
     rows, sums = _as_rows(x, target)
     if w is None:
         weights = rows  # of which nothing is looked at, since they are packed
@@ -415,4 +415,4 @@ def _apply(
     _core.product(rows, weights, sums, True, True, True, True, 1.0, threads, isa, counters, b, packed)
     if target is not result:
         result[...] = target
-    return result
+    return result if out is None else out

@@ -82,9 +82,9 @@ def _check_mask(where: str, mask: Any) -> Array:
     if isinstance(mask, str):
         word = f"; pass causal={mask == 'causal' or mask!r}" if mask in ("causal", "top-left") else ""
         raise TypeError(f"{where}: mask must be bool, True where a query attends to a key, got {mask!r}{word}")
-    given = _as_array("mask", mask, where)
+    given = mask if type(mask) is np.ndarray else _as_array("mask", mask, where)
     if given.dtype == bool:
-        return np.atleast_1d(given)  # the core looks at the last axis
+        return given if given.ndim else given[np.newaxis]  # the core looks at the last axis
     ways_out = "; to add it to the scores pass it as bias="
     if given.dtype.kind in "iuf" or _is_known(given.dtype):
         ways_out += "; if it is not 0 where a query attends, pass mask.astype(bool)"
@@ -92,9 +92,9 @@ def _check_mask(where: str, mask: Any) -> Array:
 
 
 def _check_bias(where: str, bias: Any) -> Array:
-    given = _as_array("bias", bias, where)
+    given = bias if type(bias) is np.ndarray else _as_array("bias", bias, where)
     if _is_known(given.dtype):
-        return np.atleast_1d(given)
+        return given if given.ndim else given[np.newaxis]
     ways_out = "; True where a query attends to a key is mask=" if given.dtype == bool else ""
     if given.dtype.kind in "iuf":
         ways_out = "; pass bias.astype('float32') to add it, or as a bool mask= what is not 0 where a query attends"
@@ -129,9 +129,12 @@ def _check_broadcast(where: str, name: str, x: Array, logits: tuple[int, ...]) -
 
 
 def _fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
-    return len(shape) <= len(target) and all(
-        n in (1, m) for n, m in zip(reversed(shape), reversed(target), strict=False)
-    )
+    if len(shape) > len(target):
+        return False
+    for n, m in zip(shape, target[len(target) - len(shape) :], strict=True):  # a generator would take 1 us
+        if n != 1 and n != m:
+            return False
+    return True
 
 
 def _per_head(where: str, name: str, values: Any, heads: int) -> Array:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from . import _core
 from ._checks import _FLOAT32, _FLOAT64, _NAMES, _TYPES, Array, _as_array, _check_layout, _hint_of_bits, _is_known
 from ._help import documented
 
@@ -71,6 +72,7 @@ def merge_partials(outs: Sequence[Any], lses: Sequence[Any], *, layout: str = "b
         given = f"outs: {[x.shape for x in outs]}, lses: {[x.shape for x in lses]}"
         raise ValueError(f"merge_partials: shapes do not fit ({given})")
 
+    _core.check_result("merge_partials", outs[0].dtype.num)
     with np.errstate(all="ignore"):  # NaN and infinity are legal, and -inf is a row that saw nothing
         logs = np.array(lses, np.float64)
         top = logs.max(axis=0)

@@ -57,14 +57,16 @@ def attend(p: Problem, out: Array | None, return_lse: bool) -> Any:
         result = target = _like_q(p)
     else:
         result = target = _check_out(out, p.shape, p.number, p.where)
-        if overlaps(p, out):
-            target = _core.empty(p.where, p.shape, out.dtype.num)
+        if overlaps(p, result):
+            target = _core.scratch(p.where, p.shape, result.dtype.num)
     lse = _core.empty(p.where, p.rows, _arithmetic(p.number)) if return_lse else None
     report = _core.forward(p, target, lse) if p.extras is None else forward(p, target, lse)
     if report is not None:
-        return Planned(p, report, target, out)
+        return Planned(p, report, target, None if out is None else result)
     if target is not result:
         result[...] = target
+    if out is not None:
+        result = out
     return (result, lse) if return_lse else result
 
 
@@ -94,7 +96,7 @@ def _like_q(p: Problem) -> Array:
     """A plan asks a result for no more than its strides, which are q's: no pages for what will not be written."""
     if p.is_planned and p.shape == p.q.shape and p.q.flags.carray and p.q.dtype.isnative:
         return p.q
-    return p.empty()
+    return _core.scratch(p.where, p.shape, p.number)
 
 
 def overlaps(p: Problem, out: Array) -> bool:

@@ -39,7 +39,7 @@ def rope(
     cos_sin: tuple[Any, Any] | None = None,
     interleaved: bool = False,
     layout: str = "bhld",
-    out: Array | None = None,
+    out: Any = None,
     num_threads: int | None = None,
     **words: Never,
 ) -> Array:
@@ -127,11 +127,13 @@ def rope(
     at = rotation.check(x, positions, heads_first)
     if out is None:
         return rotation.turn(x, at, heads_first, _core.empty(where, x.shape, x.dtype.num), num_threads)
-    _check_out(out, x.shape, x.dtype.num, where, "x")
-    if out is not x and np.may_share_memory(out, x):
-        same = x.strides == out.strides and x.ctypes.data == out.ctypes.data and x.dtype == out.dtype
+    target = _check_out(out, x.shape, x.dtype.num, where, "x")
+    if target is not x and np.may_share_memory(target, x):
+        same = x.strides == target.strides and x.ctypes.data == target.ctypes.data and x.dtype == target.dtype
         x = x if same else x.copy()
-    return rotation.turn(x, at, heads_first, out, num_threads)
+    rotation.turn(x, at, heads_first, target, num_threads)
+    result: Array = out
+    return result
 
 
 class Rotation:

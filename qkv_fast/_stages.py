@@ -44,7 +44,7 @@ def scores(
     *,
     scale: float | None = None,
     layout: str = "bhld",
-    out: Array | None = None,
+    out: Any = None,
     num_threads: int | None = None,
     **words: Never,
 ) -> Array:
@@ -121,7 +121,7 @@ def weighted_values(
     v: Any,
     *,
     layout: str = "bhld",
-    out: Array | None = None,
+    out: Any = None,
     num_threads: int | None = None,
     **words: Never,
 ) -> Array:
@@ -200,7 +200,7 @@ def softmax(
     axis: int = -1,
     *,
     mask: Any = None,
-    out: Array | None = None,
+    out: Any = None,
     num_threads: int | None = None,
     **words: Never,
 ) -> Array:
@@ -286,7 +286,7 @@ def softmax_grad(
     p: Any,
     axis: int = -1,
     *,
-    out: Array | None = None,
+    out: Any = None,
     num_threads: int | None = None,
     **words: Never,
 ) -> Array:
@@ -377,6 +377,7 @@ def _along(
     threads, isa, counters = _runtime.current(num_threads, where)
     (name, x), *others = arrays.items()
     if out is None:
+        _core.check_result(where, x.dtype.num)
         try:  # axes in memory as x has them
             result = target = np.empty_like(x, _TYPES[x.dtype.num], subok=False)
         except ValueError:
@@ -384,15 +385,15 @@ def _along(
     else:
         result = target = _check_out(out, x.shape, x.dtype.num, where, name)
         given = [*arrays.values()] if mask is None else [x, mask]
-        if any(np.may_share_memory(out, y) and not _same_memory(out, y) for y in given):
-            target = _core.empty(where, x.shape, out.dtype.num)
+        if any(np.may_share_memory(result, y) and not _same_memory(result, y) for y in given):
+            target = _core.scratch(where, x.shape, result.dtype.num)
     weights = others[0][1] if others else None
     report = _core.softmax(x, mask, target, axis % x.ndim, threads, isa, counters, weights)
     if report is not None:
-        return PlannedStage(where, threads, isa, report, {**arrays, "out": target}, out)  # type: ignore[return-value]
+        return PlannedStage(where, threads, isa, report, {**arrays, "out": target}, None if out is None else result)  # type: ignore[return-value]
     if target is not result:
         result[...] = target
-    return result
+    return result if out is None else out
 
 
 def _matrices(where: str, heads_first: bool, **given: Any) -> tuple[Array, Array]:
@@ -429,8 +430,8 @@ def _product(
         result = target = _core.empty(where, shape, a.dtype.num)
     else:
         result = target = _check_out(out, shape, a.dtype.num, where, names[0])
-        if np.may_share_memory(out, a) or np.may_share_memory(out, b):
-            target = _core.empty(where, shape, out.dtype.num)
+        if np.may_share_memory(result, a) or np.may_share_memory(result, b):
+            target = _core.scratch(where, shape, result.dtype.num)
     rest = 1.0
     if a.dtype.itemsize < 8 and scale and not 2.0**-200 < abs(scale) < 2.0**200:
         scale, rest = math.copysign(2.0 ** (200 if abs(scale) > 1 else -200), scale), abs(scale)
@@ -440,7 +441,7 @@ def _product(
     report = _core.product(a, b, target, where == "scores", *heads_first, scale, threads, isa, counters, tiles=True)
     if report is not None:
         arrays = {names[0]: a, names[1]: b, "out": target}
-        return PlannedStage(where, threads, isa, report, arrays, out, rest != 1)  # type: ignore[return-value]
+        return PlannedStage(where, threads, isa, report, arrays, None if out is None else result, rest != 1)  # type: ignore[return-value]
     with np.errstate(all="ignore"):
         while rest != 1:  # in steps within the type: 0 times infinity would be NaN
             step = min(max(rest, 2.0**-100), 2.0**100)
@@ -448,7 +449,7 @@ def _product(
             rest /= step
         if target is not result:
             result[...] = target
-    return result
+    return result if out is None else out
 
 
 def _same_memory(a: Array, b: Array) -> bool:

@@ -3,7 +3,6 @@
 from typing import Any, Never
 
 from . import _problem
-from ._checks import Array
 from ._help import documented
 
 
@@ -28,7 +27,7 @@ def attention_varlen(
     softcap: float | None = None,
     scale: float | None = None,
     return_lse: bool = False,
-    out: Array | None = None,
+    out: Any = None,
     num_threads: int | None = None,
     **words: Never,
 ) -> Any:

@@ -1,5 +1,5 @@
 """Calls of every verb that takes arrays, for what may stand in an array's place: each is f(make), which hands all of
-its arrays to `make` first."""
+its arrays to `make` first; and of those that write to `out=`, the shape of that and f(make, out)."""
 
 import numpy as np
 
@@ -61,4 +61,38 @@ VERBS = {
     "PagedKVCache": _paged,
     "questions": lambda make: qkv_fast.spotlight.top_keys(make(Q), make(K), 2),
     "influence": lambda make: qkv_fast.spotlight.influence(make(Q), make(K), make(V), output=make(OUT), lse=make(LSE)),
+}  # fmt: skip
+
+
+def _newest(make, out):
+    cache = qkv_fast.KVCache(1, 2, 8, 10, value_dim=6, dtype="int8")
+    cache.append(make(K), make(V))
+    return cache.attend(make(Q[:, :, -2:]), out=out)
+
+
+def _newest_of_pages(make, out):
+    pool = qkv_fast.PagedKVCache(2, 8, pages=4, page_size=16, value_dim=6, dtype="int8")
+    sequences = [pool.add()]
+    return pool.step(sequences, make(Q[:, :, -2:]), make(K[:, :, :2]), make(V[:, :, :2]), layout="bhld", out=out)
+
+
+WRITERS = {
+    "attention": (OUT.shape, lambda make, out: qkv_fast.attention(make(Q), make(K), make(V), causal=True, out=out)),
+    "masks": (
+        OUT.shape, lambda make, out: qkv_fast.attention(make(Q), make(K), make(V), mask=MASK, bias=make(BIAS), out=out)
+    ),
+    "packed": (
+        PACKED.shape,
+        lambda make, out: qkv_fast.attention_varlen(*(make(x) for x in (PACKED,) * 3), STARTS, STARTS, out=out),
+    ),
+    "scores": ((1, 4, 5, 7), lambda make, out: qkv_fast.scores(make(Q), make(K), out=out)),
+    "softmax": (BIAS.shape, lambda make, out: qkv_fast.softmax(make(BIAS), mask=MASK[0, 0], out=out)),
+    "softmax_grad": (BIAS.shape, lambda make, out: qkv_fast.softmax_grad(make(BIAS), make(BIAS), out=out)),
+    "weighted values": (
+        OUT.shape, lambda make, out: qkv_fast.weighted_values(make(MASK.astype("float32")), make(V), out=out)
+    ),
+    "linear": ((1, 4, 5, 24), lambda make, out: qkv_fast.linear(make(Q), make(W), make(B), out=out)),
+    "rope": (Q.shape, lambda make, out: qkv_fast.rope(make(Q), np.arange(5), out=out)),
+    "KVCache": ((1, 4, 2, 6), _newest),
+    "PagedKVCache": ((1, 4, 2, 6), _newest_of_pages),
 }  # fmt: skip

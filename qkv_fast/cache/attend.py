@@ -345,8 +345,8 @@ def attend_newest(
     rotated = form.rotate and not (view.dtype.num == wide and view.flags.carray)
     if rotated or (apart and p.number != wide):  # rounded once, when all is there
         target = _core.empty(where, p.rows + view.shape[3:], wide)
-    elif out is not None and _problem.overlaps(p, out):
-        target = _core.empty(where, p.rows + view.shape[3:], out.dtype.num)
+    elif out is not None and _problem.overlaps(p, view):
+        target = _core.scratch(where, view.shape, view.dtype.num)
     lse = _core.empty(where, p.rows, wide) if return_lse or apart else None
     plans = []
     if apart:
@@ -358,7 +358,7 @@ def attend_newest(
     _place(p, keys, tokens)
     report = _problem.forward(p, target, lse) if beams == 1 else _forward_beams(p, beams, target, lse)
     if report is not None:
-        planned = _problem.Planned(p, report, view if apart or form.rotate else target, out)
+        planned = _problem.Planned(p, report, view if apart or form.rotate else target, None if out is None else result)
         planned.also += plans
         planned.longest = longest
         stored = batch, form.kv_heads, longest
@@ -371,6 +371,8 @@ def attend_newest(
     if target is not view:
         with np.errstate(all="ignore"):  # rounding is silent, as that of the core
             view[...] = target
+    if out is not None:
+        result = out
     return (result, lse) if return_lse else result
 
 

@@ -228,8 +228,7 @@ def attend_within(
         where, form, tokens, limit, form.dim_v, q, lengths, mask, bias, causal, window, alibi_slopes, sinks, softcap,
         scale, layout, num_threads, words, new=new, beams=True,
     )  # fmt: skip
-    if out is not None:
-        _check_out(out, p.shape, p.number, where)
+    memory = None if out is None else _check_out(out, p.shape, p.number, where)
     found = None
     few = p.rows[1] // form.kv_heads * p.rows[2] <= _MOST_ROWS and p.rows[0] == len(tokens.lengths)  # and no beams
     if few and tokens.most and math.prod(p.rows) and not p.is_planned:
@@ -241,8 +240,12 @@ def attend_within(
             chosen = _choose(p, bounds, stored, queries, tolerance, room)
             if chosen is not None:
                 rows = bounds.borrow_rows(stored.room_for(chosen))
-                found = _attend_chosen(p, form, stored, queries, chosen, rows, softcap, return_lse, out, num_threads)
+                found = _attend_chosen(
+                    p, form, stored, queries, chosen, rows, softcap, return_lse, memory, num_threads,
+                )  # fmt: skip
                 bounds.give_rows_back(rows)
+                if out is not None:
+                    found = (out, *found[1:])
             bounds.give_back(room)
     if found is None:
         found = attend_newest(
@@ -327,7 +330,8 @@ def _choose_of(
     weights = room[0][: math.prod(p.rows) * n].reshape(*p.rows, n)
     if extras.queries is not None:
         weights[...] = 0  # rows past them are left alone
-    _core.forward(own, own.empty(), None, _core.QUESTIONS["rows"], weights, quick=True)
+    nothing = _core.scratch(own.where, own.shape, own.number)
+    _core.forward(own, nothing, None, _core.QUESTIONS["rows"], weights, quick=True)
     if is_far and not weights.any(-1).all():
         return None
     heads = steps.shape[1]

@@ -668,7 +668,7 @@ class PagedKVCache(PagedQuestions):
         tolerance: float | None = None,
         layout: str = "bhld",
         return_lse: bool = False,
-        out: Array | None = None,
+        out: Any = None,
         num_threads: int | None = None,
         **words: Never,
     ) -> Any:
@@ -768,7 +768,7 @@ class PagedKVCache(PagedQuestions):
         tolerance: float | None = None,
         layout: str = "bhld",
         return_lse: bool = False,
-        out: Array | None = None,
+        out: Any = None,
         num_threads: int | None = None,
         **words: Never,
     ) -> Any:

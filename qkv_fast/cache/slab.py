@@ -539,7 +539,7 @@ class KVCache(Questions):
         tolerance: float | None = None,
         layout: str = "bhld",
         return_lse: bool = False,
-        out: Array | None = None,
+        out: Any = None,
         num_threads: int | None = None,
         **words: Never,
     ) -> Any:
@@ -650,7 +650,7 @@ class KVCache(Questions):
         tolerance: float | None = None,
         layout: str = "bhld",
         return_lse: bool = False,
-        out: Array | None = None,
+        out: Any = None,
         num_threads: int | None = None,
         **words: Never,
     ) -> Any:

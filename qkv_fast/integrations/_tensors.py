@@ -85,7 +85,7 @@ def _check_unrecorded(where: str, tensors: dict[str, torch.Tensor]) -> None:
 
 def memory(where: str, name: str, x: torch.Tensor, plain: bool) -> Any:
     """x as an array of NumPy, for the time of a call; `plain` is what `check_tensors` returned."""
-    return lent(where, to_dlpack(x)) if plain else memory_of(where, detached(where, name, x))
+    return lent(where, to_dlpack(x)) if plain else memory_of(detached(where, name, x))
 
 
 def detached(where: str, name: str, x: torch.Tensor) -> torch.Tensor:

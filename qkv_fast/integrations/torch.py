@@ -136,7 +136,7 @@ def scaled_dot_product_attention(
     q, k, v = tensors["query"], tensors["key"], tensors["value"]
     masks = [tensors["attn_mask"]] if "attn_mask" in tensors else []
     q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
-    if masks or not len(q_shape) == len(k_shape) == len(v_shape):
+    if not len(q_shape) == len(k_shape) == len(v_shape) == (masks[0].ndim if masks else len(q_shape)):
         q, k, v, *masks = _with_equal_axes(q, k, v, *masks)
         q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
     if len(q_shape) > 2 and not q_shape[-3] == k_shape[-3] == v_shape[-3]:

@@ -118,9 +118,12 @@ def attention_forward(
         )  # fmt: skip
         return outside
     tensors = {"query": query, "key": key, "value": value}
-    if not attention_mask is position_bias is s_aux is None:
-        added = {"attention_mask": attention_mask, "position_bias": position_bias, "s_aux": s_aux}
-        tensors |= {name: x for name, x in added.items() if x is not None}
+    if attention_mask is not None:
+        tensors["attention_mask"] = attention_mask
+    if position_bias is not None:
+        tensors["position_bias"] = position_bias
+    if s_aux is not None:
+        tensors["s_aux"] = s_aux
     plain = check_tensors(_NAME, tensors, _ADDED)
     if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
         shapes = ", ".join(f"{name}: {tuple(tensors[name].shape)}" for name in ("query", "key", "value"))

@@ -43,7 +43,8 @@ def answer(
     wide = result_type(p)
     result = _core.empty(p.where, shape, wide.num) if whole else zeros(p, shape, wide)
     number = _core.QUESTIONS[question]
-    _core.forward(p, p.empty() if out is None else out, lse, number, result, keys, normalisers, first_key)
+    out = _core.scratch(p.where, p.shape, p.number) if out is None else out
+    _core.forward(p, out, lse, number, result, keys, normalisers, first_key)
     return result
 
 

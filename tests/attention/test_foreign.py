@@ -3,50 +3,21 @@
 These are small classes that speak as the libraries do; tests/integrations/test_arrays.py has the libraries themselves.
 """
 
-import ctypes
 import gc
+import hashlib
+import json
+import os
 import re
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
+from _dlpack import Exported, Old, truncated
 from _util import child_says, same_bits
-from _verbs import VERBS, K, Q, V, W
+from _verbs import VERBS, WRITERS, K, Q, V, W
 
 import qkv_fast
-
-_pointer = ctypes.pythonapi.PyCapsule_GetPointer
-_pointer.restype, _pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
-
-
-class Exported:
-    """Memory that speaks DLPack and nothing else: of NumPy's types as NumPy says them, of bfloat16 as torch does."""
-
-    device = 1, 0
-    options = ("max_version", "dl_device", "copy")
-
-    def __init__(self, x):
-        self.bits = x.view(np.uint16) if x.dtype == ml_dtypes.bfloat16 else x
-        self.is_bfloat16 = x.dtype == ml_dtypes.bfloat16
-
-    def __dlpack_device__(self):
-        return self.device
-
-    def __dlpack__(self, **options):
-        if set(options) - {*self.options}:
-            raise TypeError("unexpected keyword argument")
-        versioned = "max_version" in options
-        capsule = self.bits.__dlpack__(**({"max_version": (1, 0)} if versioned else {}))
-        if self.is_bfloat16:  # where the type's code lies, by dlpack.h
-            name = b"dltensor_versioned" if versioned else b"dltensor"
-            ctypes.c_uint8.from_address(_pointer(capsule, name) + 20 + 32 * versioned).value = 4
-        return capsule
-
-
-class Old(Exported):
-    """Of DLPack before version 1."""
-
-    options = ()
 
 
 class Arrays:
@@ -164,23 +135,108 @@ def test_numpy_is_asked_first():
         qkv_fast.attention(np.ma.masked_array(Q), K, V)
 
 
-def test_bfloat16_without_ml_dtypes():
-    """A capsule of bfloat16 is an ImportError that says so."""
-    code = """
+def of_bits(x):
+    return truncated(x).view(ml_dtypes.bfloat16)
+
+
+@pytest.mark.parametrize("verb", WRITERS)
+def test_an_array_of_a_library_to_write_to(verb):
+    """It is what is returned, and holds the bits that a new array has; beside an input that it overlaps, too."""
+    shape, call = WRITERS[verb]
+    for convert in (lambda x: x, of_bits):
+        memory = np.empty(shape, convert(Q).dtype)
+        out = Exported(memory)
+        assert call(convert, out) is out
+        same_bits(memory, call(convert, None))
+    q = np.concatenate([Q, Q], -1)
+    out = Exported(q[..., 4:12])
+    expected = qkv_fast.attention(q[..., :8].copy(), K, K)
+    assert qkv_fast.attention(Exported(q[..., :8]), K, K, out=out) is out
+    same_bits(q[..., 4:12], expected)
+
+
+@pytest.mark.parametrize("make, error, words", [
+    (lambda: Exported(np.empty((1, 4, 5, 7), "float32")), ValueError, r"out must have the shape \(1, 4, 5, 6\), got"),
+    (lambda: Exported(np.empty((1, 4, 5, 6))), TypeError, "out must have q's type float32, got float64"),
+    (lambda: Exported(np.empty((1, 4, 5, 6), "complex64")), TypeError, "out must have q's type float32, got complex64"),
+    (lambda: Exported(np.broadcast_to(np.float32(0), (1, 4, 5, 6))), ValueError, "out is not writable"),
+    (lambda: Old(np.empty((1, 4, 5, 6), "float32")), ValueError, "out is not writable"),  # it does not say that it is
+    (lambda: Arrays(np.empty((1, 4, 5, 6), "float32")), TypeError, r"whose memory can be written to, got \S*Arrays"),
+    (lambda: library("cupy", "ndarray", **on((2, 0))), TypeError, r"out is a cupy\.ndarray, in memory of another dev"),
+    (lambda: library("host", "Array", __dlpack_device__=lambda self: (1, 0), __dlpack__=lambda self, **_: 1),
+     TypeError, r"attention: out: NumPy cannot write to this host\.Array"),
+])  # fmt: skip
+def test_what_cannot_be_written_to(make, error, words):
+    with pytest.raises(error, match=words):
+        qkv_fast.attention(Q, K, V, out=make())
+
+
+WITHOUT = """
 import sys
 sys.modules["ml_dtypes"] = None
-import ctypes, numpy as np, qkv_fast
-get = ctypes.pythonapi.PyCapsule_GetPointer
-get.restype, get.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
-class X:
-    def __dlpack_device__(self): return 1, 0
-    def __dlpack__(self):
-        capsule = np.ones((5, 8), np.uint16).__dlpack__()
-        ctypes.c_uint8.from_address(get(capsule, b"dltensor") + 20).value = 4
-        return capsule
-try:
-    qkv_fast.attention(X(), X(), X())
-except ImportError as error:
-    print(error)
+import hashlib, json
+import numpy as np
+import qkv_fast
+from _dlpack import Exported, truncated
+from _verbs import DOUT, LSE, OUT, WRITERS, K, Q, V, W
+
+def convert(x):
+    return Exported(truncated(x), are_bits=True)
+
+def digests(*arrays):
+    return [hashlib.sha1(x).hexdigest() for x in arrays]
+
+def needs_it(call):
+    try:
+        call()
+    except ImportError as error:
+        assert str(error).endswith(": a new array of bfloat16 needs ml_dtypes: pip install ml_dtypes, or give an out=")
+    else:
+        raise AssertionError(call)
+
+found = {}
+for name, (shape, call) in WRITERS.items():
+    memory, wide = np.empty(shape, np.uint16), np.empty(shape, "float32")
+    out = Exported(memory, are_bits=True)
+    assert call(convert, out) is out and call(convert, wide) is wide
+    found[name] = digests(memory, wide)
+    needs_it(lambda: call(convert, None))
+needs_it(lambda: qkv_fast.merge_partials([convert(OUT)] * 2, [LSE] * 2))
+needs_it(lambda: qkv_fast.attention_grad(*map(convert, (DOUT, Q, K, V, OUT)), LSE, want=("v",)))
+needs_it(lambda: qkv_fast.Linear(convert(W))(convert(Q)))
+memory = truncated(Q)
+out = Exported(memory, are_bits=True)
+assert qkv_fast.attention(out, *map(convert, (K, K)), out=out) is out
+numbers, shares = qkv_fast.spotlight.top_keys(convert(Q), convert(K), 2)
+influence = qkv_fast.spotlight.influence(*map(convert, (Q, K, V)))
+found["others"] = digests(memory, numbers, shares, influence)
+cache = qkv_fast.KVCache(1, 2, 8, 700, value_dim=6, bounds=True)
+cache.append(*(convert(np.tile(x, (1, 1, 100, 1))) for x in (K, V)))
+out = np.empty((1, 4, 1, 6), "float32")
+cache.attend(Q[:, :, -1:], bias=convert(np.tile(Q[0, 0, 0, :7], 100)), tolerance=0.1, out=out)
+found["a bias looked at by NumPy"] = digests(out)
+print(json.dumps(found))
 """
-    assert child_says(code) == "attention: bfloat16 needs ml_dtypes: pip install ml_dtypes"
+
+
+def digests(*arrays):
+    return [hashlib.sha1(x).hexdigest() for x in arrays]
+
+
+def test_bfloat16_without_ml_dtypes():
+    """What is read has the bits that it has with that package, and `out=` is given them; a new array is an ImportError
+    that says so."""
+    paths = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
+    found = json.loads(child_says(WITHOUT, PYTHONPATH=paths))
+    for name, (shape, call) in WRITERS.items():
+        wide = call(of_bits, np.empty(shape, "float32"))
+        assert found.pop(name) == digests(call(of_bits, None), wide), name
+    q, k, v = map(of_bits, (Q, K, V))
+    influence = qkv_fast.spotlight.influence(q, k, v)
+    expected = digests(qkv_fast.attention(q, k, k), *qkv_fast.spotlight.top_keys(q, k, 2), influence)
+    assert found.pop("others") == expected
+    cache = qkv_fast.KVCache(1, 2, 8, 700, value_dim=6, bounds=True)
+    cache.append(*(np.tile(x, (1, 1, 100, 1)) for x in (k, v)))
+    out, bias = np.empty((1, 4, 1, 6), "float32"), np.tile(q[0, 0, 0, :7], 100)
+    cache.attend(Q[:, :, -1:], bias=bias, tolerance=0.1, out=out)
+    assert found == {"a bias looked at by NumPy": digests(out)}

@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from _util import same_bits
-from _verbs import VERBS, K, Q, V
+from _verbs import VERBS, WRITERS, K, Q, V
 
 import qkv_fast
 
@@ -81,6 +81,40 @@ def test_views_of_torch(dtype):
     with torch.inference_mode():
         same_bits(qkv_fast.attention(q.clone(), k, v), expected)
     same_bits(qkv_fast.attention(torch.nn.Parameter(q, requires_grad=False), k, v), expected)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("verb", WRITERS)
+def test_a_tensor_of_torch_to_write_to(verb, dtype):
+    """Of any strides; it is what is returned."""
+    torch = host("torch")
+    shape, call = WRITERS[verb]
+
+    def convert(x):
+        return to_torch(x.astype(dtype))
+
+    out = torch.full((*shape[:-1], 2 * shape[-1]), 5.0, dtype=getattr(torch, dtype))[..., ::2]
+    assert call(convert, out) is out
+    expected = to_torch(call(lambda x: x.astype(dtype), None))
+    assert torch.equal(out, expected)
+    if dtype in ("float16", "bfloat16"):
+        wide = torch.empty(shape)
+        assert call(convert, wide) is wide
+        torch.testing.assert_close(wide.to(out.dtype), out, rtol=2.0**-7, atol=1e-6)
+
+
+def test_what_cannot_be_written_to():
+    torch = host("torch")
+    out = torch.empty(1, 4, 5, 6)
+    for wrong, error, words in (
+        (out.clone().requires_grad_(), TypeError, "out is a torch.Tensor, whose gradient would be lost"),
+        (torch._neg_view(out), ValueError, r"out is not writable: torch has put off .* pass out\.clone\(\)"),
+        (torch.empty(1, 4, 5, 1).expand(1, 4, 5, 6), ValueError, "out has overlapping elements"),
+        (to_jax(np.empty((1, 4, 5, 6), "float32")), ValueError, "out is not writable"),
+        (to_xarray(np.empty((1, 4, 5, 6), "float32")), TypeError, "out must be an array whose memory can be written"),
+    ):
+        with pytest.raises(error, match=words):
+            qkv_fast.attention(Q, K, V, out=wrong)
 
 
 def torchs(make):
