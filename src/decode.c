@@ -100,11 +100,11 @@ static void open_changes(few *t)
         .problem = t->problem, .plan = plan, .sequence = t->sequence, .head = t->head, .block = plan->chunk,
         .bias_rows = (const void **)(t->scratch + plan->few.at_pointers),
         .mask_rows = (const uint8_t **)(t->scratch + plan->few.at_pointers) + t->count,
-        .bias_copies = t->scratch + plan->few.at_bias, .mask_copies = (uint8_t *)t->scratch + plan->few.at_mask,
+        .bias_copies = t->scratch + plan->few.at_bias, .mask_copies = t->scratch + plan->few.at_mask,
         .key_copies = t->scratch + plan->few.at_keys,
     };
     x->changes = (qkv_changes){0};
-    qkv_open_lanes(&x->elements, &x->lanes, t->first, t->count, (t->count + vector - 1) / vector * vector,
+    qkv_open_lanes(&x->elements, &x->lanes, t->first, t->count, (t->count + vector - 1) / vector * vector, 0,
                    t->scratch + plan->few.at_lanes);
 }
 

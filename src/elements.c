@@ -5,6 +5,7 @@
  */
 #include "elements.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 #include "rows.h"
@@ -19,9 +20,11 @@ static const char *row_at(const char *data, const qkv_strides *at, int64_t offse
     return data ? data + offset + qkv_row_offset(r, at) : NULL;
 }
 
-void qkv_open_lanes(const qkv_elements *e, qkv_lanes *x, int64_t row, int64_t n, int64_t lanes, char *at)
+void qkv_open_lanes(const qkv_elements *e, qkv_lanes *x, int64_t row, int64_t n, int64_t lanes, int64_t place, char *at)
 {
     const qkv_problem *p = e->problem;
+    x->n = n;
+    x->place = place;
     x->bias = (const char **)at;
     x->mask = x->bias + lanes;
     x->summary = (const uint8_t **)(x->mask + lanes);
@@ -57,6 +60,101 @@ static int end_of_run(const char *const *rows, int j, int n, ptrdiff_t *step)
     return end;
 }
 
+enum { SIDE = 8 };                    /* bytes of a word, and words of a square */
+
+/* Of words `apart` from each other, the high bytes of one and the low ones of the other change places. */
+static inline void exchange(uint64_t *x, int apart, uint64_t low)
+{
+    for (int i = 0; i < SIDE; i++)
+        if (!(i & apart)) {
+            uint64_t moved = (x[i] >> 8 * apart ^ x[i + apart]) & low;
+            x[i + apart] ^= moved;
+            x[i] ^= moved << 8 * apart;
+        }
+}
+
+/* Eight lanes of eight keys whose lanes lie side by side. In words whose first byte is the highest, all is in the opposite order. */
+static void copy_square(uint8_t *to, int64_t to_row, const char *from, ptrdiff_t key)
+{
+    const uint16_t one = 1;
+    uint64_t x[SIDE];
+    int last = *(const uint8_t *)&one ? 0 : SIDE - 1;
+    for (int i = 0; i < SIDE; i++)
+        memcpy(&x[i ^ last], from + i * key, SIDE);
+    exchange(x, 4, 0x00000000ffffffff);
+    exchange(x, 2, 0x0000ffff0000ffff);
+    exchange(x, 1, 0x00ff00ff00ff00ff);
+    for (int j = 0; j < SIDE; j++)
+        memcpy(to + j * to_row, &x[j ^ last], SIDE);
+}
+
+/* Lanes of a mask, `lane` bytes apart, to rows of copies. Where lanes lie side by side, square by square: the last ones of an edge
+ * are copied again. */
+static void copy_mask(uint8_t *to, int64_t to_row, const char *from, ptrdiff_t lane, ptrdiff_t key, int lanes, int64_t keys)
+{
+    int64_t squares = lane == 1 && lanes >= SIDE && keys >= SIDE ? keys : 0;
+    for (int64_t i = 0; i < squares; i += SIDE) {
+        i = qkv_min(i, keys - SIDE);
+        for (int j = 0; j < lanes; j += SIDE) {
+            j = (int)qkv_min(j, lanes - SIDE);
+            copy_square(to + j * to_row + i, to_row, from + i * key + j, key);
+        }
+    }
+    for (int j = 0; j < lanes && !squares; j++)
+        for (int64_t i = 0; i < keys; i++)
+            to[j * to_row + i] = (uint8_t)from[i * key + j * lane];
+}
+
+/* n rows of a bias or mask, `step` bytes apart, to copies that are `to_row` bytes apart. */
+static void copy_rows(const qkv_elements *e, int masks, char *to, size_t to_row, const char *from, ptrdiff_t step, int n, int64_t keys)
+{
+    const qkv_problem *p = e->problem;
+    qkv_rows some = {(char *)from, step, (ptrdiff_t)p->bias_at.dim, p->bias_type, p->swapped_bias};
+    if (masks)
+        copy_mask((uint8_t *)to, (int64_t)to_row, from, step, p->mask_at.dim, n, keys);
+    else
+        e->plan->kernels->gather(to, (ptrdiff_t)to_row / e->plan->kernels->size, &some, n, (int)keys);
+}
+
+/* Copies that a task keeps of the rows of some lanes for a block of keys: where those of its head are. They are made for all of its heads
+ * when the first of these needs them. */
+static const char *kept_copies(const qkv_elements *e, const qkv_lanes *x, int masks, int64_t first)
+{
+    const qkv_problem *p = e->problem;
+    const qkv_plan *plan = e->plan;
+    const qkv_strides *at = masks ? &p->mask_at : &p->bias_at;
+    const char *const *rows = masks ? x->mask : x->bias;
+    const qkv_kept *kept = masks ? &plan->kept_mask : &plan->kept_bias;
+    int64_t block = first / e->block, place = x->place * plan->places + block % plan->places, head = e->head % plan->task_heads;
+    int64_t begin = block * e->block, keys = qkv_min(e->block, p->len_k - begin);
+    int64_t *there = e->kept + (masks ? plan->tile_panels * plan->places : 0) + place;
+    int heads = (int)qkv_min(kept->heads, plan->heads - (e->head - head));
+    ptrdiff_t of_head = (ptrdiff_t)(plan->group * at->head), step;
+    char *copies = (masks ? e->mask_copies : e->bias_copies) + (size_t)(place * kept->heads) * kept->head_bytes;
+    for (int j = 0, end; j < x->n && *there != block + 1; j = end) {
+        const char *from = rows[j] - head * of_head + begin * at->dim;
+        end = end_of_run(rows, j, (int)x->n, &step);
+        char *to = copies + (size_t)j * kept->row_bytes;
+        if (heads > 1 && llabs(of_head) < llabs(step)) {
+            copy_rows(e, masks, to, kept->head_bytes, from, of_head, heads, keys);
+            end = j + 1;
+        } else {
+            for (int h = 0; h < heads; h++)
+                copy_rows(e, masks, to + (size_t)h * kept->head_bytes, kept->row_bytes, from + h * of_head, step, step ? end - j : 1, keys);
+        }
+    }
+    *there = block + 1;
+    return copies + (size_t)(kept->heads > 1 ? head : 0) * kept->head_bytes + (size_t)(first - begin) * kept->size;
+}
+
+/* The lane whose copy a lane uses: the first of those next to it that have the same row. */
+static int lane_of_copy(const char *const *rows, int lane)
+{
+    while (lane > 0 && rows[lane] == rows[lane - 1])
+        lane--;
+    return lane;
+}
+
 /* Rows of the bias at key `first`, for n lanes. */
 static const void *const *bias_rows(const qkv_elements *e, const qkv_lanes *x, int lane, int n, int64_t first,
                                     int64_t last)
@@ -65,14 +163,18 @@ static const void *const *bias_rows(const qkv_elements *e, const qkv_lanes *x, i
     const qkv_plan *plan = e->plan;
     const void **rows = e->bias_rows;
     size_t row_bytes = (size_t)e->block * (size_t)plan->kernels->size;
+    if (plan->kept_bias.heads) {
+        const char *copies = kept_copies(e, x, 0, first);
+        for (int j = 0; j < n; j++)
+            rows[j] = copies + (size_t)lane_of_copy(x->bias, lane + j) * row_bytes;
+        return rows;
+    }
     for (int j = 0, end; j < n; j = end) {
         ptrdiff_t step;
         end = end_of_run(x->bias + lane, j, n, &step);
         char *from = (char *)x->bias[lane + j] + first * p->bias_at.dim, *copy = e->bias_copies + (size_t)j * row_bytes;
-        if (!plan->direct_bias) {
-            qkv_rows some = {from, step, (ptrdiff_t)p->bias_at.dim, p->bias_type, p->swapped_bias};
-            plan->kernels->gather(copy, (ptrdiff_t)e->block, &some, step ? end - j : 1, (int)(last - first));
-        }
+        if (!plan->direct_bias)
+            copy_rows(e, 0, copy, row_bytes, from, step, step ? end - j : 1, last - first);
         for (int i = 0; i < end - j; i++)
             rows[j + i] = plan->direct_bias ? from + i * step : step ? copy + (size_t)i * row_bytes : copy;
     }
@@ -116,30 +218,20 @@ int64_t qkv_count_seen(const qkv_problem *p, int64_t sequence, int64_t beam, int
     return seen;
 }
 
-/* Lanes of a mask, `lane` bytes apart, to rows of copies: along keys or, where lanes lie closer, eight lanes at a time. */
-static void copy_mask(uint8_t *to, int64_t block, const char *from, ptrdiff_t lane, ptrdiff_t key, int lanes, int64_t keys)
-{
-    enum { SIDE = 8 };
-    int along = lane < 0 || lane > (key < 0 ? -key : key) || lanes == 1;
-    for (int j = 0; j < lanes; j += along ? 1 : SIDE) {
-        const char *x = from + j * lane;
-        uint8_t *y = to + j * block;
-        int some = (int)qkv_min(lanes - j, SIDE);
-        for (int64_t i = 0; i < keys && along; i++)
-            y[i] = x[i * key] != 0;
-        for (int64_t i = 0; i < keys && !along; i++)
-            for (int k = 0; k < some; k++)
-                y[k * block + i] = x[i * key + k * lane] != 0;
-    }
-}
-
 void qkv_set_mask(const qkv_elements *e, const qkv_lanes *x, int lane, int n, int64_t first, int64_t last, qkv_changes *to)
 {
     const qkv_problem *p = e->problem;
     const uint8_t **rows = e->mask_rows;
     int64_t block = e->block, from = mask_from(p, e->sequence), begin = qkv_min(qkv_max(first, from), last);
-    uint8_t *copies = e->mask_copies;
+    uint8_t *copies = (uint8_t *)e->mask_copies;
     int own[MAX_LANES], count = 0;    /* lanes that do not share the row of the one before */
+    to->mask = rows;
+    if (e->plan->kept_mask.heads) {
+        const char *kept = kept_copies(e, x, 1, first);
+        for (int j = 0; j < n; j++)
+            rows[j] = (const uint8_t *)kept + lane_of_copy(x->mask, lane + j) * block;
+        return;
+    }
     for (int j = 0; j < n; j++) {
         if (e->plan->direct_mask) {
             rows[j] = (const uint8_t *)x->mask[lane + j] + first;
@@ -158,8 +250,8 @@ void qkv_set_mask(const qkv_elements *e, const qkv_lanes *x, int lane, int n, in
         for (end = k + 1; end < count && own[end] == own[end - 1] + 1;)
             end++;
         end = k + end_of_run(some, 0, end - k, &step);
-        copy_mask(copies + own[k] * block + (begin - first), block, some[0] + (begin - from) * p->mask_at.dim, step, p->mask_at.dim,
-                  end - k, last - begin);
+        copy_rows(e, 1, (char *)copies + own[k] * block + (begin - first), (size_t)block, some[0] + (begin - from) * p->mask_at.dim,
+                  step, end - k, last - begin);
     }
     for (int k = 0; k < count && p->q_ids; k++) {
         const int32_t *ids = key_ids(p, e->sequence) + first, id = x->id[lane + own[k]];
@@ -167,9 +259,8 @@ void qkv_set_mask(const qkv_elements *e, const qkv_lanes *x, int lane, int n, in
         for (int64_t i = 0; i < last - first && !p->mask; i++)
             copy[i] = ids[i] == id;
         for (int64_t i = 0; i < last - first && p->mask; i++)
-            copy[i] &= ids[i] == id;
+            copy[i] = copy[i] && ids[i] == id;
     }
-    to->mask = rows;
 }
 
 /* What n bytes of a mask make of their keys; eight at a time, of which those that are 0 show in their highest bits. */
@@ -254,22 +345,24 @@ qkv_kind qkv_look(const qkv_elements *e, const qkv_lanes *x, int lane, int n, in
                   qkv_changes *to)
 {
     const int both = QKV_SEEN | QKV_HIDDEN;
-    int found = 0;
-    to->mask = NULL;
-    if (last <= mask_from(e->problem, e->sequence))
-        return QKV_FULL;
-    if (e->summary) {
-        int64_t block = first / e->plan->block * e->plan->summary_at.dim;
-        for (int j = 0; j < n; j++)
-            found |= x->summary[lane + j][block];
-        if (found == both)
+    int found = QKV_SEEN;
+    if (last > mask_from(e->problem, e->sequence)) {
+        found = 0;
+        if (e->summary) {
+            int64_t block = first / e->plan->block * e->plan->summary_at.dim;
+            for (int j = 0; j < n; j++)
+                found |= x->summary[lane + j][block];
+        } else if (!e->problem->mask) {
+            found = look_at_ids(e, x, lane, n, first, last);
+        }
+        int looks = !e->summary && (e->problem->mask || found == both);
+        if (!to->mask && (looks || found == both))
             qkv_set_mask(e, x, lane, n, first, last, to);
-    } else if (e->problem->mask || (found = look_at_ids(e, x, lane, n, first, last)) == both) {
-        qkv_set_mask(e, x, lane, n, first, last, to);
-        found = qkv_look_at(to, n, 0, last - first);
-        if (found != both)
-            to->mask = NULL;
+        if (looks)
+            found = qkv_look_at(to, n, 0, last - first);
     }
+    if (found != both)
+        to->mask = NULL;
     return found == both ? QKV_PARTIAL : found == QKV_HIDDEN ? QKV_SKIP : QKV_FULL;
 }
 

@@ -17,13 +17,14 @@ typedef struct {
     const uint8_t *summary;           /* of the mask, or NULL */
     const void **bias_rows;
     const uint8_t **mask_rows;
-    char *bias_copies;
-    uint8_t *mask_copies;
+    char *bias_copies, *mask_copies;
+    int64_t *kept;                    /* (2, places): of what kind of copies, of the bias or the mask, each has which block, plus 1 */
     char *key_copies;                 /* positions of a block's keys */
 } qkv_elements;
 
 /* Some rows, of each: its row of the bias and of the mask at key 0 and of the mask's summary, its position, slope and id. */
 typedef struct {
+    int64_t n, place;                 /* rows, and where copies of theirs are kept */
     const char **bias, **mask;
     const uint8_t **summary;
     int64_t *position;
@@ -33,7 +34,7 @@ typedef struct {
 
 /* Lays out lanes from `at` on, QKV_LANE_BYTES each, and fills them in: `n` rows from `row` on, the last of which is repeated in
  * the others of `count` lanes. */
-void qkv_open_lanes(const qkv_elements *elements, qkv_lanes *lanes, int64_t row, int64_t n, int64_t count, char *at);
+void qkv_open_lanes(const qkv_elements *elements, qkv_lanes *lanes, int64_t row, int64_t n, int64_t count, int64_t place, char *at);
 
 /* Rows [first, last) of a mask's summary. */
 void qkv_summarise(const qkv_problem *problem, const qkv_plan *plan, int64_t first, int64_t last, uint8_t *summary);
@@ -45,7 +46,8 @@ void qkv_set_mask(const qkv_elements *elements, const qkv_lanes *lanes, int lane
 /* What the masks of n lanes make of some of their keys, `at` and on: QKV_SEEN, QKV_HIDDEN or both. */
 int qkv_look_at(const qkv_changes *changes, int n, int64_t at, int64_t keys);
 
-/* Whether it hides all of these keys (or, with a summary, of their block), some or none; sets it if some. */
+/* Whether it hides all of these keys (or, with a summary, of their block), some or none; sets it if some. If `to` has the mask of
+ * these lanes already, it is that. */
 qkv_kind qkv_look(const qkv_elements *elements, const qkv_lanes *lanes, int lane, int n, int64_t first, int64_t last,
                   qkv_changes *to);
 

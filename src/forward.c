@@ -203,8 +203,14 @@ static int attend_full(const qkv_query_tile *t, const qkv_panel *x, pass_rows *k
 {
     int w = t->plan->kernels->vector, n = x->nv * w, partial = 0, skipped = 0;
     int64_t end = t->problem->bias ? first : last;
+    const uint8_t *const *mask = NULL;
+    if (t->problem->mask && !t->elements.summary) {
+        qkv_set_mask(&t->elements, &x->lanes, 0, n, first, last, &whole.changes);
+        mask = whole.changes.mask;
+    }
     for (int i = 0; (t->plan->masked || t->problem->bias) && i < n; i += w) {
         int64_t seen = last;
+        whole.changes.mask = mask ? mask + i : NULL;
         qkv_kind kind = look(t, x, i, first, &seen, &whole.changes);
         partial += kind == QKV_PARTIAL;
         skipped += kind == QKV_SKIP;
@@ -213,8 +219,8 @@ static int attend_full(const qkv_query_tile *t, const qkv_panel *x, pass_rows *k
     if (skipped > 0 && skipped < x->nv)
         return 0;
     last = end;
-    whole.changes.mask = NULL;
-    if (partial)
+    whole.changes.mask = partial ? mask : NULL;
+    if (partial && !mask)
         qkv_set_mask(&t->elements, &x->lanes, 0, n, first, last, &whole.changes);
     partial = whole.lo ? x->nv - skipped : partial;
     t->counters->tiles_full += x->nv - partial - skipped;
@@ -385,19 +391,29 @@ static void begin_totals(const qkv_query_tile *t, uint64_t chosen)
             qkv_begin_state(t, &t->panel[i], t->panel[i].total);
 }
 
-/* All chunks of the chosen panels merged into `total`. Returns 0 if the call is given up before the last. */
+/* The chunks that have what some row sees. */
+static qkv_range chunks_of(const qkv_query_tile *t)
+{
+    int64_t first = qkv_first_chunk(t->plan, t->any);
+    return (qkv_range){first, t->any.lo < t->any.hi ? (t->any.hi - 1) / t->plan->chunk + 1 : first};
+}
+
+/* One chunk of the chosen panels merged into `total`. */
+static void merge_chunk(const qkv_query_tile *t, int64_t chunk, uint64_t chosen, int careful)
+{
+    attend_chunk(t, chunk, chosen, careful);
+    for (int i = 0; i < t->panels; i++)
+        if (chosen >> i & 1)
+            merge(t, t->panel[i].total, t->panel[i].state, t->panel[i].nv);
+}
+
+/* All of them. Returns 0 if the call is given up before the last. */
 static int merge_chunks(qkv_call *job, int worker, const qkv_query_tile *t, uint64_t chosen, int careful)
 {
-    const qkv_plan *plan = t->plan;
-    if (t->any.lo >= t->any.hi)
-        return 1;
-    int64_t first = t->any.lo / plan->chunk, last = (t->any.hi - 1) / plan->chunk;
-    for (int64_t chunk = first; chunk <= last; chunk++) {
-        attend_chunk(t, chunk, chosen, careful);
-        for (int i = 0; i < t->panels; i++)
-            if (chosen >> i & 1)
-                merge(t, t->panel[i].total, t->panel[i].state, t->panel[i].nv);
-        if (chunk < last && qkv_must_stop(&job->stop, worker))
+    qkv_range chunks = chunks_of(t);
+    for (int64_t chunk = chunks.lo; chunk < chunks.hi; chunk++) {
+        merge_chunk(t, chunk, chosen, careful);
+        if (chunk + 1 < chunks.hi && qkv_must_stop(&job->stop, worker))
             return 0;
     }
     return 1;
@@ -685,7 +701,7 @@ typedef struct { int64_t sequence, head, tile; } place;
 
 static place find_tile(const qkv_call *job, int64_t index)
 {
-    int64_t sequence, tiles = job->plan->tiles, heads = job->plan->head_tasks, each = job->plan->few.heads;
+    int64_t sequence, tiles = job->plan->tiles, heads = job->plan->head_tasks, each = job->plan->task_heads;
     if (job->first_tile) {
         int64_t past = job->plan->sequences;            /* first_tile[sequence] <= index < first_tile[past] */
         for (sequence = 0; past - sequence > 1;) {
@@ -705,6 +721,39 @@ static place find_tile(const qkv_call *job, int64_t index)
     if (job->plan->heads_inner)
         return (place){sequence, index % heads * each, tiles - 1 - index / heads};
     return (place){sequence, index / tiles * each, tiles - 1 - index % tiles};
+}
+
+static void open_place(const qkv_call *job, int worker, place at, qkv_query_tile *t)
+{
+    const qkv_problem *p = job->problem;
+    qkv_open_tile(t, p, job->plan, at.sequence, at.head, qkv_tile_rows(p, job->plan, at.sequence, at.tile), (qkv_range){0, p->len_k},
+                  job->summary, job->scratch[worker] + sizeof(qkv_counters), (qkv_counters *)job->scratch[worker]);
+}
+
+/* Some heads that share copies of a bias or mask: all of them meet a chunk before the next. */
+static void attend_heads(qkv_call *job, int worker, place at)
+{
+    const qkv_plan *plan = job->plan;
+    const uint64_t all = ~(uint64_t)0;
+    int64_t end = qkv_min(at.head + plan->task_heads, plan->heads);
+    memset(job->scratch[worker] + sizeof(qkv_counters) + plan->at_kept, 0, plan->kept_bytes);
+    for (int64_t n = 0, last = 0; n <= last; n++)
+        for (place one = at; one.head < end; one.head++) {
+            qkv_query_tile t;
+            open_place(job, worker, one, &t);
+            qkv_range chunks = chunks_of(&t);
+            last = qkv_max(0, chunks.hi - chunks.lo - 1);
+            if (plan->merges && n == 0)
+                begin_totals(&t, all);
+            if (!plan->merges)
+                attend_chunk(&t, 0, all, 0);
+            else if (chunks.lo + n < chunks.hi)
+                merge_chunk(&t, chunks.lo + n, all, 0);
+            if (n == last)
+                conclude(job, worker, &t);
+            if ((n < last || one.head + 1 < end) && qkv_must_stop(&job->stop, worker))
+                return;
+        }
 }
 
 static void run_task(void *context, int64_t task, int worker)
@@ -739,9 +788,12 @@ static void run_task(void *context, int64_t task, int worker)
     }
     if (job->problem->question == QKV_MOVED && !qkv_has_heavy(job->problem, plan, at.sequence, at.head, at.tile))
         return;
+    if (plan->task_heads > 1) {
+        attend_heads(job, worker, at);
+        return;
+    }
     qkv_query_tile t;
-    qkv_open_tile(&t, job->problem, plan, at.sequence, at.head, qkv_tile_rows(job->problem, plan, at.sequence, at.tile),
-                  (qkv_range){0, job->problem->len_k}, job->summary, job->scratch[worker] + sizeof(qkv_counters), counters);
+    open_place(job, worker, at, &t);
     if (job->problem->question == QKV_MOVED)
         answer_moved(job, worker, &t);
     else if (job->problem->question)

@@ -44,6 +44,8 @@ enum {
     PARTIAL_BYTES = 32 << 20,         /* most memory that a split may take */
     SUMMARY_BYTES = 8 << 20,          /* most of a mask's summary: 1 GB of mask */
     HEADS_INNER_BYTES = 16 << 20,     /* a bias that heads share is read tile by tile, by all heads, where L3 would not hold it */
+    KEPT_BYTES = 1536 << 10,          /* most that a task keeps of a bias or mask for the heads that it takes together */
+    KEPT_TASKS = 4,                   /* fewest tasks for each thread that this may leave */
     SUMMARY_ROWS = 64,                /* of a task of it: some microseconds for rows of a few thousand keys */
     GRADIENT_PARTS = 4,               /* most partial sums of dQ */
     GRADIENT_KEYS = 512,              /* fewest keys of one */
@@ -150,6 +152,54 @@ static int shares_lines(const qkv_problem *p, const void *data, const qkv_stride
     return data && llabs(at->head) < llabs(at->row) && (at->head || bytes >= HEADS_INNER_BYTES);
 }
 
+/* Whether copies of a bias or mask serve several heads: they share what is copied, or its lines. */
+static int serves_heads(const void *data, const qkv_strides *at, int direct)
+{
+    return data && !direct && at->dim && at->row && llabs(at->head) < llabs(at->dim) && llabs(at->head) < llabs(at->row);
+}
+
+/* What a panel keeps for one head. */
+static qkv_kept copies_of(const qkv_plan *plan, size_t size)
+{
+    size_t row_bytes = (size_t)plan->block * size;
+    return (qkv_kept){1, size, row_bytes, (size_t)plan->kernels->lanes * row_bytes + COPY_PAD * size};
+}
+
+/* Heads that a task takes together, since copies of a bias or mask serve them all, and panels of its tile: so many as what is kept of
+ * them has room, and threads have tasks. */
+static void plan_kept(const qkv_problem *p, qkv_plan *plan, int64_t panels)
+{
+    int bias = serves_heads(p->bias, &p->bias_at, plan->direct_bias);
+    int mask = serves_heads(p->mask, &p->mask_at, plan->direct_mask) && !p->q_ids && !p->mask_from;
+    if (plan->decode || p->question || qkv_is_uneven(p) || plan->heads < 2 || panels == 0 || p->len_k == 0 || !(bias || mask))
+        return;
+    plan->kept_bias = bias ? copies_of(plan, (size_t)plan->kernels->size) : plan->kept_bias;
+    plan->kept_mask = mask ? copies_of(plan, 1) : plan->kept_mask;
+    plan->places = ceil_div(qkv_min(p->len_k, plan->chunk), plan->block);
+    double common = 0, own = 0;       /* bytes of a panel, of all heads and of each */
+    *(p->bias_at.head ? &own : &common) += (double)plan->kept_bias.head_bytes;
+    *(p->mask_at.head ? &own : &common) += (double)plan->kept_mask.head_bytes;
+    double room = KEPT_BYTES / (double)plan->places;
+    int64_t heads = plan->heads, threads = qkv_max(1, p->threads), tile = plan->tile_panels;
+    if (common + own * (double)heads > room)
+        heads = own > 0 && room > common ? (int64_t)((room - common) / own) : 0;
+    if (heads > 0)
+        tile = qkv_max(1, qkv_min(tile, (int64_t)(room / (common + own * (double)heads))));
+    int64_t tiles = ceil_div(panels, tile);
+    if (threads > 1)
+        heads = qkv_min(heads, plan->sequences * tiles * plan->heads / (threads * KEPT_TASKS));
+    if (heads < 2) {
+        plan->kept_bias.heads = plan->kept_mask.heads = 0;
+        return;
+    }
+    plan->head_tasks = ceil_div(plan->heads, heads);
+    plan->task_heads = ceil_div(plan->heads, plan->head_tasks);
+    plan->kept_bias.heads *= p->bias_at.head ? plan->task_heads : 1;
+    plan->kept_mask.heads *= p->mask_at.head ? plan->task_heads : 1;
+    plan->tiles = tiles;
+    plan->tile_panels = ceil_div(panels, tiles);
+}
+
 static int reads_out(const qkv_problem *p)
 {
     return p->question == QKV_INFLUENCE || p->question == QKV_MOVED || p->question == QKV_GROUPS || p->question == QKV_GRADIENTS;
@@ -168,7 +218,7 @@ static void lay_out_scratch(const qkv_problem *p, qkv_plan *plan)
     TAKE(at_rows, lanes * sizeof(void *));
     TAKE(at_q, panels * (size_t)plan->terms * lanes * size);
     TAKE(at_state, panels * plan->state_bytes);
-    TAKE(at_total, plan->merges ? panels * plan->state_bytes : 0);
+    TAKE(at_total, plan->merges ? (size_t)plan->task_heads * panels * plan->state_bytes : 0);
     int gradients = p->question == QKV_GRADIENTS;       /* dS and products beside S */
     TAKE(at_s, (size_t)plan->block * lanes * size * (gradients ? 3 : plan->kernels->parts > 1 ? 2 : 1));
     TAKE(at_k, plan->copy_k || p->n_runs > 1 ? (size_t)(plan->pass * plan->copy_row_k) * size : 0);
@@ -181,8 +231,13 @@ static void lay_out_scratch(const qkv_problem *p, qkv_plan *plan)
     TAKE(at_peaked, sizeof(int));
     TAKE(at_lanes, plan->adjust ? panels * lanes * QKV_LANE_BYTES : 0);
     TAKE(at_pointers, plan->adjust ? 2 * lanes * sizeof(void *) : 0);
-    TAKE(at_bias, p->bias && !plan->direct_bias ? lanes * (size_t)plan->block * size : 0);
-    TAKE(at_mask, plan->masked && !plan->direct_mask ? lanes * (size_t)plan->block : 0);
+    const qkv_kept *bias = &plan->kept_bias, *mask = &plan->kept_mask;
+    size_t kept = panels * (size_t)plan->places;
+    TAKE(at_bias, bias->heads ? kept * (size_t)bias->heads * bias->head_bytes
+                  : p->bias && !plan->direct_bias ? lanes * (size_t)plan->block * size : 0);
+    TAKE(at_mask, mask->heads ? kept * (size_t)mask->heads * mask->head_bytes
+                  : plan->masked && !plan->direct_mask ? lanes * (size_t)plan->block : 0);
+    TAKE(at_kept, plan->kept_bytes = bias->heads || mask->heads ? 2 * kept * sizeof(int64_t) : 0);
     TAKE(at_keys, p->slopes && p->positions && p->mask_from ? (size_t)plan->block * size : 0);
     size_t columns = gradients ? (size_t)(qkv_columns(plan, p->dim) + qkv_columns(plan, p->dim_v)) : 2 * (size_t)plan->kernels->vector;
     TAKE(at_sums, (size_t)plan->range * (qkv_asks_cells(p) ? sizeof(double) : columns * size));
@@ -522,7 +577,8 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     plan->copy_row_k = p->dim + COPY_PAD;
     plan->copy_row_v = p->dim_v + COPY_PAD;
     plan_few(p, plan);
-    plan->head_tasks = ceil_div(plan->heads, plan->few.heads);
+    plan->task_heads = plan->few.heads;
+    plan->head_tasks = ceil_div(plan->heads, plan->task_heads);
     if (!plan->decode && multiplies_pairs(p, plan)) {
         kernels = plan->kernels = qkv_isa_at(p->isa)->pairs;
         choose_copies(p, plan);
@@ -564,6 +620,7 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     most = qkv_min(most, (int64_t)(TASK_FLOPS / (panel_flops + 1)));
     plan->tiles = plan->decode ? ceil_div(plan->rows, plan->few.rows) : ceil_div(panels, qkv_max(1, qkv_min(qkv_min(most, wanted), panels)));
     plan->tile_panels = plan->decode ? 1 : qkv_max(1, ceil_div(panels, qkv_max(1, plan->tiles)));     /* of about one size */
+    plan_kept(p, plan, panels);
     plan->tasks = plan->sequences * plan->head_tasks * plan->tiles;
     if (qkv_is_uneven(p)) {
         plan->tasks = 0;

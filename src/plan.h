@@ -5,7 +5,7 @@
 #include "kernels/kernels.h"
 #include "qkv.h"
 
-enum { QKV_PANEL_BYTES = 128 };       /* room for a qkv_panel of tile.h */
+enum { QKV_PANEL_BYTES = 192 };       /* room for a qkv_panel of tile.h */
 enum { QKV_SHARE_BYTES = 48 };        /* room for a qkv_share of spotlight.c */
 enum { QKV_HEADS_TOGETHER = 16 };     /* most key heads whose few rows a task takes together */
 enum { QKV_LANE_BYTES = 48 };         /* room for what a lane has in qkv_lanes of elements.h */
@@ -31,6 +31,13 @@ typedef struct {
     size_t scratch_bytes;
 } qkv_few_plan;
 
+/* What a task of some heads keeps of a bias or mask that is not read where it lies: copies of a block of keys, once for all of its
+ * heads. Heads are those whose copies differ, at least 1; 0: copies are made anew for every head. */
+typedef struct {
+    int64_t heads;
+    size_t size, row_bytes, head_bytes;                 /* of an element, of a row of a block, and of those of a panel */
+} qkv_kept;
+
 /* The work is a grid: sequences x key heads x query tiles, and, if split, x chunks of keys. A query tile is some panels
  * of one (sequence, key head); its rows are those of rows.h. Where sums over
  * queries are asked for, it is sequences x query heads x ranges of keys; of cells, x rows of these x ranges of columns. */
@@ -50,7 +57,7 @@ typedef struct {
     /* Rows that share their keys are those of all query heads of a key head, or of one query head where it is asked what each
      * of these gives. `heads` are what rows are of, `group` query heads in each, and so many of them share a key head. */
     int64_t sequences, heads, group, sharing;
-    int64_t head_tasks;               /* that heads are shared out to: as many, or fewer that take some together */
+    int64_t head_tasks, task_heads;   /* that heads are shared out to, and what each has: one, or some together */
     int64_t beams, each;              /* of a sequence, at least 1, and rows of one query: beams * group */
     int64_t rows;                     /* of one head: len_q * each; in ragged batches, at most */
     int decode;                       /* all sequences have few rows */
@@ -71,6 +78,8 @@ typedef struct {
     int direct_q, direct_out;         /* rows can be read and written where they lie: there are no */
     int obstacles_q, obstacles_out;
     int direct_bias, direct_mask;     /* likewise */
+    qkv_kept kept_bias, kept_mask;
+    int64_t places;                   /* of blocks of keys whose copies a panel keeps at once: those of a chunk */
     char hidden[sizeof(double)];      /* -inf as a bias has it */
     /* What each row of the mask makes of each block of keys, seen once for all that share the row: bytes of QKV_SEEN and
      * QKV_HIDDEN, with strides like the mask's. 0 bytes: tiles look for themselves. */
@@ -91,7 +100,8 @@ typedef struct {
     /* Scratch of one worker: byte offsets from its beginning. */
     size_t state_bytes;               /* O, m, l of one panel, or what a question keeps, m and l */
     size_t at_panels, at_limits, at_rows, at_q, at_state, at_total, at_s, at_k, at_v, at_tile, at_peaked;
-    size_t at_lanes, at_pointers, at_bias, at_mask, at_keys;        /* what elements.c needs */
+    size_t at_lanes, at_pointers, at_bias, at_mask, at_kept, at_keys;   /* what elements.c needs */
+    size_t kept_bytes;
     size_t at_sums;                   /* (2, range, vector), the second of what rounding loses; of gradients (range, columns of Q and of dO); of cells: (range) doubles, */
     size_t at_finite;                 /* of gradients: how many keys of each block of a range are known to be finite */
     size_t at_bounds;                 /* and the keys where their parts begin (range * parts + 1) */

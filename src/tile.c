@@ -15,6 +15,7 @@ static void lay_out_panels(qkv_query_tile *t)
     size_t lanes = (size_t)plan->kernels->lanes, vectors = lanes / (size_t)plan->kernels->vector;
     size_t q_bytes = (size_t)plan->terms * qkv_lanes_bytes(plan);
     size_t limits_bytes = (vectors + 1) * sizeof(qkv_limits) + lanes * sizeof(qkv_range);
+    size_t total = (size_t)(t->head % plan->task_heads * plan->tile_panels);
     t->panel = (qkv_panel *)(t->scratch + plan->at_panels);
     for (int i = 0; i < t->panels; i++) {
         qkv_panel *x = &t->panel[i];
@@ -24,7 +25,7 @@ static void lay_out_panels(qkv_query_tile *t)
         x->nv = (x->n + plan->kernels->vector - 1) / plan->kernels->vector;
         x->q = t->scratch + plan->at_q + (size_t)i * q_bytes;
         x->state = t->scratch + plan->at_state + (size_t)i * plan->state_bytes;
-        x->total = plan->merges ? t->scratch + plan->at_total + (size_t)i * plan->state_bytes : x->state;
+        x->total = plan->merges ? t->scratch + plan->at_total + (total + (size_t)i) * plan->state_bytes : x->state;
         x->limits = (qkv_limits *)limits;
         x->without = (int64_t *)(t->scratch + plan->at_without) + i * (int64_t)lanes;
         x->rows = (qkv_range *)(limits + (vectors + 1) * sizeof(qkv_limits));
@@ -171,8 +172,8 @@ void qkv_open_tile(qkv_query_tile *t, const qkv_problem *p, const qkv_plan *plan
         .problem = p, .plan = plan, .sequence = sequence, .head = head, .block = plan->block, .summary = summary,
         .bias_rows = (const void **)(scratch + plan->at_pointers),
         .mask_rows = (const uint8_t **)(scratch + plan->at_pointers) + lanes,
-        .bias_copies = scratch + plan->at_bias, .mask_copies = (uint8_t *)scratch + plan->at_mask,
-        .key_copies = scratch + plan->at_keys,
+        .bias_copies = scratch + plan->at_bias, .mask_copies = scratch + plan->at_mask,
+        .kept = (int64_t *)(scratch + plan->at_kept), .key_copies = scratch + plan->at_keys,
     };
     t->q_offset = qkv_rows_offset(p, &p->q_at, sequence) + head * plan->group * p->q_at.head;
     t->out_offset = qkv_rows_offset(p, &p->out_at, sequence) + head * plan->group * p->out_at.head;
@@ -184,7 +185,7 @@ void qkv_open_tile(qkv_query_tile *t, const qkv_problem *p, const qkv_plan *plan
         take_without(t);
     for (int i = 0; plan->adjust && i < t->panels; i++) {
         qkv_panel *x = &t->panel[i];
-        qkv_open_lanes(&t->elements, &x->lanes, x->row, x->n, x->nv * plan->kernels->vector,
+        qkv_open_lanes(&t->elements, &x->lanes, x->row, x->n, x->nv * plan->kernels->vector, i,
                        scratch + plan->at_lanes + i * lanes * QKV_LANE_BYTES);
     }
     pack_queries(t);

@@ -48,6 +48,21 @@ static void by_element(qkv_strides *at, const qkv_problem *p, int64_t heads, int
         at->head = 0;
 }
 
+/* The same in any memory order: heads, queries and keys, heads last, or keys before queries. */
+static void in_some_order(qkv_strides *at, const qkv_problem *p, int64_t heads, int64_t size)
+{
+    int64_t order = between(0, 2);
+    by_element(at, p, heads, size);
+    if (order == 1) {
+        at->dim = heads * size;
+        at->row = p->len_k * at->dim;
+        at->head = heads == 1 ? 0 : size;
+    } else if (order == 2) {
+        at->row = size;
+        at->dim = p->len_q * size;
+    }
+}
+
 /* Rows first .. last of each of the heads of sequence b become NaN: nobody may look at them. */
 static void spoil(qkv_type type, void *data, int64_t b, int64_t heads, int64_t rows, int64_t dim, int64_t first, int64_t last)
 {
@@ -84,7 +99,7 @@ static void random_changes(problem *x)
     if (draw() % 2) {
         x->mask_heads = draw() % 2 ? p->heads_q : 1;
         x->mask = random_mask(rows * x->mask_heads, p->len_k);
-        by_element(&p->mask_at, p, x->mask_heads, 1);
+        in_some_order(&p->mask_at, p, x->mask_heads, 1);
     }
     if (draw() % 2) {
         x->bias_heads = draw() % 2 ? p->heads_q : 1;
@@ -92,7 +107,7 @@ static void random_changes(problem *x)
         x->bias = uniform(p->bias_type, rows * x->bias_heads * p->len_k);
         for (int64_t i = 0; i < rows * x->bias_heads * p->len_k; i += between(1, 20))
             store(p->bias_type, x->bias, i, -INFINITY);
-        by_element(&p->bias_at, p, x->bias_heads, size_of(p->bias_type));
+        in_some_order(&p->bias_at, p, x->bias_heads, size_of(p->bias_type));
     }
     if (draw() % 3 == 0) {
         x->spans = numbers(2 * rows, 0, p->len_k);

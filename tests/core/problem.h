@@ -12,7 +12,7 @@ typedef struct {
     int64_t *offset, *length, *start, *queries, *positions;
     int shared;                       /* all sequences have the keys of the first */
 
-    /* What changes scores, or NULL: mask and bias (sequences, heads or 1, len_q, len_k), spans, ids, and one per head. */
+    /* What changes scores, or NULL: mask and bias (sequences, heads or 1, len_q, len_k) in any order, spans, ids, and one per head. */
     char *mask;
     void *bias;
     int64_t bias_heads, mask_heads;
@@ -118,6 +118,12 @@ static int64_t position_of(const problem *x, int64_t b, int64_t i)
     return i + (x->offset ? x->offset[b] : last_key(x, b) - query_count(x, b));
 }
 
+/* Where an element lies of what there is one for each query and key. */
+static int64_t place(const qkv_strides *at, int64_t b, int64_t head, int64_t i, int64_t j)
+{
+    return b * at->axis[0] + head * at->head + i * at->row + j * at->dim;
+}
+
 /* The scaled score of query i and key j after all that changes it; -inf where it is excluded. */
 static double changed(const problem *x, int64_t b, int64_t head, int64_t i, int64_t j, int64_t position, double score)
 {
@@ -128,10 +134,10 @@ static double changed(const problem *x, int64_t b, int64_t head, int64_t i, int6
     if (x->slopes)
         score -= x->slopes[head] * fabs((double)(position - j));
     if (x->bias)
-        score += load(p->bias_type, x->bias, ((b * x->bias_heads + head % x->bias_heads) * p->len_q + i) * p->len_k + j);
+        score += load(p->bias_type, x->bias, place(&p->bias_at, b, head, i, j) / size_of(p->bias_type));
     int seen = (p->left == QKV_OPEN || j >= position - p->left || j < p->kept) && (p->right == QKV_OPEN || j <= position + p->right);
     if (x->mask)
-        seen &= x->mask[((b * x->mask_heads + head % x->mask_heads) * p->len_q + i) * p->len_k + j] != 0;
+        seen &= x->mask[place(&p->mask_at, b, head, i, j)] != 0;
     if (x->spans)
         seen &= x->spans[2 * query] <= j && j < x->spans[2 * query + 1];
     if (x->q_ids)
