@@ -189,7 +189,7 @@ def test_each_type_is_checked_by_itself():
 
 @pytest.mark.parametrize("types", [("float16", None), ("int4", None), ("float32", "int4"), ("int8", "float32")])
 def test_what_is_asked_for_while_passes_are_copied(types):
-    """More keys than caches are expected to hold: lines of the next pass, which may be short, or lie in another page."""
+    """More keys than caches are expected to hold: lines of the next pass, which may be short or in another page."""
     dim, dim_v, count = 128, 96, 4200
     k, v, q = (normal(np.random.default_rng(9), (1, 2, *size)) for size in ((count, dim), (count, dim_v), (40, dim)))
     cache = KVCache(1, 2, dim, count, value_dim=dim_v, dtype=types[0], value_dtype=types[1])
