@@ -167,7 +167,7 @@ static const char *piece(few *t, int values, int64_t first, int64_t *last, ptrdi
         *as = from.type;
         return from.data;
     }
-    if (!(values ? plan->few.copy_v : plan->few.copy_k)) {
+    if (!qkv_few_obstacles(plan, values, t->count)) {
         *row = from.row;
         *as = from.type;
         return from.data;

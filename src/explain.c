@@ -74,16 +74,17 @@ static void count_tiles(const qkv_problem *p, const qkv_plan *plan, int64_t sequ
     int64_t lanes = plan->kernels->lanes, vector = plan->kernels->vector, rows = plan->tile_panels * lanes;
     int copies = (plan->copy_k != 0) + (plan->copy_v != 0 && !plan->one);
     for (int64_t first = 0; plan->decode && first < plan->rows; first += plan->few.rows) {
-        qkv_limits limits = limits_of(p, plan->each, sequence, first, qkv_min(first + plan->few.rows, plan->rows) - 1);
+        int64_t n = qkv_min(plan->few.rows, plan->rows - first);
+        qkv_limits limits = limits_of(p, plan->each, sequence, first, first + n - 1);
         if (limits.any.lo >= limits.any.hi)
             continue;
         int64_t visited = blocks_up_to(limits.any.hi, plan->chunk) - limits.any.lo / plan->chunk;
-        if (plan->few.copy_k)
+        if (qkv_few_obstacles(plan, 0, n))
             count->tiles_copied += count_passes(plan, plan->few.pass, limits.any.lo, limits.any.hi);
         /* Of pairs of keys, one beside which no row sees another is no pass. */
         int64_t pair = plan->few.kernels->pair, lo = blocks_up_to(limits.any.lo, pair) * pair;
         int64_t hi = limits.any.hi / pair * pair;
-        if (plan->few.copy_v && lo < hi)
+        if (qkv_few_obstacles(plan, 1, n) && lo < hi)
             count->tiles_copied += count_passes(plan, plan->few.pass, lo, hi);
         count_vectors(count, &limits, plan->chunk, visited, 1);
     }
@@ -335,8 +336,8 @@ qkv_status qkv_explain(const qkv_problem *problem, qkv_report *report)
     report->chunks = plan.chunks;
     report->split = plan.split;
     report->obstacles_q = (plan.decode ? plan.few.obstacles_q : plan.obstacles_q) & ~QKV_UNTILED;
-    report->obstacles_k = (plan.decode ? plan.few.copy_k : plan.copy_k) & ~QKV_UNTILED;
-    report->obstacles_v = (plan.decode ? plan.few.copy_v : plan.copy_v) & ~QKV_UNTILED;
+    report->obstacles_k = (plan.decode ? qkv_few_obstacles(&plan, 0, plan.few.rows) : plan.copy_k) & ~QKV_UNTILED;
+    report->obstacles_v = (plan.decode ? qkv_few_obstacles(&plan, 1, plan.few.rows) : plan.copy_v) & ~QKV_UNTILED;
     report->obstacles_out = plan.obstacles_out;
     report->scratch_bytes = all_scratch(plan.threads, plan.scratch_bytes) + (double)plan.shared_bytes;
 

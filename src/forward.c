@@ -139,8 +139,8 @@ static int add_span(const qkv_query_tile *t, pass_rows *kv, int n, int values, i
 }
 
 /* What to ask for while the first panel of a pass is at work on the block [first, last): its K, unless it is not the chunk's
- * first (then the block before has asked), its V, and the K of the block behind it, of those before `end`. NULL: nothing, the
- * pass is copied. */
+ * first (then the block before has asked), its V, and the K of the block behind it, of those before `end`. Where passes are copied
+ * it is what lies as far into the next. NULL: nothing, runs meet in the pass. */
 static qkv_ahead *look_ahead(const qkv_query_tile *t, pass_rows *kv, int64_t first, int64_t last, int64_t end, int begun)
 {
     const qkv_plan *plan = t->plan;
@@ -148,6 +148,14 @@ static qkv_ahead *look_ahead(const qkv_query_tile *t, pass_rows *kv, int64_t fir
         return NULL;
     int n = 0, soon = 2 * plan->kernels->row_tile;      /* keys that are read before what is asked for could come */
     kv->ahead = (qkv_ahead){.rate = begun ? 1 : 2};
+    if (plan->copy_k | plan->copy_v) {
+        first += kv->last - kv->first;
+        last = qkv_min(first + plan->block, end);
+        n = add_span(t, kv, n, 0, first, last);
+        if (plan->values && !plan->one)
+            add_span(t, kv, n, 1, first, last);
+        return &kv->ahead;
+    }
     if (!begun)
         n = add_span(t, kv, n, 0, first + soon, last);
     if (t->plan->values && !t->plan->one)

@@ -22,11 +22,14 @@ enum {
     BLOCK = 128,                      /* keys per kernel call: S^T (128, 48) is 24 KB, most of L1, but read in order */
     /* Rows of a key head up to which lanes along the head dimension are faster: one for this many columns of K and V, and not
      * more than fill three quarters of 64 bytes, on every path (at D 128, float32, 12 take 0.9 of the time of lanes of rows, 16
-     * take 1.1); if K and V would have to be widened, more: 16 take 0.5 and 32 0.7 in float16. From memory, Zen 5. */
+     * take 1.1); if K and V would have to be widened, more: 16 take 0.5 and 32 0.7 in float16. From memory, Zen 5. Where registers
+     * hold 8 sums, 20 take 0.93 and 32 take 1.06 (float16, D 128, Zen 3). */
     FEW_COLUMNS = 8,
     FEW_LEAST = 4,
     FEW_BYTES = 48,
     FEW_WIDENED = 32,                 /* not of int8 and int4: 32 take 1.6 times as long as lanes of rows with widened copies (Zen 3) */
+    FEW_WIDENED_8 = 20,
+    FEW_ONCE = 5,                     /* rows from which on int4 is widened once for all, and not for every four: 12 take 0.7 of the time (Zen 3) */
     FEW_BEAMS = 64,                   /* rows of a tile that several beams share: what is kept of a row is 5 KB */
     TOGETHER_BYTES = 4096,            /* of a key, of some heads together: from memory 0.6 to 0.8 of the time of one after the other (Zen 3) */
     TOGETHER_LEAST = 6 << 20,         /* bytes of K and V from which on that pays: with 4 MB 1.03 to 1.07, with 8 MB 0.92 */
@@ -283,6 +286,12 @@ int qkv_has_few(const qkv_problem *p, const qkv_plan *plan, int64_t sequence)
     return qkv_queries(p, sequence) * plan->group <= plan->few.most;
 }
 
+int qkv_few_obstacles(const qkv_plan *plan, int values, int64_t rows)
+{
+    const qkv_few_plan *few = &plan->few;
+    return (values ? few->copy_v : few->copy_k) | (rows >= (values ? few->once_v : few->once_k) ? QKV_WIDENED : 0);
+}
+
 /* Pairs are multiplied where Q, K and V hold them, and what goes into Q is its sign alone. */
 static int multiplies_pairs(const qkv_problem *p, const qkv_plan *plan)
 {
@@ -323,7 +332,8 @@ static int64_t heads_together(const qkv_problem *p, const qkv_plan *plan)
     const qkv_few_plan *few = &plan->few;
     int64_t most = TOGETHER_BYTES / (qkv_row_bytes(p->k_type, p->dim) + 1) + 1, long_ones = 0;
     int64_t heads = qkv_min(plan->heads, qkv_min(most, QKV_HEADS_TOGETHER)), tiles = ceil_div(plan->rows, few->rows);
-    int copies = few->copy_k | few->copy_v, aside = lie_together(&p->k_at) && lie_together(&p->v_at);
+    int copies = qkv_few_obstacles(plan, 0, few->rows) | qkv_few_obstacles(plan, 1, few->rows);
+    int aside = lie_together(&p->k_at) && lie_together(&p->v_at);
     if (!plan->decode || p->question || copies || !aside)
         return 1;
     double keys = 0;
@@ -353,7 +363,8 @@ static void plan_few(const qkv_problem *p, qkv_plan *plan)
         return;
     qkv_type arithmetic = qkv_arithmetic(p->type);
     int quantised = p->k_type >= QKV_I8 || p->v_type >= QKV_I8, own = p->k_type == arithmetic && p->v_type == arithmetic;
-    int64_t most = own || quantised ? FEW_BYTES / size : FEW_WIDENED;
+    int64_t widened = plan->kernels->decode_keys == 8 ? FEW_WIDENED_8 : FEW_WIDENED;
+    int64_t most = own || quantised ? FEW_BYTES / size : widened;
     few->most = qkv_min(most, qkv_max(FEW_LEAST, (p->dim + p->dim_v) / FEW_COLUMNS));
     plan->decode = p->len_q * plan->group <= few->most;
     if (!plan->decode && !qkv_is_uneven(p))
@@ -369,6 +380,9 @@ static void plan_few(const qkv_problem *p, qkv_plan *plan)
     int64_t n = few->rows = qkv_min(plan->beams > 1 ? FEW_BEAMS : few->most, plan->rows);
     few->columns = !pairs && few->copy_k == QKV_STRIDED && p->k_type == arithmetic && p->k_at.row == size && n <= QKV_COLUMN_ROWS;
     few->copy_k = few->columns ? 0 : few->copy_k;
+    few->once_k = p->k_type == QKV_I4 ? FEW_ONCE : INT64_MAX;
+    few->once_v = p->v_type == QKV_I4 ? FEW_ONCE : INT64_MAX;
+    int copies_k = qkv_few_obstacles(plan, 0, n) != 0, copies_v = qkv_few_obstacles(plan, 1, n) != 0;
     size_t at = 0, rows = (size_t)n, lanes = (size_t)(ceil_div(n, vector) * vector);
     size_t dim = (size_t)qkv_max(p->dim, p->dim_v);
     few->pass = qkv_min(CHUNK, qkv_max(16, COPY_PASS_BYTES / ((p->dim + p->dim_v + 1) * size) / 16 * 16));
@@ -389,8 +403,8 @@ static void plan_few(const qkv_problem *p, qkv_plan *plan)
     TAKE(at_sums, rows * (size_t)(few->o_row * size));
     TAKE(at_state, few->state_bytes);
     TAKE(at_total, few->state_bytes);
-    TAKE(at_k, few->copy_k ? (size_t)(few->pass * few->copy_row_k * size) : 0);
-    TAKE(at_v, few->copy_v ? (size_t)(few->pass * few->copy_row_v * size) : 0);
+    TAKE(at_k, copies_k ? (size_t)(few->pass * few->copy_row_k * size) : 0);
+    TAKE(at_v, copies_v ? (size_t)(few->pass * few->copy_row_v * size) : 0);
     TAKE(at_pair, pairs ? (size_t)(2 * ceil_div(p->dim_v, 2) * size) : 0);
     TAKE(at_copies, !few->obstacles_q && plan->direct_out ? 0 : rows * dim * (size_t)size);
     TAKE(at_lanes, plan->adjust ? lanes * QKV_LANE_BYTES : 0);
@@ -602,8 +616,8 @@ qkv_status qkv_make_plan(const qkv_problem *p, qkv_plan *plan)
     }
     /* Copies want many panels to share them, and leave them the room by being short. */
     int copies = (plan->copy_k | plan->copy_v) != 0;
-    double cold_bytes = (double)plan->sequences * (double)p->heads_kv * (double)plan->reach * (double)row_bytes;
-    plan->cold = !copies && cold_bytes > COLD_BYTES;
+    double cold_bytes = (double)plan->sequences * (double)p->heads_kv * (double)plan->reach * (double)qkv_token_bytes(p);
+    plan->cold = !((plan->copy_k | plan->copy_v) & ~(p->question ? 0 : QKV_WIDENED)) && cold_bytes > COLD_BYTES;
     int64_t pass = (copies ? COPY_PASS_BYTES : PASS_BYTES) / (row_bytes + kernels->size) / BLOCK * BLOCK;
     plan->pass = qkv_min(CHUNK, qkv_max(BLOCK, pass));
 

@@ -14,6 +14,7 @@ enum { QKV_LANE_BYTES = 48 };         /* room for what a lane has in qkv_lanes o
 typedef struct {
     const qkv_kernels *kernels;       /* the table of pairs where these are multiplied */
     int copy_k, copy_v, obstacles_q;
+    int64_t once_k, once_v;           /* tiles of so many rows copy them even if they could be widened as they are loaded */
     int columns;                      /* keys lie side by side, and lanes are keys in K Q^T */
     int streams;                      /* the CPU has QKV_CPU_STREAMS */
     int64_t most;                     /* rows of one beam that are few */
@@ -130,6 +131,9 @@ static inline int64_t qkv_columns(const qkv_plan *plan, int64_t dim)
 
 /* Whether a sequence has few rows. */
 int qkv_has_few(const qkv_problem *problem, const qkv_plan *plan, int64_t sequence);
+
+/* Why a tile of so many few rows copies K or V. */
+int qkv_few_obstacles(const qkv_plan *plan, int values, int64_t rows);
 
 /* Query tiles of one head of a sequence. */
 int64_t qkv_tiles_of(const qkv_problem *problem, const qkv_plan *plan, int64_t sequence);

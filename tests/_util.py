@@ -51,7 +51,8 @@ def weights_unit(q, k, v):
 
 def are_few(q, k, v):
     """Whether the kernel of few rows takes the rows of a key head: more of them where K and V would be widened."""
-    most = 48 // q.itemsize if k.dtype == arithmetic(q.dtype) else 32
+    widened = 20 if qkv_fast.isa() in ("avx2", "portable", "amx_emulated") else 32  # as registers hold 8 or 16 sums
+    most = 48 // q.itemsize if k.dtype == arithmetic(q.dtype) else widened
     return q.shape[-2] * q.shape[-3] // k.shape[-3] <= min(most, max(4, (q.shape[-1] + v.shape[-1]) // 8))
 
 

@@ -123,20 +123,30 @@ static inline void X(copy_bytes)(void *to, const void *from, size_t size, int sw
         memcpy(to, from, size);
 }
 
+/* Whole vectors of d elements of 16 bits. Returns how many elements these are. */
+static QKV_INLINE int X(widen_side_by_side)(const int as, REAL *to, const char *data, int d)
+{
+    ptrdiff_t whole = d / W * W;
+    QKV_UNROLL_4
+    for (ptrdiff_t e = 0; e < whole; e += W)
+        X(storeu)(to + e, as == QKV_AS_F16 ? X(widen_f16)(data + 2 * e) : X(widen_bf16)(data + 2 * e));
+    return (int)whole;
+}
+
 /* d elements of 16 bits, W at a time; those that do not lie side by side are put there first. */
 static void X(widen_row)(REAL *to, const char *data, const qkv_rows *from, int d)
 {
-    int plain = from->col == sizeof(uint16_t) && !from->swapped;
-    for (int e = 0; e < d; e += W) {
+    int plain = from->col == sizeof(uint16_t) && !from->swapped, e = 0;
+    if (plain && from->type == QKV_AS_F16)
+        e = X(widen_side_by_side)(QKV_AS_F16, to, data, d);
+    else if (plain)
+        e = X(widen_side_by_side)(QKV_AS_BF16, to, data, d);
+    for (; e < d; e += W) {
         uint16_t some[W] = {0};
-        const void *at = data + e * from->col;
         int n = d - e < W ? d - e : W;
-        if (!plain || n < W) {
-            for (int i = 0; i < n; i++)
-                X(copy_bytes)(some + i, data + (e + i) * from->col, sizeof(uint16_t), from->swapped);
-            at = some;
-        }
-        VEC x = from->type == QKV_AS_F16 ? X(widen_f16)(at) : X(widen_bf16)(at);
+        for (int i = 0; i < n; i++)
+            X(copy_bytes)(some + i, data + (e + i) * from->col, sizeof(uint16_t), from->swapped);
+        VEC x = from->type == QKV_AS_F16 ? X(widen_f16)(some) : X(widen_bf16)(some);
         if (n < W)
             X(store_part)(to + e, x, n);
         else
@@ -214,8 +224,17 @@ static void X(dequantise_row)(REAL *to, const char *data, const char *scales, in
     }
     int e = 0;
 #if WIDENS
+    for (; d >= 32; d -= 32, to += 32, data += 16, scales += 2) {
+        VEC x[32 / W];                                      /* what is stored could be the scale, as far as compilers know */
+        QKV_UNROLL
+        for (int i = 0; i < 32 / W; i++)
+            x[i] = X(widen_i4)(data, i * W, scales);
+        QKV_UNROLL
+        for (int i = 0; i < 32 / W; i++)
+            X(storeu)(to + i * W, x[i]);
+    }
     for (; e + W <= d; e += W)
-        X(storeu)(to + e, X(widen_i4)(data + e / 32 * 16, e % 32, scales + e / 32 * 2));
+        X(storeu)(to + e, X(widen_i4)(data, e, scales));
 #endif
     for (; e < d; e++) {
         uint16_t half;

@@ -187,6 +187,21 @@ def test_each_type_is_checked_by_itself():
         wide.attend(K)
 
 
+@pytest.mark.parametrize("types", [("float16", None), ("int4", None), ("float32", "int4"), ("int8", "float32")])
+def test_what_is_asked_for_while_passes_are_copied(types):
+    """More keys than caches are expected to hold: lines of the next pass, which may be short or in another page."""
+    dim, dim_v, count = 128, 96, 4200
+    k, v, q = (normal(np.random.default_rng(9), (1, 2, *size)) for size in ((count, dim), (count, dim_v), (40, dim)))
+    cache = KVCache(1, 2, dim, count, value_dim=dim_v, dtype=types[0], value_dtype=types[1])
+    pool = PagedKVCache(2, dim, 7, value_dim=dim_v, dtype=types[0], value_dtype=types[1], page_size=700)
+    cache.append(k, v)
+    pool.append([pool.add()], k, v)
+    for window in (None, 333):
+        got = cache.attend(q, window=window, return_lse=True)
+        compare(got, (q, cache.keys, cache.values), causal=True, window=window)
+        same_bits(pool.attend([0], q, window=window, return_lse=True), got)
+
+
 @pytest.mark.parametrize("dtype", CACHE_TYPES)
 @pytest.mark.parametrize("dim, dim_v", [(96, 64), (40, 24), (37, 21), (33, 33)])
 def test_latent_values_are_the_first_elements_of_keys(dtype, dim, dim_v):

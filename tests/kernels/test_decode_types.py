@@ -98,6 +98,21 @@ def test_every_dimension(stored):
     check(*cached(1, stored, heads=(4, 1), lengths=(1, 100), dims=(1024, 1024)))
 
 
+@pytest.mark.parametrize("dims", [(64, 32), (72, 40), (37, 61)])
+def test_rows_for_which_int4_is_widened_once(dims):
+    """From five on they share a copy, where fewer widen as they load: each has the bits that it has alone."""
+    q, cache = cached(5, "int4", heads=(12, 1), lengths=(1, CHUNK + 157), dims=dims)
+    expected = check(q, cache)
+    for group in (1, 4, 5, 9):
+        for first in range(0, 12, group):
+            heads = slice(first, min(12, first + group))
+            with _runtime.counters() as seen:
+                got = cache.attend(q[:, heads], return_lse=True)
+            same_bits(got, [x[:, heads] for x in expected])
+            in_registers = dims != (37, 61) and qkv_fast.isa() not in ("portable", "amx_emulated")
+            assert (seen["tiles_copied"] == 0) is (in_registers and heads.stop - first < 5)
+
+
 @narrow
 @pytest.mark.parametrize("heads, lq", [((1, 1), 1), ((8, 2), 1), ((6, 2), 4)])
 def test_threads_do_not_change_bits(stored, heads, lq):

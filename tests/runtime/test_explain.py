@@ -95,7 +95,7 @@ def test_few_rows_of_pairs(isa, lk, masked):
         assert plan.tile_panels == 1 and plan.kernel.startswith("decode")
 
 
-@pytest.mark.parametrize("dtype, rows", [("float64", 1), ("float64", 6), ("float32", 12), ("float16", 32)])
+@pytest.mark.parametrize("dtype, rows", [("float64", 1), ("float64", 6), ("float32", 12), ("float16", 20)])
 def test_few_rows_are_no_panels(isa, dtype, rows):
     q, k, v = qkv(3, dtype, heads=(2, 2), lengths=(rows, 100), dims=(256, 256))
     plan = agree(q, k, v, num_threads=2)

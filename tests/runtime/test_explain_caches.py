@@ -96,6 +96,19 @@ def test_ring_on_threads():
     assert agree(cache.attend, q, num_threads=2).tasks > 1
 
 
+@pytest.mark.parametrize("dtype", ["int4", "float16"])
+def test_rows_that_are_widened_as_they_are_loaded(dtype):
+    """Of int4 only for up to four rows of a tile; beams are 64, and those that are left."""
+    cache = KVCache(1, 2, 64, 700, dtype=dtype, causal=False)
+    cache.append(*qkv(8, heads=(1, 2), batch=(1,), lengths=(1, 700), dims=(64, 64))[1:])
+    in_registers = qkv_fast.isa() not in ("portable", "amx_emulated")
+    for batch, heads in ((1, 2), (1, 8), (1, 10), (5, 2), (66, 2), (69, 2)):
+        plan = agree(cache.attend, np.ones((batch, heads, 1, 64), "float32"), num_threads=1)
+        copies = dtype == "int4" and batch * heads > 8
+        assert (plan.tiles_copied > 0) is (copies or not in_registers)
+        assert any("; copied" in note for note in plan.notes) is (copies or not in_registers)
+
+
 @kinds
 @pytest.mark.parametrize("rows", [1, 5, 60])
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
