@@ -15,6 +15,8 @@ enum { MAX_LANES = 256 };
 
 _Static_assert(QKV_LANE_BYTES >= 3 * sizeof(char *) + sizeof(int64_t) + sizeof(double) + sizeof(int32_t), "lanes overlap in scratch");
 
+_Static_assert(QKV_END_BYTES >= sizeof(qkv_bias_seen), "ends overlap in scratch");
+
 static const char *row_at(const char *data, const qkv_strides *at, int64_t offset, const qkv_row *r)
 {
     return data ? data + offset + qkv_row_offset(r, at) : NULL;
@@ -393,11 +395,17 @@ static int bias_hides(const qkv_elements *e, const qkv_lanes *x, int lane, int n
 int64_t qkv_bias_end(const qkv_elements *e, const qkv_lanes *x, int lane, int n, int64_t first, int64_t last)
 {
     enum { STRIP = 32 };
+    int64_t places = e->plan->places, vectors = e->plan->kernels->lanes / e->plan->kernels->vector, end = last;
+    qkv_bias_seen *known = e->ends ? e->ends + (x->place * places + first / e->block % places) * vectors + lane / n : NULL;
+    if (known && known->first == first && known->last == last)
+        return known->end;
     if (bias_hides(e, x, lane, n, first, last))
-        return first;
-    for (int64_t begin; last > first && bias_hides(e, x, lane, n, begin = qkv_max(first, (last - 1) / STRIP * STRIP), last);)
-        last = begin;
-    return last;
+        end = first;
+    for (int64_t begin; end > first && bias_hides(e, x, lane, n, begin = qkv_max(first, (end - 1) / STRIP * STRIP), end);)
+        end = begin;
+    if (known)
+        *known = (qkv_bias_seen){first, last, end};
+    return end;
 }
 
 /* Whether some of these keys have positions of their own. */

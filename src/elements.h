@@ -7,6 +7,9 @@
 
 enum { QKV_SEEN = 1, QKV_HIDDEN = 2 };                  /* of a mask's elements: some are */
 
+/* Where the keys [first, last) end that a bias does not hide from a vector of lanes, if last is not 0. */
+typedef struct { int64_t first, last, end; } qkv_bias_seen;
+
 /* What the rows of a key head meet; and scratch: rows of bias and mask of the lanes at hand, and where they are copied to, a
  * block of keys each. */
 typedef struct {
@@ -19,6 +22,7 @@ typedef struct {
     const uint8_t **mask_rows;
     char *bias_copies, *mask_copies;
     int64_t *kept;                    /* (2, places): of what kind of copies, of the bias or the mask, each has which block, plus 1 */
+    qkv_bias_seen *ends;              /* (places, vectors): of a bias that the heads of the task share, else NULL */
     char *key_copies;                 /* positions of a block's keys */
 } qkv_elements;
 

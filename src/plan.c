@@ -240,7 +240,8 @@ static void lay_out_scratch(const qkv_problem *p, qkv_plan *plan)
                   : p->bias && !plan->direct_bias ? lanes * (size_t)plan->block * size : 0);
     TAKE(at_mask, mask->heads ? kept * (size_t)mask->heads * mask->head_bytes
                   : plan->masked && !plan->direct_mask ? lanes * (size_t)plan->block : 0);
-    TAKE(at_kept, plan->kept_bytes = bias->heads || mask->heads ? 2 * kept * sizeof(int64_t) : 0);
+    size_t ends = bias->heads && !p->bias_at.head ? vectors * QKV_END_BYTES : 0;
+    TAKE(at_kept, plan->kept_bytes = bias->heads || mask->heads ? kept * (2 * sizeof(int64_t) + ends) : 0);
     TAKE(at_keys, p->slopes && p->positions && p->mask_from ? (size_t)plan->block * size : 0);
     size_t columns = gradients ? (size_t)(qkv_columns(plan, p->dim) + qkv_columns(plan, p->dim_v)) : 2 * (size_t)plan->kernels->vector;
     TAKE(at_sums, (size_t)plan->range * (qkv_asks_cells(p) ? sizeof(double) : columns * size));

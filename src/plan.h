@@ -9,6 +9,7 @@ enum { QKV_PANEL_BYTES = 192 };       /* room for a qkv_panel of tile.h */
 enum { QKV_SHARE_BYTES = 48 };        /* room for a qkv_share of spotlight.c */
 enum { QKV_HEADS_TOGETHER = 16 };     /* most key heads whose few rows a task takes together */
 enum { QKV_LANE_BYTES = 48 };         /* room for what a lane has in qkv_lanes of elements.h */
+enum { QKV_END_BYTES = 24 };          /* room for a qkv_bias_seen of elements.h */
 
 /* Few rows: those of a sequence and key head, of some of its beams, are a tile of their own kind (decode.c), and a chunk is its block. */
 typedef struct {

@@ -175,6 +175,8 @@ void qkv_open_tile(qkv_query_tile *t, const qkv_problem *p, const qkv_plan *plan
         .bias_copies = scratch + plan->at_bias, .mask_copies = scratch + plan->at_mask,
         .kept = (int64_t *)(scratch + plan->at_kept), .key_copies = scratch + plan->at_keys,
     };
+    if (plan->kept_bias.heads && !p->bias_at.head)
+        t->elements.ends = (qkv_bias_seen *)(t->elements.kept + 2 * plan->tile_panels * plan->places);
     t->q_offset = qkv_rows_offset(p, &p->q_at, sequence) + head * plan->group * p->q_at.head;
     t->out_offset = qkv_rows_offset(p, &p->out_at, sequence) + head * plan->group * p->out_at.head;
     t->k_offset = head / plan->sharing * p->k_at.head + (p->run_of ? 0 : qkv_sequence_offset(p, &p->k_at, sequence));
