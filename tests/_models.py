@@ -56,8 +56,10 @@ def shrink(config):
             continue
         if isinstance(value, transformers.PreTrainedConfig):
             small[name] = {**shrink(value), "model_type": value.model_type}
-        elif isinstance(value, bool) or value is None:
+        elif isinstance(value, bool) or value is None or name == "num_feat_extract_layers":  # of convolutions
             continue
+        elif name in ("conv_dim", "image_size") and isinstance(value, (list, tuple)):
+            small[name] = [32] * len(value)
         elif isinstance(value, int):
             new = next((size for pattern, size in SIZES if re.search(pattern, name)), None)
             if new is not None and value > 0:
@@ -113,22 +115,27 @@ def inputs(model, left=0, right=0):
             given["attention_mask"] = torch.ones(2, length, dtype=torch.long)
             given["attention_mask"][0, :left] = 0
             given["attention_mask"][0, length - right :] = 0
-        if "decoder_input_ids" in words:
-            given["decoder_input_ids"] = torch.randint(3, 80, (2, 7), generator=generator)
-    if "pixel_values" in words and (model.main_input_name == "pixel_values" or "CLIP" in type(model).__name__):
+    if "decoder_input_ids" in words:
+        given["decoder_input_ids"] = torch.randint(3, 80, (2, 7), generator=generator)
+    alone = "input_ids" not in words or model.main_input_name == "pixel_values"
+    if "pixel_values" in words and (alone or re.search("CLIP|Siglip|Owl", type(model).__name__)):
         config = getattr(model.config, "vision_config", model.config)
         size = getattr(config, "image_size", 32)
         size = size if isinstance(size, (list, tuple)) else (size, size)
-        given["pixel_values"] = torch.randn(2, getattr(config, "num_channels", 3), *size, generator=generator)
+        frames = (config.num_frames,) if re.search("Video|Vivit|Timesformer", type(model).__name__) else ()
+        given["pixel_values"] = torch.randn(2, *frames, getattr(config, "num_channels", 3), *size, generator=generator)
     if model.main_input_name == "input_values":
         given["input_values"] = torch.randn(2, 2000, generator=generator)
+        if "attention_mask" in words and right:  # of samples, from which models make one of frames
+            given["attention_mask"] = torch.ones(2, 2000, dtype=torch.long)
+            given["attention_mask"][0, -400 * right :] = 0
     if model.main_input_name == "input_features":
         config = model.config
         bins = getattr(config, "num_mel_bins", getattr(config, "input_feat_per_channel", 80))
+        bins = getattr(config, "feature_projection_input_dim", bins)
         frames = 2 * getattr(config, "max_source_positions", 32)
-        given["input_features"] = torch.randn(2, bins, frames, generator=generator)
-        if "decoder_input_ids" in words:
-            given["decoder_input_ids"] = torch.randint(3, 80, (2, 7), generator=generator)
+        features = torch.randn(2, bins, frames, generator=generator)
+        given["input_features"] = features.mT if re.match("Speech2|Wav2Vec2Bert", type(model).__name__) else features
     return given
 
 
@@ -196,7 +203,7 @@ class Counted:
 def compare(kind):
     """Types of configurations that made masks for ours and called it, those that made masks and did not, and how far
     what the model gives is from what it gives with the host's own functions, relative to the largest number: from eager
-    or sdpa, which differ where a row sees nothing. None where no host's function serves it either."""
+    or sdpa, which differ where a row sees nothing. And whether it called ours at all: without a mask, too."""
     model = build(kind)
     try:
         eager = run(model)
@@ -216,12 +223,12 @@ def compare(kind):
             made.load_state_dict(model.state_dict())
             ours = run(made)
     except (NotBuilt, NotImplementedError, AttributeError, KeyError):
-        return set(), set(counted.masks), torch.inf
+        return set(), set(counted.masks), torch.inf, False
     error = min(
         max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, host, strict=True)) for host in hosts
     )
     called = counted.masks & counted.calls
-    return (called, counted.masks - called, error) if counted.calls else (set(), set(counted.masks), error)
+    return called, counted.masks - called, error, bool(counted.calls)
 
 
 def compare_all(some):

@@ -24,6 +24,8 @@ from hypothesis import HealthCheck, settings
 # Before numpy is imported: the plain NumPy that results are compared with has no threads that keep our pool's
 # cores busy after each product.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
+# Programs of JAX run once, on few numbers: what takes time is to compile them.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import qkv_fast
 from qkv_fast._runtime import force_isa

@@ -6,7 +6,7 @@ import re
 import ml_dtypes
 import numpy as np
 import pytest
-from _util import same_bits
+from _util import child_says, same_bits
 from _verbs import VERBS, WRITERS, K, Q, V
 
 import qkv_fast
@@ -38,6 +38,12 @@ def to_xarray(x):
 
 HOSTS = {"torch": to_torch, "jax": to_jax, "pyarrow": to_arrow, "xarray": to_xarray}
 TYPES = ("float32", "float64", "float16", "bfloat16")
+
+
+def test_import_loads_no_host():
+    names = "torch transformers jax autograd keras dask distributed zarr onnx ml_dtypes pandas pyarrow xarray"
+    code = f"import sys, qkv_fast; print('loaded:', *sorted({{*'{names}'.split()}} & {{*sys.modules}}))"
+    assert child_says(code) == "loaded:"
 
 
 @pytest.mark.parametrize("make", HOSTS)

@@ -157,7 +157,7 @@ def test_gives_what_jax_gives(name, extra):
         {"query_seq_lengths": jnp.minimum(LENGTHS, q.shape[1]), "key_value_seq_lengths": LENGTHS + 1},
     ]  # fmt: skip
     for i, (limits, lengths) in enumerate(itertools.product(LIMITS, padded)):
-        if i % 3 and extra != "none":  # JAX takes its time
+        if i % 3 and (name, extra) != ("groups", "none"):  # JAX takes its time
             continue
         options = {**given, **limits, **lengths, "scale": (None, 0.5, -1.0)[i % 5 % 3], "return_residual": True}
         out, lse = dot_product_attention(q, k, v, **options)
