@@ -117,6 +117,11 @@ static QKV_INLINE void X(multiply_some)(int na, int nb, const int n, const X(par
         X(multiply_tiles)(1, 1, n, products, a, b, steps, c);
 }
 
+static QKV_NOINLINE void X(multiply_scores)(int na, int nb, const X(tiles) *a, const X(tiles) *b, int steps, REAL *c)
+{
+    X(multiply_some)(na, nb, X(score_n), X(score_products), a, b, steps, c);
+}
+
 /* The same sums of one row of A and one vector of lanes, in a careful run. */
 static QKV_INLINE VEC X(careful_row)(const int n, const X(parts) *products, const X(tiles) *a, const X(tiles) *b, int steps, int seen)
 {
@@ -162,7 +167,7 @@ static QKV_NOINLINE void X(score_keys)(int nv, const qkv_tile *t, int first, int
         return;
     }
     X(tiles) a = X(rows_of)(k + first * t->k_row, t->k_row, t->d), b = X(lanes_of)(q, t->d);
-    X(multiply_some)(last - first > 16 ? 2 : 1, nv, X(score_n), X(score_products), &a, &b, steps, s);
+    X(multiply_scores)(last - first > 16 ? 2 : 1, nv, &a, &b, steps, s);
 }
 
 /* Pairs of the n parts of x and y. Of weights all are finite, or are all NaN; others may not be. */
