@@ -11,23 +11,23 @@
 /* Attention of bfloat16 */
 
 #define T bf16
-#include "tiles_amx_tpl.h"
 #define TILE_PARTS 1
-#include "kernel_tpl.h"
+#include "tiles_amx_tpl.h"
+#include "tile_kernel_tpl.h"
 
 /* float16 */
 
 #define T f16
-#include "tiles_amx_tpl.h"
 #define TILE_PARTS 2
-#include "kernel_tpl.h"
+#include "tiles_amx_tpl.h"
+#include "tile_kernel_tpl.h"
 
 /* float32 */
 
 #define T f32
-#include "tiles_amx_tpl.h"
 #define TILE_PARTS 3
-#include "kernel_tpl.h"
+#include "tiles_amx_tpl.h"
+#include "tile_kernel_tpl.h"
 
 const qkv_isa qkv_amx = {
     .name = "amx",

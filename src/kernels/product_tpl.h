@@ -42,7 +42,7 @@ static void X(multiply)(const qkv_product_tile *t)
             const int steps = all - s < QKV_TERMS / STRIP ? all - s : QKV_TERMS / STRIP;
             const REAL *from = (const REAL *)t->a + i * t->a_row + s * 16, *panel = (const REAL *)t->b + (ptrdiff_t)s * 16 * LANES;
             X(tiles) a = X(rows_of)(from, t->a_row, t->n), b = X(lanes_of)(panel, t->n);
-            X(multiply_some)(rows > X(tile) ? 2 : 1, nv, X(score_n), X(score_products), &a, &b, steps, c[0]);
+            X(multiply_scores)(rows > X(tile) ? 2 : 1, nv, &a, &b, steps, c[0]);
             for (int r = 0; r < rows; r++) {
                 for (int j = 0; j < nv; j++) {
                     VEC x = sums[0][j] = X(load)(c[r] + j * W);

@@ -38,12 +38,4 @@ static const struct {
 } eight_tiles = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 #endif
 
-#define LANE_VECTORS 2
-#define ROW_TILE 32
-#define ROW_TILE_1 32
-#define LANE_MADS 0
-#define SUMS 16
-#define PAIR 2
-#define NARROWS 1
-#define WIDENS 0
 #define EXP2_STEPS 8

@@ -60,12 +60,4 @@ static inline P(vec) P(turn)(P(vec) factor, P(vec) x)
 #define TILE_RELEASE() ((void)0)
 #endif
 
-#define LANE_VECTORS 2
-#define ROW_TILE 32
-#define ROW_TILE_1 32
-#define LANE_MADS 0
-#define SUMS 16
-#define PAIR 2
-#define NARROWS 1
-#define WIDENS 0
 #define EXP2_STEPS 1

@@ -117,6 +117,11 @@ static QKV_INLINE void X(multiply_some)(int na, int nb, const int n, const X(par
         X(multiply_tiles)(1, 1, n, products, a, b, steps, c);
 }
 
+static QKV_NOINLINE void X(multiply_scores)(int na, int nb, const X(tiles) *a, const X(tiles) *b, int steps, REAL *c)
+{
+    X(multiply_some)(na, nb, X(score_n), X(score_products), a, b, steps, c);
+}
+
 /* The same sums of one row of A and one vector of lanes, in a careful run. */
 static QKV_INLINE VEC X(careful_row)(const int n, const X(parts) *products, const X(tiles) *a, const X(tiles) *b, int steps, int seen)
 {
@@ -162,7 +167,7 @@ static QKV_NOINLINE void X(score_keys)(int nv, const qkv_tile *t, int first, int
         return;
     }
     X(tiles) a = X(rows_of)(k + first * t->k_row, t->k_row, t->d), b = X(lanes_of)(q, t->d);
-    X(multiply_some)(last - first > 16 ? 2 : 1, nv, X(score_n), X(score_products), &a, &b, steps, s);
+    X(multiply_scores)(last - first > 16 ? 2 : 1, nv, &a, &b, steps, s);
 }
 
 /* Pairs of the n parts of x and y. Of weights all are finite, or are all NaN; others may not be. */
@@ -265,29 +270,29 @@ static void X(value_careful)(const qkv_tile *t, const REAL *alpha)
 /* Products of tiles that are already there: the rate of the unit, whatever their parts are. */
 static double X(tile_rounds)(int64_t rounds, double *flops)
 {
-    QKV_ALIGN REAL c[X(tile)][W];
+    QKV_ALIGN REAL c[X(tile) * W];
     for (int i = 0; i < X(tile); i++)
-        X(store)(c[i], X(set1)(0));
+        X(store)(c + i * W, X(set1)(0));
     TILE_CONFIGURE();
     TILE_UNIT;
     TILE_ZERO(0);
     TILE_ZERO(1);
     TILE_ZERO(2);
     TILE_ZERO(3);
-    TILE_LOAD(4, c[0], W);
-    TILE_LOAD(5, c[0], W);
-    TILE_LOAD(6, c[0], W);
-    TILE_LOAD(7, c[0], W);
+    TILE_LOAD(4, c, W);
+    TILE_LOAD(5, c, W);
+    TILE_LOAD(6, c, W);
+    TILE_LOAD(7, c, W);
     for (int64_t t = 0; t < rounds; t++) {
         TILE_MULTIPLY(0, 4, 6);
         TILE_MULTIPLY(1, 4, 7);
         TILE_MULTIPLY(2, 5, 6);
         TILE_MULTIPLY(3, 5, 7);
     }
-    TILE_STORE(0, c[0], W);
+    TILE_STORE(0, c, W);
     TILE_RELEASE();
     *flops = 4.0 * 2 * 16 * 16 * 32 * (double)rounds;
-    return (double)c[0][0];
+    return (double)c[0];
 }
 
 static void X(begin_tiles)(void) { TILE_CONFIGURE(); }
