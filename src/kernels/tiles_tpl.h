@@ -1,5 +1,5 @@
-/* Products of attention, and those of its stages, by a unit that multiplies tiles of bfloat16: 16 rows of A, of 16 pairs of terms each, times 16 rows of
- * pairs of B, of 16 lanes each, added to 16 rows of 16 float32 sums.
+/* Products of attention, and those of its stages, by a unit that multiplies tiles of bfloat16: 16 rows of A, of 16 pairs of terms
+ * each, times 16 rows of pairs of B, of 16 lanes each, added to 16 rows of 16 float32 sums.
  *
  * A number is the sum of TILE_PARTS parts in bfloat16: 1 where it is bfloat16; 2 for float16, which they are exactly; 3 for float32,
  * of 8 bits each, cut off, since rounding up could overflow. A product of numbers is several of parts, all but the smallest, in an
