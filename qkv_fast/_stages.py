@@ -165,6 +165,7 @@ def weighted_values(
     -----
     A plain product (A. Vaswani et al., "Attention Is All You Need", 2017, section 3.2.1): unlike in `attention`, a
     weight of 0 does not hide a NaN in its value, since 0 * NaN is NaN. Sums run over blocks of keys, each from zero.
+    On a path with tiles (amx) those of more than 64 queries are made of tiles, as in `scores`.
 
     Examples
     --------

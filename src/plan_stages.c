@@ -79,6 +79,7 @@ static void turn(const qkv_product_problem *p, qkv_product_problem *to)
     to->c_at.dim = p->c_at.row;
     to->added_at.row = p->added_at.dim;
     to->added_at.dim = p->added_at.row;
+    to->tiles = 0;                    /* few rows have none: in a batch they are not turned */
 }
 
 static int widened(qkv_type type, qkv_type arithmetic) { return type == arithmetic ? 0 : QKV_WIDENED; }

@@ -13,7 +13,7 @@
  *   WIDENS         1 where few rows of narrower types are widened as they are loaded, which is a kind of code for each
  *   HALVES_AHEAD   if WIDENS or PAIR is 2: bytes between what some rows read of K and V in 16 bits and what is fetched
  *   HALVES_SHARED  if WIDENS: 1 where two rows share a read of V in 16 bits, for which there are registers, else 0
- *   TILE_PARTS     1, 2 or 3 where attention, and nothing else, is products of tiles: parts of a number (tiles_tpl.h). Undefined where
+ *   TILE_PARTS     1, 2 or 3 where attention and multiply, and nothing else, are of tiles: parts of a number (tiles_tpl.h). Undefined where
  *                  products are of rows of registers
  *   BYTES_BY_PAIRS 1 where the file has dot_two, else undefined
  *   EXP2_STEPS     fractions of an exponent that power can look up: 8, or 1 where looking up is slow; no other has a polynomial

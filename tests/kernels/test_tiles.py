@@ -94,6 +94,17 @@ def test_stages(tiled):
             assert (plan.kernel, plan.limits) == (same.kernel, same.limits)
 
 
+@pytest.mark.parametrize("rows", [5, 40, 64])
+def test_few_rows_whose_product_is_turned(tiled, rows):
+    """One matrix of few queries and a scale of 1 is multiplied as its transpose, which has many rows: no tiles."""
+    q, k = normal(np.random.default_rng(rows), (2, 2, 200, 64))
+    q = q[:, :rows]
+    both = qkv_fast.scores(q, k, scale=1)
+    for i in range(2):
+        same_bits(qkv_fast.scores(q[i], k[i], scale=1), both[i])
+    assert qkv_fast.explain(qkv_fast.scores, q[0], k[0], scale=1).products == 0
+
+
 def test_stages_with_infinities(tiled):
     """What is not finite reaches the rows and columns that meet it, and no others change."""
     rng = np.random.default_rng(2)
