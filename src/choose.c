@@ -331,13 +331,15 @@ static void list_near(const room *of, const qkv_bytes *bytes, int64_t r, int64_t
     float reach = (float)(2 * row->reach * (1 + 4 * margin)), low = of->low[r], least = (float)(low + under) - slack;
     float *up = of->up + r * bytes->up_row;
     const float *top = of->top + r * groups;
-    for (int64_t group = 0; group < groups; group++)
-        for (int64_t i = group * QKV_BYTES_GROUP; top[group] >= least && i < (group + 1) * QKV_BYTES_GROUP; i++) {
+    for (int64_t group = 0; group < groups; group++) {
+        int64_t i = group * QKV_BYTES_GROUP, end = i + QKV_BYTES_GROUP < bytes->n ? i + QKV_BYTES_GROUP : bytes->n;
+        for (; top[group] >= least && i < end; i++) {
             float x = up[i];
             near[found] = i;
             up[found] = x;
             found += x >= least;
         }
+    }
     for (int64_t i = 0; i < found; i++) {
         float x = up[i], y = x - low - bytes->step[near[i]] * reach - slack;
         sum += y > -(float)deepest ? power_below(y) : 0;
