@@ -79,17 +79,24 @@ def lent(where: str, capsule: Any) -> Array:
 
 def written(where: str, out: Any) -> Array:
     """The memory of `out`, an array of another library that a result is to be written to."""
-    if _is_tensor(out):
-        found = _of_torch("out", out, where)
-        if out.is_neg() or out._is_zerotensor():
-            raise ValueError(f"{where}: out is not writable: torch has put off what its numbers are; pass out.clone()")
-        return found
-    if not hasattr(out, "__dlpack__") or not _is_on_cpu("out", out, where):
+    is_tensor = _is_tensor(out)
+    if not is_tensor and (not hasattr(out, "__dlpack__") or not _is_on_cpu("out", out, where)):
         raise TypeError(f"{where}: out must be an array whose memory can be written to, got {kind_of(out)}")
     try:
-        return _of_dlpack(out)
+        found = _of_torch("out", out, where) if is_tensor else _of_dlpack(out)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        if str(error).startswith(f"{where}: "):  # says it all
+            raise
         raise TypeError(f"{where}: out: NumPy cannot write to this {kind_of(out)} ({error})") from None
+    if is_tensor and (out.is_neg() or out._is_zerotensor()):
+        raise ValueError(f"{where}: out is not writable: torch has put off what its numbers are; pass out.clone()")
+    return found
+
+
+def has_changed(out: Any) -> None:
+    """Torch is told that its tensor was written to, so that it refuses gradients that need what that held."""
+    if _is_tensor(out):
+        sys.modules["torch"].autograd.graph.increment_version(out)
 
 
 def capsule_of(x: Array) -> Any:
@@ -167,7 +174,11 @@ def _of_dlpack(x: Any) -> Array:
 
 def _bfloat16() -> Any:
     """The type of ml_dtypes, or, where that is missing, one for inside of a call."""
-    return _of_ml_dtypes() or _of_ours()
+    found = _of_ml_dtypes()
+    if found is None and sys.modules.get("ml_dtypes") is not None:  # installed and imported since
+        _of_ml_dtypes.cache_clear()
+        found = _of_ml_dtypes()
+    return found or _of_ours()
 
 
 @functools.cache

@@ -215,6 +215,15 @@ cache.append(*(convert(np.tile(x, (1, 1, 100, 1))) for x in (K, V)))
 out = np.empty((1, 4, 1, 6), "float32")
 cache.attend(Q[:, :, -1:], bias=convert(np.tile(Q[0, 0, 0, :7], 100)), tolerance=0.1, out=out)
 found["a bias looked at by NumPy"] = digests(out)
+ring = qkv_fast.KVCache(1, 2, 8, 4, value_dim=6, dtype="int8", window=3, bounds=True)
+for at in range(6):
+    ring.append(K[:, :, at:at + 1], V[:, :, at:at + 1])
+before = ring.attend(Q[:, :, -1:])
+needs_it(lambda: ring.step(convert(Q[:, :, -1:]), K[:, :, 6:], V[:, :, 6:], tolerance=0.1))
+assert np.array_equal(ring.attend(Q[:, :, -1:]), before)
+del sys.modules["ml_dtypes"]  # as if it were installed now
+import ml_dtypes
+assert qkv_fast.attention(*map(convert, (Q, K, V))).dtype == ml_dtypes.bfloat16
 print(json.dumps(found))
 """
 
