@@ -197,4 +197,5 @@ def _of_ours() -> Any:
 
 @functools.cache
 def _registered() -> Any:
-    return _core.bfloat16_of_ours(type("bfloat16", (np.generic,), {}))
+    """Whoever prints an array has NumPy write two bytes behind the header of a scalar: the class has room for them."""
+    return _core.bfloat16_of_ours(type("bfloat16", (np.uint16,), {"__slots__": ()}))

@@ -174,7 +174,7 @@ def test_what_cannot_be_written_to(make, error, words):
 WITHOUT = """
 import sys
 sys.modules["ml_dtypes"] = None
-import hashlib, json
+import hashlib, json, traceback
 import numpy as np
 import qkv_fast
 from _dlpack import Exported, truncated
@@ -215,6 +215,11 @@ cache.append(*(convert(np.tile(x, (1, 1, 100, 1))) for x in (K, V)))
 out = np.empty((1, 4, 1, 6), "float32")
 cache.attend(Q[:, :, -1:], bias=convert(np.tile(Q[0, 0, 0, :7], 100)), tolerance=0.1, out=out)
 found["a bias looked at by NumPy"] = digests(out)
+try:
+    qkv_fast.attention(*map(convert, (Q, K, K[:, :, :-1])))
+except ValueError as error:  # with the arrays that its frames hold printed, as debuggers do
+    shown = "".join(traceback.TracebackException.from_exception(error, capture_locals=True).format())
+    assert shown.count("dtype=bfloat16)") > 2
 ring = qkv_fast.KVCache(1, 2, 8, 4, value_dim=6, dtype="int8", window=3, bounds=True)
 for at in range(6):
     ring.append(K[:, :, at:at + 1], V[:, :, at:at + 1])
