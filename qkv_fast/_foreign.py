@@ -83,7 +83,7 @@ def written(where: str, out: Any) -> Array:
     if not is_tensor and (not hasattr(out, "__dlpack__") or not _is_on_cpu("out", out, where)):
         raise TypeError(f"{where}: out must be an array whose memory can be written to, got {kind_of(out)}")
     try:
-        found = _of_torch("out", out, where) if is_tensor else _of_dlpack(out)
+        found = _of_torch("out", out, where) if is_tensor else _of_dlpack(out, in_place=True)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
         if str(error).startswith(f"{where}: "):  # says it all
             raise
@@ -152,22 +152,24 @@ def _is_on_cpu(name: str, x: Any, where: str) -> bool:
 
 
 class _AsBits:
-    """What DLPack makes of x, with bfloat16, which NumPy does not know by itself, as 16 bits."""
+    """What DLPack makes of x, `in_place` no copy, with bfloat16, which NumPy does not know by itself, as 16 bits."""
 
-    def __init__(self, x: Any) -> None:
-        self.x, self.is_bfloat16 = x, False
+    def __init__(self, x: Any, in_place: bool) -> None:
+        self.x, self.in_place, self.is_bfloat16 = x, in_place, False
 
     def __dlpack_device__(self) -> Any:
         return self.x.__dlpack_device__()
 
     def __dlpack__(self, **options: Any) -> Any:
+        if self.in_place and options:  # else it is asked as before DLPack 1, which knows no such word
+            options["copy"] = False
         capsule = self.x.__dlpack__(**options)
         self.is_bfloat16 = _core.bfloat16_as_bits(capsule)
         return capsule
 
 
-def _of_dlpack(x: Any) -> Array:
-    given = _AsBits(x)
+def _of_dlpack(x: Any, in_place: bool = False) -> Array:
+    given = _AsBits(x, in_place)
     found: Array = np.from_dlpack(given)
     return found.view(_bfloat16()) if given.is_bfloat16 else found
 

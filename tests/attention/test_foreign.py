@@ -20,6 +20,15 @@ from _verbs import VERBS, WRITERS, K, Q, V, W
 import qkv_fast
 
 
+class Copied(Exported):
+    """Hands out copies, unless that is refused."""
+
+    def __dlpack__(self, *, copy=None, **options):
+        if copy is False:
+            raise BufferError("it would be a copy")
+        return Exported(self.bits.copy()).__dlpack__(**options)
+
+
 class Arrays:
     """Says what it is by `__array__`, each time anew."""
 
@@ -161,6 +170,7 @@ def test_an_array_of_a_library_to_write_to(verb):
     (lambda: Exported(np.empty((1, 4, 5, 6), "complex64")), TypeError, "out must have q's type float32, got complex64"),
     (lambda: Exported(np.broadcast_to(np.float32(0), (1, 4, 5, 6))), ValueError, "out is not writable"),
     (lambda: Old(np.empty((1, 4, 5, 6), "float32")), ValueError, "out is not writable"),  # it does not say that it is
+    (lambda: Copied(np.empty((1, 4, 5, 6), "float32")), TypeError, r"cannot write to this \S*Copied \(it would"),
     (lambda: Arrays(np.empty((1, 4, 5, 6), "float32")), TypeError, r"whose memory can be written to, got \S*Arrays"),
     (lambda: library("cupy", "ndarray", **on((2, 0))), TypeError, r"out is a cupy\.ndarray, in memory of another dev"),
     (lambda: library("host", "Array", __dlpack_device__=lambda self: (1, 0), __dlpack__=lambda self, **_: 1),
