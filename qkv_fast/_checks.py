@@ -408,3 +408,12 @@ def _check_out(out: Any, shape: tuple[int, ...], number: int, where: str = "atte
             raise ValueError(f"{where}: out has overlapping elements ({given})")
         reach += step * (n - 1)
     return out
+
+
+def _returned(result: Array, out: Any) -> Array:
+    """What a call gives back: a new result, or `out` as it was given, whose memory that is."""
+    if out is None:
+        return result
+    _foreign.has_changed(out)
+    given: Array = out
+    return given

@@ -79,17 +79,24 @@ def lent(where: str, capsule: Any) -> Array:
 
 def written(where: str, out: Any) -> Array:
     """The memory of `out`, an array of another library that a result is to be written to."""
-    if _is_tensor(out):
-        found = _of_torch("out", out, where)
-        if out.is_neg() or out._is_zerotensor():
-            raise ValueError(f"{where}: out is not writable: torch has put off what its numbers are; pass out.clone()")
-        return found
-    if not hasattr(out, "__dlpack__") or not _is_on_cpu("out", out, where):
+    is_tensor = _is_tensor(out)
+    if not is_tensor and (not hasattr(out, "__dlpack__") or not _is_on_cpu("out", out, where)):
         raise TypeError(f"{where}: out must be an array whose memory can be written to, got {kind_of(out)}")
     try:
-        return _of_dlpack(out)
+        found = _of_torch("out", out, where) if is_tensor else _of_dlpack(out, in_place=True)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        if str(error).startswith(f"{where}: "):  # says it all
+            raise
         raise TypeError(f"{where}: out: NumPy cannot write to this {kind_of(out)} ({error})") from None
+    if is_tensor and (out.is_neg() or out._is_zerotensor()):
+        raise ValueError(f"{where}: out is not writable: torch has put off what its numbers are; pass out.clone()")
+    return found
+
+
+def has_changed(out: Any) -> None:
+    """Torch is told that its tensor was written to, so that it refuses gradients that need what that held."""
+    if _is_tensor(out):
+        sys.modules["torch"].autograd.graph.increment_version(out)
 
 
 def capsule_of(x: Array) -> Any:
@@ -145,29 +152,35 @@ def _is_on_cpu(name: str, x: Any, where: str) -> bool:
 
 
 class _AsBits:
-    """What DLPack makes of x, with bfloat16, which NumPy does not know by itself, as 16 bits."""
+    """What DLPack makes of x, `in_place` no copy, with bfloat16, which NumPy does not know by itself, as 16 bits."""
 
-    def __init__(self, x: Any) -> None:
-        self.x, self.is_bfloat16 = x, False
+    def __init__(self, x: Any, in_place: bool) -> None:
+        self.x, self.in_place, self.is_bfloat16 = x, in_place, False
 
     def __dlpack_device__(self) -> Any:
         return self.x.__dlpack_device__()
 
     def __dlpack__(self, **options: Any) -> Any:
+        if self.in_place and options:  # else it is asked as before DLPack 1, which knows no such word
+            options["copy"] = False
         capsule = self.x.__dlpack__(**options)
         self.is_bfloat16 = _core.bfloat16_as_bits(capsule)
         return capsule
 
 
-def _of_dlpack(x: Any) -> Array:
-    given = _AsBits(x)
+def _of_dlpack(x: Any, in_place: bool = False) -> Array:
+    given = _AsBits(x, in_place)
     found: Array = np.from_dlpack(given)
     return found.view(_bfloat16()) if given.is_bfloat16 else found
 
 
 def _bfloat16() -> Any:
     """The type of ml_dtypes, or, where that is missing, one for inside of a call."""
-    return _of_ml_dtypes() or _of_ours()
+    found = _of_ml_dtypes()
+    if found is None and sys.modules.get("ml_dtypes") is not None:  # installed and imported since
+        _of_ml_dtypes.cache_clear()
+        found = _of_ml_dtypes()
+    return found or _of_ours()
 
 
 @functools.cache
@@ -186,4 +199,5 @@ def _of_ours() -> Any:
 
 @functools.cache
 def _registered() -> Any:
-    return _core.bfloat16_of_ours(type("bfloat16", (np.generic,), {}))
+    """Whoever prints an array has NumPy write two bytes behind the header of a scalar: the class has room for them."""
+    return _core.bfloat16_of_ours(type("bfloat16", (np.uint16,), {"__slots__": ()}))

@@ -16,6 +16,7 @@ from ._checks import (
     _check_type,
     _fail_shapes,
     _fail_words,
+    _returned,
 )
 from ._help import documented
 
@@ -415,4 +416,4 @@ def _apply(
     _core.product(rows, weights, sums, True, True, True, True, 1.0, threads, isa, counters, b, packed)
     if target is not result:
         result[...] = target
-    return result if out is None else out
+    return _returned(result, out)

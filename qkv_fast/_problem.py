@@ -31,6 +31,7 @@ from ._checks import (
     _fail_shapes,
     _fail_words,
     _per_sequence,
+    _returned,
     _scale_of,
 )
 from ._core import Problem
@@ -65,8 +66,7 @@ def attend(p: Problem, out: Array | None, return_lse: bool) -> Any:
         return Planned(p, report, target, None if out is None else result)
     if target is not result:
         result[...] = target
-    if out is not None:
-        result = out
+    result = _returned(result, out)
     return (result, lse) if return_lse else result
 
 

@@ -22,6 +22,7 @@ from ._checks import (
     _check_type,
     _fail_shapes,
     _fail_words,
+    _returned,
 )
 from ._help import documented
 
@@ -132,8 +133,7 @@ def rope(
         same = x.strides == target.strides and x.ctypes.data == target.ctypes.data and x.dtype == target.dtype
         x = x if same else x.copy()
     rotation.turn(x, at, heads_first, target, num_threads)
-    result: Array = out
-    return result
+    return _returned(target, out)
 
 
 class Rotation:

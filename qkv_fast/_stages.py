@@ -20,6 +20,7 @@ from ._checks import (
     _check_type,
     _fail_shapes,
     _fail_words,
+    _returned,
     _scale_of,
 )
 from ._help import documented
@@ -394,7 +395,7 @@ def _along(
         return PlannedStage(where, threads, isa, report, {**arrays, "out": target}, None if out is None else result)  # type: ignore[return-value]
     if target is not result:
         result[...] = target
-    return result if out is None else out
+    return _returned(result, out)
 
 
 def _matrices(where: str, heads_first: bool, **given: Any) -> tuple[Array, Array]:
@@ -450,7 +451,7 @@ def _product(
             rest /= step
         if target is not result:
             result[...] = target
-    return result if out is None else out
+    return _returned(result, out)
 
 
 def _same_memory(a: Array, b: Array) -> bool:

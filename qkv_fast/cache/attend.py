@@ -25,6 +25,7 @@ from .._checks import (
     _fail_shapes,
     _fail_words,
     _per_sequence,
+    _returned,
 )
 from .._core import Problem
 from .._masks import Extras
@@ -371,8 +372,7 @@ def attend_newest(
     if target is not view:
         with np.errstate(all="ignore"):  # rounding is silent, as that of the core
             view[...] = target
-    if out is not None:
-        result = out
+    result = _returned(result, out)
     return (result, lse) if return_lse else result
 
 

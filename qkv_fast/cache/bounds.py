@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import _core, _problem
-from .._checks import Array, _check_out
+from .._checks import Array, _check_out, _returned
 from .._core import Problem
 from .._masks import Extras
 from .attend import Held, Keys, Tokens, _newest, ask_newest, attend_newest
@@ -229,6 +229,8 @@ def attend_within(
         scale, layout, num_threads, words, new=new, beams=True,
     )  # fmt: skip
     memory = None if out is None else _check_out(out, p.shape, p.number, where)
+    if out is None:
+        _core.check_result(where, p.number)
     found = None
     few = p.rows[1] // form.kv_heads * p.rows[2] <= _MOST_ROWS and p.rows[0] == len(tokens.lengths)  # and no beams
     if few and tokens.most and math.prod(p.rows) and not p.is_planned:
@@ -244,8 +246,7 @@ def attend_within(
                     p, form, stored, queries, chosen, rows, softcap, return_lse, memory, num_threads,
                 )  # fmt: skip
                 bounds.give_rows_back(rows)
-                if out is not None:
-                    found = (out, *found[1:])
+                found = (_returned(found[0], out), *found[1:])
             bounds.give_back(room)
     if found is None:
         found = attend_newest(
@@ -372,7 +373,7 @@ def _without_far(p: Problem, bias: Array | None, steps: Array, n: int) -> tuple[
     that has no others shares its weight among them."""
     if bias is None:
         return None, False
-    far = (bias < -_FAR) & (bias > -np.inf)
+    far = (bias < np.float32(-_FAR)) & (bias > -np.inf)
     if not far.any():
         return bias, False
     extras = p.extras or Extras()

@@ -20,6 +20,15 @@ from _verbs import VERBS, WRITERS, K, Q, V, W
 import qkv_fast
 
 
+class Copied(Exported):
+    """Hands out copies, unless that is refused."""
+
+    def __dlpack__(self, *, copy=None, **options):
+        if copy is False:
+            raise BufferError("it would be a copy")
+        return Exported(self.bits.copy()).__dlpack__(**options)
+
+
 class Arrays:
     """Says what it is by `__array__`, each time anew."""
 
@@ -161,6 +170,7 @@ def test_an_array_of_a_library_to_write_to(verb):
     (lambda: Exported(np.empty((1, 4, 5, 6), "complex64")), TypeError, "out must have q's type float32, got complex64"),
     (lambda: Exported(np.broadcast_to(np.float32(0), (1, 4, 5, 6))), ValueError, "out is not writable"),
     (lambda: Old(np.empty((1, 4, 5, 6), "float32")), ValueError, "out is not writable"),  # it does not say that it is
+    (lambda: Copied(np.empty((1, 4, 5, 6), "float32")), TypeError, r"cannot write to this \S*Copied \(it would"),
     (lambda: Arrays(np.empty((1, 4, 5, 6), "float32")), TypeError, r"whose memory can be written to, got \S*Arrays"),
     (lambda: library("cupy", "ndarray", **on((2, 0))), TypeError, r"out is a cupy\.ndarray, in memory of another dev"),
     (lambda: library("host", "Array", __dlpack_device__=lambda self: (1, 0), __dlpack__=lambda self, **_: 1),
@@ -174,7 +184,7 @@ def test_what_cannot_be_written_to(make, error, words):
 WITHOUT = """
 import sys
 sys.modules["ml_dtypes"] = None
-import hashlib, json
+import hashlib, json, traceback
 import numpy as np
 import qkv_fast
 from _dlpack import Exported, truncated
@@ -215,6 +225,20 @@ cache.append(*(convert(np.tile(x, (1, 1, 100, 1))) for x in (K, V)))
 out = np.empty((1, 4, 1, 6), "float32")
 cache.attend(Q[:, :, -1:], bias=convert(np.tile(Q[0, 0, 0, :7], 100)), tolerance=0.1, out=out)
 found["a bias looked at by NumPy"] = digests(out)
+try:
+    qkv_fast.attention(*map(convert, (Q, K, K[:, :, :-1])))
+except ValueError as error:  # with the arrays that its frames hold printed, as debuggers do
+    shown = "".join(traceback.TracebackException.from_exception(error, capture_locals=True).format())
+    assert shown.count("dtype=bfloat16)") > 2
+ring = qkv_fast.KVCache(1, 2, 8, 4, value_dim=6, dtype="int8", window=3, bounds=True)
+for at in range(6):
+    ring.append(K[:, :, at:at + 1], V[:, :, at:at + 1])
+before = ring.attend(Q[:, :, -1:])
+needs_it(lambda: ring.step(convert(Q[:, :, -1:]), K[:, :, 6:], V[:, :, 6:], tolerance=0.1))
+assert np.array_equal(ring.attend(Q[:, :, -1:]), before)
+del sys.modules["ml_dtypes"]  # as if it were installed now
+import ml_dtypes
+assert qkv_fast.attention(*map(convert, (Q, K, V))).dtype == ml_dtypes.bfloat16
 print(json.dumps(found))
 """
 

@@ -114,6 +114,8 @@ def test_what_cannot_be_written_to():
     out = torch.empty(1, 4, 5, 6)
     for wrong, error, words in (
         (out.clone().requires_grad_(), TypeError, "out is a torch.Tensor, whose gradient would be lost"),
+        (out.to_sparse(), TypeError, r"attention: out: NumPy cannot write to this torch\.Tensor \(can't"),
+        (out.to(torch.float8_e4m3fn), TypeError, r"attention: out: NumPy cannot write to this torch\.Tensor \(Got"),
         (torch._neg_view(out), ValueError, r"out is not writable: torch has put off .* pass out\.clone\(\)"),
         (torch.empty(1, 4, 5, 1).expand(1, 4, 5, 6), ValueError, "out has overlapping elements"),
         (to_jax(np.empty((1, 4, 5, 6), "float32")), ValueError, "out is not writable"),
@@ -121,6 +123,21 @@ def test_what_cannot_be_written_to():
     ):
         with pytest.raises(error, match=words):
             qkv_fast.attention(Q, K, V, out=wrong)
+
+
+@pytest.mark.parametrize("verb", WRITERS)
+def test_torch_knows_that_a_tensor_was_written_to(verb):
+    """What is recorded of the numbers before them would give wrong gradients; a plan writes nothing."""
+    torch = host("torch")
+    shape, call = WRITERS[verb]
+    out, factor = torch.zeros(shape), torch.ones(shape, requires_grad=True)
+    loss = (factor * out).sum()
+    if verb == "attention":
+        qkv_fast.explain(Q, K, V, out=out)
+    loss.backward(retain_graph=True)
+    call(lambda x: x, out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def torchs(make):
