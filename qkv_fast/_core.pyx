@@ -556,7 +556,7 @@ cpdef cnp.ndarray empty(str where, tuple shape, int number):
 cpdef int check_result(str where, int number) except -1:
     """That a caller can use an array of this type."""
     if number == nameless and nameless >= 0:
-        raise ImportError(f"{where}: a new array of bfloat16 needs ml_dtypes: pip install ml_dtypes, or give an out=")
+        raise ImportError(f"{where}: a new array of bfloat16 needs ml_dtypes: pip install ml_dtypes, or give an out= where there is one")
     return 0
 
 

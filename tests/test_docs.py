@@ -74,7 +74,7 @@ GUIDE = CHECKOUT / "docs" / "guide.md"
 def test_pages(name):
     """All blocks in order, as one session. A block ends with an empty line, which ends its last result."""
     for host in ("threadpoolctl", "onnx", "ml_dtypes"):
-        pytest.importorskip("torch" if host == "flex" else host, reason="the extra [test] installs it")
+        pytest.importorskip(host, reason="the extra [test] installs it")
     text = (CHECKOUT / "docs" / name).read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     assert len(blocks) > 6 and text.count(">>> ") == sum(block.count(">>> ") for block in blocks)

@@ -327,7 +327,10 @@ def attend_newest(
     len_q, back = p.rows[2], queries
     if tree is not None or q_positions is not None:
         back = _take_tree(p, tokens, queries, tree, q_positions, mask, keep)
-    result = p.empty() if out is None else _check_out(out, p.shape, p.number, where)
+    if out is not None:
+        result = _check_out(out, p.shape, p.number, where)
+    else:  # a plan may be of a type that results cannot have
+        result = _core.scratch(where, p.shape, p.number) if p.is_planned else p.empty()
     view = target = result if p.heads_first else result.swapaxes(1, 2)
     p.heads_first = True
     wide = _arithmetic(p.number)

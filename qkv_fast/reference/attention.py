@@ -439,7 +439,7 @@ def _numbers(name: str, given: Any, batch: tuple[int, ...], most: Any) -> Any:
 
 def _per_head(name: str, values: Any, heads: int, wide: Any) -> Any:
     """One number per query head, as an array that broadcasts against (..., Hq, Lq, Lk)."""
-    values = np.asarray(values).astype(wide)
+    values = _as_array(name, values, "reference").astype(wide)
     if values.shape != (heads,):
         raise ValueError(f"{name}: expected one per query head, shape ({heads},), got {values.shape}")
     return values[:, np.newaxis, np.newaxis]

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from .._checks import _as_array
 from .attention import _distances, _limits_of, _scored_by, _weigh
 
 
@@ -51,8 +52,10 @@ def attention_grad(
     >>> float(dq[0, 0]), dv.ravel().astype("float64")
     (0.5, array([0.5, 0.5]))
     """
-    q, k, v = np.asarray(q), np.asarray(k), np.asarray(v)
-    _, wide_k, wide_v, products, scores, sinks = _scored_by("reference.attention_grad", q, k, v, options)
+    where = "reference.attention_grad"
+    given = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "lse": lse}
+    dout, q, k, v, out, lse = (_as_array(name, x, where) for name, x in given.items())
+    _, wide_k, wide_v, products, scores, sinks = _scored_by(where, q, k, v, options)
     wide = scores.dtype
     flat, swapped = q.ndim == 2, options.get("layout") == "blhd"
 

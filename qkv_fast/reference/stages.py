@@ -244,7 +244,7 @@ def rope(
 
 def _widened(*given: Any) -> list[Any]:
     """All in the type that results are computed in, which follows from the first."""
-    arrays = [np.asarray(x) for x in given]
+    arrays = [_as_array("an argument", x, "reference") for x in given]
     wide = np.longdouble if arrays[0].dtype.kind == "f" and arrays[0].dtype.itemsize == 8 else np.float64
     with np.errstate(invalid="ignore"):  # a signalling NaN
         return [x.astype(wide) for x in arrays]

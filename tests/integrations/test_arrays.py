@@ -10,6 +10,7 @@ from _util import child_says, same_bits
 from _verbs import VERBS, WRITERS, K, Q, V
 
 import qkv_fast
+from qkv_fast import reference
 
 
 def host(name):
@@ -118,11 +119,35 @@ def test_what_cannot_be_written_to():
         (out.to(torch.float8_e4m3fn), TypeError, r"attention: out: NumPy cannot write to this torch\.Tensor \(Got"),
         (torch._neg_view(out), ValueError, r"out is not writable: torch has put off .* pass out\.clone\(\)"),
         (torch.empty(1, 4, 5, 1).expand(1, 4, 5, 6), ValueError, "out has overlapping elements"),
-        (to_jax(np.empty((1, 4, 5, 6), "float32")), ValueError, "out is not writable"),
-        (to_xarray(np.empty((1, 4, 5, 6), "float32")), TypeError, "out must be an array whose memory can be written"),
     ):
         with pytest.raises(error, match=words):
             qkv_fast.attention(Q, K, V, out=wrong)
+
+
+def test_the_reference_takes_them_too():
+    torch = host("torch")
+    x = torch.arange(24).reshape(1, 2, 3, 4).to(torch.bfloat16)
+    known = x.float().numpy()
+    for name in ("softmax", "rope"):
+        function = getattr(reference, name)
+        np.testing.assert_array_equal(function(x), function(known))
+    np.testing.assert_array_equal(reference.linear(x, x[0, 0]), reference.linear(known, known[0, 0]))
+    sinks = x[0, 0, 0, :2]
+    out, lse = reference.attention(x, x, x, sinks=sinks, return_lse=True)
+    np.testing.assert_array_equal(out, reference.attention(known, known, known, sinks=sinks.float().numpy()))
+    for ours, plain in zip(
+        reference.attention_grad(x, x, x, x, out, lse), reference.attention_grad(*4 * (known,), out, lse), strict=True
+    ):
+        np.testing.assert_array_equal(ours, plain)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [(to_jax, ValueError, "out is not writable"), (to_xarray, TypeError, "out must be an array whose memory can be")],
+)
+def test_what_other_libraries_do_not_lend(make, error, words):
+    with pytest.raises(error, match=words):
+        qkv_fast.attention(Q, K, V, out=make(np.empty((1, 4, 5, 6), "float32")))
 
 
 @pytest.mark.parametrize("verb", WRITERS)
