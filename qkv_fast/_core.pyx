@@ -106,6 +106,7 @@ cdef extern from "numpy/arrayobject.h":
         object (*getitem)(void *, void *)
         int (*setitem)(object, void *, void *) except -1
         void (*copyswap)(void *, void *, int, void *) noexcept
+        void (*copyswapn)(void *, cnp.npy_intp, void *, cnp.npy_intp, cnp.npy_intp, int, void *) noexcept
 
     ctypedef struct PyArray_DescrProto:
         PyTypeObject *typeobj
@@ -164,6 +165,14 @@ cdef void copy_bits(void *to, void *x, int swap, void *array) noexcept:
         (<uint8_t *>to)[1] = first
 
 
+cdef void copy_rows_of_bits(
+    void *to, cnp.npy_intp to_step, void *x, cnp.npy_intp x_step, cnp.npy_intp n, int swap, void *array
+) noexcept:
+    cdef cnp.npy_intp i
+    for i in range(n):
+        copy_bits(<char *>to + i * to_step, NULL if x == NULL else <char *>x + i * x_step, swap, array)
+
+
 cdef void widen_bits(void *x, void *to, cnp.npy_intp n, void *x_array, void *to_array) noexcept:
     cdef cnp.npy_intp i
     for i in range(n):
@@ -199,7 +208,7 @@ def bfloat16_of_ours(kind):
     global nameless
     PyArray_InitArrFuncs(&nameless_functions)
     nameless_functions.getitem, nameless_functions.setitem = get_bits, set_bits
-    nameless_functions.copyswap = copy_bits
+    nameless_functions.copyswap, nameless_functions.copyswapn = copy_bits, copy_rows_of_bits
     Py_SET_TYPE(&nameless_prototype, &PyArrayDescr_Type)
     Py_INCREF(kind)
     nameless_prototype.typeobj = <PyTypeObject *>kind
