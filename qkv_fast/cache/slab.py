@@ -603,7 +603,8 @@ class KVCache(Questions):
         beams, and by a ring that has gone around where there is more than one query, a mask, a bias or ALiBi. It pays
         where there are many keys and few hold the weight: to find out takes a good part of the time of attention, and
         the newest sixteenth of long sequences says whether it is tried at all. Most heads of encoders spread their
-        weight too evenly.
+        weight too evenly. Memory of such a call stays for the next one: 4 bytes for each key and query row, 8 for each
+        key and key head, and up to 16 MiB of rows that were read; `nbytes` does not count it.
 
         Examples
         --------
