@@ -157,7 +157,7 @@ def _scored(
         _check_type(where, name, x)
     shapes = f"q.shape={q.shape}, k.shape={k.shape}, v.shape={v.shape}"
     given = q
-    q, k, v = _widened(q, k, v)
+    q, k, v = _widened(where, q=q, k=k, v=v)
     wide = q.dtype.type
 
     no_heads = q.ndim == k.ndim == v.ndim == 2
@@ -315,7 +315,7 @@ def attention_varlen(
     q, k, v = _as_array("q", q, where), _as_array("k", k, where), _as_array("v", v, where)
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_type(where, name, x)
-    wide = _widened(q[:0])[0].dtype
+    wide = _widened(where, q=q[:0])[0].dtype
     options: dict[str, Any] = dict(
         mask=mask, bias=bias, causal=causal, window=window, q_offset=q_offset, q_positions=q_positions,
         kv_lengths=kv_lengths, segments=segments, alibi_slopes=alibi_slopes, sinks=sinks, softcap=softcap, scale=scale,

@@ -36,7 +36,7 @@ def scores(q: Any, k: Any, *, scale: float | None = None, layout: str = "bhld") 
     >>> reference.scores([[1.0, 2.0]], [[3.0, 4.0], [5.0, 6.0]], scale=1).astype("float64")
     array([[11., 17.]])
     """
-    q, k = _widened(_as_array("q", q, "reference.scores"), _as_array("k", k, "reference.scores"))
+    q, k = _widened("reference.scores", q=q, k=k)
     if layout == "blhd" and q.ndim > 2:
         q, k = np.swapaxes(q, -3, -2), np.swapaxes(k, -3, -2)
     if scale is None:
@@ -75,7 +75,7 @@ def softmax(x: Any, axis: int = -1, *, mask: Any = None) -> Any:
     >>> reference.softmax(np.log([1.0, 3.0]), mask=[True, False]).astype("float64")
     array([1., 0.])
     """
-    (x,) = _widened(x)
+    (x,) = _widened("reference.softmax", x=x)
     if mask is not None:
         x = np.where(np.broadcast_to(mask, x.shape), x, -np.inf)
     with np.errstate(all="ignore"):
@@ -113,7 +113,7 @@ def softmax_grad(dp: Any, p: Any, axis: int = -1) -> Any:
     >>> reference.softmax_grad([1.0, 0.0], [0.25, 0.75]).astype("float64")
     array([ 0.1875, -0.1875])
     """
-    dp, p = _widened(dp, p)
+    dp, p = _widened("reference.softmax_grad", dp=dp, p=p)
     with np.errstate(all="ignore"):
         total = np.sum(np.where(p == 0, 0, p * dp), axis=axis, keepdims=True)
         return np.where(p == 0, 0, p * (dp - total))
@@ -148,7 +148,7 @@ def weighted_values(p: Any, v: Any, *, layout: str = "bhld") -> Any:
     >>> reference.weighted_values([[0.5, 0.5]], [[1.0, 2.0], [3.0, 6.0]]).astype("float64")
     array([[2., 4.]])
     """
-    p, v = _widened(p, v)
+    p, v = _widened("reference.weighted_values", p=p, v=v)
     swapped = layout == "blhd" and p.ndim > 2
     if swapped:
         v = np.swapaxes(v, -3, -2)
@@ -183,10 +183,10 @@ def linear(x: Any, w: Any, b: Any = None) -> Any:
     >>> reference.linear([1.0, 2.0], [[3.0, 4.0], [5.0, 6.0]], [0.0, 1.0]).astype("float64")
     array([11., 18.])
     """
-    x, w = _widened(x, w)
+    x, w = _widened("reference.linear", x=x, w=w)
     with np.errstate(all="ignore"):
         out = x @ w.T
-        return out if b is None else out + np.asarray(b).astype(out.dtype)
+        return out if b is None else out + _as_array("b", b, "reference.linear").astype(out.dtype)
 
 
 def rope(
@@ -225,7 +225,7 @@ def rope(
     array([[1.   , 0.   ],
            [0.54 , 0.841]])
     """
-    (x,) = _widened(x)
+    (x,) = _widened("reference.rope", x=x)
     turned = x.shape[-1] if rotary_dim is None else rotary_dim
     at = np.asarray(np.arange(x.shape[-2]) if positions is None else positions)
     angles = at[..., None] * np.float64(base) ** (-np.arange(0, turned, 2) / max(turned, 1))
@@ -242,9 +242,9 @@ def rope(
     return out
 
 
-def _widened(*given: Any) -> list[Any]:
+def _widened(where: str, **given: Any) -> list[Any]:
     """All in the type that results are computed in, which follows from the first."""
-    arrays = [_as_array("an argument", x, "reference") for x in given]
+    arrays = [_as_array(name, x, where) for name, x in given.items()]
     wide = np.longdouble if arrays[0].dtype.kind == "f" and arrays[0].dtype.itemsize == 8 else np.float64
     with np.errstate(invalid="ignore"):  # a signalling NaN
         return [x.astype(wide) for x in arrays]
